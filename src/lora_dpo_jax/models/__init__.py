@@ -1,0 +1,18 @@
+"""One haliax decoder for every supported architecture; see `architectures.py` for the table of families."""
+
+from lora_dpo_jax.models.architectures import config_from_hf
+from lora_dpo_jax.models.attention import AttentionMask, CachedMask, PackedMask
+from lora_dpo_jax.models.config import DecoderConfig
+from lora_dpo_jax.models.decoder import CausalLM, KeyValueCache
+from lora_dpo_jax.models.rope import RopeConfig
+
+__all__ = [
+    "AttentionMask",
+    "CachedMask",
+    "CausalLM",
+    "DecoderConfig",
+    "KeyValueCache",
+    "PackedMask",
+    "RopeConfig",
+    "config_from_hf",
+]

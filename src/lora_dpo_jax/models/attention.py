@@ -1,0 +1,88 @@
+"""Who may attend to whom, and attention itself."""
+
+import abc
+
+import equinox as eqx
+import haliax as hax
+import jax.numpy as jnp
+from haliax import Axis, NamedArray
+
+KEY_POSITION = "key_position"
+
+
+def as_keys(x: NamedArray) -> NamedArray:
+    """Renames the position axis so that keys and queries can meet in one array."""
+    return x.rename({"position": KEY_POSITION})
+
+
+class AttentionMask(eqx.Module):
+    """Says which keys each query may see."""
+
+    @abc.abstractmethod
+    def allowed(self, window: NamedArray | None) -> NamedArray:
+        """bool {row, position, key_position}. `window` (tokens, scalar): keys must be closer than this."""
+
+
+class PackedMask(AttentionMask):
+    """Several pairs in a row, each laid out `prompt | chosen | rejected`; all arrays {row, position}.
+
+    Query *q* sees key *k* when both are in the same segment, *k* does not come after *q*, and *k* is in the prompt
+    (branch 0) or in *q*'s branch. Distances are measured in rotary positions, which go on from the prompt in both
+    branches.
+    """
+
+    segment_ids: NamedArray
+    branch_ids: NamedArray
+    position_ids: NamedArray
+
+    def allowed(self, window: NamedArray | None) -> NamedArray:
+        Pos = self.segment_ids.resolve_axis("position")
+        KeyPos = as_keys(hax.arange(Pos)).axes
+        segment, branch, position, index = (
+            x.broadcast_axis(KeyPos) for x in (self.segment_ids, self.branch_ids, self.position_ids, hax.arange(Pos))
+        )
+        key_branch = as_keys(self.branch_ids)
+        mask = (segment == as_keys(self.segment_ids)) & ((branch == key_branch) | (key_branch == 0))
+        mask = mask & (index >= as_keys(hax.arange(Pos)))
+        if window is not None:
+            mask = mask & (position - as_keys(self.position_ids) < window)
+        return mask
+
+    @staticmethod
+    def causal(Row: Axis, Pos: Axis) -> "PackedMask":
+        """One unbranched sequence a row."""
+        ones = hax.ones((Row, Pos), dtype=jnp.int32)
+        return PackedMask(ones, ones * 0, hax.arange(Pos).broadcast_to((Row, Pos)))
+
+
+class CachedMask(AttentionMask):
+    """Queries at `position_ids` {row, position} over a key-value cache.
+
+    Cache slots hold keys at `key_position_ids` {row, key_position}; a negative one is an empty slot.
+    """
+
+    position_ids: NamedArray
+    key_position_ids: NamedArray
+
+    def allowed(self, window: NamedArray | None) -> NamedArray:
+        key = self.key_position_ids
+        position = self.position_ids.broadcast_axis(key.resolve_axis(KEY_POSITION))
+        mask = (position >= key) & (key >= 0)
+        if window is not None:
+            mask = mask & (position - key < window)
+        return mask
+
+
+def attend(
+    q: NamedArray, k: NamedArray, v: NamedArray, mask: AttentionMask, window: NamedArray | None, HeadSize: Axis
+) -> NamedArray:
+    """Softmax attention, probabilities in float32.
+
+    q {row, position, kv_head, q_heads_per_group, head_size}, k and v {row, key_position, kv_head, head_size};
+    returns q's axes.
+    """
+    scores = hax.dot(q, k, axis=HeadSize, preferred_element_type=jnp.float32) * HeadSize.size**-0.5
+    # Finite, so that a padding query, which sees nothing, yields numbers and no NaN.
+    scores = hax.where(mask.allowed(window), scores, -1e30)
+    probabilities = hax.nn.softmax(scores, axis=KEY_POSITION).astype(v.dtype)
+    return hax.dot(probabilities, v, axis=KEY_POSITION).rearrange(q.axes)

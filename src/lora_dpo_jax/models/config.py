@@ -1,0 +1,70 @@
+"""What can differ between decoder architectures, as fields, and the axes that follow."""
+
+from dataclasses import dataclass
+
+from haliax import Axis
+
+from lora_dpo_jax.models.rope import RopeConfig
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A pre-norm decoder with rotary positions and a gated MLP. Sizes are counts, windows are tokens."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope: RopeConfig = RopeConfig()
+    rms_norm_eps: float = 1e-6
+    activation: str = "silu"
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_windows: tuple[int | None, ...] | None = None  # one per layer, None = full attention
+
+    gradient_checkpointing: str = "none"  # a key of `decoder.CHECKPOINT_POLICIES`
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs of dimensions")
+        if self.sliding_windows is not None and len(self.sliding_windows) != self.num_layers:
+            raise ValueError(f"{len(self.sliding_windows)} sliding windows for {self.num_layers} layers")
+
+    @property
+    def Vocab(self) -> Axis:
+        return Axis("vocab", self.vocab_size)
+
+    @property
+    def Embed(self) -> Axis:
+        return Axis("embed", self.hidden_size)
+
+    @property
+    def Mlp(self) -> Axis:
+        return Axis("mlp", self.intermediate_size)
+
+    @property
+    def Layers(self) -> Axis:
+        return Axis("layers", self.num_layers)
+
+    @property
+    def KVHeads(self) -> Axis:
+        return Axis("kv_head", self.num_kv_heads)
+
+    @property
+    def QHeadsPerGroup(self) -> Axis:
+        return Axis("q_heads_per_group", self.num_heads // self.num_kv_heads)
+
+    @property
+    def HeadSize(self) -> Axis:
+        return Axis("head_size", self.head_dim)

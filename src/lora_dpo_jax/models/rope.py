@@ -1,0 +1,70 @@
+"""Rotary position embeddings and the ways `config.json` can stretch them."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import haliax as hax
+import jax.numpy as jnp
+from haliax import Axis, NamedArray
+
+RopeType = Literal["default", "linear", "dynamic", "llama3"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """RoPE (https://arxiv.org/abs/2104.09864); names are those of transformers' `rope_parameters`.
+
+    `dynamic` depends on the longest sequence of a forward pass as soon as that is longer than
+    `original_max_position_embeddings`; up to there it is `default`.
+    """
+
+    theta: float = 10000.0
+    type: RopeType = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3 only
+    high_freq_factor: float = 4.0  # llama3 only
+    original_max_position_embeddings: int = 8192  # tokens; llama3 and dynamic only
+
+    def inverse_frequencies(self, head_dim: int, length: jnp.ndarray) -> jnp.ndarray:
+        """Radians per token, float32[head_dim / 2]. `length` (tokens) is used by `dynamic` alone."""
+        exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+        if self.type == "dynamic":
+            return 1.0 / (self._stretched_theta(head_dim, length) ** exponents)
+        frequencies = 1.0 / (self.theta**exponents)
+        if self.type == "linear":
+            return frequencies / self.factor
+        if self.type == "llama3":
+            return self._llama3(frequencies)
+        return frequencies
+
+    def _stretched_theta(self, head_dim: int, length: jnp.ndarray) -> jnp.ndarray:
+        stretch = jnp.maximum(length, self.original_max_position_embeddings) / self.original_max_position_embeddings
+        return self.theta * (self.factor * stretch - (self.factor - 1)) ** (head_dim / (head_dim - 2))
+
+    def _llama3(self, frequencies: jnp.ndarray) -> jnp.ndarray:
+        # Wavelengths beyond the old context are slowed by `factor`, short ones kept, those between are blended.
+        wavelengths = 2 * math.pi / frequencies
+        turns = self.original_max_position_embeddings / wavelengths
+        keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        keep = jnp.clip(keep, 0.0, 1.0)
+        return keep * frequencies + (1 - keep) * frequencies / self.factor
+
+
+def rotary_angles(config: RopeConfig, position_ids: NamedArray, HeadSize: Axis) -> tuple[NamedArray, NamedArray]:
+    """cos and sin of each token's angles, float32 {..., position, half_head}, from positions {..., position}."""
+    Half = Axis("half_head", HeadSize.size // 2)
+    length = position_ids.array.max() + 1
+    frequencies = hax.named(config.inverse_frequencies(HeadSize.size, length), Half)
+    angles = position_ids.astype(jnp.float32).broadcast_axis(Half) * frequencies
+    return hax.cos(angles), hax.sin(angles)
+
+
+def rotate(x: NamedArray, cos: NamedArray, sin: NamedArray, HeadSize: Axis) -> NamedArray:
+    """Turns (x[i], x[i + half]) by its position's angle, as Hugging Face lays the halves out. Same axes as `x`."""
+    half = HeadSize.size // 2
+    first = x[HeadSize, :half].rename({HeadSize.name: "half_head"}).astype(jnp.float32)
+    second = x[HeadSize, half:].rename({HeadSize.name: "half_head"}).astype(jnp.float32)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    turned = [part.rename({"half_head": HeadSize.name}) for part in turned]
+    return hax.concatenate(HeadSize, turned).rearrange(x.axes).astype(x.dtype)
