@@ -1,0 +1,1 @@
+"""From raw preference rows to packed batches."""

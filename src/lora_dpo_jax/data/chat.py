@@ -1,0 +1,273 @@
+"""From a PreferencePair to tokens: the chat template's text, and exactly where in it the prompt ends.
+
+    text      <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n | Hello!<|im_end|>\\n
+    tokens                                              prompt | chosen: all of it is scored
+
+What is asked of the template is what TRL asks: the prompt alone with its generation prompt, and both conversations
+whole. The prompt's tokens are those a model is given at inference, and the same for both responses. Almost always they
+begin both conversations, and the rest of these is scored, token for token as in TRL. Where they do not:
+
+- tokens merge over the boundary ("assistant\\n" before "\\nHello"): the response is tokenized by itself;
+- the generation prompt holds text that whole conversations lack (`<think>`): the prompt ends where the two part;
+- the template renders the prompt's own messages differently when a response follows: the row is refused.
+"""
+
+import itertools
+from collections.abc import Iterable
+from os.path import commonprefix
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lora_dpo_jax.data.preferences import Message, PreferencePair
+from lora_dpo_jax.data.sources import RowError, attempt
+
+SliceStrategy = Literal["raise", "drop", "left", "right"]
+# exact: as TRL. merged: a response was tokenized by itself. template: the end of the generation prompt was left out.
+Boundary = Literal["exact", "merged", "template"]
+
+
+class TokenizedPair(NamedTuple):
+    """Token ids, int32. Every token of `chosen` and `rejected` is scored, none of `prompt`."""
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+    @property
+    def size(self) -> int:
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the longer response: what train_seq_len bounds."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+class _Texts(NamedTuple):
+    """`chosen` and `rejected` begin with `prompt`."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    boundary: Boundary
+
+
+class PairTokenizer:
+    """Tokenizes pairs in batches with a Hugging Face tokenizer and its chat template, or `chat_template` instead."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None):
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self._leading = _leading_special_tokens(tokenizer)
+
+    def tokenize(self, pairs: Iterable[PreferencePair | RowError]) -> list[tuple[TokenizedPair, Boundary] | RowError]:
+        """In the order of `pairs`. A pair that cannot be tokenized comes as the RowError that says why."""
+        pairs = list(pairs)
+        texts = [pair if isinstance(pair, RowError) else attempt(self._texts, pair) for pair in pairs]
+        ids = iter(self.encode([text for item in texts if isinstance(item, _Texts) for text in item[:3]]))
+        results = []
+        for pair, item in zip(pairs, texts, strict=True):
+            if isinstance(pair, PreferencePair) and isinstance(item, _Texts):
+                item = attempt(self._split, pair, item, *itertools.islice(ids, 3))
+            results.append(item)
+        return results
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids without the special tokens that the tokenizer would add: the template has written its own."""
+        if not texts:
+            return []
+        if _is_plain_fast_tokenizer(self.tokenizer):
+            backend = backend_of(self.tokenizer)
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore
+
+    def _texts(self, pair: PreferencePair) -> _Texts:
+        if isinstance(pair.prompt, str):
+            texts = self._string_texts(pair.prompt, str(pair.chosen), str(pair.rejected))
+        else:
+            texts = self._chat_texts(pair)
+        for text in (texts.chosen, texts.rejected):
+            if _is_not_unicode(text):
+                raise RowError("malformed", pair.origin, "holds half of a surrogate pair, which is no character")
+            if len(text) == len(texts.prompt):
+                raise RowError("empty", pair.origin, "the chat template writes nothing for one of the responses")
+        return texts
+
+    def _string_texts(self, prompt: str, chosen: str, rejected: str) -> _Texts:
+        end = self.tokenizer.eos_token
+        if not isinstance(end, str):
+            raise ValueError("The tokenizer has no eos_token, which must end responses that are plain strings")
+        chosen, rejected = (text if text.endswith(end) else text + end for text in (chosen, rejected))
+        return _Texts(prompt, prompt + chosen, prompt + rejected, "exact")
+
+    def _chat_texts(self, pair: PreferencePair) -> _Texts:
+        prompt = self._render(pair, pair.prompt, add_generation_prompt=True)
+        chosen = self._render(pair, [*pair.prompt, *pair.chosen])
+        rejected = self._render(pair, [*pair.prompt, *pair.rejected])
+        if chosen.startswith(prompt) and rejected.startswith(prompt):
+            return _Texts(prompt, chosen, rejected, "exact")
+        start = self._end_without_generation_prompt(pair, prompt)
+        if start is not None and chosen.startswith(start) and rejected.startswith(start):
+            return _Texts(start, chosen, rejected, "template")
+        shared = len(commonprefix([prompt, chosen, rejected]))
+        raise RowError(
+            "boundary",
+            pair.origin,
+            "the chat template renders the prompt differently when a response follows, so it has no exact end: "
+            f"alone it goes on with {_excerpt(prompt, shared)}, before chosen with {_excerpt(chosen, shared)}, "
+            f"before rejected with {_excerpt(rejected, shared)}. "
+            "Change the messages, or set format.chat_template to a template that renders them alike",
+        )
+
+    def _end_without_generation_prompt(self, pair: PreferencePair, prompt: str) -> str | None:
+        """As much of the prompt's text as begins every conversation that goes on from it, whatever the answer.
+
+        None if that is not all of the prompt's messages, or if it ends within a token.
+        """
+        role = cast(list[Message], pair.chosen)[0]["role"]
+        probes = [self._render(pair, [*pair.prompt, {"role": role, "content": content}]) for content in ("A", "B")]
+        start = commonprefix([prompt, *probes])
+        if not start.startswith(self._render(pair, pair.prompt)):
+            return None
+        ids, *others = self.encode([start, prompt, *probes])
+        return start if all(other[: len(ids)] == ids for other in others) else None
+
+    def _render(self, pair: PreferencePair, messages: Any, add_generation_prompt: bool = False) -> str:
+        options = {"tools": pair.tools, "chat_template": self.chat_template, **pair.chat_template_kwargs}
+        if self.tokenizer.chat_template is None and options["chat_template"] is None:
+            raise ValueError("The tokenizer has no chat template for lists of messages. Set format.chat_template")
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+            )  # type: ignore
+        except Exception as error:  # a template is a program: what it raises over odd messages has no one type
+            raise RowError("malformed", pair.origin, f"the chat template refuses it: {error}") from error
+
+    def _split(
+        self, pair: PreferencePair, texts: _Texts, prompt: list[int], chosen: list[int], rejected: list[int]
+    ) -> tuple[TokenizedPair, Boundary]:
+        boundary = texts.boundary
+        if pair.implicit_prompt:
+            # No text says where the prompt ends, so it ends with the last whole token that all three share.
+            prompt = list(commonprefix([prompt, chosen, rejected]))
+        responses = []
+        for whole, text in ((chosen, texts.chosen), (rejected, texts.rejected)):
+            if whole[: len(prompt)] == prompt:
+                responses.append(whole[len(prompt) :])
+            else:
+                responses.append(self._encode_alone(pair, text[len(texts.prompt) :], prompt, whole))
+                boundary = "merged" if boundary == "exact" else boundary
+        if isinstance(pair.prompt, str):
+            prompt = self._leading + prompt
+        tokens = TokenizedPair(
+            self._without_second_bos(_array(prompt)), *(self._without_second_eos(_array(ids)) for ids in responses)
+        )
+        if not len(tokens.prompt):
+            raise RowError(
+                "empty", pair.origin, "the prompt has no token to predict the first token of the responses from"
+            )
+        if not (len(tokens.chosen) and len(tokens.rejected)):
+            raise RowError("empty", pair.origin, "one of the responses has no tokens")
+        return tokens, boundary
+
+    def _encode_alone(self, pair: PreferencePair, response: str, prompt: list[int], whole: list[int]) -> list[int]:
+        """Tokens of a response that follow those of the prompt and together spell the same text as `whole`."""
+        expected = self._decode(whole)
+        # Some tokenizers put a space before whatever begins a text; after an anchor, nothing begins.
+        for anchor in ("", str(self.tokenizer.eos_token or ""), "\n", "a"):
+            before, both = self.encode([anchor, anchor + response])
+            if both[: len(before)] == before and self._decode(prompt + both[len(before) :]) == expected:
+                return both[len(before) :]
+        raise RowError(
+            "boundary",
+            pair.origin,
+            f"tokens merge over the end of the prompt ({_excerpt(self._decode(prompt[-4:]), 0)} before "
+            f"{_excerpt(response, 0)}), and the tokenizer cannot write the response by itself",
+        )
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # type: ignore
+
+    def _without_second_bos(self, ids: np.ndarray) -> np.ndarray:
+        bos = self.tokenizer.bos_token_id
+        doubled = bos is not None and len(ids) > 1 and ids[0] == bos == ids[1]
+        return self._without_second_bos(ids[1:]) if doubled else ids
+
+    def _without_second_eos(self, ids: np.ndarray) -> np.ndarray:
+        is_eos = ids == self.tokenizer.eos_token_id
+        repeats = np.flatnonzero(is_eos[1:] & is_eos[:-1]) + 1
+        return np.delete(ids, repeats) if len(repeats) else ids
+
+
+def fit_to_length(
+    pair: TokenizedPair, train_seq_len: int, strategy: SliceStrategy, origin: str, bos_token_id: int | None = None
+) -> TokenizedPair:
+    """The pair within train_seq_len, cut as format.slice_strategy says. Raises RowError where that is to refuse it.
+
+    left: the beginning of the prompt goes, but for its BOS. right: the ends of the responses go, as with TRL's
+    keep_start. Either way both responses keep the same prompt, and each part keeps at least one token.
+    """
+    if pair.length <= train_seq_len:
+        return pair
+    if strategy == "right" and len(pair.prompt) < train_seq_len:
+        room = train_seq_len - len(pair.prompt)
+        return TokenizedPair(pair.prompt, pair.chosen[:room], pair.rejected[:room])
+    room = train_seq_len - max(len(pair.chosen), len(pair.rejected))
+    if strategy == "left" and room > 0:
+        keeps_bos = room > 1 and pair.prompt[0] == bos_token_id
+        tail = pair.prompt[len(pair.prompt) - room + keeps_bos :]
+        return pair._replace(prompt=np.concatenate([pair.prompt[:1], tail]) if keeps_bos else tail)
+    longer = "chosen" if len(pair.chosen) >= len(pair.rejected) else "rejected"
+    raise RowError(
+        "too_long",
+        origin,
+        f"prompt + {longer} is {pair.length:,} tokens, more than train_seq_len={train_seq_len}. "
+        "Raise train_seq_len, or set format.slice_strategy to drop, left or right.",
+    )
+
+
+def backend_of(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The Rust tokenizer, without the truncation and padding that the last call may have left in it."""
+    backend: Any = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    return backend
+
+
+def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a plain text (a BOS, or nothing); what it puts after one is not wanted."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)  # type: ignore
+    return full[:start]  # type: ignore
+
+
+def _is_plain_fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether its Rust backend may be called directly (twice as fast): no Python code of its own changes texts."""
+    kind = type(tokenizer)
+    return (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind.__call__ is PreTrainedTokenizerFast.__call__
+        and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+        and not tokenizer.split_special_tokens
+    )
+
+
+def _is_not_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _excerpt(text: str, start: int) -> str:
+    return repr(text[start : start + 40])
+
+
+def _array(ids: list[int]) -> np.ndarray:
+    return np.asarray(ids, dtype=np.int32)

@@ -1,0 +1,265 @@
+"""Completions: chat template, key-value cache, greedy and sampled."""
+
+import json
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from haliax import Axis
+from jax import Array
+
+from lora_dpo_jax.models import CachedMask, CausalLM, KeyValueCache
+
+logger = logging.getLogger(__name__)
+
+Message = Mapping[str, Any]
+# Prompts are padded to a multiple of this many tokens, so that prompts of similar lengths share a compilation.
+PROMPT_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How to choose tokens, under transformers' names and with its meanings."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0  # sample among the fewest tokens whose probabilities add up to this
+    top_k: int | None = None  # sample among this many tokens, or more if the last of them ties; before top_p
+    seed: int = 0
+    batch_size: int = 8  # prompts computed together; bounds memory
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or a positive number")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1, or null for every token")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        if self.temperature == 0.0 and (self.top_p, self.top_k) != (1.0, None):
+            raise ValueError(
+                f"top_p={self.top_p} and top_k={self.top_k} change nothing at temperature=0, which is greedy: set a "
+                "temperature above 0 to sample"
+            )
+
+
+def complete(
+    model: CausalLM,
+    tokenizer: Any,
+    prompts: Sequence[str | Sequence[Message]],
+    config: GenerationConfig,
+    *,
+    stop_ids: Collection[int] = (),
+    chat: bool = True,
+    **template_kwargs: Any,
+) -> list[str]:
+    """The completion of each prompt, without special tokens.
+
+    A list of messages goes through the tokenizer's chat template, with `template_kwargs`; so does a string, as the only
+    user message, if there is a template and `chat` is true; any other string is raw text. `stop_ids` end a completion
+    as the tokenizer's own end of sequence does.
+    """
+    token_ids = [encode_prompt(tokenizer, prompt, chat=chat, **template_kwargs) for prompt in prompts]
+    stop_ids = {*stop_ids} | ({tokenizer.eos_token_id} - {None})
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    completions = generate(model, token_ids, config, stop_ids=stop_ids, pad_id=pad_id)
+    return [tokenizer.decode(completion, skip_special_tokens=True) for completion in completions]
+
+
+def encode_prompt(
+    tokenizer: Any, prompt: str | Sequence[Message], *, chat: bool = True, **template_kwargs: Any
+) -> list[int]:
+    """The tokens a completion goes on from; see `complete`."""
+    has_template = bool(tokenizer.chat_template or template_kwargs.get("chat_template"))
+    if isinstance(prompt, str):
+        if not (chat and has_template):
+            return _encode_text(tokenizer, prompt)
+        prompt = [{"role": "user", "content": prompt}]
+    if not has_template:
+        raise ValueError("the prompt is a list of messages, but the tokenizer has no chat template: give a string")
+    template_kwargs = {"add_generation_prompt": True, **template_kwargs}
+    return tokenizer.apply_chat_template(list(prompt), tokenize=True, return_dict=False, **template_kwargs)
+
+
+def _encode_text(tokenizer: Any, text: str) -> list[int]:
+    ids = tokenizer(text)["input_ids"]
+    # Some tokenizers end every text, which is not what a text to go on from needs.
+    ended = tokenizer.eos_token and ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
+    return ids[:-1] if ended and len(ids) > 1 else ids
+
+
+def read_stop_ids(folder: Path) -> frozenset[int]:
+    """What ends a completion according to `generation_config.json`, or to `config.json` where there is none."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            ids = json.loads((folder / name).read_text()).get("eos_token_id")
+            return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def generate(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    *,
+    stop_ids: Collection[int],
+    pad_id: int = 0,
+) -> list[list[int]]:
+    """The new tokens of each prompt, up to and without the first of `stop_ids`.
+
+    A prompt's completion depends on its index and the seed, not on the other prompts nor on `batch_size`.
+    """
+    _check_prompts(model, prompts, config)
+    stop_ids = frozenset(stop_ids)
+    stop_array = jnp.array(sorted(stop_ids), dtype=jnp.int32)
+    # The seed is data, not program: another one compiles nothing anew.
+    program, key = replace(config, seed=0), jax.random.key(config.seed)
+    completions: list[list[int]] = []
+    for batch in _batches(prompts, config.batch_size, pad_id):
+        new_ids = np.asarray(_generate_batch(model, batch, key, stop_array, program))
+        completions += [_until(row, stop_ids) for row in new_ids.tolist()]
+    return completions[: len(prompts)]
+
+
+class _PromptBatch(eqx.Module):
+    """Prompts padded on the right. The last batch may end in fillers, which stop at once: one shape compiles once."""
+
+    ids: Array  # int32[row, position]
+    lengths: Array  # int32[row]
+    indices: Array  # int32[row], among all prompts
+    is_filler: Array  # bool[row]
+
+
+def _batches(prompts: Sequence[Sequence[int]], batch_size: int, pad_id: int) -> Iterator[_PromptBatch]:
+    num_rows = min(batch_size, len(prompts))
+    for first in range(0, len(prompts), batch_size):
+        rows = prompts[first : first + batch_size]
+        padded_length = -(-max(map(len, rows)) // PROMPT_BLOCK) * PROMPT_BLOCK
+        ids = np.full((num_rows, padded_length), pad_id, dtype=np.int32)
+        lengths = np.ones(num_rows, dtype=np.int32)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], lengths[i] = row, len(row)
+        indices = np.arange(first, first + num_rows, dtype=np.int32)
+        yield _PromptBatch(*map(jnp.array, (ids, lengths, indices, indices >= len(prompts))))
+
+
+class _Decoding(eqx.Module):
+    """The state between two new tokens."""
+
+    num_new: Array  # int32 scalar
+    new_ids: Array  # int32[row, new], of which `num_new` columns are known
+    done: Array  # bool[row]
+    cache: KeyValueCache
+
+
+@eqx.filter_jit
+def _generate_batch(
+    model: CausalLM, batch: _PromptBatch, key: Array, stop_ids: Array, config: GenerationConfig
+) -> Array:
+    """int32[row, max_new_tokens]; what follows a stop token is undefined."""
+    num_rows, prompt_slots = batch.ids.shape
+    Row, Slots = Axis("row", num_rows), Axis("key_position", prompt_slots + config.max_new_tokens)
+    key_positions = _key_positions(batch.lengths, prompt_slots, Slots.size)
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.indices)
+
+    def logits(ids, positions, slot, cache, read_at) -> tuple[Array, KeyValueCache]:
+        """float32[row, vocab] at column `read_at` of each row."""
+        Pos = Axis("position", ids.shape[1])
+        position_ids = hax.named(positions, (Row, Pos))
+        mask = CachedMask(position_ids, hax.named(key_positions, (Row, Slots)))
+        hidden, cache = model.model(hax.named(ids, (Row, Pos)), position_ids, mask, cache=cache, slot=slot)
+        assert cache is not None
+        last = hidden["position", hax.named(read_at, Row)]
+        return model.head(last).rearrange((Row, model.config.Vocab)).array.astype(jnp.float32), cache
+
+    def step(state: _Decoding, logits: Array, cache: KeyValueCache) -> _Decoding:
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.num_new)
+        ids = choose(logits, step_keys, config)
+        new_ids = jax.lax.dynamic_update_slice(state.new_ids, ids[:, None], (jnp.int32(0), state.num_new))
+        stopped = (ids[:, None] == stop_ids[None, :]).any(axis=1)
+        return _Decoding(state.num_new + 1, new_ids, state.done | stopped, cache)
+
+    def go_on(state: _Decoding) -> Array:
+        return (state.num_new < config.max_new_tokens) & ~state.done.all()
+
+    def decode(state: _Decoding) -> _Decoding:
+        last = state.num_new - 1
+        ids = jax.lax.dynamic_slice_in_dim(state.new_ids, last, 1, axis=1)
+        positions = (batch.lengths + last)[:, None]
+        next_logits, cache = logits(ids, positions, prompt_slots + last, state.cache, jnp.zeros_like(batch.lengths))
+        return step(state, next_logits, cache)
+
+    new_ids = jnp.zeros((num_rows, config.max_new_tokens), dtype=jnp.int32)
+    cache = KeyValueCache.empty(model.config, Row, Slots.size, model.model.embed_tokens.weight.dtype)
+    # Padding must not look like a longer prompt: `dynamic` rotary scaling depends on the largest position.
+    positions = jnp.minimum(jnp.arange(prompt_slots)[None, :], batch.lengths[:, None] - 1)
+    first_logits, cache = logits(batch.ids, positions, jnp.int32(0), cache, batch.lengths - 1)
+    state = step(_Decoding(jnp.int32(0), new_ids, batch.is_filler, cache), first_logits, cache)
+    return jax.lax.while_loop(go_on, decode, state).new_ids
+
+
+def _key_positions(lengths: Array, prompt_slots: int, slots: int) -> Array:
+    """int32[row, slot]: the position of the key in each slot, negative where a prompt is padded.
+
+    New tokens go to the slots after the padding and to the positions after the prompt. Those not yet written are hidden
+    by causality: they lie after every query.
+    """
+    slot, lengths = jnp.arange(slots)[None, :], lengths[:, None]
+    return jnp.where(slot < prompt_slots, jnp.where(slot < lengths, slot, -1), slot - prompt_slots + lengths)
+
+
+def choose(logits: Array, keys: Array, config: GenerationConfig) -> Array:
+    """int32[row]: the next token of each row, from float32[row, vocab] and a random key a row."""
+    if config.temperature == 0.0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = filter_logits(logits / config.temperature, config)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def filter_logits(logits: Array, config: GenerationConfig) -> Array:
+    """float32[row, vocab] with -inf for the tokens that top_k, and then top_p among the rest, leave out."""
+    vocab_size = logits.shape[-1]
+    if config.top_k is not None:
+        smallest = jax.lax.top_k(logits, min(config.top_k, vocab_size))[0][:, -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if config.top_p < 1.0:
+        ascending = jnp.argsort(logits, axis=-1)
+        up_to = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, ascending, axis=-1), axis=-1), axis=-1)
+        # The least likely tokens that add up to 1 - top_p go; the likeliest one stays whatever top_p is.
+        kept = (up_to > 1.0 - config.top_p) | (jnp.arange(vocab_size)[None, :] == vocab_size - 1)
+        kept = jnp.put_along_axis(jnp.zeros_like(kept), ascending, kept, axis=-1, inplace=False)
+        logits = jnp.where(kept, logits, -jnp.inf)
+    return logits
+
+
+def _until(ids: list[int], stop_ids: Collection[int]) -> list[int]:
+    end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
+    return ids[:end]
+
+
+def _check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> None:
+    limit, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompts[{i}] has no tokens; a completion needs at least one to go on from")
+        if bad := [token for token in prompt if not 0 <= token < vocab_size]:
+            raise ValueError(f"prompts[{i}] holds token {bad[0]}, but the model knows 0 to {vocab_size - 1}")
+    longest = max(map(len, prompts), default=0)
+    if longest + config.max_new_tokens > limit:
+        logger.warning(
+            "The longest prompt has %d tokens; with max_new_tokens=%d that can pass the model's "
+            "max_position_embeddings=%d, and completions beyond are often poor.",
+            longest,
+            config.max_new_tokens,
+            limit,
+        )

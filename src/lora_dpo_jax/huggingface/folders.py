@@ -1,0 +1,146 @@
+"""Where models come from, and how exports are put in place whole or not at all."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+import fsspec
+from huggingface_hub import snapshot_download
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
+# Repositories hold more than the model in Hugging Face's format: other formats in folders, Mistral's own beside it.
+NOT_MODEL_FILES = ["*/*", "consolidated*"]
+# An export without one of these is not whole: no reader takes it for a model or an adapter.
+MARKERS = ("config.json", "adapter_config.json")
+
+
+def local_folder(name_or_path: str | Path, *, revision: str | None = None, patterns: list[str] | None = None) -> Path:
+    """The folder itself if it exists, else a copy of what a URL (gs://...) or a hub id names, downloaded once.
+
+    `patterns` are the file names to fetch. Raises FileNotFoundError if there is no such thing.
+    """
+    name = str(name_or_path)
+    if is_url(name):
+        return _download(name, patterns or MODEL_FILES)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.count("/") > 1 or name.startswith((".", "~", "/")):
+        raise FileNotFoundError(f"{name}: no such folder")
+    try:
+        files = snapshot_download(
+            name, revision=revision, allow_patterns=patterns or MODEL_FILES, ignore_patterns=NOT_MODEL_FILES
+        )
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder here nor a repository that the Hugging Face hub gave: {error}"
+        ) from error
+    return Path(files)
+
+
+@contextmanager
+def export_folder(target: str | Path) -> Iterator[Path]:
+    """Yields a local folder to write an export into; it is put at `target`, a path or a URL, when the block ends.
+
+    A former export at `target` is replaced, subfolders stay. Raises FileExistsError if files of another kind are there.
+    """
+    if not is_url(target):
+        with atomic_folder(Path(target)) as folder:
+            yield folder
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        _remote_files(str(target))  # fails before the work, not after, where the target cannot be written
+        yield Path(folder)
+        _upload(Path(folder), str(target))
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yields a new folder to write into; it takes `target`'s name only when the block ends without an error.
+
+    A killed run leaves a `.tmp-*` folder beside the target, never half an export. What was at `target` is treated as
+    `export_folder` says.
+    """
+    target = target.expanduser().absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_foreign_files(target, [child.name for child in _children(target) if child.is_file()])
+    temporary = target.parent / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    former = target.parent / f".old-{target.name}-{uuid.uuid4().hex[:8]}"
+    for child in _children(target):
+        if child.is_dir() and not (temporary / child.name).exists():
+            os.replace(child, temporary / child.name)
+    if target.exists():
+        os.replace(target, former)
+    os.replace(temporary, target)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def is_url(name_or_path: str | Path) -> bool:
+    """Whether fsspec must fetch it: gs://, s3://, memory://, ..."""
+    return "://" in str(name_or_path)
+
+
+def _children(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _refuse_foreign_files(target: str | Path, names: list[str]) -> None:
+    if names and not any(marker in names for marker in MARKERS):
+        raise FileExistsError(
+            f"{target} holds files, but none of {', '.join(MARKERS)}: it is no former export, so it is not replaced. "
+            f"Choose another path. Found: {names[:5]}"
+        )
+
+
+def _download(url: str, patterns: list[str]) -> Path:
+    files, root = fsspec.core.url_to_fs(url)
+    if not files.isdir(root):
+        raise FileNotFoundError(f"{url}: no such folder")
+    wanted = {}
+    for entry in files.ls(root, detail=True):
+        name = PurePosixPath(entry["name"]).name
+        if entry["type"] == "file" and any(fnmatch(name, pattern) for pattern in patterns):
+            wanted[name] = entry
+    # Sizes, times and checksums are in the entries: a changed folder is another one.
+    described = [url, *(str(sorted(entry.items())) for _, entry in sorted(wanted.items()))]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    target = cache / "lora_dpo_jax" / hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
+    if not target.exists():
+        with atomic_folder(target) as folder:
+            for name, entry in wanted.items():
+                files.get_file(entry["name"], str(folder / name))
+    return target
+
+
+def _remote_files(url: str) -> list[str]:
+    """Paths of the files at `url`; FileExistsError if they are no former export."""
+    files, root = fsspec.core.url_to_fs(url)
+    if not files.isdir(root):
+        return []
+    found = [entry["name"] for entry in files.ls(root, detail=True) if entry["type"] == "file"]
+    _refuse_foreign_files(url, [PurePosixPath(path).name for path in found])
+    return found
+
+
+def _upload(folder: Path, url: str) -> None:
+    """Replaces the files at `url`, the marker going first and coming last."""
+    files, root = fsspec.core.url_to_fs(url)
+    for path in sorted(_remote_files(url), key=lambda path: PurePosixPath(path).name not in MARKERS):
+        files.rm_file(path)
+    local = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in sorted(local, key=lambda path: path.name in MARKERS):
+        remote = f"{root}/{path.relative_to(folder).as_posix()}"
+        files.makedirs(remote.rpartition("/")[0], exist_ok=True)
+        files.put_file(str(path), remote)

@@ -1,0 +1,213 @@
+"""Models in Hugging Face's format: `config.json` and safetensors, read straight to their devices and written back."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import haliax.nn as hnn
+import jax
+import numpy as np
+from haliax import Axis
+
+from lora_dpo_jax.huggingface.adapters import LayerAdapter, layer_adapters
+from lora_dpo_jax.huggingface.folders import export_folder
+from lora_dpo_jax.huggingface.tensors import TensorFiles, abridged, axes_of, sharded_array, write_shards
+from lora_dpo_jax.models import CausalLM, DecoderConfig, config_from_hf
+
+# Old checkpoints store what is computed from the config.
+COMPUTED = re.compile(r".*rotary_emb\.inv_freq")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+OTHER_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """The architecture in `folder`/config.json; ValueError names the folder and what is not supported."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        return config_from_hf(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def load_model(
+    folder: Path, config: DecoderConfig, *, dtype: Any, mapping: Mapping[str, Any] | None = None
+) -> CausalLM:
+    """The pretrained model with its weights in `dtype`.
+
+    Under a mesh, `mapping` (axis name to mesh axis) says how weights are sharded; each device reads only its part, and
+    host memory holds one array's part at a time. Missing, surplus and misshapen tensors raise ValueError.
+    """
+    tensors = TensorFiles(folder)
+    template = eqx.filter_eval_shape(CausalLM.init, config, key=jax.random.key(0))
+    _refuse_other_tensors(tensors, template)
+    return map_parameters(lambda parameter: _read_parameter(tensors, parameter, dtype, mapping), template)
+
+
+def save_merged(
+    model: CausalLM, source: Path, folder: str | Path, *, tokenizer: Any = None, max_shard_bytes: int = 5 * 2**30
+) -> None:
+    """Writes the checkpoint in `source` with the adapters of `model` folded in, to a path or a URL.
+
+    Each tensor is computed from that of `source`, not from the model's copy of it, and keeps the dtype and the name it
+    has there; those without adapters keep their bits. `tokenizer`, if given, is saved in place of the source's. Every
+    process of a run must call this; the first one writes, holding one shard in memory.
+    """
+    adapters = {f"{adapter.name}.weight": adapter for adapter in layer_adapters(model)}
+    if jax.process_index() != 0:
+        return
+    tensors = TensorFiles(source)
+    _refuse_other_source(adapters, tensors)
+
+    def merged(name: str) -> np.ndarray:
+        tensor = tensors.read(name)
+        if name not in adapters:
+            return tensor
+        # Summed in float32 and rounded once, as LoraLinear.merged and PEFT do.
+        return (tensor.astype(np.float32) + adapters[name].delta()).astype(tensor.dtype)
+
+    with export_folder(folder) as exported:
+        _copy_files(source, exported, OTHER_FILES if tokenizer is not None else OTHER_FILES + TOKENIZER_FILES)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(exported)
+        num_bytes = {name: tensors.num_bytes(name) for name in tensors.names}
+        write_shards(exported, num_bytes, merged, max_shard_bytes=max_shard_bytes)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One array of the model and the tensors it is made of: one per layer if it is stacked, else one."""
+
+    names: tuple[str, ...]
+    axes: tuple[Axis, ...]
+    is_stacked: bool
+    sides: tuple[tuple[Axis, ...], ...]  # what the tensors' dimensions are on disk: (out, in) for a matrix
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        return tuple(_size(side) for side in self.sides)
+
+
+def map_parameters(fn: Callable[[Parameter], jax.Array], model: CausalLM) -> CausalLM:
+    """Replaces each array of a model without adapters by `fn(its parameter)`, keeping the axes."""
+
+    def is_layer(node):
+        return isinstance(node, hnn.Linear | hnn.Embedding | hnn.RmsNorm)
+
+    def visit(path, layer):
+        if not is_layer(layer):
+            return layer
+        fields = [field for field in ("weight", "bias") if getattr(layer, field, None) is not None]
+        prefix = ".".join(part.name for part in path)
+        arrays = [fn(_parameter(f"{prefix}.{field}", layer, field)) for field in fields]
+        return eqx.tree_at(lambda node: [getattr(node, field).array for field in fields], layer, arrays)
+
+    return jax.tree_util.tree_map_with_path(visit, model, is_leaf=is_layer)
+
+
+def _parameter(path: str, layer: Any, field: str) -> Parameter:
+    if isinstance(layer, hnn.Linear):
+        sides = (layer.Out,) if field == "bias" else (layer.Out, layer.In)
+    elif isinstance(layer, hnn.Embedding):
+        sides = (layer.Vocab, layer.Embed)
+    else:
+        sides = (layer.axis,)
+    axes = getattr(layer, field).axes
+    before, is_stacked, after = path.partition(".stacked.")
+    names = tuple(f"{before}.{i}.{after}" for i in range(axes[0].size)) if is_stacked else (path,)
+    return Parameter(names, axes, bool(is_stacked), tuple(axes_of(side) for side in sides))
+
+
+def _refuse_other_tensors(tensors: TensorFiles, template: CausalLM) -> None:
+    """ValueError unless the files hold what the template needs, and nothing else."""
+    needed: dict[str, tuple[int, ...]] = {}
+
+    def remember(parameter: Parameter) -> Any:
+        needed.update(dict.fromkeys(parameter.names, parameter.tensor_shape))
+        return jax.ShapeDtypeStruct((), np.float32)
+
+    map_parameters(remember, template)
+    found = [name for name in tensors.names if not COMPUTED.fullmatch(name)]
+    if template.config.tie_word_embeddings and HEAD in found and EMBEDDING in found:
+        found.remove(HEAD)
+        _refuse_another_head(tensors)
+    if missing := [name for name in needed if name not in found]:
+        raise ValueError(f"{tensors.folder}: tensors are missing: {abridged(missing)}")
+    if surplus := [name for name in found if name not in needed]:
+        raise ValueError(
+            f"{tensors.folder}: holds tensors that config.json's architecture has no place for: {abridged(surplus)}"
+        )
+    for name, shape in needed.items():
+        if tensors.shape(name) != shape:
+            raise ValueError(
+                f"{tensors.folder}: tensor {name} has shape {tensors.shape(name)}, but config.json asks for {shape}"
+            )
+
+
+def _refuse_another_head(tensors: TensorFiles) -> None:
+    if not np.array_equal(tensors.read(HEAD), tensors.read(EMBEDDING)):
+        raise ValueError(
+            f"{tensors.folder}: config.json ties the head to the input embedding, but {HEAD} differs from {EMBEDDING}; "
+            "set tie_word_embeddings to false there if the head is meant"
+        )
+
+
+def _read_parameter(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapping) -> jax.Array:
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        if not parameter.is_stacked:
+            return _read_part(tensors.view(parameter.names[0]), parameter.sides, index).astype(dtype)
+        parts = [tensors.view(name) for name in parameter.names[index[0]]]
+        return np.stack([_read_part(part, parameter.sides, index[1:]).astype(dtype) for part in parts])
+
+    return sharded_array(parameter.axes, mapping, read)
+
+
+def _read_part(view: Any, sides: tuple[tuple[Axis, ...], ...], index: tuple[slice, ...]) -> np.ndarray:
+    """The part `index`, one slice per axis, of a tensor whose sides are flattened on disk."""
+    rows = sides[0]
+    # Only the outermost axis of the rows can be cut on disk; the other cuts are made in memory.
+    per_row = _size(rows[1:])
+    start, stop, _ = index[0].indices(rows[0].size)
+    block = view[start * per_row : stop * per_row]
+    rest = [axis.size for side in (rows[1:], *sides[1:]) for axis in side]
+    return block.reshape(stop - start, *rest)[(slice(None), *index[1:])]
+
+
+def _size(axes: tuple[Axis, ...]) -> int:
+    return int(np.prod([axis.size for axis in axes]))
+
+
+def _refuse_other_source(adapters: dict[str, LayerAdapter], tensors: TensorFiles) -> None:
+    for name, adapter in adapters.items():
+        shape = (adapter.lora_B.shape[0], adapter.lora_A.shape[1])
+        if name not in tensors.names:
+            raise ValueError(f"{tensors.folder}: has no tensor {name}, which has an adapter; is it the model's source?")
+        if tensors.shape(name) != shape:
+            raise ValueError(f"{tensors.folder}: tensor {name} has shape {tensors.shape(name)}, its adapter {shape}")
+
+
+def _copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        for path in source.glob(pattern):
+            if path.is_file():
+                copy = target / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)

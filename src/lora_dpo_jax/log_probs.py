@@ -1,0 +1,193 @@
+"""From a model and a packed batch to the log-probabilities of its pairs, with no `[tokens, vocab]` array.
+
+Only hidden states that predict a response token reach the head, a block at a time. Each block's logits live in float32
+for as long as the block is computed; the backward pass does not build them again: what the forward pass keeps is the
+gradient of each log-probability with respect to its hidden state, an array as large as those states.
+"""
+
+import functools
+from typing import Any
+
+import equinox as eqx
+import haliax as hax
+import haliax.nn as hnn
+import jax
+import jax.numpy as jnp
+from haliax import Axis, NamedArray
+
+from lora_dpo_jax.data.packing import PAIR, POSITION, ROW, TARGET, PreferenceBatch
+from lora_dpo_jax.lora import trainable_filter
+from lora_dpo_jax.losses import PairLogProbs
+from lora_dpo_jax.models import CausalLM, PackedMask
+
+BLOCK_LOGITS_BYTES = 2**26  # how much a block's logits may take, unless 64 targets a row take more
+
+
+def pair_log_probs(model: CausalLM, batch: PreferenceBatch, *, key=None) -> PairLogProbs:
+    """Sums of log p(token) over each response, float32 {row, pair}, for one micro-batch.
+
+    `key` switches the adapters' dropout on. Empty pairs get 0.
+    """
+    mask = PackedMask(batch.segment_ids, batch.branch_ids, batch.position_ids)
+    k_model, k_head = hax.jax_utils.maybe_rng_split(key, 2)
+    hidden, _ = model.model(batch.tokens, batch.position_ids, mask, key=k_model)
+    per_token = target_log_probs(model.head, hidden, batch.source, batch.target_ids, batch.target_slot >= 0, key=k_head)
+
+    Pair = batch.pair_ids.resolve_axis(PAIR)
+    Slot = Axis("slot", 2 * Pair.size)
+    belongs = batch.target_slot.broadcast_axis(Slot) == hax.arange(Slot)
+    summed = hax.dot(per_token, belongs.astype(jnp.float32), axis=TARGET)
+    summed = summed.unflatten_axis(Slot, (Pair, Axis("response", 2)))
+    return PairLogProbs(
+        chosen=summed["response", 0],
+        rejected=summed["response", 1],
+        chosen_tokens=batch.chosen_tokens,
+        rejected_tokens=batch.rejected_tokens,
+    )
+
+
+def target_log_probs(
+    head: Any, hidden: NamedArray, source: NamedArray, target_ids: NamedArray, is_target: NamedArray, *, key=None
+) -> NamedArray:
+    """log p(target | hidden state at source), float32 {row, target}; 0 where `is_target` is false.
+
+    `head` is a Linear or LoraLinear to {vocab}; `hidden` is {row, position, embed}; the other three are
+    {row, target}, with true targets first. A head without adapters gets no gradient at all, not even a zero one.
+    """
+    adapters, weights = eqx.partition(head, trainable_filter(head))
+    return _target_log_probs(adapters, hidden, weights, (source, target_ids, is_target), key)
+
+
+@jax.custom_vjp
+def _target_log_probs(adapters, hidden, weights, targets, key):
+    log_probs, _ = _forward(adapters, hidden, weights, targets, key, keep_gradients=False)
+    return log_probs
+
+
+def _target_log_probs_fwd(adapters, hidden, weights, targets, key):
+    recompute = bool(jax.tree.leaves(adapters))
+    log_probs, gradients = _forward(adapters, hidden, weights, targets, key, keep_gradients=not recompute)
+    return log_probs, (adapters, hidden, weights, targets, key, gradients)
+
+
+def _target_log_probs_bwd(saved, cotangent: NamedArray):
+    adapters, hidden, weights, targets, key, gradients = saved
+    source, _, is_target = targets
+    cotangent = hax.where(is_target, cotangent, 0.0)
+    if gradients is not None:
+        per_target = gradients * cotangent.astype(gradients.dtype)
+        return None, _scatter(per_target, source, hidden), None, None, None
+    d_adapters, d_hidden = _recompute_gradients(adapters, hidden, weights, targets, key, cotangent)
+    return d_adapters, d_hidden, None, None, None
+
+
+_target_log_probs.defvjp(_target_log_probs_fwd, _target_log_probs_bwd)
+
+
+def _forward(adapters, hidden, weights, targets, key, *, keep_gradients: bool):
+    """Log-probs and, if asked for, their gradients {row, target, embed} with respect to the hidden states."""
+    head = eqx.combine(adapters, weights)
+    source, _, is_target = targets
+    Block, num_blocks = _blocks(head, is_target)
+    Embed = hidden.resolve_axis(head_input(head).name)
+
+    def one_block(index, carry):
+        log_probs, gradients = carry
+        at = index * Block.size
+        states, targets_here = _take_block(hidden, targets, at, Block)
+        block_log_probs, pull = _block_log_probs(head, states, targets_here, key, index, keep_gradients)
+        log_probs = log_probs.updated_slice({TARGET: at}, block_log_probs)
+        if keep_gradients:
+            gradients = gradients.updated_slice({TARGET: at}, pull)
+        return log_probs, gradients
+
+    log_probs = hax.zeros_like(is_target, dtype=jnp.float32)
+    gradients = hax.zeros((*source.axes, Embed), dtype=hidden.dtype) if keep_gradients else None
+    return jax.lax.fori_loop(0, num_blocks, one_block, (log_probs, gradients))
+
+
+def _block_log_probs(head, states, targets, key, index, keep_gradients: bool):
+    """log p of a block {row, target} and, if asked for, its gradient with respect to `states`."""
+    _, target_ids, is_target = targets
+    Vocab = head_output(head)
+    logits_of = functools.partial(_logits, head, key=key, index=index)
+    if keep_gradients:
+        logits, pullback = jax.vjp(logits_of, states)
+    else:
+        logits, pullback = logits_of(states), None
+    log_normalizer = hnn.logsumexp(logits, axis=Vocab)
+    is_target_id = (target_ids.broadcast_axis(Vocab) == hax.arange(Vocab)).rearrange(logits.axes)
+    target_logit = hax.sum(hax.where(is_target_id, logits, 0.0), axis=Vocab)
+    log_probs = hax.where(is_target, target_logit - log_normalizer, 0.0)
+    if pullback is None:
+        return log_probs, None
+    (gradients,) = pullback((is_target_id - hax.exp(logits - log_normalizer)).rearrange(logits.axes))
+    return log_probs, gradients
+
+
+def _recompute_gradients(adapters, hidden, weights, targets, key, cotangent):
+    """Gradients of a head that has adapters: its blocks are computed again, one at a time."""
+    head = eqx.combine(adapters, weights)
+    Block, num_blocks = _blocks(head, targets[2])
+
+    def one_block(index, carry):
+        d_adapters, d_hidden = carry
+        at = index * Block.size
+        states, targets_here = _take_block(hidden, targets, at, Block)
+
+        def log_probs_of(adapters, states):
+            head = eqx.combine(adapters, weights)
+            return _block_log_probs(head, states, targets_here, key, index, keep_gradients=False)[0]
+
+        _, pullback = jax.vjp(log_probs_of, adapters, states)
+        more_adapters, d_states = pullback(cotangent[{TARGET: hax.ds(at, Block)}])
+        d_hidden = d_hidden + _scatter(d_states, targets_here[0], hidden)
+        return jax.tree.map(jnp.add, d_adapters, more_adapters), d_hidden
+
+    zeros = jax.tree.map(jnp.zeros_like, adapters), hax.zeros_like(hidden)
+    return jax.lax.fori_loop(0, num_blocks, one_block, zeros)
+
+
+def _logits(head, states: NamedArray, *, key, index) -> NamedArray:
+    """Float32 logits; a block has its own dropout."""
+    return head(states, key=None if key is None else jax.random.fold_in(key, index)).astype(jnp.float32)
+
+
+def _blocks(head, is_target: NamedArray) -> tuple[Axis, jax.Array]:
+    """The axis of a block of targets, and how many blocks hold a target in any row."""
+    Target, rows = is_target.resolve_axis(TARGET), is_target.resolve_axis(ROW).size
+    size = max(64, BLOCK_LOGITS_BYTES // (4 * head_output(head).size * rows))
+    # Blocks of equal size, so that the last one does not reach beyond the targets.
+    size = next(size for size in range(min(size, Target.size), 0, -1) if Target.size % size == 0)
+    longest = hax.max(hax.sum(is_target, axis=TARGET))
+    return Target.resize(size), -(-longest.scalar() // size)
+
+
+def _take_block(hidden: NamedArray, targets, at, Block: Axis):
+    """The hidden states that predict targets `at` to `at + Block.size`, {row, target, embed}, and these targets."""
+    here = tuple(x[{TARGET: hax.ds(at, Block)}] for x in targets)
+    return _gather(hidden, here[0]), here
+
+
+def _gather(hidden: NamedArray, source: NamedArray) -> NamedArray:
+    """hidden {row, position, embed} at source {row, target}."""
+    Row, Target, Embed = (*source.axes, hidden.axes[-1])
+    hidden = hidden.rearrange((ROW, POSITION, Embed))
+    taken = jnp.take_along_axis(hidden.array, source.array[:, :, None], axis=1)
+    return hax.named(taken, (Row, Target, Embed))
+
+
+def _scatter(values: NamedArray, source: NamedArray, like: NamedArray) -> NamedArray:
+    """The transpose of `_gather`: adds values {row, target, embed} up at their sources, in the axes of `like`."""
+    values = values.rearrange((ROW, TARGET, like.axes[-1]))
+    row = jnp.arange(values.axes[0].size)[:, None]
+    zeros = jnp.zeros([axis.size for axis in like.axes], dtype=like.dtype)
+    return hax.named(zeros.at[row, source.array].add(values.array.astype(like.dtype)), like.axes)
+
+
+def head_input(head) -> Axis:
+    return getattr(head, "wrapped", head).In
+
+
+def head_output(head) -> Axis:
+    return getattr(head, "wrapped", head).Out

@@ -1,0 +1,219 @@
+"""Completions of a base model, an adapter or a merged model.
+
+python -m lora_dpo_jax.main.generate --model <folder or hub id> [--adapter <PEFT folder>] --prompt Hello [--prompt ...]
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import draccus
+import jax
+import jax.numpy as jnp
+from fsspec.core import url_to_fs
+from transformers import AutoTokenizer
+
+from lora_dpo_jax.data.sources import RowError, RowFile, decompress, suffixes
+from lora_dpo_jax.generation import GenerationConfig, complete, read_stop_ids
+from lora_dpo_jax.huggingface.adapters import load_adapter
+from lora_dpo_jax.huggingface.folders import local_folder
+from lora_dpo_jax.huggingface.weights import load_model, read_config
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | list[dict[str, Any]]
+DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(GenerationConfig):
+    """Which model completes which prompts. Inherits, so that --temperature and the like need no prefix."""
+
+    model: str  # folder or hub id of a base or merged model, or of an adapter that names its base
+    adapter: str | None = None  # a PEFT folder (or hub id) on top of `model`
+    tokenizer: str | None = None  # null: the adapter's if it brings one, else the model's
+    # On the command line also --prompt TEXT, repeated at will; its text is taken literally, this list is YAML.
+    prompts: list[str] = field(default_factory=list)
+    prompts_file: str | None = None  # .txt: one a line; .jsonl: `prompt`, a string or a list of messages
+    system: str | None = None  # the system message before each prompt
+    chat: bool = True  # false: prompts that are strings do not go through the chat template
+    chat_template: str | None = None  # a Jinja template, instead of the tokenizer's own
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # such as {enable_thinking: false}
+    dtype: Literal["f32", "bf16"] | None = None  # of the weights; null: f32 on CPU, bf16 on accelerators
+    output: str | None = None  # a .jsonl to write `prompt` and `completion` to
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.prompts and self.prompts_file is None:
+            raise ValueError("nothing to complete: give prompts (or --prompt), prompts_file or both")
+        if self.system is not None and not self.chat:
+            raise ValueError("system needs the chat template, which chat=false leaves out; drop one of the two")
+
+    @property
+    def generation(self) -> GenerationConfig:
+        return GenerationConfig(**{f.name: getattr(self, f.name) for f in fields(GenerationConfig)})
+
+
+def main(config: GenerateConfig) -> list[str]:
+    """Prints each prompt with its completion, writes them to `output` if it is set, and returns the completions."""
+    prompts = [_with_system(prompt, config.system) for prompt in _read_prompts(config)]
+    base, adapter = _model_folders(config)
+    tokenizer = _load_tokenizer(config, base, adapter)
+    dtype = config.dtype or ("f32" if jax.default_backend() == "cpu" else "bf16")
+    model = load_model(base, read_config(base), dtype=DTYPES[dtype])
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+
+    completions = complete(
+        model,
+        tokenizer,
+        prompts,
+        config.generation,
+        stop_ids=read_stop_ids(base),
+        chat=config.chat,
+        **_template_kwargs(config),
+    )
+    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
+        print(f"=== prompt {number}\n{_readable(prompt)}\n--- completion\n{completion}\n", flush=True)
+    if config.output is not None:
+        _write(Path(config.output), prompts, completions)
+    return completions
+
+
+def _read_prompts(config: GenerateConfig) -> list[Prompt]:
+    prompts: list[Prompt] = list(config.prompts)
+    if config.prompts_file is not None:
+        prompts += _file_prompts(config.prompts_file)
+        if not prompts:
+            raise ValueError(f"prompts_file={config.prompts_file!r} holds no prompts")
+    return prompts
+
+
+def _file_prompts(url: str) -> Iterator[Prompt]:
+    filesystem, path = url_to_fs(url)
+    if not filesystem.isfile(path):
+        raise FileNotFoundError(f"prompts_file={url!r} is not a file")
+    suffix, compression = suffixes(path)
+    if suffix == "txt":
+        with filesystem.open(path, "rb") as raw:
+            lines = decompress(raw, compression).read().decode("utf-8").splitlines()
+        yield from (line for line in lines if line.strip())
+    elif suffix == "jsonl":
+        for number, row in RowFile(url, filesystem, path).rows():
+            yield _row_prompt(row, f"prompts_file={url!r}, row {number}")
+    else:
+        raise ValueError(f"prompts_file={url!r}: the suffix must be .txt or .jsonl (then .gz, .zst, ... if compressed)")
+
+
+def _row_prompt(row: Any, origin: str) -> Prompt:
+    if isinstance(row, RowError):
+        raise row
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    is_message = lambda item: isinstance(item, dict) and isinstance(item.get("role"), str)  # noqa: E731
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(map(is_message, prompt))):
+        return prompt
+    found = sorted(row) if isinstance(row, dict) and prompt is None else repr(prompt or row)[:80]
+    raise ValueError(f"{origin}: needs `prompt`, a string or a list of messages (`role`, `content`); found {found}")
+
+
+def _with_system(prompt: Prompt, system: str | None) -> Prompt:
+    if system is None:
+        return prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if messages[0]["role"] == "system":
+        raise ValueError(f"system is set, but a prompt has a system message already: {messages[0]}")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _model_folders(config: GenerateConfig) -> tuple[Path, Path | None]:
+    """The folder of the base (or merged) model, and that of the adapter on top of it."""
+    model = _folder("model", config.model)
+    if not _is_adapter(model) or any(model.glob("model*.safetensors")):
+        adapter = None if config.adapter is None else _folder("adapter", config.adapter)
+        if adapter is not None and not _is_adapter(adapter):
+            raise ValueError(f"adapter={config.adapter!r} is no PEFT adapter: {adapter} has no adapter_config.json")
+        return model, adapter
+    if config.adapter is not None:
+        raise ValueError(
+            f"model={config.model!r} is an adapter itself, and adapter={config.adapter!r} would be a second one: set "
+            "model to their base"
+        )
+    settings = json.loads((model / "adapter_config.json").read_text())
+    base = settings.get("base_model_name_or_path")
+    found = f"model={config.model!r} is an adapter, and its base_model_name_or_path={base!r}"
+    advice = "Set model to the base model's folder or hub id, and adapter to this folder"
+    if not base:
+        raise ValueError(f"{found} names no base model. {advice}")
+    try:
+        return local_folder(base, revision=settings.get("revision")), model
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{found} cannot be had: {error}. {advice}") from error
+
+
+def _folder(setting: str, name_or_path: str) -> Path:
+    try:
+        return local_folder(name_or_path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{setting}: {error}") from error
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists()
+
+
+def _load_tokenizer(config: GenerateConfig, base: Path, adapter: Path | None) -> Any:
+    brings_one = adapter is not None and (adapter / "tokenizer_config.json").exists()
+    folder = adapter if brings_one else base
+    if config.tokenizer is not None:
+        folder = _folder("tokenizer", config.tokenizer)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no tokenizer that loads; set tokenizer. {error}") from error
+    has_template = tokenizer.chat_template or config.chat_template
+    if config.system is not None and not has_template:
+        raise ValueError(f"system needs a chat template, and the tokenizer of {folder} has none: set chat_template")
+    if config.chat and not has_template:
+        logger.warning("The tokenizer of %s has no chat template: prompts that are strings are raw text", folder)
+    return tokenizer
+
+
+def _template_kwargs(config: GenerateConfig) -> dict[str, Any]:
+    override = {} if config.chat_template is None else {"chat_template": config.chat_template}
+    return {**config.chat_template_kwargs, **override}
+
+
+def _readable(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"[{message['role']}] {message.get('content', '')}" for message in prompt)
+
+
+def _write(path: Path, prompts: Sequence[Prompt], completions: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for prompt, completion in zip(prompts, completions, strict=True):
+            file.write(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False) + "\n")
+
+
+def parse(args: Sequence[str]) -> GenerateConfig:
+    """The configuration of a command line."""
+    # draccus reads values as YAML, to which "Translate: hello" is a mapping.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--prompt", action="append", default=[])
+    literal, rest = parser.parse_known_args(args)
+    if literal.prompt:
+        if any(arg.split("=")[0] == "--prompts" for arg in rest):
+            raise ValueError("--prompt and --prompts are two ways to say the same: use one")
+        rest += ["--prompts", json.dumps(literal.prompt, ensure_ascii=False)]
+    return draccus.parse(GenerateConfig, args=rest)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    main(parse(sys.argv[1:]))

@@ -1,0 +1,186 @@
+"""What training and evaluation both begin with: the settings of a run, its model, its pairs, its held-out scores."""
+
+import dataclasses
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import draccus
+import jmp
+from transformers import AutoTokenizer
+
+from lora_dpo_jax.data.cache import TokenizedPairs, load_pairs
+from lora_dpo_jax.data.loader import PairTable, split_by_prompt, whole_table
+from lora_dpo_jax.data.preferences import PreferenceDataConfig
+from lora_dpo_jax.evaluation import PairScorer
+from lora_dpo_jax.generation import GenerationConfig
+from lora_dpo_jax.huggingface.adapters import load_adapter
+from lora_dpo_jax.huggingface.folders import local_folder
+from lora_dpo_jax.huggingface.weights import load_model, read_config
+from lora_dpo_jax.lora import LoraConfig
+from lora_dpo_jax.losses import Dpo, PreferenceLoss
+from lora_dpo_jax.models import CausalLM, DecoderConfig
+from lora_dpo_jax.models.decoder import CHECKPOINT_POLICIES
+from lora_dpo_jax.sharding import Placement
+from lora_dpo_jax.training.optimizer import OptimizerConfig
+from lora_dpo_jax.training.trainer import TrainerConfig
+
+logger = logging.getLogger("lora_dpo_jax")
+
+TOKENIZER_FILES = ["*token*", "*.jinja", "*.model", "vocab*", "merges*", "config.json"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """How the pretrained model is held and computed."""
+
+    dtype: str | None = None  # of the frozen weights (f32, bf16); null: that of computation, see trainer.mp
+    gradient_checkpointing: str = "full"  # none, full or nested: see models/decoder.py for what each costs
+
+    def __post_init__(self):
+        if self.gradient_checkpointing not in CHECKPOINT_POLICIES:
+            raise ValueError(
+                f"model.gradient_checkpointing={self.gradient_checkpointing!r} must be one of {[*CHECKPOINT_POLICIES]}"
+            )
+        if self.dtype is not None:
+            _parse_dtype(self.dtype)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A LoRA-DPO run. Names are those of Levanter's `lora_dpo` where it has one."""
+
+    data: PreferenceDataConfig
+    initialize_from_hf: str  # the base model: a folder, a URL or a hub id
+    hf_revision: str | None = None
+    train_seq_len: int = 1024  # tokens; bounds prompt + one response
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    loss: PreferenceLoss = field(default_factory=Dpo)
+    beta: float | None = None  # the short form of loss.beta
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    # Go on training this adapter instead of a new one; `lora` then follows its adapter_config.json, but for dropout.
+    initialize_from_peft: str | None = None
+    # What the policy is held to in that case: the adapter as it was given, as in TRL, or the bare base.
+    peft_reference: Literal["adapter", "base"] = "adapter"
+
+    validation_split_fraction: float = 0.1  # held out by prompt, unless a component has validation files of its own
+
+    peft_save_path: str | None = None  # a folder or a URL; the final adapter
+    merged_hf_save_path: str | None = None  # likewise; the final merged model
+    hf_save_steps: int | None = None  # also export to <path>/step-<n> every so many steps
+
+    preview: int = 0  # print so many tokenized pairs, coloured by role, and stop
+    sample_prompts: list[str] = field(default_factory=list)  # completed before and after training
+    generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(max_new_tokens=64))
+
+    def __post_init__(self):
+        if not 0.0 <= self.validation_split_fraction < 1.0:
+            raise ValueError(f"validation_split_fraction={self.validation_split_fraction} must be in [0, 1)")
+        if self.train_seq_len < 2:
+            raise ValueError(f"train_seq_len={self.train_seq_len} must be at least 2 tokens")
+        if self.hf_save_steps is not None and self.hf_save_steps < 1:
+            raise ValueError(f"hf_save_steps={self.hf_save_steps} must be positive")
+        if self.peft_reference not in ("adapter", "base"):
+            raise ValueError(f"peft_reference={self.peft_reference!r} must be adapter or base")
+        if self.beta is not None and self.loss.beta not in (self.beta, type(self.loss)().beta):
+            raise ValueError(f"beta={self.beta} and loss.beta={self.loss.beta} disagree; give one of them")
+
+    @property
+    def preference_loss(self) -> PreferenceLoss:
+        return self.loss if self.beta is None else dataclasses.replace(self.loss, beta=self.beta)
+
+
+def parse_arguments(config_class: type) -> Any:
+    """The configuration from `--config_path` and the command line. A mistake in it is told in a line, not a trace."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("jax", "httpx", "datasets", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return draccus.parse(config_class=config_class)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The pretrained model and what came with it."""
+
+    folder: Path
+    config: DecoderConfig
+    model: CausalLM
+    tokenizer: Any
+
+
+def load_tokenizer(config: TrainConfig) -> Any:
+    """The tokenizer of `data.tokenizer`, or the base model's."""
+    name = config.data.tokenizer or config.initialize_from_hf
+    revision = None if config.data.tokenizer else config.hf_revision
+    return AutoTokenizer.from_pretrained(local_folder(name, revision=revision, patterns=TOKENIZER_FILES))
+
+
+def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base:
+    """Reads the weights of `initialize_from_hf` to their devices, in the dtype that `config.model` asks for."""
+    folder = local_folder(config.initialize_from_hf, revision=config.hf_revision)
+    decoder = dataclasses.replace(read_config(folder), gradient_checkpointing=config.model.gradient_checkpointing)
+    _check_lengths(config, decoder)
+    if len(tokenizer) > decoder.vocab_size:
+        raise ValueError(
+            f"the tokenizer knows {len(tokenizer)} tokens, but {config.initialize_from_hf} embeds only "
+            f"{decoder.vocab_size}: set data.tokenizer to the model's own"
+        )
+    dtype = config.trainer.precision.compute_dtype
+    if config.model.dtype is not None:
+        dtype = _parse_dtype(config.model.dtype)
+    with placement.scope():
+        model = load_model(folder, decoder, dtype=dtype, mapping=placement.parameters)
+    return Base(folder, decoder, model, tokenizer)
+
+
+def load_tables(config: TrainConfig, tokenizer: Any) -> tuple[PairTable, PairTable]:
+    """(train, validation): validation files where a component has some, else a part of the training pairs."""
+
+    def load(split) -> dict[str, TokenizedPairs]:
+        return load_pairs(config.data, tokenizer, split=split, train_seq_len=config.train_seq_len)
+
+    train, validation = load("train"), load("validation")
+    if validation or not train:
+        return whole_table(train), whole_table(validation)
+    return split_by_prompt(train, config.validation_split_fraction, config.trainer.seed)
+
+
+def scorer(config: TrainConfig, pairs: PairTable, placement: Placement) -> PairScorer:
+    trainer = config.trainer
+    rows = max(trainer.per_device_eval_parallelism, trainer.per_device_parallelism)
+    if trainer.per_device_eval_parallelism != -1:
+        rows = trainer.per_device_eval_parallelism
+    rows = (rows if rows != -1 else 8) * placement.row_shards
+    return PairScorer(pairs, rows=rows, put_batch=placement.put_batch, scope=placement.scope)
+
+
+def load_peft_adapter(model: CausalLM, name: str, placement: Placement) -> CausalLM:
+    with placement.scope():
+        return load_adapter(model, local_folder(name), mapping=placement.parameters)
+
+
+def _check_lengths(config: TrainConfig, decoder: DecoderConfig) -> None:
+    limit = decoder.max_position_embeddings
+    if config.train_seq_len <= limit:
+        return
+    if decoder.rope.type == "dynamic":
+        raise ValueError(
+            f"train_seq_len={config.train_seq_len} is beyond max_position_embeddings={limit}, where dynamic rotary "
+            "scaling depends on each sequence's length, so that two responses cannot share their prompt. "
+            f"Set train_seq_len to at most {limit}."
+        )
+    logger.warning("train_seq_len=%d is beyond the model's max_position_embeddings=%d", config.train_seq_len, limit)
+
+
+def _parse_dtype(name: str) -> Any:
+    try:
+        return jmp.get_policy(name).param_dtype
+    except Exception as error:
+        raise ValueError(f"model.dtype={name!r} is no dtype; for example f32 or bf16") from error

@@ -1,0 +1,124 @@
+"""AdamW with warmup, decay and clipping: the steps that torch and transformers take from the same settings."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """torch.optim.AdamW under a transformers schedule, after torch's clip_grad_norm_.
+
+    `warmup` below 1 is a fraction of the run, rounded up to whole steps as transformers does; from 1 on it is a count
+    of steps, which may exceed the run: the rate then rises to the end of it.
+    """
+
+    learning_rate: float = 5e-6  # the peak; as in TRL's and Levanter's LoRA-DPO examples
+    weight_decay: float = 0.0  # decoupled: each step shrinks every adapter by learning rate * this
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0  # over all adapters together; null or 0 does not clip
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls after the warmup
+    warmup: int | float = 0
+    min_lr_ratio: float = 0.0  # where linear and cosine end, as a share of learning_rate; 0 is transformers' own
+
+    def __post_init__(self):
+        _require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "at least 0")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        _require(0 <= self.beta1 < 1, "beta1", self.beta1, "in [0, 1)")
+        _require(0 <= self.beta2 < 1, "beta2", self.beta2, "in [0, 1)")
+        _require(self.epsilon > 0, "epsilon", self.epsilon, "above 0")
+        _require((self.max_grad_norm or 0) >= 0, "max_grad_norm", self.max_grad_norm, "at least 0, or null")
+        schedules = tuple(_DECAYS)
+        _require(self.lr_schedule in schedules, "lr_schedule", self.lr_schedule, f"one of {', '.join(schedules)}")
+        whole = 0 <= self.warmup < 1 or (self.warmup >= 1 and float(self.warmup).is_integer())
+        _require(whole, "warmup", self.warmup, "a fraction in [0, 1) or a whole number of steps")
+        _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
+
+    def warmup_steps(self, num_train_steps: int) -> int:
+        if self.warmup < 1:
+            return math.ceil(num_train_steps * self.warmup)
+        return int(self.warmup)
+
+    def schedule(self, num_train_steps: int) -> optax.Schedule:
+        """The learning rate of update `step`, counted from 0, as a float32 scalar.
+
+        Update 0 of a warmup has rate 0, so it moves nothing, and the peak comes at update `warmup_steps`: that is
+        transformers' count.
+        """
+        warmup_steps = self.warmup_steps(num_train_steps)
+        decay_steps = max(1, num_train_steps - warmup_steps)
+        decay = _DECAYS[self.lr_schedule]
+
+        def learning_rate(step):
+            step = jnp.asarray(step).astype(jnp.float32)
+            progress = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
+            decayed = self.min_lr_ratio + (1.0 - self.min_lr_ratio) * decay(progress)
+            warming = step / max(1, warmup_steps)
+            return self.learning_rate * jnp.where(step < warmup_steps, warming, decayed)
+
+        return learning_rate
+
+    def build(self, num_train_steps: int) -> optax.GradientTransformation:
+        """Clipping, then AdamW. Its state is float32 whatever the dtype of the adapters.
+
+        `update` needs the adapters. Gradients that are not finite reach the adapters, as in torch: stopping is up to
+        the caller.
+        """
+        adamw = optax.adamw(
+            self.schedule(num_train_steps),
+            b1=self.beta1,
+            b2=self.beta2,
+            eps=self.epsilon,
+            weight_decay=self.weight_decay,
+        )
+        if not self.max_grad_norm:
+            return _in_float32(adamw)
+        return _in_float32(optax.chain(_clip_by_global_norm(self.max_grad_norm), adamw))
+
+
+_DECAYS = {
+    "constant": jnp.ones_like,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+}
+
+
+def _require(holds: bool, field: str, found, needed: str) -> None:
+    if not holds:
+        raise ValueError(f"optimizer.{field}={found!r} must be {needed}.")
+
+
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """torch.nn.utils.clip_grad_norm_, with its 1e-6 in the denominator, which optax's own does not have."""
+
+    def clip(updates, params=None):
+        del params
+        scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda update: update * scale, updates)
+
+    return optax.stateless(clip)
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Run `inner` on float32 copies; its updates come back in the dtype of the params, which must not change."""
+
+    def init(params):
+        return inner.init(_astype_float32(params))
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("The optimizer needs the adapters: call update(gradients, state, adapters).")
+        updates, state = inner.update(_astype_float32(updates), state, _astype_float32(params))
+        return jax.tree.map(lambda update, param: update.astype(param.dtype), updates, params), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _astype_float32(tree):
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.float32), tree)

@@ -1,0 +1,168 @@
+"""One update: policy and reference log-probs of a packed batch, the loss, gradients of the adapters, AdamW."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import optax
+from haliax import NamedArray
+
+from lora_dpo_jax.data.packing import MICRO, PreferenceBatch
+from lora_dpo_jax.log_probs import pair_log_probs
+from lora_dpo_jax.lora import trainable_filter, unwrap_lora
+from lora_dpo_jax.losses import PreferenceLoss, preference_metrics
+from lora_dpo_jax.models import CausalLM
+
+
+class TrainState(eqx.Module):
+    """What a step takes and gives. Of `model`, only the adapters change; the weights stay the same arrays."""
+
+    step: jax.Array  # int32: updates made so far
+    model: CausalLM
+    opt_state: optax.OptState
+    key: jax.Array  # for dropout
+    # The reference's own adapters (a tree like `model`, None at weights); None: the reference is the bare base.
+    reference: Any = None
+
+    @staticmethod
+    def init(model: CausalLM, optimizer: optax.GradientTransformation, *, key, reference: Any = None) -> "TrainState":
+        """`model` has adapters already. `reference`: see `frozen_copy`."""
+        adapters = eqx.filter(model, trainable_filter(model))
+        return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(adapters), key, reference)
+
+
+class StepMetrics(eqx.Module):
+    """Scalars by name, and the loss of each pair {micro, row, pair} for telling which one went wrong."""
+
+    values: dict[str, jax.Array]
+    pair_loss: NamedArray
+    pair_ids: NamedArray
+
+
+def frozen_copy(model: CausalLM) -> Any:
+    """The model's adapters as they are now, to be the reference of a run that goes on training them."""
+    return jax.tree.map(jnp.copy, eqx.filter(model, trainable_filter(model)))
+
+
+def reference_model(model: CausalLM, reference: Any) -> CausalLM:
+    """What the policy is held to: the base without adapters, or with the frozen ones given. No gradient flows."""
+    if reference is None:
+        return unwrap_lora(model)
+    weights = eqx.filter(model, trainable_filter(model), inverse=True)
+    return jax.lax.stop_gradient(eqx.combine(reference, weights))
+
+
+class TrainStep:
+    """`state, metrics = step(state, batch)`, compiled once per shape of batch.
+
+    The adapters, the optimizer state and the batch are donated: use the returned state. The metrics are the means over
+    the pairs of the batch. Where the loss or a gradient is not finite, the update is not made.
+    """
+
+    def __init__(
+        self,
+        loss: PreferenceLoss,
+        optimizer: optax.GradientTransformation,
+        *,
+        schedule: optax.Schedule | None = None,
+        scope: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        """`schedule` is only for the metric `learning_rate`; `scope`: see `sharding.Placement.scope`."""
+        self.loss, self.optimizer, self.schedule, self.scope = loss, optimizer, schedule, scope
+        self._compiled = jax.jit(self._update, donate_argnums=0)
+
+    def __call__(self, state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, StepMetrics]:
+        moving, weights = self._split(state)
+        with self.scope():
+            (step, adapters, opt_state), metrics = self._compiled(moving, weights, batch)
+        model = eqx.combine(adapters, weights.model)
+        return TrainState(step, model, opt_state, state.key, state.reference), metrics
+
+    def lower(self, state: TrainState, batch: PreferenceBatch):
+        """The lowered step, to compile and ask for its memory and cost; arrays may be ShapeDtypeStructs."""
+        with self.scope():
+            return self._compiled.lower(*self._split(state), batch)
+
+    @property
+    def num_compilations(self) -> int:
+        return self._compiled._cache_size()
+
+    def _split(self, state: TrainState) -> tuple[tuple, "_Weights"]:
+        adapters, weights = eqx.partition(state.model, trainable_filter(state.model))
+        return (state.step, adapters, state.opt_state), _Weights(weights, state.reference, state.key)
+
+    def _update(self, moving: tuple, weights: "_Weights", batch: PreferenceBatch):
+        step, adapters, opt_state = moving
+        gradients, sums, pair_loss = self._accumulate(step, adapters, weights, batch)
+        updates, new_opt_state = self.optimizer.update(gradients, opt_state, adapters)
+        grad_norm = optax.global_norm(gradients)
+        is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums["dpo_loss"])
+        new = optax.apply_updates(adapters, updates), new_opt_state
+        adapters, opt_state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, (adapters, opt_state))
+        num_pairs = hax.sum(batch.is_pair).scalar()
+        values = {name: value / num_pairs for name, value in sums.items()}
+        values |= {"loss": values["dpo_loss"], "grad_norm": grad_norm, **_token_counts(batch)}
+        if self.schedule is not None:
+            values["learning_rate"] = self.schedule(step)
+        return (step + 1, adapters, opt_state), StepMetrics(values, pair_loss, batch.pair_ids)
+
+    def _accumulate(self, step, adapters, weights: "_Weights", batch: PreferenceBatch):
+        """Gradients of the mean loss, sums of the metrics, and each pair's loss, one micro-batch after the other."""
+        num_pairs = hax.sum(batch.is_pair).scalar()
+        key = jax.random.fold_in(weights.key, step)
+
+        def micro_loss(adapters, micro: PreferenceBatch, key):
+            model = eqx.combine(adapters, weights.model)
+            policy = pair_log_probs(model, micro, key=key)
+            reference = None
+            if not self.loss.reference_free:
+                reference = pair_log_probs(reference_model(model, weights.reference), micro)
+            losses = self.loss(policy, reference)
+            sums = preference_metrics(losses, policy, reference, micro.is_pair)
+            sums = {name: value.scalar() for name, value in sums.items()}
+            return sums["dpo_loss"] / num_pairs, (sums, losses.loss)
+
+        def add_micro_batch(index, carry):
+            gradients, sums, pair_loss = carry
+            micro = batch.micro_batch(index)
+            (_, (more_sums, micro_pair_loss)), more = jax.value_and_grad(micro_loss, has_aux=True)(
+                adapters, micro, jax.random.fold_in(key, index)
+            )
+            gradients, sums = jax.tree.map(jnp.add, (gradients, sums), (more, more_sums))
+            return gradients, sums, pair_loss.updated_slice({MICRO: index}, micro_pair_loss)
+
+        shapes = jax.eval_shape(lambda: micro_loss(adapters, batch.micro_batch(0), key)[1][0])
+        start = (
+            jax.tree.map(jnp.zeros_like, adapters),
+            jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+            hax.zeros_like(batch.pair_ids, dtype=jnp.float32),
+        )
+        if batch.pair_ids.resolve_axis(MICRO).size == 1:
+            return add_micro_batch(0, start)
+        # Micro-batches that this step does not fill cost nothing.
+        return jax.lax.fori_loop(0, batch.num_used_micro_batches, add_micro_batch, start)
+
+
+class _Weights(eqx.Module):
+    """What a step reads and never writes."""
+
+    model: Any
+    reference: Any
+    key: jax.Array
+
+
+def _token_counts(batch: PreferenceBatch) -> dict[str, jax.Array]:
+    """Real tokens (a prompt counts once per sequence), and how much of the rows computed is padding."""
+    is_token = batch.segment_ids > 0
+    twice = is_token & (batch.branch_ids == 0)
+    num_tokens = hax.sum(is_token).scalar()
+    row_tokens = batch.tokens.array[0].size * jnp.maximum(batch.num_used_micro_batches, 1)
+    return {
+        "tokens": num_tokens + hax.sum(twice).scalar(),
+        "pairs": hax.sum(batch.is_pair).scalar(),
+        "padding_fraction": 1.0 - num_tokens / row_tokens,
+    }

@@ -1,0 +1,192 @@
+"""The training loop. It knows steps, metrics and hooks, and nothing of models, losses or data."""
+
+import math
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import jax
+import jmp
+
+from lora_dpo_jax.sharding import MeshConfig
+from lora_dpo_jax.tracking import NoTrackerConfig, ProgressBar, Tracker, TrackerConfigs
+
+S = TypeVar("S")
+METRICS_LAG = 1  # steps dispatched before the metrics of one are fetched, so that the device never waits for the host
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long, how fast and where a run runs; names are Levanter's where it has one."""
+
+    num_train_steps: int | None = None
+    num_train_epochs: float | None = None  # the other way to say how long; 1 if neither is given
+    train_batch_size: int = 32  # pairs per update
+    # Rows of packed pairs that a device computes at once; -1 is all it has to. Fewer rows use less memory: the
+    # gradients of the rest are accumulated.
+    per_device_parallelism: int = -1
+    per_device_eval_parallelism: int = -1  # likewise in evaluation; -1 takes that of training, or 8
+    steps_per_eval: int | None = None  # null: evaluate before the first and after the last step only
+    eval_at_start: bool = True
+    log_every: int = 1  # steps
+    seed: int = 0
+    mp: str | None = None  # "f32", "bf16", "p=f32,c=bfloat16", ...; null computes in bfloat16 on accelerators
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    tracker: TrackerConfigs = field(default_factory=lambda: [NoTrackerConfig()])
+    log_dir: str = "logs"
+    id: str | None = None  # the run's folder in log_dir; null generates a name
+
+    def __post_init__(self):
+        for name in ("train_batch_size", "log_every", "steps_per_eval", "num_train_steps", "num_train_epochs"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"trainer.{name}={value} must be positive")
+        for name in ("per_device_parallelism", "per_device_eval_parallelism"):
+            value = getattr(self, name)
+            if value < 1 and value != -1:
+                raise ValueError(f"trainer.{name}={value} must be positive, or -1 for all rows at once")
+        if self.num_train_steps is not None and self.num_train_epochs is not None:
+            raise ValueError("trainer.num_train_steps and trainer.num_train_epochs exclude each other; set one to null")
+        if self.mp is not None:
+            self.precision  # noqa: B018  (raises if it cannot be parsed)
+
+    @property
+    def precision(self) -> jmp.Policy:
+        """Dtypes of adapters (param) and of computation (compute)."""
+        default = "f32" if jax.default_backend() == "cpu" else "p=f32,c=bfloat16"
+        try:
+            return jmp.get_policy(self.mp or default)
+        except Exception as error:
+            raise ValueError(f"trainer.mp={self.mp!r} is no precision; for example f32 or p=f32,c=bfloat16") from error
+
+    def steps(self, num_pairs: int) -> int:
+        """How many updates the run makes."""
+        if self.num_train_steps is not None:
+            return self.num_train_steps
+        return math.ceil((self.num_train_epochs or 1) * num_pairs / self.train_batch_size)
+
+    def run_id(self) -> str:
+        return self.id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+
+    def run_dir(self, run_id: str) -> Path:
+        return Path(self.log_dir).expanduser() / run_id
+
+
+@dataclass(frozen=True)
+class StepInfo(Generic[S]):
+    """What a hook sees: the state after `step` updates."""
+
+    step: int
+    state: S
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Calls `function` before the first step if `at_start`, after every `every` steps, and after the last one."""
+
+    function: Callable[[StepInfo], None]
+    every: int | None = None
+    at_start: bool = False
+    at_end: bool = True
+
+    def is_due(self, step: int, num_steps: int) -> bool:
+        if step == num_steps:
+            return self.at_end
+        if step == 0:
+            return self.at_start
+        return self.every is not None and step % self.every == 0
+
+
+class NonFiniteLossError(RuntimeError):
+    """Training stopped because a loss was not a number; the message names the step and what was in its batch."""
+
+
+def train(
+    state: S,
+    step_fn: Callable[[S, Any], tuple[S, Any]],
+    batches: Iterable[Any],
+    *,
+    num_steps: int,
+    tracker: Tracker,
+    hooks: Sequence[Hook] = (),
+    log_every: int = 1,
+    check: Callable[[int, Any, dict[str, float]], None] = lambda step, metrics, values: None,
+) -> S:
+    """Runs `step_fn` over `batches` and returns the last state.
+
+    The metrics of a step (their `values`: scalars by name) are fetched after the next step is on its way.
+    `check(step, metrics, values)` sees those of every step and may raise.
+    """
+    pending: deque[tuple[int, Any]] = deque()
+    with ProgressBar(num_steps) as progress:
+        log = _MetricsLog(tracker, progress, log_every, num_steps, check)
+        _run_hooks(hooks, StepInfo(0, state), num_steps)
+        log.start_clock()
+        for step, batch in zip(range(num_steps), batches, strict=False):
+            state, metrics = step_fn(state, batch)
+            pending.append((step, metrics))
+            if len(pending) > METRICS_LAG:
+                log.take(*pending.popleft())
+            if any(hook.is_due(step + 1, num_steps) for hook in hooks):
+                while pending:
+                    log.take(*pending.popleft())
+                with log.paused_clock():
+                    _run_hooks(hooks, StepInfo(step + 1, state), num_steps)
+        while pending:
+            log.take(*pending.popleft())
+    return state
+
+
+def _run_hooks(hooks: Sequence[Hook], info: StepInfo, num_steps: int) -> None:
+    for hook in hooks:
+        if hook.is_due(info.step, num_steps):
+            hook.function(info)
+
+
+class _MetricsLog:
+    """Fetches metrics, adds rates, and hands them to tracker and progress bar."""
+
+    def __init__(self, tracker: Tracker, progress: ProgressBar, log_every: int, num_steps: int, check: Callable):
+        self.tracker, self.progress, self.check = tracker, progress, check
+        self.log_every, self.num_steps = log_every, num_steps
+        self.pairs = self.tokens = 0.0
+        self.since = time.perf_counter()
+
+    def start_clock(self) -> None:
+        self.since = time.perf_counter()
+
+    def paused_clock(self):
+        return _PausedClock(self)
+
+    def take(self, step: int, metrics: Any) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics.values).items()}
+        self.check(step, metrics, values)
+        self.pairs += values.pop("pairs", 0.0)
+        self.tokens += values.pop("tokens", 0.0)
+        if step % self.log_every and step + 1 != self.num_steps:
+            self.progress.update(step)
+            return
+        now = time.perf_counter()
+        seconds, self.since = now - self.since, now
+        values |= {"pairs_per_second": self.pairs / seconds, "tokens_per_second": self.tokens / seconds}
+        self.pairs = self.tokens = 0.0
+        logged = {f"train/{name}": value for name, value in values.items()}
+        self.tracker.log(logged, step=step)
+        self.progress.update(step, logged)
+
+
+class _PausedClock:
+    """Time spent inside does not count as training."""
+
+    def __init__(self, log: _MetricsLog):
+        self.log = log
+
+    def __enter__(self) -> None:
+        self.entered = time.perf_counter()
+
+    def __exit__(self, *_) -> None:
+        self.log.since += time.perf_counter() - self.entered
