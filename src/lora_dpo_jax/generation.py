@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from haliax import Axis
 from jax import Array
+from jax.experimental import multihost_utils
 
 from lora_dpo_jax.models import CachedMask, CausalLM, KeyValueCache
 
@@ -44,6 +45,8 @@ class GenerationConfig:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1, or null for every token")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be in [0, 2**32)")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
         if self.temperature == 0.0 and (self.top_p, self.top_k) != (1.0, None):
@@ -71,8 +74,7 @@ def complete(
     """
     token_ids = [encode_prompt(tokenizer, prompt, chat=chat, **template_kwargs) for prompt in prompts]
     stop_ids = {*stop_ids} | ({tokenizer.eos_token_id} - {None})
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    completions = generate(model, token_ids, config, stop_ids=stop_ids, pad_id=pad_id)
+    completions = generate(model, token_ids, config, stop_ids=stop_ids)
     return [tokenizer.decode(completion, skip_special_tokens=True) for completion in completions]
 
 
@@ -108,12 +110,7 @@ def read_stop_ids(folder: Path) -> frozenset[int]:
 
 
 def generate(
-    model: CausalLM,
-    prompts: Sequence[Sequence[int]],
-    config: GenerationConfig,
-    *,
-    stop_ids: Collection[int],
-    pad_id: int = 0,
+    model: CausalLM, prompts: Sequence[Sequence[int]], config: GenerationConfig, *, stop_ids: Collection[int]
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to and without the first of `stop_ids`.
 
@@ -121,36 +118,43 @@ def generate(
     """
     _check_prompts(model, prompts, config)
     stop_ids = frozenset(stop_ids)
-    stop_array = jnp.array(sorted(stop_ids), dtype=jnp.int32)
+    stop_array = np.array(sorted(stop_ids), dtype=np.int32)
     # The seed is data, not program: another one compiles nothing anew.
-    program, key = replace(config, seed=0), jax.random.key(config.seed)
+    program, seed = replace(config, seed=0), np.array(config.seed, dtype=np.uint32)
+    # `dynamic` rotary scaling follows the longest sequence of a batch, so there each must have its own.
+    batch_size = 1 if model.config.rope.type == "dynamic" else config.batch_size
     completions: list[list[int]] = []
-    for batch in _batches(prompts, config.batch_size, pad_id):
-        new_ids = np.asarray(_generate_batch(model, batch, key, stop_array, program))
-        completions += [_until(row, stop_ids) for row in new_ids.tolist()]
+    for batch in _batches(prompts, batch_size):
+        new_ids = _generate_batch(model, batch, seed, stop_array, program)
+        if not new_ids.is_fully_addressable:
+            new_ids = multihost_utils.process_allgather(new_ids, tiled=True)
+        completions += [_until(row, stop_ids) for row in np.asarray(new_ids).tolist()]
     return completions[: len(prompts)]
 
 
 class _PromptBatch(eqx.Module):
-    """Prompts padded on the right. The last batch may end in fillers, which stop at once: one shape compiles once."""
+    """Prompts padded on the right, as NumPy arrays: each process of a run gives its own copy.
 
-    ids: Array  # int32[row, position]
-    lengths: Array  # int32[row]
-    indices: Array  # int32[row], among all prompts
-    is_filler: Array  # bool[row]
+    The last batch may end in fillers, which stop at once, so that it has the shape that is compiled already.
+    """
+
+    ids: Any  # int32[row, position]
+    lengths: Any  # int32[row]
+    indices: Any  # int32[row], among all prompts
+    is_filler: Any  # bool[row]
 
 
-def _batches(prompts: Sequence[Sequence[int]], batch_size: int, pad_id: int) -> Iterator[_PromptBatch]:
+def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[_PromptBatch]:
     num_rows = min(batch_size, len(prompts))
     for first in range(0, len(prompts), batch_size):
         rows = prompts[first : first + batch_size]
         padded_length = -(-max(map(len, rows)) // PROMPT_BLOCK) * PROMPT_BLOCK
-        ids = np.full((num_rows, padded_length), pad_id, dtype=np.int32)
+        ids = np.zeros((num_rows, padded_length), dtype=np.int32)
         lengths = np.ones(num_rows, dtype=np.int32)
         for i, row in enumerate(rows):
             ids[i, : len(row)], lengths[i] = row, len(row)
         indices = np.arange(first, first + num_rows, dtype=np.int32)
-        yield _PromptBatch(*map(jnp.array, (ids, lengths, indices, indices >= len(prompts))))
+        yield _PromptBatch(ids, lengths, indices, indices >= len(prompts))
 
 
 class _Decoding(eqx.Module):
@@ -163,16 +167,15 @@ class _Decoding(eqx.Module):
 
 
 @eqx.filter_jit
-def _generate_batch(
-    model: CausalLM, batch: _PromptBatch, key: Array, stop_ids: Array, config: GenerationConfig
-) -> Array:
+def _generate_batch(model: CausalLM, batch: _PromptBatch, seed: Any, stop_ids: Any, config: GenerationConfig) -> Array:
     """int32[row, max_new_tokens]; what follows a stop token is undefined."""
     num_rows, prompt_slots = batch.ids.shape
-    Row, Slots = Axis("row", num_rows), Axis("key_position", prompt_slots + config.max_new_tokens)
+    # Not "row", which a mesh would split: there may be fewer completions than devices.
+    Row, Slots = Axis("completion", num_rows), Axis("key_position", prompt_slots + config.max_new_tokens)
     key_positions = _key_positions(batch.lengths, prompt_slots, Slots.size)
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.indices)
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch.indices)
 
-    def logits(ids, positions, slot, cache, read_at) -> tuple[Array, KeyValueCache]:
+    def forward(ids, positions, slot, cache, read_at) -> tuple[Array, KeyValueCache]:
         """float32[row, vocab] at column `read_at` of each row."""
         Pos = Axis("position", ids.shape[1])
         position_ids = hax.named(positions, (Row, Pos))
@@ -196,15 +199,15 @@ def _generate_batch(
         last = state.num_new - 1
         ids = jax.lax.dynamic_slice_in_dim(state.new_ids, last, 1, axis=1)
         positions = (batch.lengths + last)[:, None]
-        next_logits, cache = logits(ids, positions, prompt_slots + last, state.cache, jnp.zeros_like(batch.lengths))
-        return step(state, next_logits, cache)
+        logits, cache = forward(ids, positions, prompt_slots + last, state.cache, jnp.zeros_like(batch.lengths))
+        return step(state, logits, cache)
 
     new_ids = jnp.zeros((num_rows, config.max_new_tokens), dtype=jnp.int32)
     cache = KeyValueCache.empty(model.config, Row, Slots.size, model.model.embed_tokens.weight.dtype)
     # Padding must not look like a longer prompt: `dynamic` rotary scaling depends on the largest position.
     positions = jnp.minimum(jnp.arange(prompt_slots)[None, :], batch.lengths[:, None] - 1)
-    first_logits, cache = logits(batch.ids, positions, jnp.int32(0), cache, batch.lengths - 1)
-    state = step(_Decoding(jnp.int32(0), new_ids, batch.is_filler, cache), first_logits, cache)
+    logits, cache = forward(batch.ids, positions, jnp.int32(0), cache, batch.lengths - 1)
+    state = step(_Decoding(jnp.int32(0), new_ids, batch.is_filler, cache), logits, cache)
     return jax.lax.while_loop(go_on, decode, state).new_ids
 
 
@@ -250,7 +253,7 @@ def _until(ids: list[int], stop_ids: Collection[int]) -> list[int]:
 def _check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> None:
     limit, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
     for i, prompt in enumerate(prompts):
-        if not prompt:
+        if len(prompt) == 0:
             raise ValueError(f"prompts[{i}] has no tokens; a completion needs at least one to go on from")
         if bad := [token for token in prompt if not 0 <= token < vocab_size]:
             raise ValueError(f"prompts[{i}] holds token {bad[0]}, but the model knows 0 to {vocab_size - 1}")

@@ -75,7 +75,7 @@ class LoraLinear(eqx.Module):
     def delta(self, x: NamedArray, *, key=None) -> NamedArray:
         """What the adapters add to the wrapped layer's output, in the dtype of `x`."""
         if key is not None and self.dropout > 0.0:
-            x = hnn.dropout(x, self.dropout, key=key)
+            x = hnn.dropout(x, self.dropout, inference=False, key=key)
         low = x.dot(self.lora_A.astype(x.dtype), axis=self.wrapped.In)
         out = hax.auto_sharded(low.dot(self.lora_B.astype(x.dtype), axis=RANK))
         scale = self.scaling if self.active is None else self.scaling * self.active.astype(x.dtype)

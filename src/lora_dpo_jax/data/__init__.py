@@ -1,1 +1,33 @@
 """From raw preference rows to packed batches."""
+
+from lora_dpo_jax.data.cache import TokenizedPairs, load_pairs, tokenize_component
+from lora_dpo_jax.data.chat import PairTokenizer, TokenizedPair
+from lora_dpo_jax.data.loader import PairOrder, PairTable, packed_batches, packed_rows, split_by_prompt, whole_table
+from lora_dpo_jax.data.packing import Layout, PreferenceBatch, pack, plan_layout, plan_rows
+from lora_dpo_jax.data.preferences import ComponentConfig, FormatConfig, PreferenceDataConfig, PreferencePair
+from lora_dpo_jax.data.sources import HubSource, UrlSource
+
+__all__ = [
+    "ComponentConfig",
+    "FormatConfig",
+    "HubSource",
+    "Layout",
+    "PairOrder",
+    "PairTable",
+    "PairTokenizer",
+    "PreferenceBatch",
+    "PreferenceDataConfig",
+    "PreferencePair",
+    "TokenizedPair",
+    "TokenizedPairs",
+    "UrlSource",
+    "load_pairs",
+    "pack",
+    "packed_batches",
+    "packed_rows",
+    "plan_layout",
+    "plan_rows",
+    "split_by_prompt",
+    "tokenize_component",
+    "whole_table",
+]

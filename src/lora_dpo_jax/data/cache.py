@@ -20,6 +20,7 @@ import shutil
 import sys
 import uuid
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -66,11 +67,13 @@ class TokenizedPairs:
     fingerprint: str  # hex; of everything that shaped the pairs
     lengths: np.ndarray  # int32 [n, 3]: tokens of prompt, chosen, rejected
     prompt_hashes: np.ndarray  # uint64 [n]; of the prompt's tokens before any were cut
-    report: dict[str, int]  # rows, kept, then counts of what NOTES names
+    report: dict[str, int]  # how many rows there were, were kept, were tokenized exactly as TRL does, and NOTES
 
     def __init__(self, folder: Path):
         """Raises OSError, ValueError or KeyError if the folder is not whole."""
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["fingerprint"] != folder.name:
+            raise ValueError(f"{folder / 'meta.json'} is damaged")
         for name, (size, checksum) in meta["files"].items():
             if os.path.getsize(folder / name) != size or _checksum(folder / name) != checksum:
                 raise ValueError(f"{folder / name} is damaged")
@@ -135,14 +138,15 @@ def tokenize_component(
             pairs = _publish(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
-    level = logging.INFO if pairs.report["kept"] == pairs.report["rows"] else logging.WARNING
+    as_is = pairs.report["kept"] == pairs.report["rows"] and not pairs.report["template"]
+    level = logging.INFO if as_is else logging.WARNING
     logger.log(level, "data.components.%s", describe(pairs.report, f"{name} ({split})"))
     return pairs
 
 
 def describe(report: dict[str, int], name: str) -> str:
     """A sentence for people: how many rows were kept, and what became of the others."""
-    notes = [f"{report[reason]:,} {text}" for reason, text in NOTES.items() if report.get(reason)]
+    notes = [f"{report[reason]:,} {text}" for reason, text in NOTES.items() if report[reason]]
     dropped = report["rows"] - report["kept"]
     sentence = f"{name}: {report['kept']:,} of {report['rows']:,} rows kept, {dropped:,} dropped"
     return f"{sentence}: {'; '.join(notes)}" if notes else sentence
@@ -159,7 +163,7 @@ def _tokenize(
     """Writes the pairs of all tables and returns the report."""
     format = component.format
     pair_tokenizer = PairTokenizer(tokenizer, format.template_text())
-    counts: Counter[str] = Counter(rows=0, kept=0)
+    counts = Counter(dict.fromkeys(("rows", "kept", "exact", *NOTES), 0))
     columns: set[str] = set()
     rows = ((index, number, row) for index, table in enumerate(tables) for number, row in table.rows())
     progress = iter(tqdm(rows, desc=f"tokenizing {name}", unit=" rows", disable=not sys.stderr.isatty()))
@@ -212,7 +216,7 @@ class _Writer:
     def __init__(self, folder: Path):
         self.folder = folder
         self._tokens = open(folder / "tokens.bin", "wb")
-        self._arrays: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
+        self._lengths, self._origins, self._prompt_hashes = array("i"), array("i"), array("Q")
 
     def __enter__(self) -> "_Writer":
         return self
@@ -220,16 +224,21 @@ class _Writer:
     def __exit__(self, *exception) -> None:
         self._tokens.close()
 
-    def add(self, pair: TokenizedPair, table: int, row: int, prompt_hash: np.ndarray) -> None:
+    def add(self, pair: TokenizedPair, table: int, row: int, prompt_hash: int) -> None:
         for part in pair:
             self._tokens.write(part.tobytes())
-        self._arrays["lengths"].append(np.asarray([len(part) for part in pair], np.int32))
-        self._arrays["origins"].append(np.asarray([table, row], np.int32))
-        self._arrays["prompt_hashes"].append(prompt_hash)
+        self._lengths.extend(map(len, pair))
+        self._origins.extend((table, row))
+        self._prompt_hashes.append(prompt_hash)
 
     def finish(self, **meta) -> None:
-        for name, items in self._arrays.items():
-            np.save(self.folder / f"{name}.npy", np.stack(items))
+        arrays = {
+            "lengths": np.asarray(self._lengths, np.int32).reshape(-1, 3),
+            "origins": np.asarray(self._origins, np.int32).reshape(-1, 2),
+            "prompt_hashes": np.asarray(self._prompt_hashes, np.uint64),
+        }
+        for name in ARRAYS:
+            np.save(self.folder / f"{name}.npy", arrays[name])
         names = ["tokens.bin", *(f"{name}.npy" for name in ARRAYS)]
         meta["files"] = {name: [os.path.getsize(self.folder / name), _checksum(self.folder / name)] for name in names}
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -286,9 +295,8 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def _hash(tokens: np.ndarray) -> np.ndarray:
-    digest = hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=8).digest()
-    return np.frombuffer(digest, "<u8").astype(np.uint64).reshape(())
+def _hash(tokens: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=8).digest(), "little")
 
 
 def _checksum(path: Path) -> int:

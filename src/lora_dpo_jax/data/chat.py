@@ -126,13 +126,16 @@ class PairTokenizer:
 
         None if that is not all of the prompt's messages, or if it ends within a token.
         """
-        role = cast(list[Message], pair.chosen)[0]["role"]
-        probes = [self._render(pair, [*pair.prompt, {"role": role, "content": content}]) for content in ("A", "B")]
+        probes = [
+            self._render(pair, [*pair.prompt, {"role": first["role"], "content": content}, *others])
+            for first, *others in cast(list[list[Message]], [pair.chosen, pair.rejected])
+            for content in ("A", "B")
+        ]
         start = commonprefix([prompt, *probes])
         if not start.startswith(self._render(pair, pair.prompt)):
             return None
-        ids, *others = self.encode([start, prompt, *probes])
-        return start if all(other[: len(ids)] == ids for other in others) else None
+        ids, *continued = self.encode([start, prompt, *probes])
+        return start if all(other[: len(ids)] == ids for other in continued) else None
 
     def _render(self, pair: PreferencePair, messages: Any, add_generation_prompt: bool = False) -> str:
         options = {"tools": pair.tools, "chat_template": self.chat_template, **pair.chat_template_kwargs}

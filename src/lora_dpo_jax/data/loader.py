@@ -136,7 +136,7 @@ def _mixture_block(seed: int, weights: tuple[float, ...], shuffle: bool) -> tupl
 def packed_batches(
     pairs: PairTable, batches: Iterable[np.ndarray], layout: Layout, *, place: Callable, ahead: int = 2
 ) -> Iterator[PreferenceBatch]:
-    """Packs `batches` (arrays of pair ids) and puts them on the devices with `place`, in a thread, `ahead` at a time."""
+    """Packs `batches` (arrays of pair ids) and puts them on the devices with `place`, in a thread, `ahead` of use."""
 
     def make(ids: np.ndarray) -> PreferenceBatch:
         rows = plan_rows(pairs.lengths[ids].sum(axis=1).tolist(), layout.row_length)

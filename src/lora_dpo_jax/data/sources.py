@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -173,8 +172,11 @@ class HubTable:
         return self.dataset._fingerprint
 
     def rows(self) -> Iterator[tuple[int, Any]]:
-        batches = self.dataset.with_format("arrow").iter(ROWS_PER_READ)
-        yield from enumerate(itertools.chain.from_iterable(map(_arrow_rows, batches)), start=1)
+        number = 0
+        for batch in self.dataset.with_format(None).iter(ROWS_PER_READ):
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield number, _without_none(dict(zip(batch, values, strict=True)))
 
 
 def expand_url(url: str) -> list[RowFile]:
@@ -243,15 +245,11 @@ def _read_parquet(file: BinaryIO) -> Iterator[Any]:
 
     seekable = file if file.seekable() else io.BytesIO(file.read())
     for batch in parquet.ParquetFile(seekable).iter_batches(ROWS_PER_READ):
-        yield from _arrow_rows(batch)
-
-
-def _arrow_rows(table: Any) -> list[dict]:
-    """Arrow gives every message the keys of all messages, filled with None: templates must not see those."""
-    return [_without_none(row) for row in table.to_pylist()]
+        yield from map(_without_none, batch.to_pylist())
 
 
 def _without_none(value: Any) -> Any:
+    """Arrow gives every message the keys of all messages, filled with None: templates must not see those."""
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return [_without_none(item) for item in value] if isinstance(value, list) else value

@@ -68,6 +68,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     `export_folder` says.
     """
     target = target.expanduser().absolute()
+    if target.is_file():
+        raise FileExistsError(f"{target} is a file; an export is a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     _refuse_foreign_files(target, [child.name for child in _children(target) if child.is_file()])
     temporary = target.parent / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"

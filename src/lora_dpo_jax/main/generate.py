@@ -51,6 +51,8 @@ class GenerateConfig(GenerationConfig):
         super().__post_init__()
         if not self.prompts and self.prompts_file is None:
             raise ValueError("nothing to complete: give prompts (or --prompt), prompts_file or both")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype={self.dtype!r} must be one of {[*DTYPES]}, or null")
         if self.system is not None and not self.chat:
             raise ValueError("system needs the chat template, which chat=false leaves out; drop one of the two")
 

@@ -23,6 +23,7 @@ from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.lora import LoraConfig
 from lora_dpo_jax.losses import Dpo, PreferenceLoss
 from lora_dpo_jax.models import CausalLM, DecoderConfig
+from lora_dpo_jax.models.attention import IMPLEMENTATIONS
 from lora_dpo_jax.models.decoder import CHECKPOINT_POLICIES
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.optimizer import OptimizerConfig
@@ -39,8 +40,11 @@ class ModelConfig:
 
     dtype: str | None = None  # of the frozen weights (f32, bf16); null: that of computation, see trainer.mp
     gradient_checkpointing: str = "full"  # none, full or nested: see models/decoder.py for what each costs
+    attention: str = "auto"  # auto, dense or blocked: see models/attention.py
 
     def __post_init__(self):
+        if self.attention not in IMPLEMENTATIONS:
+            raise ValueError(f"model.attention={self.attention!r} must be one of {[*IMPLEMENTATIONS]}")
         if self.gradient_checkpointing not in CHECKPOINT_POLICIES:
             raise ValueError(
                 f"model.gradient_checkpointing={self.gradient_checkpointing!r} must be one of {[*CHECKPOINT_POLICIES]}"
@@ -125,7 +129,11 @@ def load_tokenizer(config: TrainConfig) -> Any:
 def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base:
     """Reads the weights of `initialize_from_hf` to their devices, in the dtype that `config.model` asks for."""
     folder = local_folder(config.initialize_from_hf, revision=config.hf_revision)
-    decoder = dataclasses.replace(read_config(folder), gradient_checkpointing=config.model.gradient_checkpointing)
+    decoder = dataclasses.replace(
+        read_config(folder),
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        attention=config.model.attention,
+    )
     _check_lengths(config, decoder)
     if len(tokenizer) > decoder.vocab_size:
         raise ValueError(

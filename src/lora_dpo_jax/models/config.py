@@ -29,7 +29,9 @@ class DecoderConfig:
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...] | None = None  # one per layer, None = full attention
 
+    # How it is computed, not what.
     gradient_checkpointing: str = "none"  # a key of `decoder.CHECKPOINT_POLICIES`
+    attention: str = "auto"  # one of `attention.IMPLEMENTATIONS`
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:

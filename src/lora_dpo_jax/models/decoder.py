@@ -98,7 +98,8 @@ class Attention(eqx.Module):
         if cache is not None:
             cache = cache.write(k, v, tokens.slot)
             k, v = cache.k, cache.v
-        return self.o_proj(attend(q, k, v, tokens.mask, window, HeadSize), key=k_o), cache
+        attended = attend(q, k, v, tokens.mask, window, HeadSize, self.config.attention)
+        return self.o_proj(attended, key=k_o), cache
 
 
 class Mlp(eqx.Module):

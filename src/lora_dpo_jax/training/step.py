@@ -99,7 +99,7 @@ class TrainStep:
         step, adapters, opt_state = moving
         gradients, sums, pair_loss = self._accumulate(step, adapters, weights, batch)
         updates, new_opt_state = self.optimizer.update(gradients, opt_state, adapters)
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums["dpo_loss"])
         new = optax.apply_updates(adapters, updates), new_opt_state
         adapters, opt_state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, (adapters, opt_state))
