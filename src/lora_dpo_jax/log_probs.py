@@ -35,7 +35,7 @@ def pair_log_probs(model: CausalLM, batch: PreferenceBatch, *, key=None) -> Pair
 
     Pair = batch.pair_ids.resolve_axis(PAIR)
     Slot = Axis("slot", 2 * Pair.size)
-    belongs = batch.target_slot.broadcast_axis(Slot) == hax.arange(Slot)
+    belongs: Any = batch.target_slot.broadcast_axis(Slot) == hax.arange(Slot)
     summed = hax.dot(per_token, belongs.astype(jnp.float32), axis=TARGET)
     summed = summed.unflatten_axis(Slot, (Pair, Axis("response", 2)))
     return PairLogProbs(

@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import equinox as eqx
 import haliax as hax
@@ -24,6 +24,7 @@ import haliax.nn as hnn
 import jax
 import jax.numpy as jnp
 from haliax import Axis, NamedArray
+from haliax.axis import AxisSpec
 
 M = TypeVar("M")
 RANK = "lora_rank"
@@ -179,6 +180,11 @@ def matching_names(names: list[str], config: LoraConfig) -> list[str]:
     return [name for name in chosen if not (excluded and _matches(name, excluded))]
 
 
+def axes_of(side: AxisSpec) -> tuple[Axis, ...]:
+    """The axes of one side of a linear layer: `layer.In` is an axis or several."""
+    return cast(tuple[Axis, ...], hax.axis.ensure_tuple(side))
+
+
 def _matches(name: str, patterns: list[str] | str) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
@@ -229,7 +235,7 @@ def _step(node: Any, entry: Any) -> Any:
 
 def _new_adapter(linear: hnn.Linear, chosen: list[bool], config: LoraConfig, key) -> LoraLinear:
     Rank = Axis(RANK, config.r)
-    In, Out = hax.axis.ensure_tuple(linear.In), hax.axis.ensure_tuple(linear.Out)
+    In, Out = axes_of(linear.In), axes_of(linear.Out)
     # A stacked (scanned) layer has extra leading axes; each of its slices gets its own factors.
     stack = tuple(axis for axis in linear.weight.axes if axis not in In + Out)
     k_A, k_B = jax.random.split(key)

@@ -2,6 +2,7 @@
 
 import abc
 from dataclasses import dataclass
+from typing import Any
 
 import draccus
 import equinox as eqx
@@ -110,17 +111,18 @@ def preference_metrics(
     zero = hax.zeros_like(policy.chosen)
     reference_margin = reference.chosen - reference.rejected if reference is not None else zero
     margin = losses.chosen_reward - losses.rejected_reward
-    wins, ties = (margin > 0).astype(jnp.float32), (margin == 0).astype(jnp.float32)
+    wins: Any = margin > 0
+    ties: Any = margin == 0
     per_pair = {
         "dpo_loss": losses.loss,
         "dpo_margin_policy": policy.chosen - policy.rejected,
         "dpo_margin_ref": reference_margin,
-        "dpo_accuracy": wins + 0.5 * ties,
+        "dpo_accuracy": wins.astype(jnp.float32) + 0.5 * ties.astype(jnp.float32),
         "dpo_chosen_reward": losses.chosen_reward,
         "dpo_rejected_reward": losses.rejected_reward,
         "rewards/chosen": losses.chosen_reward,
         "rewards/rejected": losses.rejected_reward,
-        "rewards/accuracies": wins,
+        "rewards/accuracies": wins.astype(jnp.float32),
         "rewards/margins": margin,
         "logps/chosen": policy.chosen,
         "logps/rejected": policy.rejected,

@@ -36,6 +36,10 @@ class MeshConfig:
         object.__setattr__(self, "axes", named)
         if any(size < 1 and size != -1 for size in named.values()) or sum(s == -1 for s in named.values()) > 1:
             raise ValueError(f"trainer.mesh.axes={named}: sizes are positive, and at most one is -1 (the rest)")
+        for name in ("shared_mapping", "compute_mapping", "param_mapping"):
+            mapping = getattr(self, name)
+            if unknown := {axis for value in mapping.values() for axis in _as_tuple(value)} - named.keys():
+                raise ValueError(f"trainer.mesh.{name}={mapping}: the mesh has {sorted(named)}, no {sorted(unknown)}")
 
     def mesh(self, devices: list | None = None) -> Mesh:
         """Raises ValueError if the devices do not fill the mesh."""
@@ -61,6 +65,12 @@ def _mesh_axes(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _as_tuple(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
 class Placement:
     """A mesh and what goes where on it."""
 
@@ -68,10 +78,8 @@ class Placement:
         """Raises ValueError if the devices do not fill the mesh."""
         self.mesh = config.mesh(devices)
         self.compute, self.parameters = config.compute, config.parameters
-        row_axes = self.compute.get("row", ())
-        row_axes = (row_axes,) if isinstance(row_axes, str) else row_axes
         # How many groups of devices share the rows of a batch.
-        self.row_shards = math.prod(self.mesh.shape[axis] for axis in row_axes)
+        self.row_shards = math.prod(self.mesh.shape[axis] for axis in _as_tuple(self.compute.get("row")))
 
     @contextmanager
     def scope(self) -> Iterator[None]:

@@ -55,16 +55,18 @@ def whole_table(components: Mapping[str, TokenizedPairs]) -> PairTable:
 def split_by_prompt(
     components: Mapping[str, TokenizedPairs], fraction: float, seed: int
 ) -> tuple[PairTable, PairTable]:
-    """(train, validation), the latter holding about `fraction` of the pairs. No prompt is in both."""
+    """(train, validation), the latter holding about `fraction` of the pairs. No prompt is in both, of any component."""
+    hashes = [np.asarray(pairs.prompt_hashes) for pairs in components.values()]
+    prompts, prompt_of = np.unique(np.concatenate(hashes), return_inverse=True)
+    counts = np.bincount(prompt_of, minlength=len(prompts))
+    order = np.random.default_rng([seed, 0x5EED]).permutation(len(prompts))
+    held_out = np.zeros(len(prompts), dtype=bool)
+    held_out[order[np.cumsum(counts[order]) <= round(fraction * len(prompt_of))]] = True
+    of_components = np.split(held_out[prompt_of], np.cumsum([len(h) for h in hashes])[:-1])
     train, validation = {}, {}
-    for name, pairs in components.items():
-        prompts, prompt_of = np.unique(pairs.prompt_hashes, return_inverse=True)
-        counts = np.bincount(prompt_of, minlength=len(prompts))
-        order = np.random.default_rng([seed, 0x5EED]).permutation(len(prompts))
-        held_out = np.zeros(len(prompts), dtype=bool)
-        held_out[order[np.cumsum(counts[order]) <= round(fraction * len(pairs))]] = True
-        train[name] = (pairs, np.flatnonzero(~held_out[prompt_of]))
-        validation[name] = (pairs, np.flatnonzero(held_out[prompt_of]))
+    for (name, pairs), is_held_out in zip(components.items(), of_components, strict=True):
+        train[name] = (pairs, np.flatnonzero(~is_held_out))
+        validation[name] = (pairs, np.flatnonzero(is_held_out))
     return PairTable(train), PairTable(validation)
 
 
@@ -84,7 +86,7 @@ class PairOrder:
     def __post_init__(self):
         if sum(self.sizes) == 0:
             raise ValueError("there are no training pairs")
-        for size, weight in zip(self.sizes, self.weights or (), strict=False):
+        for size, weight in zip(self.sizes, self.weights or self.sizes, strict=True):
             if weight > 0 and size == 0:
                 raise ValueError("data.train_weights gives weight to a component without training pairs")
 
@@ -106,7 +108,7 @@ class PairOrder:
 
     def _weighted(self, position: int) -> int:
         block, inner = divmod(position, BLOCK)
-        components, nth = _mixture_block(self.seed, self.weights, self.shuffle)
+        components, nth = _mixture_block(self.seed, self.weights)
         component = int(components[inner])
         before = block * int(np.sum(components == component)) + int(nth[inner])
         within = self._in_epochs(np.array([before]), component + 1, self.sizes[component])[0]
@@ -119,7 +121,7 @@ def _permutation(seed: int, component: int, epoch: int, size: int) -> np.ndarray
 
 
 @functools.lru_cache(maxsize=2)
-def _mixture_block(seed: int, weights: tuple[float, ...], shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
+def _mixture_block(seed: int, weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Which component each position of a block takes from, and how many of that component come before it there."""
     shares = np.array(weights) / sum(weights) * BLOCK
     counts = np.floor(shares).astype(int)

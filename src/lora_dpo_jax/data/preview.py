@@ -8,6 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_dpo_jax.data.cache import TokenizedPairs
+from lora_dpo_jax.data.loader import PairTable
 
 RESET = "\x1b[0m"
 # Two shades for each role, token by token in turn, so that the ends of tokens can be seen.
@@ -19,7 +20,7 @@ SHADES = {
 
 
 def preview(
-    pairs: TokenizedPairs,
+    pairs: TokenizedPairs | PairTable,
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     file: TextIO | None = None,  # sys.stdout

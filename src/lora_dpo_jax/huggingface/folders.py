@@ -44,6 +44,17 @@ def local_folder(name_or_path: str | Path, *, revision: str | None = None, patte
     return Path(files)
 
 
+def check_export_target(target: str | Path) -> None:
+    """Raises FileExistsError where an export would: for runs that should fail before their work, not after."""
+    if is_url(target):
+        _remote_files(str(target))
+        return
+    target = Path(target).expanduser().absolute()
+    if target.is_file():
+        raise FileExistsError(f"{target} is a file; an export is a folder")
+    _refuse_foreign_files(target, [child.name for child in _children(target) if child.is_file()])
+
+
 @contextmanager
 def export_folder(target: str | Path) -> Iterator[Path]:
     """Yields a local folder to write an export into; it is put at `target`, a path or a URL, when the block ends.
@@ -55,7 +66,7 @@ def export_folder(target: str | Path) -> Iterator[Path]:
             yield folder
         return
     with tempfile.TemporaryDirectory() as folder:
-        _remote_files(str(target))  # fails before the work, not after, where the target cannot be written
+        check_export_target(target)
         yield Path(folder)
         _upload(Path(folder), str(target))
 
@@ -68,10 +79,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     `export_folder` says.
     """
     target = target.expanduser().absolute()
-    if target.is_file():
-        raise FileExistsError(f"{target} is a file; an export is a folder")
+    check_export_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _refuse_foreign_files(target, [child.name for child in _children(target) if child.is_file()])
     temporary = target.parent / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     try:

@@ -4,13 +4,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import haliax as hax
 import jax
 import numpy as np
 from haliax import Axis
-from haliax.axis import AxisSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -89,11 +88,6 @@ def write_shards(
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """One file. transformers refuses files that do not say they hold PyTorch's layout."""
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-
-
-def axes_of(side: AxisSpec) -> tuple[Axis, ...]:
-    """The axes of one side of a linear layer: `layer.In` is an axis or several."""
-    return cast(tuple[Axis, ...], hax.axis.ensure_tuple(side))
 
 
 def sharded_array(axes: tuple[Axis, ...], mapping: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:

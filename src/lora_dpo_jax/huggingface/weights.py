@@ -16,7 +16,8 @@ from haliax import Axis
 
 from lora_dpo_jax.huggingface.adapters import LayerAdapter, layer_adapters
 from lora_dpo_jax.huggingface.folders import export_folder
-from lora_dpo_jax.huggingface.tensors import TensorFiles, abridged, axes_of, sharded_array, write_shards
+from lora_dpo_jax.huggingface.tensors import TensorFiles, abridged, sharded_array, write_shards
+from lora_dpo_jax.lora import axes_of
 from lora_dpo_jax.models import CausalLM, DecoderConfig, config_from_hf
 
 # Old checkpoints store what is computed from the config.

@@ -16,8 +16,10 @@ from tqdm import tqdm
 from lora_dpo_jax.data.loader import PairTable
 from lora_dpo_jax.evaluation import summarize
 from lora_dpo_jax.losses import PairLogProbs
+from lora_dpo_jax.main.errors import told_in_a_line
 from lora_dpo_jax.main.setup import (
     TrainConfig,
+    folder_of,
     load_base,
     load_peft_adapter,
     load_tables,
@@ -63,11 +65,12 @@ def main(config: EvaluateConfig) -> dict[str, float]:
 
     reference_model = policy_model = base.model
     if config.initialize_from_peft is not None:
-        policy_model = load_peft_adapter(base.model, config.initialize_from_peft, placement)
+        folder = folder_of("initialize_from_peft", config.initialize_from_peft)
+        policy_model = load_peft_adapter(base.model, folder, placement)
         if config.peft_reference == "adapter":
             reference_model = policy_model
     if config.adapter is not None:
-        policy_model = load_peft_adapter(base.model, config.adapter, placement)
+        policy_model = load_peft_adapter(base.model, folder_of("adapter", config.adapter), placement)
     reference = score(reference_model, progress("reference"))
     policy = reference if policy_model is reference_model else score(policy_model, progress("policy"))
 
@@ -113,4 +116,5 @@ def _print(config: EvaluateConfig, summary: dict[str, float], num_pairs: int) ->
 
 
 if __name__ == "__main__":
-    main(parse_arguments(EvaluateConfig))
+    with told_in_a_line():
+        main(parse_arguments(EvaluateConfig))

@@ -23,6 +23,7 @@ from lora_dpo_jax.generation import GenerationConfig, complete, read_stop_ids
 from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.weights import load_model, read_config
+from lora_dpo_jax.main.errors import told_in_a_line
 
 logger = logging.getLogger(__name__)
 
@@ -217,5 +218,6 @@ def parse(args: Sequence[str]) -> GenerateConfig:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    main(parse(sys.argv[1:]))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    with told_in_a_line():
+        main(parse(sys.argv[1:]))

@@ -92,6 +92,8 @@ class TrainConfig:
             raise ValueError(f"hf_save_steps={self.hf_save_steps} must be positive")
         if self.peft_reference not in ("adapter", "base"):
             raise ValueError(f"peft_reference={self.peft_reference!r} must be adapter or base")
+        if self.peft_save_path is not None and self.peft_save_path == self.merged_hf_save_path:
+            raise ValueError(f"peft_save_path and merged_hf_save_path are both {self.peft_save_path}; they must differ")
         if self.beta is not None and self.loss.beta not in (self.beta, type(self.loss)().beta):
             raise ValueError(f"beta={self.beta} and loss.beta={self.loss.beta} disagree; give one of them")
 
@@ -101,7 +103,7 @@ class TrainConfig:
 
 
 def parse_arguments(config_class: type) -> Any:
-    """The configuration from `--config_path` and the command line. A mistake in it is told in a line, not a trace."""
+    """The configuration from `--config_path` and the command line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("jax", "httpx", "datasets", "fsspec"):
@@ -121,14 +123,20 @@ class Base:
 
 def load_tokenizer(config: TrainConfig) -> Any:
     """The tokenizer of `data.tokenizer`, or the base model's."""
-    name = config.data.tokenizer or config.initialize_from_hf
-    revision = None if config.data.tokenizer else config.hf_revision
-    return AutoTokenizer.from_pretrained(local_folder(name, revision=revision, patterns=TOKENIZER_FILES))
+    if config.data.tokenizer:
+        folder = folder_of("data.tokenizer", config.data.tokenizer, patterns=TOKENIZER_FILES)
+    else:
+        name, revision = config.initialize_from_hf, config.hf_revision
+        folder = folder_of("initialize_from_hf", name, revision=revision, patterns=TOKENIZER_FILES)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no tokenizer that loads; set data.tokenizer. {error}") from error
 
 
 def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base:
     """Reads the weights of `initialize_from_hf` to their devices, in the dtype that `config.model` asks for."""
-    folder = local_folder(config.initialize_from_hf, revision=config.hf_revision)
+    folder = folder_of("initialize_from_hf", config.initialize_from_hf, revision=config.hf_revision)
     decoder = dataclasses.replace(
         read_config(folder),
         gradient_checkpointing=config.model.gradient_checkpointing,
@@ -169,9 +177,17 @@ def scorer(config: TrainConfig, pairs: PairTable, placement: Placement) -> PairS
     return PairScorer(pairs, rows=rows, put_batch=placement.put_batch, scope=placement.scope)
 
 
-def load_peft_adapter(model: CausalLM, name: str, placement: Placement) -> CausalLM:
+def load_peft_adapter(model: CausalLM, folder: Path, placement: Placement) -> CausalLM:
     with placement.scope():
-        return load_adapter(model, local_folder(name), mapping=placement.parameters)
+        return load_adapter(model, folder, mapping=placement.parameters)
+
+
+def folder_of(setting: str, name: str, **options: Any) -> Path:
+    """`local_folder`, whose error then names the setting too."""
+    try:
+        return local_folder(name, **options)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{setting}: {error}") from error
 
 
 def _check_lengths(config: TrainConfig, decoder: DecoderConfig) -> None:

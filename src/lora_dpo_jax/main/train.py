@@ -18,13 +18,14 @@ from lora_dpo_jax.data.preview import preview
 from lora_dpo_jax.evaluation import PairScorer, summarize
 from lora_dpo_jax.generation import complete, read_stop_ids
 from lora_dpo_jax.huggingface.adapters import read_adapter_config, save_adapter
-from lora_dpo_jax.huggingface.folders import local_folder
+from lora_dpo_jax.huggingface.folders import check_export_target
 from lora_dpo_jax.huggingface.weights import save_merged
 from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter, with_dropout
 from lora_dpo_jax.losses import PairLogProbs
 from lora_dpo_jax.main.setup import (
     Base,
     TrainConfig,
+    folder_of,
     load_base,
     load_peft_adapter,
     load_tables,
@@ -64,7 +65,7 @@ def main(config: TrainConfig) -> TrainState | None:
     optimizer, schedule = config.optimizer.build(num_steps), config.optimizer.schedule(num_steps)
     keeps_adapter = config.initialize_from_peft is not None and config.peft_reference == "adapter"
     reference = frozen_copy(model) if keeps_adapter else None
-    state = TrainState.init(model, optimizer, key=k_dropout, reference=reference)
+    state = placement.put_parameters(TrainState.init(model, optimizer, key=k_dropout, reference=reference))
     step = TrainStep(config.preference_loss, optimizer, schedule=schedule, scope=placement.scope)
 
     order = PairOrder(tuple(pairs.sizes), trainer.seed, config.data.shuffle, _weights(config, pairs))
@@ -82,7 +83,7 @@ def main(config: TrainConfig) -> TrainState | None:
     run_dir = trainer.run_dir(run_id)
     resolved = draccus.encode(config)
     with start_trackers(trainer.tracker, run_dir=run_dir, run_id=run_id, resolved_config=resolved) as tracker:
-        (run_dir / "config.yaml").write_text(draccus.dump(config))
+        (run_dir / "config.yaml").write_text(str(draccus.dump(config)))
         tracker.log_summary(_parameter_counts(model))
         _announce(config, pairs, held_out, model, num_steps, layout, run_dir)
         starts_equal = keeps_adapter or config.initialize_from_peft is None
@@ -118,7 +119,7 @@ def _lora_config(config: TrainConfig) -> LoraConfig:
     """That of the given adapter, if there is one: its rank and scaling are no choice of ours."""
     if config.initialize_from_peft is None:
         return config.lora
-    given = read_adapter_config(local_folder(config.initialize_from_peft))
+    given = read_adapter_config(folder_of("initialize_from_peft", config.initialize_from_peft))
     return dataclasses.replace(given, dropout=config.lora.dropout)
 
 
@@ -127,7 +128,8 @@ def _adapted(config: TrainConfig, lora: LoraConfig, base: Base, placement: Place
     if config.initialize_from_peft is None:
         model = loraize(base.model, lora, key=key)
     else:
-        model = load_peft_adapter(base.model, config.initialize_from_peft, placement)
+        folder = folder_of("initialize_from_peft", config.initialize_from_peft)
+        model = load_peft_adapter(base.model, folder, placement)
         model = with_dropout(model, lora.dropout)
     adapters, weights = eqx.partition(model, trainable_filter(model))
     dtype = config.trainer.precision.param_dtype
@@ -236,8 +238,8 @@ class _Report:
         if self.reference_scores is None and not loss.reference_free:
             # The reference never moves: its scores serve every evaluation of the run.
             self.reference_scores = self.score(reference_model(info.state.model, self.reference))
-        is_reference = info.step == 0 and self.starts_equal and self.reference_scores is not None
-        policy_scores = self.reference_scores if is_reference else self.score(info.state.model)
+        is_reference = info.step == 0 and self.starts_equal
+        policy_scores = (self.reference_scores if is_reference else None) or self.score(info.state.model)
         scores = summarize(loss, policy_scores, self.reference_scores)
         self.scores.append((info.step, scores))
         self.tracker.log({f"eval/{name}": value for name, value in scores.items()}, step=info.step)
@@ -288,6 +290,9 @@ class _Exports:
 
     def __init__(self, config: TrainConfig, lora: LoraConfig, base: Base, num_steps: int):
         self.config, self.lora, self.base, self.num_steps = config, lora, base, num_steps
+        for path in (config.peft_save_path, config.merged_hf_save_path):
+            if path is not None:
+                check_export_target(path)
 
     def __call__(self, info: StepInfo[TrainState]) -> None:
         def target(path: str) -> str:
@@ -296,4 +301,6 @@ class _Exports:
         if path := self.config.peft_save_path:
             save_adapter(info.state.model, target(path), base_model=self.config.initialize_from_hf, config=self.lora)
         if path := self.config.merged_hf_save_path:
-            save_merged(info.state.model, self.base.folder, target(path))
+            # A tokenizer of the user's choice brings its own chat template; the base's files stay as they are.
+            tokenizer = self.base.tokenizer if self.config.data.tokenizer else None
+            save_merged(info.state.model, self.base.folder, target(path), tokenizer=tokenizer)

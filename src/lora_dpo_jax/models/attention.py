@@ -2,6 +2,8 @@
 
 import abc
 import math
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import haliax as hax
@@ -46,15 +48,14 @@ class PackedMask(AttentionMask):
 
     def allowed(self, window: NamedArray | None) -> NamedArray:
         Pos = self.segment_ids.resolve_axis("position")
-        KeyPos = as_keys(hax.arange(Pos)).axes
-        segment, branch, position, index = (
-            x.broadcast_axis(KeyPos) for x in (self.segment_ids, self.branch_ids, self.position_ids, hax.arange(Pos))
-        )
-        key_branch = as_keys(self.branch_ids)
-        mask = (segment == as_keys(self.segment_ids)) & ((branch == key_branch) | (key_branch == 0))
-        mask = mask & (index >= as_keys(hax.arange(Pos)))
+        ids = (self.segment_ids, self.branch_ids, self.position_ids, hax.arange(Pos))
+        keys: Any = [as_keys(x) for x in ids]
+        queries: Any = [x.broadcast_axis(keys[-1].axes) for x in ids]
+        key_segment, key_branch, key_position, key_index = keys
+        segment, branch, position, index = queries
+        mask = (segment == key_segment) & ((key_branch == 0) | (branch == key_branch)) & (index >= key_index)
         if window is not None:
-            mask = mask & (position - as_keys(self.position_ids) < window)
+            mask = mask & (position - key_position < window)
         return mask
 
     @staticmethod
@@ -112,9 +113,10 @@ def _blocked(q: NamedArray, k: NamedArray, v: NamedArray, mask: PackedMask, wind
     ids = [mask.segment_ids, mask.branch_ids, mask.position_ids]
     block = math.gcd(q.axes[1].size, BLOCK)
 
-    def attention(q, k, v, segment, branch, position, window):
+    def on_one_device(q, k, v, segment, branch, position, window):
         return blocked_attention(q, k, v, TokenIds(segment, branch, position), window, block=block)
 
+    attention: Callable = on_one_device
     window_array = None if window is None else window.array
     arrays = [x.array for x in (q, k, v, *ids)]
     mesh = jax.sharding.get_abstract_mesh()
@@ -122,5 +124,5 @@ def _blocked(q: NamedArray, k: NamedArray, v: NamedArray, mask: PackedMask, wind
         # Rows and heads are independent: each device loops over its own.
         split = hax.partitioning.pspec_for_axis
         specs = (*(split(x.axes) for x in (q, k, v, *ids)), PartitionSpec())
-        attention = jax.shard_map(attention, in_specs=specs, out_specs=split(q.axes), check_vma=False)
+        attention = jax.shard_map(on_one_device, in_specs=specs, out_specs=split(q.axes), check_vma=False)
     return NamedArray(attention(*arrays, window_array), q.axis_names)

@@ -146,13 +146,16 @@ class _Tiles:
     def scores(self, q_i: Array, i: Array, j: Array) -> Array:
         """Float32 [block * group, block] of query block `i` and key block `j`, masked."""
         scores = _dot(q_i, self.k[j].T) * self.scale
-        queries, keys = (jax.tree.map(lambda x: x[n], self.ids) for n in (i, j))
+        queries, keys = self._ids_of(i), self._ids_of(j)
         at = jnp.arange(self.block)
         mask = (queries.segment[:, None] == keys.segment[None]) & (at[:, None] + (i - j) * self.block >= at[None])
         mask &= (keys.branch[None] == 0) | (keys.branch[None] == queries.branch[:, None])
         mask &= queries.position[:, None] - keys.position[None] < self.window
         mask = jnp.broadcast_to(mask[:, None], (self.block, self.group, self.block)).reshape(scores.shape)
         return jnp.where(mask, scores, MASKED)
+
+    def _ids_of(self, index: Array) -> TokenIds:
+        return jax.tree.map(lambda x: x[index], self.ids)
 
 
 def _dot(a: Array, b: Array) -> Array:

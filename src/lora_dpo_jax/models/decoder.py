@@ -1,6 +1,8 @@
 """The decoder: embeddings, a stack of blocks, a final norm and a head. Modules are named as in Hugging Face."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import haliax as hax
@@ -43,9 +45,10 @@ class KeyValueCache(eqx.Module):
 
     def write(self, k: NamedArray, v: NamedArray, slot: jnp.ndarray) -> "KeyValueCache":
         """Puts keys and values {row, key_position, ...} at cache slots `slot`, `slot + 1`, ..."""
+        start: Any = {KEY_POSITION: hax.named(slot, ())}
         return KeyValueCache(
-            self.k.updated_slice({KEY_POSITION: slot}, k.astype(self.k.dtype)),
-            self.v.updated_slice({KEY_POSITION: slot}, v.astype(self.v.dtype)),
+            self.k.updated_slice(start, k.astype(self.k.dtype)),
+            self.v.updated_slice(start, v.astype(self.v.dtype)),
         )
 
 
@@ -95,7 +98,7 @@ class Attention(eqx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q, tokens.cos, tokens.sin, HeadSize)
         k, v = as_keys(rotate(k, tokens.cos, tokens.sin, HeadSize)), as_keys(v)
-        if cache is not None:
+        if cache is not None and tokens.slot is not None:
             cache = cache.write(k, v, tokens.slot)
             k, v = cache.k, cache.v
         attended = attend(q, k, v, tokens.mask, window, HeadSize, self.config.attention)
@@ -184,14 +187,19 @@ class Decoder(eqx.Module):
         tokens = Tokens(cos, sin, mask, slot)
         keys = maybe_rng_split(key, config.num_layers) if key is not None else None
         x = self.embed_tokens(token_ids)
+        layers: Any = self.layers  # haliax's types leave out the further arguments of a folded function
         if cache is None:
-            x = self.layers.fold_via(lambda layer, x, tokens, window, key: layer(x, tokens, window, key=key)[0])(
-                x, tokens, self._windows(), keys
-            )
+
+            def forward(layer: DecoderLayer, x, tokens, window, key):
+                return layer(x, tokens, window, key=key)[0]
+
+            x = layers.fold_via(forward)(x, tokens, self._windows(), keys)
         else:
-            x, cache = self.layers.scan_via(
-                lambda layer, x, cache, tokens, window, key: layer(x, tokens, window, cache, key=key)
-            )(x, cache, tokens, self._windows(), keys)
+
+            def decode(layer: DecoderLayer, x, cache, tokens, window, key):
+                return layer(x, tokens, window, cache, key=key)
+
+            x, cache = layers.scan_via(decode)(x, cache, tokens, self._windows(), keys)
         return self.norm(x), cache
 
     def _windows(self) -> NamedArray | None:
@@ -219,16 +227,16 @@ class CausalLM(eqx.Module):
         if self.lm_head is not None:
             return self.lm_head
         weight = self.model.embed_tokens.weight
-        return hnn.Linear(weight, None, self.config.Embed, self.config.Vocab, dot_general=Float32Accumulation())
+        dot_general: Any = Float32Accumulation()
+        return hnn.Linear(weight, None, self.config.Embed, self.config.Vocab, dot_general=dot_general)
 
     @staticmethod
     def init(config: DecoderConfig, *, key) -> "CausalLM":
         k_model, k_head = jax.random.split(key)
         head = None
         if not config.tie_word_embeddings:
-            head = hnn.Linear.init(
-                config.Embed, config.Vocab, key=k_head, use_bias=False, dot_general=Float32Accumulation()
-            )
+            dot_general: Any = Float32Accumulation()
+            head = hnn.Linear.init(config.Embed, config.Vocab, key=k_head, use_bias=False, dot_general=dot_general)
         return CausalLM(Decoder.init(config, key=k_model), head)
 
     def __call__(self, token_ids: NamedArray, position_ids: NamedArray, mask: AttentionMask, *, key=None) -> NamedArray:
@@ -257,7 +265,7 @@ class Float32Accumulation(eqx.Module):
             return float32_product(lhs, rhs), (lhs, rhs)
 
         def backward(factors, cotangent):
-            _, pullback = jax.vjp(lambda *f: product(*f, None), *factors)
+            _, pullback = jax.vjp(functools.partial(product, dtype=None), *factors)
             return pullback(cotangent.astype(factors[0].dtype))
 
         float32_product.defvjp(forward, backward)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from haliax import NamedArray
+from jax.sharding import NamedSharding
 
 from lora_dpo_jax.data.packing import MICRO, PreferenceBatch
 from lora_dpo_jax.log_probs import pair_log_probs
@@ -59,8 +60,8 @@ def reference_model(model: CausalLM, reference: Any) -> CausalLM:
 class TrainStep:
     """`state, metrics = step(state, batch)`, compiled once per shape of batch.
 
-    The adapters, the optimizer state and the batch are donated: use the returned state. The metrics are the means over
-    the pairs of the batch. Where the loss or a gradient is not finite, the update is not made.
+    The adapters and the optimizer state are donated: use the returned state. The metrics are the means over the pairs
+    of the batch. Where the loss or a gradient is not finite, the update is not made.
     """
 
     def __init__(
@@ -73,23 +74,32 @@ class TrainStep:
     ):
         """`schedule` is only for the metric `learning_rate`; `scope`: see `sharding.Placement.scope`."""
         self.loss, self.optimizer, self.schedule, self.scope = loss, optimizer, schedule, scope
-        self._compiled = jax.jit(self._update, donate_argnums=0)
+        self._compiled: Any = None  # made when it is known where the state lies
 
     def __call__(self, state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, StepMetrics]:
         moving, weights = self._split(state)
         with self.scope():
-            (step, adapters, opt_state), metrics = self._compiled(moving, weights, batch)
+            (step, adapters, opt_state), metrics = self._program(moving)(moving, weights, batch)
         model = eqx.combine(adapters, weights.model)
         return TrainState(step, model, opt_state, state.key, state.reference), metrics
 
     def lower(self, state: TrainState, batch: PreferenceBatch):
         """The lowered step, to compile and ask for its memory and cost; arrays may be ShapeDtypeStructs."""
+        moving, weights = self._split(state)
         with self.scope():
-            return self._compiled.lower(*self._split(state), batch)
+            return self._program(moving).lower(moving, weights, batch)
 
     @property
     def num_compilations(self) -> int:
-        return self._compiled._cache_size()
+        return 0 if self._compiled is None else self._compiled._cache_size()
+
+    def _program(self, moving: tuple) -> Any:
+        """Gives the state back split over the mesh as it was: to JAX any other spelling is another program."""
+        if self._compiled is None:
+            self._compiled = jax.jit(
+                self._update, donate_argnums=0, out_shardings=(jax.tree.map(_mesh_sharding, moving), None)
+            )
+        return self._compiled
 
     def _split(self, state: TrainState) -> tuple[tuple, "_Weights"]:
         adapters, weights = eqx.partition(state.model, trainable_filter(state.model))
@@ -153,6 +163,12 @@ class _Weights(eqx.Module):
     model: Any
     reference: Any
     key: jax.Array
+
+
+def _mesh_sharding(array: Any) -> NamedSharding | None:
+    """None off a mesh, where arrays stay on the device that they are on."""
+    sharding = getattr(array, "sharding", None)  # a tracer has none
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def _token_counts(batch: PreferenceBatch) -> dict[str, jax.Array]:

@@ -4,7 +4,7 @@ import math
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -94,10 +94,10 @@ class Hook:
     at_end: bool = True
 
     def is_due(self, step: int, num_steps: int) -> bool:
-        if step == num_steps:
-            return self.at_end
         if step == 0:
             return self.at_start
+        if step == num_steps and self.at_end:
+            return True
         return self.every is not None and step % self.every == 0
 
 
@@ -116,7 +116,7 @@ def train(
     log_every: int = 1,
     check: Callable[[int, Any, dict[str, float]], None] = lambda step, metrics, values: None,
 ) -> S:
-    """Runs `step_fn` over `batches` and returns the last state.
+    """Runs `step_fn` over `batches` and returns the last state. Raises ValueError if there are too few batches.
 
     The metrics of a step (their `values`: scalars by name) are fetched after the next step is on its way.
     `check(step, metrics, values)` sees those of every step and may raise.
@@ -126,8 +126,9 @@ def train(
         log = _MetricsLog(tracker, progress, log_every, num_steps, check)
         _run_hooks(hooks, StepInfo(0, state), num_steps)
         log.start_clock()
-        for step, batch in zip(range(num_steps), batches, strict=False):
-            state, metrics = step_fn(state, batch)
+        batches = iter(batches)
+        for step in range(num_steps):
+            state, metrics = step_fn(state, _next(batches, step, num_steps))
             pending.append((step, metrics))
             if len(pending) > METRICS_LAG:
                 log.take(*pending.popleft())
@@ -139,6 +140,13 @@ def train(
         while pending:
             log.take(*pending.popleft())
     return state
+
+
+def _next(batches: Iterator[Any], step: int, num_steps: int) -> Any:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise ValueError(f"the batches ended after {step} of {num_steps} steps") from None
 
 
 def _run_hooks(hooks: Sequence[Hook], info: StepInfo, num_steps: int) -> None:

@@ -1,0 +1,255 @@
+import gzip
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from lora_dpo_jax.data import cache
+from lora_dpo_jax.data.cache import load_pairs, tokenize_component
+from lora_dpo_jax.data.chat import PairTokenizer
+from lora_dpo_jax.data.preferences import ComponentConfig, FormatConfig, PreferenceDataConfig, read_pair
+from lora_dpo_jax.data.sources import RowError, UrlSource
+
+
+def row(question, chosen, rejected):
+    def conversation(answer):
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    return {"chosen": conversation(chosen), "rejected": conversation(rejected)}
+
+
+ROWS = [row(f"What is {n % 200}?", f"The answer is {n}.", "The cat sat." * (n % 3 + 1)) for n in range(600)]
+FAULTY = [
+    row("Hello", "Hi", "No"),
+    row("Hello", "", "No"),
+    row("Hello", "Same", "Same"),
+    {"chosen": 5, "rejected": "no"},
+    row("Hello", "cat " * 100, "No"),
+    row("cat " * 100, "Hi", "No"),
+]
+
+
+@pytest.fixture
+def tokenizer(make_tokenizer):
+    return make_tokenizer("chatml")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(rows, name="rows.jsonl"):
+        path = tmp_path / name
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def load(tmp_path, tokenizer):
+    """load(url, **format settings): tokenized and cached under tmp_path."""
+
+    def load(url, tokenizer=tokenizer, train_seq_len=128, **format):
+        component = ComponentConfig(UrlSource([url]), FormatConfig(**format))
+        return tokenize_component(
+            component, tokenizer, split="train", train_seq_len=train_seq_len, cache_dir=tmp_path / "cache"
+        )
+
+    return load
+
+
+@pytest.fixture
+def tokenized_rows(monkeypatch):
+    """How many rows have gone through the tokenizer."""
+    counts = []
+    original = PairTokenizer.tokenize
+
+    def counting(self, pairs):
+        results = original(self, pairs)
+        counts.append(len(results))
+        return results
+
+    monkeypatch.setattr(PairTokenizer, "tokenize", counting)
+    return lambda: sum(counts)
+
+
+def test_pairs_from_disk_are_the_tokens_of_their_rows(write, load, tokenizer):
+    path = write(ROWS, "rows.jsonl.gz")
+    pairs = load(path)
+    expected = PairTokenizer(tokenizer).tokenize(read_pair(row, FormatConfig(), "") for row in ROWS)
+    assert len(pairs) == len(ROWS) == pairs.report["rows"] == pairs.report["kept"]
+    for index, (pair, (tokens, _)) in enumerate(zip(pairs, expected, strict=True)):
+        for ours, theirs in zip(pair, tokens, strict=True):
+            assert ours.dtype == np.int32
+            np.testing.assert_array_equal(ours, theirs)
+        assert pairs.lengths[index].tolist() == [len(part) for part in pair]
+        assert pairs.origin(index) == f"{path}, row {index + 1}"
+    with pytest.raises(IndexError):
+        pairs[len(pairs)]
+
+
+def test_pairs_have_equal_hashes_when_they_have_equal_prompts(write, load):
+    pairs = load(write(ROWS))
+    assert pairs.prompt_hashes.dtype == np.uint64
+    assert len(np.unique(pairs.prompt_hashes)) == 200
+    np.testing.assert_array_equal(pairs.prompt_hashes[:200], pairs.prompt_hashes[200:400])
+
+
+def test_prompts_that_were_cut_differently_still_have_equal_hashes(write, load):
+    rows = [row("cat " * 50, "Hi", "cat " * n) for n in (5, 20)]
+    pairs = load(write(rows), train_seq_len=60, slice_strategy="left")
+    assert pairs.report["truncated"] == 2
+    assert pairs.lengths[0, 0] != pairs.lengths[1, 0]
+    assert pairs.prompt_hashes[0] == pairs.prompt_hashes[1]
+
+
+def test_rows_are_tokenized_once(write, load, tokenized_rows):
+    path = write(ROWS)
+    first = load(path)
+    again = load(path)
+    assert tokenized_rows() == len(ROWS)
+    assert first.fingerprint == again.fingerprint
+    np.testing.assert_array_equal(first[17].chosen, again[17].chosen)
+    assert again.report == first.report
+
+
+def test_a_tokenizer_saved_and_loaded_finds_the_same_cache(write, load, tokenizer, tokenized_rows, tmp_path):
+    path = write(ROWS)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    first = load(path, loaded)
+    loaded(["Hello", "Hello there"], padding=True, truncation=True, max_length=4)  # leaves its settings in the backend
+    AutoTokenizer.from_pretrained(tmp_path / "tokenizer").save_pretrained(tmp_path / "elsewhere")
+    second = load(path, AutoTokenizer.from_pretrained(tmp_path / "elsewhere"))
+    assert load(path, loaded).fingerprint == first.fingerprint == second.fingerprint
+    assert tokenized_rows() == len(ROWS)
+
+
+@pytest.mark.parametrize("what", ["rows", "template", "override", "tokens", "length", "strategy", "invalid", "version"])
+def test_whatever_shapes_the_pairs_changes_their_fingerprint(what, write, load, make_tokenizer, monkeypatch):
+    path = write(ROWS)
+    before = load(path)
+    tokenizer, options = make_tokenizer("chatml"), {}
+    if what == "rows":
+        write([*ROWS, row("one", "more", "row")])
+    elif what == "template":
+        tokenizer.chat_template += " "
+    elif what == "override":
+        options["chat_template"] = tokenizer.chat_template + " "
+    elif what == "tokens":
+        tokenizer.add_tokens(["answer"])
+    elif what == "version":
+        monkeypatch.setattr(cache, "VERSION", cache.VERSION + 1)
+    else:
+        options = {"length": {"train_seq_len": 127}, "strategy": {"slice_strategy": "drop"}}.get(
+            what, {"invalid_rows": "drop"}
+        )
+    assert load(path, tokenizer, **options).fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize("file", ["tokens.bin", "lengths.npy", "origins.npy", "prompt_hashes.npy", "meta.json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_a_damaged_cache_is_noticed_and_made_again(file, damage, write, load, tokenized_rows, tmp_path, caplog):
+    path = write(ROWS[:20])
+    expected = [[part.tolist() for part in pair] for pair in load(path)]
+    [damaged] = (tmp_path / "cache").rglob(file)
+    content = damaged.read_bytes()
+    if damage == "gone":
+        damaged.unlink()
+    else:
+        damaged.write_bytes(content[:-7] if damage == "cut" else content[:-7] + bytes(7))
+    assert [[part.tolist() for part in pair] for pair in load(path)] == expected
+    assert tokenized_rows() == 40
+    assert "damaged" in caplog.text
+    load(path)
+    assert tokenized_rows() == 40
+    assert len(list((tmp_path / "cache" / "pairs").iterdir())) == 1
+
+
+def test_a_failure_leaves_nothing_in_the_cache(write, load, tmp_path):
+    with pytest.raises(RowError):
+        load(write(FAULTY))
+    assert list((tmp_path / "cache" / "pairs").iterdir()) == []
+
+
+def test_the_slower_of_two_processes_takes_what_the_faster_made(write, load, tmp_path, monkeypatch):
+    path = write(ROWS[:20])
+    faster = load(path)
+    monkeypatch.setattr(cache, "_open", lambda folder, open=cache._open, calls=[]: calls.append(1) or (
+        None if len(calls) == 1 else open(folder)))  # fmt: skip
+    slower = load(path)
+    np.testing.assert_array_equal(slower[3].chosen, faster[3].chosen)
+    assert len(list((tmp_path / "cache" / "pairs").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("row_number", "message"),
+    [
+        (2, "row 2: the chosen response is empty"),
+        (3, "row 3: chosen and rejected are the same"),
+        (4, "row 4: 'chosen' is int 5"),
+        (5, r"row 5: prompt \+ chosen is 1\d\d tokens, more than train_seq_len=90. Raise train_seq_len, or set"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_an_error_that_names_it(row_number, message, write, load):
+    blank = [FAULTY[0]] * (row_number - 1)
+    with pytest.raises(RowError, match=r"rows.jsonl, " + message):
+        load(write([*blank, FAULTY[row_number - 1]]), train_seq_len=90)
+
+
+def test_rows_that_do_not_fit_may_be_dropped_and_are_counted(write, load, caplog):
+    path = write(FAULTY)
+    pairs = load(path, train_seq_len=90, slice_strategy="drop", invalid_rows="drop")
+    counts = {"rows": 6, "kept": 1, "empty": 1, "identical": 1, "malformed": 1, "too_long": 2}
+    assert {reason: pairs.report[reason] for reason in counts} == counts
+    assert "1 of 6 rows kept, 5 dropped: 1 empty; 1 malformed; 1 with identical responses; 2 too long" in caplog.text
+    assert [pairs.origin(index) for index in range(len(pairs))] == [f"{path}, row 1"]
+
+
+@pytest.mark.parametrize(("strategy", "kept"), [("left", [1, 6]), ("right", [1, 5])])
+def test_long_rows_may_be_cut_and_are_counted(strategy, kept, write, load):
+    pairs = load(write(FAULTY), train_seq_len=90, slice_strategy=strategy, invalid_rows="drop")
+    assert [int(pairs.origin(index).split()[-1]) for index in range(len(pairs))] == kept
+    assert (pairs.report["truncated"], pairs.report["too_long"]) == (1, 1)
+    assert max(pair.length for pair in pairs) == 90
+
+
+def test_responses_that_are_alike_once_cut_are_identical(write, load):
+    rows = [FAULTY[0], row("Hello", "cat " * 40 + "one", "cat " * 40 + "two")]
+    pairs = load(write(rows), train_seq_len=30, slice_strategy="right", invalid_rows="drop")
+    assert pairs.report["identical"] == 1 and len(pairs) == 1
+
+
+def test_a_component_without_any_pair_is_an_error(write, load):
+    with pytest.raises(ValueError, match=r"No pair is left in data.components.data \(train\): 0 of 1 rows kept"):
+        load(write([FAULTY[1]]), invalid_rows="drop")
+    with pytest.raises(ValueError, match="0 of 0 rows kept"):
+        load(write([]))
+
+
+def test_a_column_named_in_the_config_must_exist(write, load):
+    with pytest.raises(ValueError, match=r"format.system_prompt='Be brief.' names a column that no row has"):
+        load(write(ROWS[:3]), system_prompt="Be brief.")
+
+
+def test_each_component_that_has_the_split_is_loaded(write, tokenizer, tmp_path):
+    rows, held_out = write(ROWS[:30]), write(ROWS[30:40], "held_out.jsonl")
+    config = PreferenceDataConfig(
+        {
+            "both": ComponentConfig(UrlSource([rows], [held_out])),
+            "train_only": ComponentConfig(UrlSource([held_out])),
+        },
+        cache_dir=str(tmp_path / "cache"),
+    )
+    train = load_pairs(config, tokenizer, split="train", train_seq_len=128)
+    validation = load_pairs(config, tokenizer, split="validation", train_seq_len=128)
+    assert {name: len(pairs) for name, pairs in train.items()} == {"both": 30, "train_only": 10}
+    assert {name: len(pairs) for name, pairs in validation.items()} == {"both": 10}
+    assert validation["both"].fingerprint == train["train_only"].fingerprint
+
+
+def test_several_files_are_numbered_each_for_itself(write, load, tmp_path):
+    paths = [write(ROWS[:3], "a.jsonl"), write(ROWS[3:7], "b.jsonl")]
+    pairs = load(str(tmp_path / "*.jsonl"))
+    assert [pairs.origin(index) for index in (2, 3)] == [f"{paths[0]}, row 3", f"{paths[1]}, row 1"]

@@ -1,0 +1,346 @@
+import functools
+import json
+import warnings
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+from tiny_models import LENGTH, load, logits, random_tokens, tiny_folder, torch_logits, with_random_adapters
+
+from lora_dpo_jax.huggingface.adapters import layer_adapters, load_adapter, read_adapter_config, save_adapter
+from lora_dpo_jax.huggingface.weights import save_merged
+from lora_dpo_jax.lora import LoraConfig, LoraLinear, linear_layers, merge_lora
+from lora_dpo_jax.models import CausalLM
+
+# PEFT asks transformers for what transformers has renamed.
+RENAMED = "`is_gradient_checkpointing` is deprecated"
+pytestmark = pytest.mark.filterwarnings(f"ignore:{RENAMED}:FutureWarning")
+
+TOKENS = random_tokens(2, LENGTH)
+SUBSET = r"model\.layers\.[02]\..*\.(q|down)_proj"
+# An architecture and our settings of an adapter for it.
+CASES = {
+    "every_linear_layer_of_a_tied_model": ("smollm2", LoraConfig(r=4, alpha=8.0)),
+    "rslora": ("llama_biases", LoraConfig(r=4, alpha=6.0, use_rslora=True, target_modules=["q_proj", "v_proj"])),
+    "lm_head": ("qwen3", LoraConfig(r=3, alpha=4.5, target_modules=["o_proj", "lm_head"])),
+    "some_layers": ("mistral", LoraConfig(r=4, alpha=8.0, target_modules=SUBSET)),
+    "all_but_excluded": ("qwen2", LoraConfig(r=4, alpha=8.0, exclude_modules=["down_proj", "1.self_attn.k_proj"])),
+}
+
+
+@functools.cache
+def plain_model(architecture: str, dtype=jnp.float32) -> CausalLM:
+    return load(tiny_folder(architecture), dtype)
+
+
+def transformers_model(folder: Path, dtype: str = "float32"):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def peft_model(base: Path, adapter: Path, dtype: str = "float32") -> peft.PeftModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=RENAMED)
+        return peft.PeftModel.from_pretrained(transformers_model(base, dtype), adapter).eval()
+
+
+def saved_by_peft(architecture: str, folder: Path, *, seed: int = 0, **settings) -> peft.PeftModel:
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+    model = peft.get_peft_model(transformers_model(tiny_folder(architecture)), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    with warnings.catch_warnings():  # PEFT says that it stores the whole lm_head too
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+        model.save_pretrained(folder)
+    return model
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def refusals_of_vllm(folder: Path) -> list[str]:
+    """What vLLM would refuse in an adapter, by the rules in its lora/peft_helper.py and lora/lora_model.py."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    refusals = [f"no {key}" for key in ("r", "lora_alpha", "target_modules") if not config.get(key)]
+    refusals += [key for key in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern") if config.get(key)]
+    if config["r"] > 512:
+        refusals.append("r")
+    if config.get("bias", "none") != "none":
+        refusals.append("bias")
+    if not isinstance(config["target_modules"], list):
+        refusals.append("target_modules is no list")
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    modules = attention | {"gate_proj", "up_proj", "down_proj", "lm_head"}
+    refusals += [name for name in config["target_modules"] if name.rpartition(".")[2] not in modules]
+    for key in load_file(folder / "adapter_model.safetensors"):
+        prefix, *path, factor, kind = key.removeprefix("base_model.model.").split(".")
+        known = [prefix, *path][-1] in modules and factor in ("lora_A", "lora_B") and kind == "weight"
+        if not (key.startswith("base_model.model.") and known):
+            refusals.append(key)
+    return refusals
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_our_adapter_in_peft_gives_our_logits_as_does_the_merged_model(case, tmp_path):
+    architecture, config = CASES[case]
+    source = tiny_folder(architecture)
+    plain = plain_model(architecture)
+    model = with_random_adapters(plain, config)
+    save_adapter(model, tmp_path / "adapter", base_model=str(source), config=config)
+    save_merged(model, source, tmp_path / "merged")
+
+    ours = logits(model, TOKENS)
+    assert np.abs(ours - logits(plain, TOKENS)).max() > 0.1
+    np.testing.assert_allclose(ours, torch_logits(peft_model(source, tmp_path / "adapter"), TOKENS), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(ours, logits(merge_lora(model), TOKENS), rtol=0, atol=1e-4)
+
+    merged, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    np.testing.assert_allclose(ours, torch_logits(merged, TOKENS), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_our_adapter_obeys_the_rules_of_vllm(case, tmp_path):
+    architecture, config = CASES[case]
+    save_adapter(
+        with_random_adapters(plain_model(architecture), config), tmp_path / "adapter", base_model="base", config=config
+    )
+    assert refusals_of_vllm(tmp_path / "adapter") == []
+
+
+def test_regular_expressions_and_null_become_the_shortest_list_that_names_the_same_layers(tmp_path):
+    def targets(case):
+        architecture, config = CASES[case]
+        save_adapter(
+            with_random_adapters(plain_model(architecture), config), tmp_path / case, base_model="base", config=config
+        )
+        return json.loads((tmp_path / case / "adapter_config.json").read_text())["target_modules"]
+
+    every = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert targets("every_linear_layer_of_a_tied_model") == every
+    assert sorted(targets("some_layers")) == [
+        "model.layers.0.mlp.down_proj",
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.2.mlp.down_proj",
+        "model.layers.2.self_attn.q_proj",
+    ]
+    assert "model.layers.0.self_attn.k_proj" in targets("all_but_excluded")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_saving_then_loading_is_the_identity(case, tmp_path):
+    architecture, config = CASES[case]
+    plain = plain_model(architecture)
+    model = with_random_adapters(plain, config)
+    save_adapter(model, tmp_path / "adapter", base_model="base", config=config)
+    loaded = load_adapter(plain, tmp_path / "adapter")
+
+    for ours, theirs in zip(layer_adapters(model), layer_adapters(loaded), strict=True):
+        assert (ours.name, ours.scaling) == (theirs.name, theirs.scaling)
+        np.testing.assert_array_equal(ours.lora_A, theirs.lora_A)
+        np.testing.assert_array_equal(ours.lora_B, theirs.lora_B)
+    np.testing.assert_array_equal(logits(model, TOKENS), logits(loaded, TOKENS))
+    read = read_adapter_config(tmp_path / "adapter")
+    assert (read.r, read.alpha, read.use_rslora) == (config.r, config.alpha, config.use_rslora)
+
+
+def test_the_settings_are_those_of_peft(tmp_path):
+    architecture, config = CASES["rslora"]
+    save_adapter(
+        with_random_adapters(plain_model(architecture), config),
+        tmp_path / "adapter",
+        base_model="org/base",
+        config=config,
+    )
+    read = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert isinstance(read, peft.LoraConfig)
+    assert (read.r, read.lora_alpha, read.use_rslora, read.base_model_name_or_path) == (4, 6, True, "org/base")
+    assert isinstance(read.lora_alpha, int)
+    assert (read.task_type, read.bias, read.inference_mode) == ("CAUSAL_LM", "none", True)
+
+
+def test_an_adapter_can_be_written_in_another_dtype(tmp_path):
+    architecture, config = CASES["rslora"]
+    model = with_random_adapters(plain_model(architecture), config)
+    save_adapter(model, tmp_path / "adapter", base_model="base", config=config, dtype=jnp.bfloat16)
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {value.dtype for value in written.values()} == {np.dtype(jnp.bfloat16)}
+    for adapter in layer_adapters(load_adapter(plain_model(architecture), tmp_path / "adapter")):
+        assert adapter.lora_A.dtype == np.float32
+
+
+PEFT_CASES = {
+    "tied": ("smollm2", dict(r=4, lora_alpha=8, target_modules="all-linear")),
+    "untied_rslora": ("llama2", dict(r=4, lora_alpha=5.5, use_rslora=True, target_modules=["q_proj", "up_proj"])),
+    "lm_head": ("qwen3", dict(r=4, lora_alpha=8, target_modules=["o_proj", "lm_head"])),
+    "regex": ("mistral", dict(r=4, lora_alpha=8, target_modules=SUBSET)),
+    "excluded": ("qwen2", dict(r=4, target_modules=["q_proj", "down_proj"], exclude_modules=r".*\.1\..*")),
+    "some_layers": ("qwen2", dict(r=4, target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 2])),
+    "default_targets": ("llama2", dict(r=4)),
+    "gaussian": ("llama2", dict(r=4, init_lora_weights="gaussian", target_modules=["k_proj"])),
+}
+
+
+@pytest.mark.parametrize("case", PEFT_CASES)
+def test_an_adapter_made_by_peft_gives_its_logits_in_our_model(case, tmp_path):
+    architecture, settings = PEFT_CASES[case]
+    theirs = saved_by_peft(architecture, tmp_path, **settings)
+    ours = load_adapter(plain_model(architecture), tmp_path)
+    np.testing.assert_allclose(logits(ours, TOKENS), torch_logits(theirs, TOKENS), rtol=0, atol=1e-4)
+
+
+def test_an_adapter_goes_to_peft_and_back_unchanged(tmp_path):
+    architecture, settings = PEFT_CASES["lm_head"]
+    saved_by_peft(architecture, tmp_path / "theirs", **settings)
+    config = read_adapter_config(tmp_path / "theirs")
+    model = load_adapter(plain_model(architecture), tmp_path / "theirs")
+    save_adapter(model, tmp_path / "ours", base_model="base", config=config)
+    theirs, ours = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert set(theirs) - set(ours) == {"base_model.model.lm_head.base_layer.weight"}
+    for key, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[key])
+
+
+def test_a_loaded_adapter_keeps_frozen_weights_and_untargeted_layers(tmp_path):
+    saved_by_peft("mistral", tmp_path, r=4, target_modules=SUBSET)
+    plain = plain_model("mistral")
+    for (before, names), (after, _) in zip(
+        linear_layers(plain), linear_layers(load_adapter(plain, tmp_path)), strict=True
+    ):
+        wrapped = after.wrapped if isinstance(after, LoraLinear) else after
+        assert wrapped.weight.array is before.weight.array, names
+        assert isinstance(after, LoraLinear) == names[0].endswith(("q_proj", "down_proj"))
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    saved_by_peft("llama2", tmp_path, r=4, target_modules=["q_proj", "v_proj"])
+    return tmp_path
+
+
+A_KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+B_KEY = A_KEY.replace("lora_A", "lora_B")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.pop(B_KEY), f"missing: {B_KEY}"),
+        (lambda t: (t.pop(A_KEY), t.pop(B_KEY)), f"missing: {A_KEY}, {B_KEY}"),
+        (lambda t: t.update({A_KEY: t[A_KEY].T.copy()}), rf"{A_KEY} has shape \(32, 4\).*need \(4, 32\)"),
+        (lambda t: t.update({A_KEY.replace("q_proj", "k_proj"): t[A_KEY]}), "no place: .*k_proj.lora_A"),
+        (lambda t: t.update({A_KEY.replace("layers.1", "layers.7"): t[A_KEY]}), r"no place: .*layers\.7\."),
+        (
+            lambda t: t.update({"base_model.model.lm_head.weight": t[A_KEY]}),
+            "no place: base_model.model.lm_head.weight",
+        ),
+        (lambda t: t.update({B_KEY.replace("weight", "bias"): t[A_KEY]}), "no place: .*lora_B.bias"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_errors_that_name_them(saved, change, says):
+    change_tensors(saved, change)
+    with pytest.raises(ValueError, match=says) as error:
+        load_adapter(plain_model("llama2"), saved)
+    assert str(saved) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"peft_type": "LOHA"},
+        {"task_type": "SEQ_CLS"},
+        {"use_dora": True},
+        {"bias": "all"},
+        {"lora_bias": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"alpha_pattern": {"q_proj": 2}},
+        {"modules_to_save": ["lm_head"]},
+        {"fan_in_fan_out": True},
+        {"layer_replication": [[0, 2]]},
+        {"target_parameters": ["mlp.experts"]},
+        {"trainable_token_indices": [1]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "loftq"},
+        {"alora_invocation_tokens": [1, 2]},
+        {"something_new": 1},
+    ],
+    ids=str,
+)
+def test_settings_that_compute_something_else_are_errors_that_name_them(saved, setting):
+    change_config(saved, **setting)
+    ((key, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"adapter_config.json: {key}={value!r}".replace("[", r"\[")):
+        load_adapter(plain_model("llama2"), saved)
+
+
+def test_an_adapter_of_another_rank_than_its_config_says_is_refused(saved):
+    change_config(saved, r=8)
+    with pytest.raises(ValueError, match=r"has shape \(4, 32\).*need \(8, 32\)"):
+        load_adapter(plain_model("llama2"), saved)
+
+
+def test_an_adapter_of_a_head_trained_on_another_base_is_refused(tmp_path):
+    saved_by_peft("llama2", tmp_path, r=4, target_modules=["lm_head"])
+    key = "base_model.model.lm_head.base_layer.weight"
+    change_tensors(tmp_path, lambda t: t.update({key: t[key] * 1.5}))
+    with pytest.raises(ValueError, match="lm_head.base_layer.weight is not the model's"):
+        load_adapter(plain_model("llama2"), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_an_adapter_of_a_head_fits_the_same_base_in_lower_precision(dtype, tmp_path):
+    saved_by_peft("llama2", tmp_path, r=4, target_modules=["lm_head"])
+    load_adapter(plain_model("llama2", dtype), tmp_path)
+    key = "base_model.model.lm_head.base_layer.weight"
+    change_tensors(tmp_path, lambda t: t.update({key: t[key].astype(dtype)}))
+    load_adapter(plain_model("llama2"), tmp_path)
+
+
+def test_an_adapter_of_a_tied_head_is_refused(tmp_path):
+    config = LoraConfig(r=4, target_modules=["lm_head"])
+    save_adapter(with_random_adapters(plain_model("llama2"), config), tmp_path / "a", base_model="base", config=config)
+    with pytest.raises(ValueError, match="lm_head, which this model ties"):
+        load_adapter(plain_model("smollm2"), tmp_path / "a")
+
+
+def test_a_model_with_adapters_takes_no_second_ones(saved):
+    once = load_adapter(plain_model("llama2"), saved)
+    with pytest.raises(ValueError, match="has an adapter already"):
+        load_adapter(once, saved)
+
+
+def test_saving_needs_the_settings_of_the_adapters(tmp_path):
+    config = LoraConfig(r=4, alpha=8.0)
+    model = with_random_adapters(plain_model("llama2"), config)
+    with pytest.raises(ValueError, match="lora.use_rslora=True"):
+        save_adapter(model, tmp_path / "a", base_model="base", config=LoraConfig(r=4, alpha=8.0, use_rslora=True))
+    with pytest.raises(ValueError, match="no adapters"):
+        save_adapter(plain_model("llama2"), tmp_path / "a", base_model="base", config=config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_an_adapter_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
+        load_adapter(plain_model("llama2"), tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_model.bin").touch()
+    with pytest.raises(FileNotFoundError, match=r"no other format.*adapter_model\.bin"):
+        load_adapter(plain_model("llama2"), tmp_path)

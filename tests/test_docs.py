@@ -1,0 +1,60 @@
+"""What the documentation shows works, and what can be set is documented."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def code_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
+
+
+def test_the_code_of_the_library_page_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("LORA_DPO_JAX_CACHE", str(tmp_path))
+    train, hinge, mesh = code_blocks("library.md")
+    names: dict = {}
+    exec(train, names)
+    losses = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-4)
+    assert losses[-1] < losses[0]
+    exec(hinge, names)
+    exec(mesh, names)
+    state = names["TrainState"].init(
+        names["loraize"](names["model"], names["LoraConfig"](), key=names["jax"].random.key(0)),
+        names["optimizer"],
+        key=names["jax"].random.key(1),
+    )
+    with names["placement"].scope():
+        state, metrics = names["step"](state, next(iter(names["batches"])))
+    assert float(metrics.values["loss"]) == pytest.approx(0.693, abs=0.05)
+
+
+def settings(config: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(config)]
+
+
+def test_every_setting_is_in_the_configuration_reference():
+    from lora_dpo_jax.data.preferences import ComponentConfig, FormatConfig, PreferenceDataConfig
+    from lora_dpo_jax.data.sources import HubSource, UrlSource
+    from lora_dpo_jax.generation import GenerationConfig
+    from lora_dpo_jax.lora import LoraConfig
+    from lora_dpo_jax.losses import Dpo, LengthNormalizedDpo
+    from lora_dpo_jax.main.setup import ModelConfig, TrainConfig
+    from lora_dpo_jax.sharding import MeshConfig
+    from lora_dpo_jax.tracking import TensorboardConfig, WandbConfig
+    from lora_dpo_jax.training.optimizer import OptimizerConfig
+    from lora_dpo_jax.training.trainer import TrainerConfig
+
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    configs = [TrainConfig, ModelConfig, LoraConfig, Dpo, LengthNormalizedDpo, OptimizerConfig, TrainerConfig]
+    configs += [MeshConfig, PreferenceDataConfig, ComponentConfig, FormatConfig, UrlSource, HubSource]
+    configs += [GenerationConfig, WandbConfig, TensorboardConfig]
+    missing = {
+        f"{config.__name__}.{name}" for config in configs for name in settings(config) if f"`{name}`" not in page
+    }
+    assert not missing

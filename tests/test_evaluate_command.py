@@ -1,0 +1,106 @@
+"""`python -m lora_dpo_jax.main.evaluate` against transformers' own forward pass, pair by pair."""
+
+import dataclasses
+import json
+
+import draccus
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from tiny_runs import instruct_folder, plain_rows, preference_rows, run_config, summed_log_probs, write_rows
+
+from lora_dpo_jax.main.evaluate import EvaluateConfig, main
+
+# PEFT asks transformers for what transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+ROWS = {"chat": preference_rows(9), "plain": plain_rows(9)}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return transformers.AutoModelForCausalLM.from_pretrained(instruct_folder(), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """(folder, model): an adapter made by PEFT, with a product that is not zero."""
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_pretrained(instruct_folder(), dtype=torch.float32)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", init_lora_weights=False)
+    folder = tmp_path_factory.mktemp("adapter")
+    model = peft.get_peft_model(base, config).eval()
+    model.save_pretrained(str(folder))
+    return folder, model
+
+
+def evaluate_config(tmp_path, rows, **settings) -> EvaluateConfig:
+    config = run_config(tmp_path, write_rows(tmp_path / "rows.jsonl", rows))
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return EvaluateConfig(**fields | {"output": str(tmp_path / "scores.jsonl"), "split": "train"} | settings)
+
+
+def read_scores(tmp_path) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+
+
+def tokens_of(row: dict) -> tuple[list[int], list[int], list[int]]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(instruct_folder())
+    if isinstance(row["prompt"], str):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        wholes = [tokenizer(row["prompt"] + row[key] + "</s>")["input_ids"] for key in ("chosen", "rejected")]
+    else:
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        wholes = [
+            tokenizer.apply_chat_template(row["prompt"] + row[key], return_dict=False) for key in ("chosen", "rejected")
+        ]
+    return prompt, *(whole[len(prompt) :] for whole in wholes)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_scores_match_transformers_pair_by_pair(tmp_path, base, policy, kind):
+    rows = ROWS[kind]
+    summary = main(evaluate_config(tmp_path, rows, adapter=str(policy[0]), beta=0.2))
+    scores = read_scores(tmp_path)
+    assert [score["index"] for score in scores] == list(range(len(rows)))
+    margins = []
+    for score, row, number in zip(scores, rows, range(1, len(rows) + 1), strict=True):
+        prompt, chosen, rejected = tokens_of(row)
+        assert score["origin"].endswith(f"rows.jsonl, row {number}")
+        assert score["prompt_tokens"] == len(prompt)
+        assert (score["chosen_tokens"], score["rejected_tokens"]) == (len(chosen), len(rejected))
+        expected = {
+            f"{prefix}logp_{name}": summed_log_probs(model, prompt, response)
+            for prefix, model in (("", policy[1]), ("ref_", base))
+            for name, response in (("chosen", chosen), ("rejected", rejected))
+        }
+        # Sums of about -100 nats, in float32.
+        assert {name: score[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+        ratios = [expected[f"logp_{name}"] - expected[f"ref_logp_{name}"] for name in ("chosen", "rejected")]
+        margins.append(0.2 * (ratios[0] - ratios[1]))
+    assert summary["rewards/margins"] == pytest.approx(np.mean(margins), abs=1e-4)
+    assert summary["loss"] == pytest.approx(np.logaddexp(0, -np.array(margins)).mean(), abs=1e-4)
+    assert summary["dpo_accuracy"] == np.mean(np.array(margins) > 0)
+
+
+def test_a_policy_that_is_the_reference_ties_every_pair(tmp_path, policy):
+    config = evaluate_config(tmp_path, ROWS["chat"], initialize_from_peft=str(policy[0]))
+    summary = main(config)
+    assert summary["dpo_accuracy"] == 0.5
+    assert summary["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert all(score["logp_chosen"] == score["ref_logp_chosen"] for score in read_scores(tmp_path))
+
+
+def test_a_split_without_pairs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the validation split has no pairs"):
+        main(evaluate_config(tmp_path, ROWS["chat"], split="validation"))
+
+
+def test_the_command_line_gives_the_config_of_a_run_and_what_to_score(tmp_path):
+    run = run_config(tmp_path, write_rows(tmp_path / "rows.jsonl", ROWS["chat"]))
+    (tmp_path / "config.yaml").write_text(draccus.dump(run))
+    args = ["--output", "out.jsonl", "--split", "train"]
+    config = draccus.parse(config_class=EvaluateConfig, config_path=tmp_path / "config.yaml", args=args)
+    assert (config.output, config.split, config.adapter, config.data) == ("out.jsonl", "train", None, run.data)

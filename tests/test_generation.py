@@ -1,0 +1,356 @@
+"""Completions against transformers' own `generate`, live, on tiny random models."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from tiny_models import VOCAB, random_tokens, tiny_folder, tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+from lora_dpo_jax.generation import (
+    GenerationConfig,
+    choose,
+    complete,
+    encode_prompt,
+    filter_logits,
+    generate,
+    read_stop_ids,
+)
+from lora_dpo_jax.huggingface.weights import load_model, read_config
+from lora_dpo_jax.lora import LoraConfig, loraize, merge_lora, trainable_filter
+from lora_dpo_jax.main import generate as command
+from lora_dpo_jax.sharding import MeshConfig, Placement
+
+# PEFT asks transformers for what transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+# Prompts and completions run past the sliding windows and past the length at which `dynamic` begins to stretch.
+FAMILIES = ["smollm2", "llama3.1", "llama_dynamic_rope", "mistral", "qwen2_window", "qwen3"]
+GREEDY = GenerationConfig(max_new_tokens=24)
+SAMPLED = GenerationConfig(max_new_tokens=24, temperature=0.8, top_k=40, top_p=0.9, seed=3)
+# 64 is a whole prompt block, 65 begins the next one.
+PROMPTS = [random_tokens(length, seed=length).tolist() for length in (3, 64, 17, 1, 65)]
+FOLDER = tiny_folder("smollm2")
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return our_model("smollm2")
+
+
+def our_model(architecture: str, dtype=jnp.float32):
+    folder = tiny_folder(architecture)
+    return load_model(folder, read_config(folder), dtype=dtype)
+
+
+def their_completion(theirs, prompt: list[int], new_tokens: int = GREEDY.max_new_tokens) -> list[int]:
+    """Without a stop token, so to the full length."""
+    theirs.generation_config.eos_token_id = None
+    ids = torch.tensor([prompt])
+    settings = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0}
+    return theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
+
+
+def until(completion: list[int], stops) -> list[int]:
+    return completion[: next((i for i, token in enumerate(completion) if token in stops), len(completion))]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_greedy_completions_match_transformers_one_by_one(architecture):
+    # A new model for each: theirs, with `dynamic` scaling, remembers the longest sequence it has seen.
+    expected = [their_completion(tiny_model(architecture), prompt) for prompt in PROMPTS]
+    assert len(set(itertools.chain(*expected))) > 10  # else matching would say little
+    assert generate(our_model(architecture), PROMPTS, GREEDY, stop_ids=[]) == expected
+
+
+def test_a_sample_depends_on_no_other_prompt(llama):
+    together = generate(llama, PROMPTS, SAMPLED, stop_ids=[])
+    # Two blocks of lengths, and a last batch that is not full.
+    assert generate(llama, PROMPTS, dataclasses.replace(SAMPLED, batch_size=2), stop_ids=[]) == together
+    others = generate(llama, [PROMPTS[0], [7] * 100, *PROMPTS[2:]], SAMPLED, stop_ids=[])
+    assert others[1] != together[1]
+    assert others[:1] + others[2:] == together[:1] + together[2:]
+
+
+def test_completions_end_before_the_first_stop_token(llama):
+    whole = generate(llama, PROMPTS, GREEDY, stop_ids=[])
+    stops = {whole[0][5], whole[2][0]}
+    cut = [until(row, stops) for row in whole]
+    assert cut[2] == [] and len({len(row) for row in cut}) > 1
+    assert generate(llama, PROMPTS, GREEDY, stop_ids=stops) == cut
+    assert generate(llama, PROMPTS, dataclasses.replace(GREEDY, batch_size=2), stop_ids=stops) == cut
+
+
+def test_the_seed_alone_decides_a_sample(llama):
+    first, again = (generate(llama, PROMPTS[:2], SAMPLED, stop_ids=[]) for _ in range(2))
+    other = generate(llama, PROMPTS[:2], dataclasses.replace(SAMPLED, seed=4), stop_ids=[])
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+def test_equal_prompts_are_sampled_apart(llama):
+    completions = generate(llama, [PROMPTS[0]] * 4, SAMPLED, stop_ids=[])
+    assert len({tuple(completion) for completion in completions}) == 4
+
+
+def test_one_candidate_is_greedy(llama):
+    greedy = generate(llama, PROMPTS[:2], GREEDY, stop_ids=[])
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}):
+        config = GenerationConfig(max_new_tokens=24, temperature=1.0, **narrow)
+        assert generate(llama, PROMPTS[:2], config, stop_ids=[]) == greedy
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 5, 1000])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 0.01])
+def test_filtered_logits_match_transformers(top_k, top_p):
+    logits = np.random.default_rng(1).normal(scale=2.0, size=(6, 97)).astype(np.float32)
+    expected = torch.tensor(logits)
+    if top_k is not None:
+        expected = TopKLogitsWarper(top_k)(None, expected)  # type: ignore[arg-type]
+    if top_p < 1.0:
+        expected = TopPLogitsWarper(top_p)(None, expected)  # type: ignore[arg-type]
+    config = GenerationConfig(temperature=1.0, top_k=top_k, top_p=top_p)
+    np.testing.assert_array_equal(filter_logits(jnp.array(logits), config), expected.numpy())
+
+
+def test_top_k_keeps_ties_as_transformers_does():
+    logits = np.array([[1.0, 2.0, 2.0, 0.0, 3.0]], dtype=np.float32)
+    ours = filter_logits(jnp.array(logits), GenerationConfig(temperature=1.0, top_k=2))
+    np.testing.assert_array_equal(ours, TopKLogitsWarper(2)(None, torch.tensor(logits)).numpy())  # type: ignore[arg-type]
+
+
+def test_sampled_frequencies_are_the_softmax_at_that_temperature():
+    logits, draws = jnp.array([0.0, 1.0, 2.0, -1.0]), 20_000
+    config = GenerationConfig(temperature=2.0)
+    chosen = choose(jnp.tile(logits, (draws, 1)), jax.random.split(jax.random.key(0), draws), config)
+    frequencies = np.bincount(chosen, minlength=4) / draws
+    # Four standard deviations of a frequency of 1/2 over 20,000 draws.
+    np.testing.assert_allclose(frequencies, jax.nn.softmax(logits / 2.0), atol=4 * 0.5 / draws**0.5)
+
+
+def test_an_adapted_model_completes_as_its_merge_does(llama):
+    adapted = loraize(llama, LoraConfig(r=4, alpha=8.0, dropout=0.5), key=jax.random.key(0))
+    assert generate(adapted, PROMPTS, GREEDY, stop_ids=[]) == generate(llama, PROMPTS, GREEDY, stop_ids=[])
+    adapted = jax.tree.map(lambda x, trains: x + 0.05 if trains else x, adapted, trainable_filter(adapted))
+    completions = generate(adapted, PROMPTS, GREEDY, stop_ids=[])
+    assert completions == generate(merge_lora(adapted), PROMPTS, GREEDY, stop_ids=[])
+    assert completions != generate(llama, PROMPTS, GREEDY, stop_ids=[])
+
+
+def test_a_mesh_changes_no_completion(llama):
+    # Five completions, which the four groups of devices cannot share evenly.
+    expected, placement = generate(llama, PROMPTS, GREEDY, stop_ids=[]), Placement(MeshConfig(axes={"model": 2}))
+    with placement.scope():
+        assert generate(placement.put_parameters(llama), PROMPTS, GREEDY, stop_ids=[]) == expected
+
+
+def test_bfloat16_models_complete():
+    adapted = loraize(our_model("smollm2", jnp.bfloat16), LoraConfig(r=4), key=jax.random.key(0))
+    assert [len(row) for row in generate(adapted, PROMPTS[:2], SAMPLED, stop_ids=[])] == [24, 24]
+
+
+def test_no_prompts_have_no_completions(llama):
+    assert generate(llama, [], GREEDY, stop_ids=[]) == []
+
+
+@pytest.mark.parametrize(("prompt", "says"), [([], "no tokens"), ([1, VOCAB], f"token {VOCAB}")])
+def test_prompts_the_model_cannot_read_are_refused(llama, prompt, says):
+    with pytest.raises(ValueError, match=rf"prompts\[1\].*{says}"):
+        generate(llama, [[1], prompt], GREEDY, stop_ids=[])
+
+
+def test_completions_beyond_the_context_are_warned_of(llama, caplog):
+    generate(llama, [[1]], GenerationConfig(max_new_tokens=64), stop_ids=range(VOCAB))
+    assert "max_position_embeddings=64" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": 1.0, "top_p": 0.0},
+        {"temperature": 1.0, "top_p": 1.1},
+        {"temperature": 1.0, "top_k": 0},
+        {"top_p": 0.9},  # greedy
+        {"batch_size": 0},
+        {"seed": -1},
+    ],
+)
+def test_impossible_settings_are_refused_by_name(settings):
+    with pytest.raises(ValueError, match=list(settings)[-1]):
+        GenerationConfig(**settings)
+
+
+def test_a_string_is_a_user_message_where_there_is_a_template():
+    messages = [{"role": "user", "content": "Hi"}]
+    rendered = TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert encode_prompt(TOKENIZER, "Hi") == encode_prompt(TOKENIZER, messages) == rendered
+    assert encode_prompt(TOKENIZER, "Hi", chat=False) == TOKENIZER("Hi")["input_ids"]
+
+
+def test_messages_need_a_template():
+    plain = tiny_tokenizer()
+    plain.chat_template = None
+    assert encode_prompt(plain, "Hi") == plain("Hi")["input_ids"]
+    with pytest.raises(ValueError, match="no chat template"):
+        encode_prompt(plain, [{"role": "user", "content": "Hi"}])
+
+
+def test_a_text_to_go_on_from_is_not_ended():
+    ending, end = tiny_tokenizer(), TOKENIZER.eos_token_id
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
+    assert ending("Hi")["input_ids"] == [*TOKENIZER("Hi")["input_ids"], end]
+    assert encode_prompt(ending, "Hi", chat=False) == TOKENIZER("Hi")["input_ids"]
+    assert encode_prompt(ending, "Hi</s>", chat=False)[-1] == end
+
+
+def test_a_completion_is_what_transformers_writes_after_the_template(llama):
+    theirs = tiny_model("smollm2")
+    prompts = ["Hi", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]]
+    expected = [their_completion(theirs, encode_prompt(TOKENIZER, prompt)) for prompt in prompts]
+    stop = expected[1][8]
+    stops = {stop, TOKENIZER.eos_token_id}
+    decoded = [TOKENIZER.decode(until(row, stops), skip_special_tokens=True) for row in expected]
+    assert len(decoded[1]) > 0
+    assert complete(llama, TOKENIZER, prompts, GREEDY, stop_ids=[stop]) == decoded
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"generation_config.json": 5, "config.json": 6}, {5}),
+        ({"generation_config.json": [5, 7], "config.json": 6}, {5, 7}),
+        ({"config.json": 6}, {6}),
+        ({"generation_config.json": None}, set()),
+        ({}, set()),
+    ],
+)
+def test_stop_ids_come_from_the_generation_config(tmp_path, files, expected):
+    for name, ids in files.items():
+        (tmp_path / name).write_text(json.dumps({"eos_token_id": ids}))
+    assert read_stop_ids(tmp_path) == expected
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory):
+    """A PEFT adapter that changes the model."""
+    folder = tmp_path_factory.mktemp("adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(FOLDER)
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    peft.get_peft_model(base, config).save_pretrained(folder)
+    return folder
+
+
+def test_the_command_completes_each_prompt(llama, tmp_path, capsys):
+    jsonl, output = tmp_path / "prompts.jsonl", tmp_path / "new" / "out.jsonl"
+    jsonl.write_text('{"prompt": "Hi"}\n\n{"prompt": [{"role": "user", "content": "Why?"}]}\n')
+    args = ["--model", str(FOLDER), "--prompt", "Say: [this]", "--prompts_file", str(jsonl)]
+    args += ["--max_new_tokens", "24", "--system", "Be brief.", "--output", str(output)]
+    completions = command.main(command.parse(args))
+
+    system = {"role": "system", "content": "Be brief."}
+    prompts = [[system, {"role": "user", "content": text}] for text in ("Say: [this]", "Hi", "Why?")]
+    assert completions == complete(llama, TOKENIZER, prompts, GREEDY)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert rows == [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in (*completions, "Say: [this]", "[system] Be brief."))
+
+
+def test_the_command_completes_raw_text(llama, tmp_path):
+    (tmp_path / "prompts.txt").write_text("one: a\n\ntwo\n")
+    args = ["--model", str(FOLDER), "--prompts_file", str(tmp_path / "prompts.txt"), "--chat", "false"]
+    args += ["--max_new_tokens", "24", "--temperature", "0.8", "--top_k", "40", "--top_p", "0.9", "--seed", "3"]
+    expected = complete(llama, TOKENIZER, ["one: a", "two"], SAMPLED, chat=False)
+    assert command.main(command.parse(args)) == expected
+
+
+def test_the_command_reads_a_config_file(llama, tmp_path):
+    template = "{% for m in messages %}{{ m['content'] }}{{ mark }}{% endfor %}"
+    config = {
+        "model": str(FOLDER),
+        "prompts": ["Hi"],
+        "chat_template": template,
+        "chat_template_kwargs": {"mark": "!"},
+    }
+    (tmp_path / "generate.yaml").write_text(json.dumps(config))
+    expected = complete(llama, TOKENIZER, ["Hi!"], dataclasses.replace(GREEDY, max_new_tokens=5), chat=False)
+    args = ["--config_path", str(tmp_path / "generate.yaml"), "--max_new_tokens", "5"]
+    assert command.main(command.parse(args)) == expected
+
+
+@pytest.mark.parametrize("named", ["as the adapter", "as the model"])
+def test_the_command_completes_with_an_adapter_as_peft_does(adapter_folder, named):
+    base = tiny_model("smollm2")
+    theirs = peft.PeftModel.from_pretrained(base, adapter_folder).eval()
+    expected = until(their_completion(theirs, encode_prompt(TOKENIZER, "Hi")), {TOKENIZER.eos_token_id})
+    models = {"as the adapter": (FOLDER, adapter_folder), "as the model": (adapter_folder, None)}
+    model, adapter = models[named]
+    config = command.GenerateConfig(
+        model=str(model), adapter=adapter and str(adapter), prompts=["Hi"], dtype="f32", max_new_tokens=24
+    )
+    assert command.main(config) == [TOKENIZER.decode(expected, skip_special_tokens=True)]
+
+
+def test_an_adapter_without_its_base_says_what_to_set(adapter_folder, tmp_path):
+    settings = json.loads((adapter_folder / "adapter_config.json").read_text())
+    for base in ("./gone", None):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": base}))
+        with pytest.raises((FileNotFoundError, ValueError), match="base_model_name_or_path=.*Set model to the base"):
+            command.main(command.GenerateConfig(model=str(tmp_path), prompts=["Hi"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"model": "./gone"}, "model: ./gone"),
+        ({"adapter": "./gone"}, "adapter: ./gone"),
+        ({"adapter": "MODEL"}, "adapter=.*no adapter_config.json"),
+        ({"model": "ADAPTER", "adapter": "ADAPTER"}, "model=.*is an adapter itself"),
+        ({"tokenizer": "ADAPTER"}, "set tokenizer"),
+        ({"prompts_file": "./gone.txt"}, "prompts_file='./gone.txt'"),
+        ({"prompts": [], "prompts_file": None}, "prompts"),
+        ({"system": "Be brief.", "chat": False}, "system"),
+        ({"dtype": "f16"}, "dtype"),
+    ],
+)
+def test_the_command_names_the_setting_that_is_wrong(adapter_folder, settings, says):
+    paths = {"MODEL": str(FOLDER), "ADAPTER": str(adapter_folder)}
+    settings = {key: paths.get(value, value) if isinstance(value, str) else value for key, value in settings.items()}
+    with pytest.raises((FileNotFoundError, ValueError), match=says):
+        command.main(command.GenerateConfig(**{"model": str(FOLDER), "prompts": ["Hi"], **settings}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("p.jsonl", '{"prompt": "Hi"}\n{"chosen": "x"}\n', r"row 2: needs `prompt`.*found \['chosen'\]"),
+        ("p.jsonl", '{"prompt": []}\n', "row 1: needs `prompt`"),
+        ("p.jsonl", '{"prompt": [{"content": "x"}]}\n', "row 1: needs `prompt`"),
+        ("p.jsonl", '"Hi"\n', "row 1: needs `prompt`"),
+        ("p.jsonl", "{\n", "row 1: is not JSON"),
+        ("p.csv", "Hi\n", "suffix must be"),
+        ("p.txt", "\n", "holds no prompts"),
+    ],
+)
+def test_prompt_files_are_refused_by_row(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=says):
+        command.main(command.GenerateConfig(model=str(FOLDER), prompts_file=str(tmp_path / name)))
+
+
+def test_a_prompt_is_said_one_way_only():
+    with pytest.raises(ValueError, match="--prompt and --prompts"):
+        command.parse(["--model", "m", "--prompt", "a", "--prompts", "[b]"])

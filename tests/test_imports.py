@@ -1,0 +1,129 @@
+"""The direction of imports: a module imports from layers below its own, never from above.
+
+Read with ast, so imports inside functions and under TYPE_CHECKING count too.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lora_dpo_jax
+
+PACKAGE = "lora_dpo_jax"
+ROOT = Path(lora_dpo_jax.__file__).parent
+
+# From the bottom up. A name stands for a module or for all of a package. Modules of one layer know nothing of each
+# other; what a package does inside is its own affair.
+LAYERS = [
+    ["lora", "losses", "sharding", "tracking"],
+    ["models", "data"],
+    ["log_probs"],
+    ["generation", "huggingface"],
+    ["evaluation"],
+    ["training"],
+    ["main"],
+]
+
+# What the layers alone would allow: (module or package, what it must not import).
+FORBIDDEN = [
+    ("losses", "data"),  # a loss sees log-probabilities, never tokens
+    ("losses", "models"),
+    ("data", "models"),  # data never sees a model
+    ("data", "lora"),
+    ("data", "log_probs"),
+    ("training.trainer", "losses"),  # the trainer never sees DPO
+    ("training.trainer", "data"),
+]
+
+
+def imports_of(source: str, module: str, is_package: bool) -> set[str]:
+    """Dotted names below the package that `source` imports: of `from a import b`, both `a` and `a.b`."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")
+                parents = parents[: len(parents) - node.level + is_package]
+                base = ".".join([*parents, *filter(None, [node.module])])
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return {name.removeprefix(PACKAGE).lstrip(".") for name in found if (name + ".").startswith(PACKAGE + ".")}
+
+
+def read_modules() -> dict[str, set[str]]:
+    """Every module of the package, by its dotted name below it, with what it imports of the package."""
+    modules = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        name = ".".join(parts[:-1] if is_package else parts)
+        full_name = f"{PACKAGE}.{name}".rstrip(".")
+        modules[name] = imports_of(path.read_text(encoding="utf-8"), full_name, is_package)
+    return modules
+
+
+MODULES = read_modules()
+
+
+def is_within(module: str, name: str) -> bool:
+    return module == name or module.startswith(name + ".")
+
+
+def layer_of(module: str) -> tuple[int, str] | None:
+    """The height of a module's layer, and the name that stands for it there."""
+    for height, names in enumerate(LAYERS):
+        for name in names:
+            if is_within(module, name):
+                return height, name
+    return None
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name])
+def test_imports_point_down(module):
+    place = layer_of(module)
+    assert place is not None, f"{module} is in no layer: name it in LAYERS, where it belongs"
+    height, name = place
+    for imported in sorted(MODULES[module]):
+        target = layer_of(imported)
+        if target is None or target == place:  # the root, which holds the version, or one's own package
+            continue
+        assert target[0] < height, f"{module} imports {imported}, which is not below {name}"
+
+
+@pytest.mark.parametrize("importer, forbidden", FORBIDDEN)
+def test_what_must_not_be_known_is_not_imported(importer, forbidden):
+    for module in MODULES:
+        if is_within(module, importer):
+            known = sorted(name for name in MODULES[module] if is_within(name, forbidden))
+            assert not known, f"{module} imports {known}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name])
+def test_no_module_imports_the_package_itself(module):
+    """The root re-exports from all layers, so importing a name from it would point up."""
+    for name in MODULES[module]:
+        exported = name and "." not in name and name not in MODULES
+        assert not exported or name == "__version__", f"{module} imports {name} from {PACKAGE}; import its own module"
+
+
+def test_no_module_is_called_utils():
+    assert not [name for name in MODULES if "utils" in name.split(".")]
+
+
+@pytest.mark.parametrize(
+    "source, found",
+    [
+        ("import lora_dpo_jax.lora", {"lora"}),
+        ("import lora_dpo_jax_other, jax", set()),
+        ("from lora_dpo_jax import lora, losses", {"", "lora", "losses"}),
+        ("from lora_dpo_jax.data.packing import pack", {"data.packing", "data.packing.pack"}),
+        ("from . import packing", {"data", "data.packing"}),
+        ("from ..lora import loraize", {"lora", "lora.loraize"}),
+        ("def late():\n    from .. import lora", {"", "lora"}),
+    ],
+)
+def test_every_way_of_importing_is_seen(source, found):
+    assert imports_of(source, "lora_dpo_jax.data.loader", is_package=False) == found

@@ -1,0 +1,190 @@
+"""Log-probs of targets equal those of whole softmaxes, in value and gradient, and no whole softmax is ever built."""
+
+import dataclasses
+import functools
+import re
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_pairs import (
+    LLAMA,
+    VOCAB,
+    intermediates,
+    moved,
+    named,
+    new_adapters,
+    packed,
+    random_pairs,
+    table_of,
+    tiny_decoder,
+)
+
+from lora_dpo_jax import log_probs as log_probs_module
+from lora_dpo_jax.data.packing import Layout
+from lora_dpo_jax.log_probs import pair_log_probs, target_log_probs
+from lora_dpo_jax.lora import LoraLinear, trainable_filter
+
+ROWS, POSITIONS, TARGETS = 3, 150, 192
+LEAST_BLOCK = 64  # targets of a row
+HEADS = ("frozen", "tied", "adapted")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Three blocks of 64 targets a row instead of one of 192."""
+    monkeypatch.setattr(log_probs_module, "BLOCK_LOGITS_BYTES", 1)
+
+
+def head_of(kind: str):
+    if kind == "adapted":
+        head = moved(new_adapters("llama", "some layers and lm_head")).head
+        assert isinstance(head, LoraLinear)
+        return head
+    return tiny_decoder("qwen" if kind == "tied" else "llama").head
+
+
+@functools.cache
+def inputs():
+    """(hidden, targets, cotangent): rows with 190, 100 and no targets, whose sources repeat."""
+    rng = np.random.default_rng(0)
+    hidden = named(rng.normal(size=(ROWS, POSITIONS, LLAMA.hidden_size)).astype(np.float32), *("row", "position", "embed"))
+    source = named(rng.integers(0, POSITIONS, (ROWS, TARGETS)), "row", "target")
+    target_ids = named(rng.integers(0, VOCAB, (ROWS, TARGETS)), "row", "target")
+    is_target = named(np.arange(TARGETS) < np.array([[190], [100], [0]]), "row", "target")
+    cotangent = named(rng.normal(size=(ROWS, TARGETS)).astype(np.float32), "row", "target")
+    return hidden, (source, target_ids, is_target), cotangent
+
+
+def whole_log_probs(head, hidden, source, target_ids, is_target):
+    """The plain way: logits of every position, a softmax, and what is asked for picked out."""
+    log_probs = jax.nn.log_softmax(head(hidden).rearrange(("row", "position", "vocab")).array)
+    picked = log_probs[jnp.arange(ROWS)[:, None], source.array, target_ids.array]
+    return hax.named(jnp.where(is_target.array, picked, 0.0), is_target.axes)
+
+
+def weighted_sum(function, head, hidden):
+    """d/d(adapters, hidden) of the log-probs' sum with random weights; the log-probs come along."""
+    adapters, weights = eqx.partition(head, trainable_filter(head))
+    _, targets, cotangent = inputs()
+
+    def total(adapters, hidden):
+        log_probs = function(eqx.combine(adapters, weights), hidden, *targets)
+        return (log_probs * cotangent).sum().scalar(), log_probs
+
+    return jax.grad(total, argnums=(0, 1), has_aux=True)(adapters, hidden)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_values_and_gradients_are_those_of_a_whole_softmax(kind, small_blocks):
+    head, (hidden, _, _) = head_of(kind), inputs()
+    (d_adapters, d_hidden), ours = jax.jit(functools.partial(weighted_sum, target_log_probs))(head, hidden)
+    (e_adapters, e_hidden), expected = jax.jit(functools.partial(weighted_sum, whole_log_probs))(head, hidden)
+    np.testing.assert_allclose(ours.array, expected.array, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(d_hidden.rearrange(hidden.axes).array, e_hidden.array, rtol=1e-4, atol=1e-5)
+    pairs = list(zip(jax.tree.leaves(d_adapters), jax.tree.leaves(e_adapters), strict=True))
+    assert len(pairs) == (2 if kind == "adapted" else 0)
+    for mine, theirs in pairs:
+        assert np.abs(theirs).max() > 1.0
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_number_of_blocks_changes_nothing(kind, monkeypatch):
+    head, (hidden, targets, _) = head_of(kind), inputs()
+    values = []
+    for size in (2**26, 1):
+        monkeypatch.setattr(log_probs_module, "BLOCK_LOGITS_BYTES", size)
+        values.append(jax.jit(lambda head, hidden: target_log_probs(head, hidden, *targets))(head, hidden).array)
+    np.testing.assert_allclose(*values, rtol=1e-6, atol=1e-6)
+
+
+def test_no_targets_at_all_cost_nothing_and_give_zero(small_blocks):
+    hidden, (source, target_ids, is_target), _ = inputs()
+    nothing = hax.zeros_like(is_target)
+
+    def total(hidden):
+        return target_log_probs(head_of("frozen"), hidden, source, target_ids, nothing).sum().scalar()
+
+    value, gradient = jax.jit(jax.value_and_grad(total))(hidden)
+    assert value == 0 and not np.any(gradient.array)
+
+
+def test_dropout_of_an_adapted_head_is_the_same_forward_and_backward(small_blocks):
+    """With the mask that the forward pass drew, log-probs are smooth in B: the gradient is their slope."""
+    head, (hidden, targets, cotangent) = dataclasses.replace(head_of("adapted"), dropout=0.5), inputs()
+
+    @jax.jit
+    def total(B):
+        dropping = dataclasses.replace(head, lora_B=B)
+        return (target_log_probs(dropping, hidden, *targets, key=jax.random.key(1)) * cotangent).sum().scalar()
+
+    direction = hax.named(jnp.asarray(np.random.default_rng(1).normal(size=(VOCAB, 4)), jnp.float32), head.lora_B.axes)
+    step = 1e-2
+    slope = (total(head.lora_B + step * direction) - total(head.lora_B - step * direction)) / (2 * step)
+    gradient = jax.jit(jax.grad(total))(head.lora_B)
+    # A central difference of float32 values of about 1000 over 0.02, whose third derivative is left out.
+    assert float(hax.sum(gradient * direction).scalar()) == pytest.approx(float(slope), rel=5e-3)
+
+
+def too_large(jaxpr, *, tokens: int) -> list[tuple[str, tuple[int, ...]]]:
+    """What is computed with a vocabulary axis and more than `tokens` others; the weight itself has hidden_size."""
+    return [(op, shape) for op, shape in intermediates(jaxpr) if VOCAB in shape and np.prod(shape) > tokens * VOCAB]
+
+
+def gradients_jaxpr(function, kind: str):
+    hidden, _, _ = inputs()
+    adapters, weights = eqx.partition(head_of(kind), trainable_filter(head_of(kind)))
+
+    def compute(adapters, weights, hidden):
+        return weighted_sum(function, eqx.combine(adapters, weights), hidden)
+
+    return jax.make_jaxpr(compute)(adapters, weights, hidden)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_no_logits_beyond_a_block_exist(kind, small_blocks):
+    assert not too_large(gradients_jaxpr(target_log_probs, kind).jaxpr, tokens=ROWS * LEAST_BLOCK)
+    # The same look at the plain way finds its [row, position, vocab].
+    assert too_large(gradients_jaxpr(whole_log_probs, kind).jaxpr, tokens=ROWS * LEAST_BLOCK)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_frozen_head_has_no_gradient(kind, small_blocks):
+    """The compiled program computes nothing as large as the weight, not even a zero: it only reads it."""
+    adapters, weights = eqx.partition(head_of(kind), trainable_filter(head_of(kind)))
+
+    def compute(function, adapters, weights):
+        return weighted_sum(function, eqx.combine(adapters, weights), inputs()[0])
+
+    def weight_gradient(adapters, weights):
+        return jax.grad(lambda weights: compute(whole_log_probs, adapters, weights)[1].sum().scalar())(weights)
+
+    assert not results_like_the_weight(functools.partial(compute, target_log_probs), adapters, weights)
+    assert results_like_the_weight(weight_gradient, adapters, weights), "the same look finds a gradient that is there"
+
+
+def results_like_the_weight(function, *arguments) -> list[str]:
+    """Instructions of the compiled program that compute a {vocab, embed} array."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    sizes = rf"({VOCAB},{LLAMA.hidden_size}|{LLAMA.hidden_size},{VOCAB})"
+    operations = re.findall(rf"= f32\[{sizes}\]\S* ([\w-]+)\(", text)
+    return [operation for _, operation in operations if operation not in ("parameter", "get-tuple-element", "transpose")]
+
+
+def test_no_logits_beyond_a_block_exist_in_the_whole_model(small_blocks):
+    pairs = table_of(random_pairs(24, seed=1, response=20))
+    layout = Layout(micro_batches=1, rows=4, row_length=320, targets=384, pairs=24)
+    micro = packed(pairs, layout).micro_batch(0)
+    model = moved(new_adapters())
+    adapters, weights = eqx.partition(model, trainable_filter(model))
+
+    def total(adapters, weights, micro):
+        log_probs = pair_log_probs(eqx.combine(adapters, weights), micro)
+        return (log_probs.chosen - log_probs.rejected).sum().scalar()
+
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(total))(adapters, weights, micro).jaxpr
+    assert not too_large(jaxpr, tokens=layout.rows * LEAST_BLOCK)

@@ -1,0 +1,180 @@
+"""Tiny random transformers models, one for each way in which the supported architectures differ, and what tests do
+with them.
+
+Norms and biases are random too (transformers starts them at one and zero), so that a forgotten one shows. Weights are
+large enough that attention is far from uniform.
+"""
+
+import copy
+import functools
+import json
+import shutil
+import string
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from haliax import Axis
+
+from lora_dpo_jax.huggingface.weights import load_model, read_config
+from lora_dpo_jax.lora import LoraConfig, LoraLinear, loraize, map_linear_layers
+from lora_dpo_jax.models import CausalLM, PackedMask
+
+HIDDEN, VOCAB, LAYERS = 32, 104, 3
+LENGTH = 24  # tokens that tests pass through; longer than every window and every original length below
+
+COMMON: dict[str, Any] = dict(
+    vocab_size=VOCAB,
+    hidden_size=HIDDEN,
+    intermediate_size=48,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=500.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+ARCHITECTURES: dict[str, transformers.PreTrainedConfig] = {
+    "llama2": transformers.LlamaConfig(**COMMON | dict(num_key_value_heads=4)),
+    "llama3.1": transformers.LlamaConfig(**COMMON, rope_parameters=LLAMA3_ROPE),
+    "llama_linear_rope": transformers.LlamaConfig(
+        **COMMON, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=3.0)
+    ),
+    "llama_dynamic_rope": transformers.LlamaConfig(
+        **COMMON | dict(max_position_embeddings=16),
+        rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0),
+    ),
+    "llama_biases": transformers.LlamaConfig(**COMMON, attention_bias=True, mlp_bias=True),
+    "smollm2": transformers.LlamaConfig(**COMMON, tie_word_embeddings=True),
+    "mistral": transformers.MistralConfig(**COMMON, sliding_window=7, head_dim=8),
+    "mistral_full": transformers.MistralConfig(**COMMON, sliding_window=None, head_dim=8),
+    "qwen2": transformers.Qwen2Config(**COMMON),
+    "qwen2_window": transformers.Qwen2Config(
+        **COMMON, use_sliding_window=True, sliding_window=7, max_window_layers=1, tie_word_embeddings=True
+    ),
+    "qwen3": transformers.Qwen3Config(**COMMON, head_dim=16),
+}
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@functools.cache
+def tiny_folder(architecture: str) -> Path:
+    """The model saved as users find it: float32, with tokenizer, chat template and generation config. Do not write."""
+    folder = Path(_session_folder().name) / architecture
+    tiny_model(architecture).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, temperature=0.5, do_sample=True).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def tiny_model(architecture: str, *, seed: int = 0) -> transformers.PreTrainedModel:
+    """The random model itself, float32, for evaluation."""
+    torch.manual_seed(seed)
+    config = copy.deepcopy(ARCHITECTURES[architecture])  # models write to theirs
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=1.5 * HIDDEN**-0.5)
+            elif name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.3)
+            else:
+                torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    return model.eval()
+
+
+def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token a character; 101 tokens, fewer than the models' vocabulary, as it often is."""
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = [*special, *string.printable[:95], "\n"]
+    model = tokenizers.models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=special[3:],
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def in_the_words_of_transformers_4(source: Path, target: Path) -> Path:
+    """A copy of a model folder whose config.json is as transformers 4 wrote it."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+    config["torch_dtype"] = config.pop("dtype")
+    config["transformers_version"] = "4.46.0"
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCAB, shape, dtype=np.int32)
+
+
+def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(tokens, dtype=torch.long), use_cache=False).logits.float().numpy()
+
+
+def load(folder: Path, dtype: Any = jnp.float32, **kwargs: Any) -> CausalLM:
+    """The model in a folder, as ours."""
+    return load_model(folder, read_config(folder), dtype=dtype, **kwargs)
+
+
+def with_random_adapters(model: CausalLM, config: LoraConfig, *, seed: int = 0) -> CausalLM:
+    """Adapters whose product is not zero, of values so coarse that float32 sums of their products are exact."""
+    rng = np.random.default_rng(seed)
+
+    def coarse(shape: tuple[int, ...]) -> jax.Array:
+        return jnp.asarray(rng.integers(-3, 4, shape) / 8, dtype=jnp.float32)
+
+    def randomize(linear: Any, _: list[str]) -> Any:
+        if not isinstance(linear, LoraLinear):
+            return linear
+        factors = [coarse(linear.lora_A.array.shape), coarse(linear.lora_B.array.shape)]
+        return eqx.tree_at(lambda node: [node.lora_A.array, node.lora_B.array], linear, factors)
+
+    return map_linear_layers(randomize, loraize(model, config, key=jax.random.key(seed)))
+
+
+@eqx.filter_jit
+def logits(model: CausalLM, tokens: np.ndarray) -> jax.Array:
+    """Float32 [row, position, vocab], of one unbranched sequence a row."""
+    Row, Pos = Axis("row", tokens.shape[0]), Axis("position", tokens.shape[1])
+    mask = PackedMask.causal(Row, Pos)
+    return model(hax.named(tokens, (Row, Pos)), mask.position_ids, mask).array
+
+
+@functools.cache
+def _session_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="tiny_models_")  # removed when the interpreter exits

@@ -1,0 +1,194 @@
+"""Tiny decoders of our own and random pairs, for tests that need no transformers. What is cached serves a session."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_dpo_jax.data.chat import TokenizedPair
+from lora_dpo_jax.data.loader import PairTable, whole_table
+from lora_dpo_jax.data.packing import Layout, PreferenceBatch, pack, plan_rows
+from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter
+from lora_dpo_jax.models import CausalLM, DecoderConfig, PackedMask
+
+VOCAB = 97  # no other size below is a multiple of it, so that it is told apart in shapes
+LLAMA = DecoderConfig(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+)
+# What the other families have: norms of queries and keys, biases, a tied head, windows in some layers alone.
+QWEN = dataclasses.replace(
+    LLAMA, head_dim=16, qk_norm=True, qkv_bias=True, tie_word_embeddings=True, sliding_windows=(None, 5)
+)
+CONFIGS = {
+    "llama": LLAMA,
+    "llama_remat": dataclasses.replace(LLAMA, gradient_checkpointing="full"),
+    "llama_window": dataclasses.replace(LLAMA, sliding_windows=(5, 5)),
+    "qwen": QWEN,
+}
+SOME_LAYERS = ["layers.1.self_attn.q_proj", "0.mlp.down_proj", "k_proj", "lm_head"]
+ADAPTERS = {
+    "everywhere": LoraConfig(r=4, alpha=8.0),  # but in the head
+    "some layers and lm_head": LoraConfig(r=4, alpha=8.0, target_modules=SOME_LAYERS),
+}
+
+
+class MemoryPairs(Sequence[TokenizedPair]):
+    """What `TokenizedPairs` offers, without a disk."""
+
+    def __init__(self, pairs: Sequence[TokenizedPair], prompt_hashes: Sequence[int] | None = None, name: str = "memory"):
+        self.pairs, self.name = list(pairs), name
+        self.lengths = np.array([[len(tokens) for tokens in pair] for pair in pairs], np.int32).reshape(-1, 3)
+        hashes = prompt_hashes if prompt_hashes is not None else range(len(self.pairs))
+        self.prompt_hashes = np.array(hashes, np.uint64)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        return self.pairs[index]
+
+    def origin(self, index: int) -> str:
+        return f"{self.name}, row {index}"
+
+
+def tiny_decoder(name: str = "llama", attention: str = "auto") -> CausalLM:
+    """Float32. Norms and biases are random too, so that a forgotten one shows."""
+    config = dataclasses.replace(CONFIGS[name], attention=attention)
+    shapes = eqx.filter_eval_shape(CausalLM.init, config, key=jax.random.key(0))
+    return jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(_decoder(name)))
+
+
+def new_adapters(name: str = "llama", lora: str = "everywhere", attention: str = "auto") -> CausalLM:
+    """The tiny decoder after `loraize`. A train step takes the adapters for its own: give it `fresh` ones."""
+    adapted = _new_adapters(name, lora)
+    if attention == "auto":
+        return adapted
+    # The same arrays, for a model that differs in nothing but how it is computed.
+    shapes = eqx.filter_eval_shape(loraize, tiny_decoder(name, attention), ADAPTERS[lora], key=jax.random.key(2))
+    return jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(adapted))
+
+
+@functools.cache
+def _decoder(name: str) -> CausalLM:
+    shapes = eqx.filter_eval_shape(CausalLM.init, CONFIGS[name], key=jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        is_norm = "norm" in jax.tree_util.keystr(path)
+        return jnp.asarray(rng.normal(1.0 if is_norm else 0.0, 0.2, leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.cache
+def _new_adapters(name: str, lora: str) -> CausalLM:
+    return loraize(_decoder(name), ADAPTERS[lora], key=jax.random.key(2))
+
+
+def fresh(model: CausalLM) -> CausalLM:
+    """The model with a copy of its adapters, and the same weights."""
+    return _with_adapters(model, lambda leaf: leaf.copy())
+
+
+def moved(model: CausalLM, *, seed: int = 3, size: float = 0.1) -> CausalLM:
+    """The model with random adapters, as if it had been trained, and the same weights."""
+    rng = np.random.default_rng(seed)
+    return _with_adapters(model, lambda leaf: rng.normal(0, size, leaf.shape))
+
+
+def _with_adapters(model: CausalLM, change: Callable[[np.ndarray], np.ndarray]) -> CausalLM:
+    adapters, weights = eqx.partition(model, trainable_filter(model))
+    adapters = jax.tree.map(lambda leaf: jnp.asarray(change(np.asarray(leaf)), leaf.dtype), adapters)
+    return eqx.combine(adapters, weights)
+
+
+def random_pairs(count: int, *, seed: int = 0, prompt: int = 9, response: int = 12, name: str = "memory") -> MemoryPairs:
+    """Prompts of 1 to `prompt` tokens, responses of 1 to `response`."""
+    rng = np.random.default_rng(seed)
+
+    def tokens(longest: int) -> np.ndarray:
+        return rng.integers(0, VOCAB, rng.integers(1, longest + 1)).astype(np.int32)
+
+    pairs = [TokenizedPair(tokens(prompt), tokens(response), tokens(response)) for _ in range(count)]
+    return MemoryPairs(pairs, name=name)
+
+
+def table_of(pairs: MemoryPairs) -> PairTable:
+    return whole_table({"pairs": pairs})  # pyright: ignore[reportArgumentType]
+
+
+def packed(pairs: PairTable, layout: Layout, rows: Sequence[Sequence[int]] | None = None) -> PreferenceBatch:
+    """All pairs as a batch, in the rows given or as tightly as can be."""
+    if rows is None:
+        rows = plan_rows(pairs.lengths.sum(axis=1).tolist(), layout.row_length)
+    batch = pack(pairs, [np.array(row) for row in rows], layout)
+    return jax.tree.map(jnp.asarray, batch)
+
+
+@eqx.filter_jit
+def response_log_probs(model: CausalLM, tokens: np.ndarray, is_response: np.ndarray) -> jax.Array:
+    """float32 [sequence]: sums over the responses of plain sequences [sequence, position], from whole logits."""
+    Row, Pos = hax.Axis("row", tokens.shape[0]), hax.Axis("position", tokens.shape[1])
+    mask = PackedMask.causal(Row, Pos)
+    logits = model(hax.named(tokens, (Row, Pos)), mask.position_ids, mask).array
+    log_probs = jax.nn.log_softmax(logits[:, :-1])
+    taken = jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
+    return jnp.sum(jnp.where(is_response[:, 1:], taken, 0.0), axis=1)
+
+
+def plain_sequences(pairs: Sequence[TokenizedPair]) -> tuple[np.ndarray, np.ndarray]:
+    """[prompt + chosen] and [prompt + rejected] of each pair, padded to 32: (tokens, where the response is)."""
+    tokens, is_response = np.zeros((2 * len(pairs), 32), np.int32), np.zeros((2 * len(pairs), 32), bool)
+    for index, pair in enumerate(pairs):
+        for branch, response in enumerate((pair.chosen, pair.rejected)):
+            whole = np.concatenate([pair.prompt, response])
+            tokens[2 * index + branch, : len(whole)] = whole
+            is_response[2 * index + branch, len(pair.prompt) : len(whole)] = True
+    return tokens, is_response
+
+
+def adapters_of(model: CausalLM) -> dict[str, np.ndarray]:
+    """By path, copied to the host."""
+    return _by_path(jax.tree.map(np.array, eqx.filter(model, trainable_filter(model))))
+
+
+def weights_of(model: CausalLM) -> dict[str, Any]:
+    """By path: the frozen arrays themselves."""
+    return _by_path(eqx.filter(model, trainable_filter(model), inverse=True))
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {".".join(entry.name for entry in path if hasattr(entry, "name")): leaf for path, leaf in leaves}
+
+
+def named(values: Any, *axes: str) -> hax.NamedArray:
+    values = jnp.asarray(values)
+    return hax.named(values, tuple(hax.Axis(name, size) for name, size in zip(axes, values.shape, strict=True)))
+
+
+def intermediates(jaxpr: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(operation, shape) of everything that a jaxpr computes, in loops and calls too."""
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            yield equation.primitive.name, getattr(variable.aval, "shape", ())
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner):
+                yield from intermediates(getattr(inner, "jaxpr", inner))
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")

@@ -1,0 +1,156 @@
+"""A tiny instruct model with a tokenizer trained here, preference rows, and runs over them."""
+
+import functools
+import gzip
+import json
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import draccus
+import jax
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from tiny_models import CHAT_TEMPLATE
+
+from lora_dpo_jax.main.train import TrainConfig
+
+SESSION_FOLDER = tempfile.TemporaryDirectory(prefix="tiny_runs_")  # removed when the interpreter exits
+# Most of a tiny run is compilation; runs of one shape share it.
+jax.config.update("jax_compilation_cache_dir", f"{SESSION_FOLDER.name}/programs")
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+VOCAB = 300  # of the tokenizer and the model
+WORDS = "the a owl cat tree river moon small quiet green sleeps sings runs under over near and then why where".split()
+
+
+def preference_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Conversations of one or three turns, some with a system message; every prompt is another one."""
+    rng = random.Random(seed)
+
+    def says(role: str, most: int, least: int = 2) -> dict[str, str]:
+        return {"role": role, "content": " ".join(rng.choices(WORDS, k=rng.randint(least, most)))}
+
+    rows = []
+    for number in range(count):
+        prompt = [says("system", 4)] if number % 3 == 0 else []
+        if number % 4 == 1:
+            prompt += [says("user", 4), says("assistant", 4)]
+        prompt.append({"role": "user", "content": f"{number}: {says('user', 8)['content']}?"})
+        rows.append({"prompt": prompt, "chosen": [says("assistant", 12)], "rejected": [says("assistant", 12)]})
+    return rows
+
+
+def plain_rows(count: int, *, seed: int = 1) -> list[dict[str, str]]:
+    """The same as text, without roles."""
+    return [
+        {
+            "prompt": row["prompt"][-1]["content"],
+            "chosen": " " + row["chosen"][0]["content"],
+            "rejected": " " + row["rejected"][0]["content"],
+        }
+        for row in preference_rows(count, seed=seed)
+    ]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """As jsonl, compressed if the suffix says so."""
+    opened = gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w")
+    with opened as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+@functools.cache
+def instruct_folder() -> Path:
+    """A random float32 Llama with its tokenizer and chat template, as users find one. Do not write."""
+    folder = Path(SESSION_FOLDER.name) / "instruct"
+    tokenizer = _train_tokenizer()
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            initializer_range=0.15,  # large enough that attention and predictions are far from uniform
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run_config(tmp_path: Path, train: Path, **settings: Any) -> TrainConfig:
+    """A short run over the rows in `train`, in file order, with all it writes in `tmp_path`.
+
+    `settings` are as on the command line, with dots for underscores between sections: `trainer__seed=1`.
+    """
+    tree: dict[str, Any] = {
+        "initialize_from_hf": str(instruct_folder()),
+        "data": {
+            "components": {"prefs": {"source": {"type": "url", "train_urls": [str(train)]}}},
+            "cache_dir": str(tmp_path / "cache"),
+            "shuffle": False,
+        },
+        "train_seq_len": 256,
+        "validation_split_fraction": 0.0,
+        "model": {"gradient_checkpointing": "none"},
+        "trainer": {"num_train_steps": 2, "train_batch_size": 4, "log_dir": str(tmp_path / "logs"), "id": "run"},
+        "lora": {"r": 4, "alpha": 8.0},
+    }
+    for name, value in settings.items():
+        *sections, key = name.split("__")
+        functools.reduce(lambda node, section: node.setdefault(section, {}), sections, tree)[key] = value
+    return draccus.decode(TrainConfig, tree)
+
+
+def read_metrics(config: TrainConfig) -> list[dict[str, float]]:
+    path = config.trainer.run_dir(config.trainer.run_id()) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def training_metrics(config: TrainConfig) -> list[dict[str, float]]:
+    """Those of each training step."""
+    return [line for line in read_metrics(config) if "train/loss" in line]
+
+
+def summed_log_probs(model: Any, prompt: list[int], response: list[int]) -> float:
+    """log p(response | prompt) in nats, by a torch model, one sequence at a time, summed in float64."""
+    ids = torch.tensor([prompt + response])
+    with torch.no_grad():
+        log_probs = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+    at = np.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
+    return float(log_probs[at, response].double().sum())
+
+
+def _train_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Byte-level, with merges, so that texts have other lengths in tokens than in characters."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=SPECIAL,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        additional_special_tokens=SPECIAL[3:],
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast

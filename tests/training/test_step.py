@@ -1,0 +1,268 @@
+"""What a train step changes and what it leaves alone; and that layout is only layout."""
+
+import dataclasses
+import functools
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_pairs import (
+    MemoryPairs,
+    adapters_of,
+    fresh,
+    intermediates,
+    moved,
+    new_adapters,
+    packed,
+    random_pairs,
+    table_of,
+    weights_of,
+)
+
+from lora_dpo_jax.data.chat import TokenizedPair
+from lora_dpo_jax.data.packing import Layout, pack, plan_rows
+from lora_dpo_jax.lora import trainable_filter, with_dropout
+from lora_dpo_jax.losses import Dpo, LengthNormalizedDpo
+from lora_dpo_jax.sharding import MeshConfig, Placement
+from lora_dpo_jax.training.optimizer import OptimizerConfig
+from lora_dpo_jax.training.step import TrainState, TrainStep, frozen_copy
+
+PAIRS = table_of(random_pairs(24, seed=5))
+BATCHES = np.arange(24).reshape(3, 8)  # the pairs of three steps
+LAYOUT = Layout(micro_batches=1, rows=8, row_length=64, targets=128, pairs=8)
+# The steps of plain gradient descent are the gradients themselves; those of AdamW would blow up what is nearly zero.
+DESCENT = optax.sgd(0.1)
+ADAMW = OptimizerConfig(learning_rate=1e-2, lr_schedule="constant").build(10)
+# Each compiled once for all tests that share LAYOUT.
+DESCEND = TrainStep(Dpo(), DESCENT, schedule=lambda step: 0.5 + 0.1 * step.astype(jnp.float32))
+ADAM = TrainStep(Dpo(), ADAMW)
+
+
+def tightly(ids: np.ndarray) -> list[np.ndarray]:
+    return [ids[row] for row in plan_rows(PAIRS.lengths[ids].sum(axis=1).tolist(), LAYOUT.row_length)]
+
+
+def one_pair_a_row(ids: np.ndarray) -> list[np.ndarray]:
+    return [ids[i : i + 1] for i in range(len(ids))]
+
+
+def rows_and_pairs_reversed(ids: np.ndarray) -> list[np.ndarray]:
+    return [row[::-1] for row in tightly(ids)][::-1]
+
+
+def trained(step: TrainStep, layout: Layout = LAYOUT, rows_of=tightly, placement: Placement | None = None) -> dict:
+    """Three steps from the same adapters: losses, gradient norms, all metrics of the last step, how adapters moved."""
+    state = state_of(moved(new_adapters()), step.optimizer)
+    before = adapters_of(state.model)
+    put_batch = functools.partial(jax.tree.map, jnp.asarray)
+    if placement is not None:
+        state, put_batch = placement.put_parameters(state), placement.put_batch
+    losses, norms = [], []
+    for ids in BATCHES:
+        state, metrics = step(state, put_batch(pack(PAIRS, rows_of(ids), layout)))
+        losses.append(float(metrics.values["loss"]))
+        norms.append(float(metrics.values["grad_norm"]))
+    after = adapters_of(state.model)
+    return {
+        "losses": losses,
+        "norms": norms,
+        "metrics": {name: float(value) for name, value in metrics.values.items()},
+        "moves": {path: after[path] - before[path] for path in before},
+    }
+
+
+@functools.cache
+def expected() -> dict:
+    return trained(DESCEND)
+
+
+def assert_same(found: dict) -> None:
+    wanted = expected()
+    assert min(wanted["norms"]) > 0.05 and abs(wanted["losses"][0] - wanted["losses"][2]) > 1e-3
+    # Means of eight float32 losses.
+    np.testing.assert_allclose(found["losses"], wanted["losses"], rtol=1e-5)
+    # Gradients add up over tokens, rows and devices, each time in another order.
+    np.testing.assert_allclose(found["norms"], wanted["norms"], rtol=1e-4)
+    for path, move in wanted["moves"].items():
+        assert np.abs(move).max() > 1e-4, path
+        np.testing.assert_allclose(found["moves"][path], move, rtol=1e-3, atol=1e-4 * np.abs(move).max(), err_msg=path)
+    for name in wanted["metrics"].keys() & found["metrics"].keys() - {"padding_fraction"}:
+        # Margins are differences of sums of some 50 nats.
+        assert found["metrics"][name] == pytest.approx(wanted["metrics"][name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("rows_of", [one_pair_a_row, rows_and_pairs_reversed])
+def test_packing_and_the_order_of_rows_change_nothing_and_compile_nothing(rows_of):
+    expected()
+    assert_same(trained(DESCEND, rows_of=rows_of))
+    assert DESCEND.num_compilations == 1
+
+
+@pytest.mark.parametrize("rows_per_micro_batch", [1, 2])
+def test_micro_batches_change_nothing(rows_per_micro_batch):
+    """Eight micro-batches of a row and four of two, filled and with empty ones at the end."""
+    layout = dataclasses.replace(LAYOUT, micro_batches=8 // rows_per_micro_batch, rows=rows_per_micro_batch)
+    step = TrainStep(Dpo(), DESCENT)
+    assert_same(trained(step, layout, one_pair_a_row))
+    assert_same(trained(step, layout, tightly))
+    assert step.num_compilations == 1
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 4, "model": 2}], ids=str)
+def test_meshes_change_nothing(axes):
+    placement = Placement(MeshConfig(axes))
+    step = TrainStep(Dpo(), DESCENT, scope=placement.scope)
+    assert_same(trained(step, rows_of=one_pair_a_row, placement=placement))
+    assert_same(trained(step, rows_of=tightly, placement=placement))
+    assert step.num_compilations == 1
+
+
+def state_of(model, optimizer, **kwargs) -> TrainState:
+    return TrainState.init(model, optimizer, key=jax.random.key(0), **kwargs)
+
+
+def batch_of(ids) -> object:
+    return jax.tree.map(jnp.asarray, pack(PAIRS, tightly(np.asarray(ids)), LAYOUT))
+
+
+def test_the_loss_of_step_0_is_ln_2():
+    """From new adapters, whatever the loss does with margins."""
+    state, metrics = DESCEND(state_of(fresh(new_adapters()), DESCENT), batch_of(BATCHES[0]))
+    assert float(metrics.values["loss"]) == pytest.approx(math.log(2), abs=1e-6)
+    assert float(metrics.values["dpo_margin_policy"]) == pytest.approx(float(metrics.values["dpo_margin_ref"]), abs=1e-4)
+    assert float(metrics.values["grad_norm"]) > 0.01
+    assert int(state.step) == 1
+    moves = {path: np.any(new != old) for (path, new), old in zip(
+        adapters_of(state.model).items(), adapters_of(new_adapters()).values(), strict=True)}  # fmt: skip
+    # While B is zero, no gradient reaches A.
+    assert moves == {path: path.endswith("lora_B") for path in moves}
+
+
+def test_from_frozen_adapters_as_the_reference_the_loss_of_step_0_is_ln_2_too():
+    step = TrainStep(Dpo(), DESCENT)
+    model = moved(new_adapters())
+    state = state_of(model, DESCENT, reference=frozen_copy(model))
+    held = [np.array(leaf) for leaf in jax.tree.leaves(state.reference)]
+    losses, references = [], []
+    for _ in range(3):
+        state, metrics = step(state, batch_of(BATCHES[0]))
+        losses.append(float(metrics.values["loss"]))
+        references.append(float(metrics.values["dpo_margin_ref"]))
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[2] < losses[1] < losses[0]
+    assert len(set(references)) == 1
+    for leaf, before in zip(jax.tree.leaves(state.reference), held, strict=True):
+        np.testing.assert_array_equal(leaf, before)
+
+
+def test_frozen_weights_never_move_and_old_adapters_are_given_up():
+    model = fresh(new_adapters())
+    weights, before = weights_of(model), {path: np.array(leaf) for path, leaf in weights_of(model).items()}
+    first = state = state_of(model, ADAMW)
+    for ids in BATCHES:
+        state, _ = ADAM(state, batch_of(ids))
+    for path, leaf in weights_of(state.model).items():
+        assert leaf is weights[path], path
+        np.testing.assert_array_equal(leaf, before[path], err_msg=path)
+    adapters = eqx.filter(first.model, trainable_filter(first.model))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((adapters, first.opt_state, first.step)))
+    assert not first.key.is_deleted()
+
+
+def test_nothing_is_kept_or_added_up_for_frozen_weights():
+    """No optimizer state and no gradient has the shape of a linear layer, of the whole stack or of one of it."""
+    state = state_of(new_adapters("llama_remat"), ADAMW)  # without it, a layer's weights are kept for its backward pass
+    # The head is left out: test_log_probs looks for its gradient in the compiled program, where it must not be.
+    layers = {leaf.shape for path, leaf in weights_of(state.model).items() if path.endswith("_proj.wrapped.weight")}
+    adapters = {value.shape for value in adapters_of(state.model).values()}
+    assert len(layers) == 5  # keys and values are alike, and so are gate and up
+    shapes = layers | {shape[1:] for shape in layers}
+    assert not shapes & adapters
+    assert {leaf.shape for leaf in jax.tree.leaves(state.opt_state)} <= adapters | {()}
+
+    jaxpr = jax.make_jaxpr(TrainStep(Dpo(), ADAMW).__call__)(state, batch_of(BATCHES[0])).jaxpr
+    computed = {(op, shape) for op, shape in intermediates(jaxpr)}
+    assert any(op == "dot_general" and shape in {shape[1:] for shape in adapters} for op, shape in computed)
+    sums = {"dot_general", "add", "add_any", "broadcast_in_dim", "scan", "while"}
+    assert not [(op, shape) for op, shape in computed if op in sums and shape in shapes]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [Dpo(label_smoothing=0.1), LengthNormalizedDpo(beta=2.0, reference_free=True)],
+    ids=["cDPO", "reference-free sigmoid_norm"],
+)
+def test_every_loss_trains(loss):
+    step, state, batch = TrainStep(loss, ADAMW), state_of(fresh(new_adapters()), ADAMW), batch_of(BATCHES[1])
+    values = []
+    for _ in range(8):
+        state, metrics = step(state, batch)
+        values.append({name: float(value) for name, value in metrics.values.items()})
+    assert values[-1]["loss"] < 0.8 * values[0]["loss"]
+    assert values[-1]["rewards/margins"] > values[0]["rewards/margins"]
+    assert values[-1]["dpo_accuracy"] > values[0]["dpo_accuracy"]
+    assert (values[0]["dpo_margin_ref"] == 0) == loss.reference_free
+
+
+def test_a_batch_that_is_not_finite_moves_nothing_and_is_told_by_its_pairs():
+    """Token 96 has no embedding but NaN, and pair 2 alone holds it."""
+    pairs = [TokenizedPair(*(np.minimum(tokens, 95) for tokens in pair)) for pair in random_pairs(8, seed=6).pairs]
+    pairs[2].chosen[-1] = pairs[2].rejected[0] = 96
+    model = fresh(new_adapters())
+    embedding = model.model.embed_tokens.weight
+    broken = eqx.tree_at(
+        lambda model: model.model.embed_tokens.weight, model, embedding.at["vocab", 96].set(jnp.nan)
+    )
+    state = state_of(broken, ADAMW)
+    before, opt_state = adapters_of(broken), [np.array(leaf) for leaf in jax.tree.leaves(state.opt_state)]
+    state, metrics = ADAM(state, packed(table_of(MemoryPairs(pairs)), LAYOUT, [[i] for i in range(8)]))
+    assert np.isnan(metrics.values["loss"])
+    ids, losses = np.asarray(metrics.pair_ids.array), np.asarray(metrics.pair_loss.array)
+    assert ids[np.isnan(losses) & (ids >= 0)].tolist() == [2]
+    assert int(state.step) == 1
+    for path, value in adapters_of(state.model).items():
+        np.testing.assert_array_equal(value, before[path])
+    for leaf, old in zip(jax.tree.leaves(state.opt_state), opt_state, strict=True):
+        np.testing.assert_array_equal(leaf, old)
+
+    others = packed(table_of(MemoryPairs(pairs)), LAYOUT, [[i] for i in range(8) if i != 2])
+    state, metrics = ADAM(state, others)
+    assert float(metrics.values["loss"]) == pytest.approx(math.log(2), abs=1e-6)
+    assert any(np.any(value != before[path]) for path, value in adapters_of(state.model).items())
+
+
+def test_dropout_is_for_the_policy_alone_and_new_in_every_step():
+    still = optax.sgd(0.0)
+    step = TrainStep(Dpo(), still)
+
+    def values(seed: int) -> list[dict[str, float]]:
+        state, found = TrainState.init(with_dropout(moved(new_adapters()), 0.5), still, key=jax.random.key(seed)), []
+        for _ in range(2):
+            state, metrics = step(state, batch_of(BATCHES[0]))
+            found.append({name: float(value) for name, value in metrics.values.items()})
+        return found
+
+    one, again, other = values(0), values(0), values(1)
+    assert one == again
+    assert len({round(run["loss"], 4) for run in (*one, *other)}) == 4
+    assert len({run["dpo_margin_ref"] for run in (*one, *other)}) == 1
+
+
+def test_metrics_say_what_was_in_the_batch():
+    state = state_of(moved(new_adapters()), DESCENT)
+    state = eqx.tree_at(lambda state: state.step, state, jnp.asarray(3, jnp.int32))
+    ids = BATCHES[0][:5]
+    _, metrics = DESCEND(state, batch_of(ids))
+    values = {name: float(value) for name, value in metrics.values.items()}
+    prompt, chosen, rejected = PAIRS.lengths[ids].sum(axis=0)
+    assert values["pairs"] == 5
+    assert values["tokens"] == 2 * prompt + chosen + rejected
+    assert values["padding_fraction"] == pytest.approx(1 - (prompt + chosen + rejected) / (8 * 64))
+    assert values["learning_rate"] == pytest.approx(0.8)
+    is_pair = np.asarray(metrics.pair_ids.array) >= 0
+    assert is_pair.sum() == 5
+    assert values["loss"] == values["dpo_loss"] == pytest.approx(np.asarray(metrics.pair_loss.array)[is_pair].mean())

@@ -1,0 +1,240 @@
+"""The loop: when hooks run, which metrics are logged and when they are fetched, and what a run may be told."""
+
+from types import SimpleNamespace
+
+import draccus
+import jax.numpy as jnp
+import pytest
+
+from lora_dpo_jax.tracking import Tracker
+from lora_dpo_jax.training import trainer as trainer_module
+from lora_dpo_jax.training.trainer import Hook, StepInfo, TrainerConfig, train
+
+
+class Recorder(Tracker):
+    """Remembers what is logged, and when among all that happens."""
+
+    def __init__(self, events: list | None = None):
+        self.logged: list[tuple[int, dict]] = []
+        self.events = events if events is not None else []
+
+    def log(self, metrics, *, step):
+        self.logged.append((step, dict(metrics)))
+        self.events.append(("log", step))
+
+    def log_summary(self, metrics):
+        raise AssertionError("the loop has no summary")
+
+    log_config = log_summary
+
+    def finish(self, *, exit_code=0):
+        raise AssertionError("whoever started the tracker finishes it")
+
+
+def counting_step(events: list | None = None, **values):
+    """A step whose state counts updates and whose metrics tell which step they are of."""
+
+    def step(state, batch):
+        if events is not None:
+            events.append(("step", state))
+        metrics = {name: value(state) for name, value in values.items()}
+        return state + 1, SimpleNamespace(values={"loss": jnp.asarray(10.0 * state), "batch": batch, **metrics})
+
+    return step
+
+
+def run(num_steps: int, step=None, batches=None, **kwargs):
+    kwargs.setdefault("tracker", Recorder())
+    batches = range(100, 100 + num_steps) if batches is None else batches
+    return train(0, step or counting_step(), batches, num_steps=num_steps, **kwargs), kwargs["tracker"]
+
+
+@pytest.mark.parametrize(
+    "hook, due",
+    [
+        (dict(), [7]),
+        (dict(at_end=False), []),
+        (dict(at_start=True), [0, 7]),
+        (dict(every=3), [3, 6, 7]),
+        (dict(every=3, at_start=True), [0, 3, 6, 7]),
+        (dict(every=3, at_end=False), [3, 6]),
+        (dict(every=7), [7]),
+        (dict(every=7, at_end=False), [7]),
+        (dict(every=1), [1, 2, 3, 4, 5, 6, 7]),
+        (dict(every=100), [7]),
+    ],
+    ids=str,
+)
+def test_hooks_run_when_they_are_due(hook, due):
+    seen: list[StepInfo] = []
+    state, _ = run(7, hooks=[Hook(seen.append, **hook)])
+    assert state == 7
+    assert [info.step for info in seen] == due
+    assert all(info.state == info.step for info in seen), "a hook sees the state after as many updates"
+
+
+def test_hooks_run_in_their_order():
+    seen = []
+    run(2, hooks=[Hook(lambda info, name=name: seen.append((info.step, name)), every=1) for name in "ab"])
+    assert seen == [(1, "a"), (1, "b"), (2, "a"), (2, "b")]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_the_metrics_of_every_step_are_logged_once_and_in_order(num_steps):
+    _, tracker = run(num_steps)
+    assert [step for step, _ in tracker.logged] == list(range(num_steps))
+    for step, metrics in tracker.logged:
+        assert metrics["train/loss"] == 10.0 * step
+        assert metrics["train/batch"] == 100 + step, "each step gets the next batch"
+
+
+@pytest.mark.parametrize("log_every, logged", [(1, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 3, 6]), (4, [0, 4, 6]), (50, [0, 6])])
+def test_log_every_leaves_out_all_but_every_so_many_steps_and_the_last(log_every, logged):
+    checked = []
+    _, tracker = run(7, log_every=log_every, check=lambda step, metrics, values: checked.append((step, values["loss"])))
+    assert [step for step, _ in tracker.logged] == logged
+    assert all(metrics["train/loss"] == 10.0 * step for step, metrics in tracker.logged)
+    assert checked == [(step, 10.0 * step) for step in range(7)], "every step is checked, logged or not"
+
+
+def test_metrics_are_fetched_after_the_next_step_is_on_its_way():
+    events: list = []
+    run(3, counting_step(events), tracker=Recorder(events))
+    assert events == [("step", 0), ("step", 1), ("log", 0), ("step", 2), ("log", 1), ("log", 2)]
+
+
+def test_metrics_before_a_hook_are_logged_before_it_runs():
+    events: list = []
+    hook = Hook(lambda info: events.append(("hook", info.step)), every=2, at_start=True)
+    run(3, counting_step(events), tracker=Recorder(events), hooks=[hook])
+    assert events == [
+        ("hook", 0),
+        *(("step", 0), ("step", 1), ("log", 0), ("log", 1), ("hook", 2)),
+        *(("step", 2), ("log", 2), ("hook", 3)),
+    ]
+
+
+def test_a_check_may_stop_the_run():
+    seen, updates = [], []
+
+    def check(step, metrics, values):
+        seen.append((step, metrics.values["batch"]))
+        if values["loss"] >= 20:
+            raise FloatingPointError(f"step {step}")
+
+    tracker = Recorder()
+    with pytest.raises(FloatingPointError, match="step 2"):
+        run(10, counting_step(updates), tracker=tracker, check=check)
+    assert seen == [(0, 100), (1, 101), (2, 102)]
+    assert [step for step, _ in tracker.logged] == [0, 1]
+    assert len(updates) == 4, "one step was on its way"
+
+
+def test_no_batch_is_taken_that_is_not_trained_on():
+    batches = iter(range(100))
+    run(3, batches=batches)
+    assert next(batches) == 3
+
+
+def test_batches_that_end_too_early_are_an_error():
+    with pytest.raises(ValueError, match="batches ended after 2 of 5 steps"):
+        run(5, batches=[1, 2])
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a test sets."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def timed_step(clock, seconds: float):
+    step = counting_step(pairs=lambda state: 4.0, tokens=lambda state: 100.0 + state)
+
+    def timed(state, batch):
+        clock.now += seconds
+        return step(state, batch)
+
+    return timed
+
+
+def test_rates_count_pairs_and_tokens_since_the_last_log(clock):
+    _, tracker = run(6, timed_step(clock, 2.0), log_every=3)
+    rates = {step: (m["train/pairs_per_second"], m["train/tokens_per_second"]) for step, m in tracker.logged}
+    assert list(rates) == [0, 3, 5]
+    # Step 0 is fetched when step 1 is on its way, so its time holds two steps; later ones hold as many as they count.
+    assert rates[0] == (4 / 4.0, 100 / 4.0)
+    assert rates[3] == (12 / 6.0, (101 + 102 + 103) / 6.0)
+    assert not [name for _, metrics in tracker.logged for name in metrics if name in ("train/pairs", "train/tokens")]
+
+
+def test_time_in_hooks_does_not_count(clock):
+    def hook(info):
+        clock.now += 1000.0
+
+    _, tracker = run(4, timed_step(clock, 2.0), hooks=[Hook(hook, every=1, at_start=True)])
+    assert [metrics["train/pairs_per_second"] for _, metrics in tracker.logged] == [4 / 2.0] * 4
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(num_train_steps=0), r"trainer\.num_train_steps=0 must be positive"),
+        (dict(num_train_epochs=-1.0), r"trainer\.num_train_epochs=-1\.0 must be positive"),
+        (dict(train_batch_size=0), r"trainer\.train_batch_size=0 must be positive"),
+        (dict(log_every=-5), r"trainer\.log_every=-5 must be positive"),
+        (dict(steps_per_eval=0), r"trainer\.steps_per_eval=0 must be positive"),
+        (dict(per_device_parallelism=0), r"trainer\.per_device_parallelism=0 must be positive, or -1"),
+        (dict(per_device_eval_parallelism=-2), r"trainer\.per_device_eval_parallelism=-2 must be positive, or -1"),
+        (dict(num_train_steps=5, num_train_epochs=1.0), "num_train_steps and trainer.num_train_epochs exclude each other"),
+        (dict(mp="f31"), r"trainer\.mp='f31' is no precision; for example f32"),
+        (dict(mp="p=f32,q=bf16"), r"trainer\.mp='p=f32,q=bf16' is no precision"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_are_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainerConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "mp, param, compute",
+    [
+        (None, jnp.float32, jnp.float32),  # on CPUs
+        ("f32", jnp.float32, jnp.float32),
+        ("bf16", jnp.bfloat16, jnp.bfloat16),
+        ("p=f32,c=bfloat16", jnp.float32, jnp.bfloat16),
+    ],
+)
+def test_precisions_are_levanters_strings(mp, param, compute):
+    precision = draccus.decode(TrainerConfig, {"mp": mp}).precision
+    assert (precision.param_dtype, precision.compute_dtype) == (param, compute)
+
+
+@pytest.mark.parametrize(
+    "settings, steps",
+    [
+        (dict(), 13),  # one epoch; the last batch reaches into the next one
+        (dict(num_train_epochs=2.0), 25),
+        (dict(num_train_epochs=0.5), 7),
+        (dict(num_train_epochs=0.001), 1),
+        (dict(num_train_steps=7), 7),
+    ],
+    ids=str,
+)
+def test_a_run_has_as_many_steps_as_asked_for(settings, steps):
+    assert TrainerConfig(train_batch_size=8, **settings).steps(num_pairs=100) == steps
+
+
+def test_a_run_has_a_folder_of_its_own(tmp_path):
+    config = TrainerConfig(log_dir=str(tmp_path))
+    assert config.run_id() != config.run_id()
+    assert TrainerConfig(id="mine").run_id() == "mine"
+    assert config.run_dir("mine") == tmp_path / "mine"
+
+
+def test_the_folder_may_be_in_the_users_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert TrainerConfig(log_dir="~/logs").run_dir("mine") == tmp_path / "logs" / "mine"
+
