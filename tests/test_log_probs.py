@@ -51,7 +51,9 @@ def head_of(kind: str):
 def inputs():
     """(hidden, targets, cotangent): rows with 190, 100 and no targets, whose sources repeat."""
     rng = np.random.default_rng(0)
-    hidden = named(rng.normal(size=(ROWS, POSITIONS, LLAMA.hidden_size)).astype(np.float32), *("row", "position", "embed"))
+    hidden = named(
+        rng.normal(size=(ROWS, POSITIONS, LLAMA.hidden_size)).astype(np.float32), *("row", "position", "embed")
+    )
     source = named(rng.integers(0, POSITIONS, (ROWS, TARGETS)), "row", "target")
     target_ids = named(rng.integers(0, VOCAB, (ROWS, TARGETS)), "row", "target")
     is_target = named(np.arange(TARGETS) < np.array([[190], [100], [0]]), "row", "target")
@@ -172,7 +174,9 @@ def results_like_the_weight(function, *arguments) -> list[str]:
     text = jax.jit(function).lower(*arguments).compile().as_text()
     sizes = rf"({VOCAB},{LLAMA.hidden_size}|{LLAMA.hidden_size},{VOCAB})"
     operations = re.findall(rf"= f32\[{sizes}\]\S* ([\w-]+)\(", text)
-    return [operation for _, operation in operations if operation not in ("parameter", "get-tuple-element", "transpose")]
+    return [
+        operation for _, operation in operations if operation not in ("parameter", "get-tuple-element", "transpose")
+    ]
 
 
 def test_no_logits_beyond_a_block_exist_in_the_whole_model(small_blocks):

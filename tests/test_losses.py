@@ -188,7 +188,9 @@ def test_swapping_a_pair_flips_its_label(name):
 def test_a_smoothed_loss_expects_some_labels_to_be_swapped():
     """cDPO with probability e of a wrong label is (1 - e) * loss + e * loss of the swapped pair."""
     policy, reference = random_log_probs(seed=4)
-    right, wrong = (Dpo(beta=0.3)(*pair).loss.array for pair in ((policy, reference), map(swapped, (policy, reference))))
+    right, wrong = (
+        Dpo(beta=0.3)(*pair).loss.array for pair in ((policy, reference), map(swapped, (policy, reference)))
+    )
     smoothed = Dpo(beta=0.3, label_smoothing=0.2)(policy, reference).loss.array
     np.testing.assert_allclose(smoothed, 0.8 * right + 0.2 * wrong, rtol=1e-5)
 

@@ -54,7 +54,9 @@ def test_a_mesh_can_have_fewer_devices():
     assert dict(MeshConfig({"model": 2}).mesh(jax.devices()[:2]).shape) == {"replica": 1, "data": 1, "model": 2}
 
 
-@pytest.mark.parametrize("axes, shards", [({}, 8), ({"model": 2}, 4), ({"replica": 2, "model": 2}, 4), ({"data": 1, "model": 8}, 1)])
+@pytest.mark.parametrize(
+    "axes, shards", [({}, 8), ({"model": 2}, 4), ({"replica": 2, "model": 2}, 4), ({"data": 1, "model": 8}, 1)]
+)
 def test_rows_are_shared_by_the_devices_of_replica_and_data(axes, shards):
     assert Placement(MeshConfig(axes)).row_shards == shards
 

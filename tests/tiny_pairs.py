@@ -48,7 +48,9 @@ ADAPTERS = {
 class MemoryPairs(Sequence[TokenizedPair]):
     """What `TokenizedPairs` offers, without a disk."""
 
-    def __init__(self, pairs: Sequence[TokenizedPair], prompt_hashes: Sequence[int] | None = None, name: str = "memory"):
+    def __init__(
+        self, pairs: Sequence[TokenizedPair], prompt_hashes: Sequence[int] | None = None, name: str = "memory"
+    ):
         self.pairs, self.name = list(pairs), name
         self.lengths = np.array([[len(tokens) for tokens in pair] for pair in pairs], np.int32).reshape(-1, 3)
         hashes = prompt_hashes if prompt_hashes is not None else range(len(self.pairs))
@@ -115,7 +117,9 @@ def _with_adapters(model: CausalLM, change: Callable[[np.ndarray], np.ndarray]) 
     return eqx.combine(adapters, weights)
 
 
-def random_pairs(count: int, *, seed: int = 0, prompt: int = 9, response: int = 12, name: str = "memory") -> MemoryPairs:
+def random_pairs(
+    count: int, *, seed: int = 0, prompt: int = 9, response: int = 12, name: str = "memory"
+) -> MemoryPairs:
     """Prompts of 1 to `prompt` tokens, responses of 1 to `response`."""
     rng = np.random.default_rng(seed)
 

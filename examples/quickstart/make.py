@@ -28,14 +28,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+from everyday import Fact, Manner, all_facts, ask, reply
 from haliax import Axis, NamedArray
 from haliax.state_dict import to_torch_compatible_state_dict
-from lora_dpo_jax.models import CausalLM, PackedMask, config_from_hf
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from everyday import Fact, Manner, all_facts, ask, reply
+from lora_dpo_jax.models import CausalLM, PackedMask, config_from_hf
 
 HERE = Path(__file__).parent
 SEED = 20240

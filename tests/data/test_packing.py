@@ -69,7 +69,9 @@ def test_rows_are_laid_out_as_the_drawing_shows():
     letters = {letter: i for i, letter in enumerate(".pcrqde")}
 
     def pair(prompt: str, chosen: str, rejected: str) -> TokenizedPair:
-        return TokenizedPair(*(np.array([letters[x] for x in tokens], np.int32) for tokens in (prompt, chosen, rejected)))
+        return TokenizedPair(
+            *(np.array([letters[x] for x in tokens], np.int32) for tokens in (prompt, chosen, rejected))
+        )
 
     pairs = MemoryPairs([pair("ppp", "cc", "rrr"), pair("qq", "d", "ee")])
     batch = pack(pairs, [np.array([0, 1])], Layout(micro_batches=1, rows=1, row_length=15, targets=9, pairs=3))
@@ -106,9 +108,7 @@ def test_one_layout_holds_every_batch_of_a_run(count, batch_size, row_multiple, 
     pairs = table_of(random_pairs(count, seed=seed, prompt=40, response=30))
     order = np.random.default_rng(seed).permutation(count)
     batches = [order[i : i + batch_size] for i in range(0, count, batch_size)]
-    layout = plan_layout(
-        batches, pairs.lengths, row_multiple=row_multiple, rows_per_micro_batch=rows_per_micro_batch
-    )
+    layout = plan_layout(batches, pairs.lengths, row_multiple=row_multiple, rows_per_micro_batch=rows_per_micro_batch)
     assert layout.rows % row_multiple == 0
     assert layout.row_length == row_length_for(pairs.lengths) >= pairs.lengths.sum(axis=1).max()
     if rows_per_micro_batch is None:
@@ -126,7 +126,9 @@ def test_one_layout_holds_every_batch_of_a_run(count, batch_size, row_multiple, 
 def read_pairs(batch: PreferenceBatch) -> dict[int, tuple[list[int], list[int], list[int]]]:
     """By id, the tokens of the pairs of a batch, read off its segments and branches."""
     found = {}
-    flat = {name: np.asarray(getattr(batch, name).array) for name in ("tokens", "segment_ids", "branch_ids", "pair_ids")}
+    flat = {
+        name: np.asarray(getattr(batch, name).array) for name in ("tokens", "segment_ids", "branch_ids", "pair_ids")
+    }
     flat = {name: array.reshape(-1, array.shape[-1]) for name, array in flat.items()}
     for tokens, segments, branches, ids in zip(*flat.values(), strict=True):
         for slot, pair_id in enumerate(ids):
@@ -181,7 +183,7 @@ def parts(name: str, attention: str):
 
 @pytest.mark.parametrize(
     "name, attention",
-    [("llama", "dense"), ("llama", "blocked"), ("llama_window", "blocked"), ("qwen", "dense"), ("qwen", "blocked")],
+    [("llama", "dense"), ("llama", "blocked"), ("llama_window", "dense"), ("qwen", "blocked")],
 )
 def test_packing_changes_no_log_prob_and_no_gradient(name, attention):
     """Each pair, packed in any way, is the same as its two responses as plain sequences after their own prompts."""

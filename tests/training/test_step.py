@@ -133,7 +133,9 @@ def test_the_loss_of_step_0_is_ln_2():
     """From new adapters, whatever the loss does with margins."""
     state, metrics = DESCEND(state_of(fresh(new_adapters()), DESCENT), batch_of(BATCHES[0]))
     assert float(metrics.values["loss"]) == pytest.approx(math.log(2), abs=1e-6)
-    assert float(metrics.values["dpo_margin_policy"]) == pytest.approx(float(metrics.values["dpo_margin_ref"]), abs=1e-4)
+    assert float(metrics.values["dpo_margin_policy"]) == pytest.approx(
+        float(metrics.values["dpo_margin_ref"]), abs=1e-4
+    )
     assert float(metrics.values["grad_norm"]) > 0.01
     assert int(state.step) == 1
     moves = {path: np.any(new != old) for (path, new), old in zip(
@@ -214,9 +216,7 @@ def test_a_batch_that_is_not_finite_moves_nothing_and_is_told_by_its_pairs():
     pairs[2].chosen[-1] = pairs[2].rejected[0] = 96
     model = fresh(new_adapters())
     embedding = model.model.embed_tokens.weight
-    broken = eqx.tree_at(
-        lambda model: model.model.embed_tokens.weight, model, embedding.at["vocab", 96].set(jnp.nan)
-    )
+    broken = eqx.tree_at(lambda model: model.model.embed_tokens.weight, model, embedding.at["vocab", 96].set(jnp.nan))
     state = state_of(broken, ADAMW)
     before, opt_state = adapters_of(broken), [np.array(leaf) for leaf in jax.tree.leaves(state.opt_state)]
     state, metrics = ADAM(state, packed(table_of(MemoryPairs(pairs)), LAYOUT, [[i] for i in range(8)]))

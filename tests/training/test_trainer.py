@@ -88,7 +88,9 @@ def test_the_metrics_of_every_step_are_logged_once_and_in_order(num_steps):
         assert metrics["train/batch"] == 100 + step, "each step gets the next batch"
 
 
-@pytest.mark.parametrize("log_every, logged", [(1, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 3, 6]), (4, [0, 4, 6]), (50, [0, 6])])
+@pytest.mark.parametrize(
+    "log_every, logged", [(1, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 3, 6]), (4, [0, 4, 6]), (50, [0, 6])]
+)
 def test_log_every_leaves_out_all_but_every_so_many_steps_and_the_last(log_every, logged):
     checked = []
     _, tracker = run(7, log_every=log_every, check=lambda step, metrics, values: checked.append((step, values["loss"])))
@@ -187,7 +189,10 @@ def test_time_in_hooks_does_not_count(clock):
         (dict(steps_per_eval=0), r"trainer\.steps_per_eval=0 must be positive"),
         (dict(per_device_parallelism=0), r"trainer\.per_device_parallelism=0 must be positive, or -1"),
         (dict(per_device_eval_parallelism=-2), r"trainer\.per_device_eval_parallelism=-2 must be positive, or -1"),
-        (dict(num_train_steps=5, num_train_epochs=1.0), "num_train_steps and trainer.num_train_epochs exclude each other"),
+        (
+            dict(num_train_steps=5, num_train_epochs=1.0),
+            "num_train_steps and trainer.num_train_epochs exclude each other",
+        ),
         (dict(mp="f31"), r"trainer\.mp='f31' is no precision; for example f32"),
         (dict(mp="p=f32,q=bf16"), r"trainer\.mp='p=f32,q=bf16' is no precision"),
     ],
@@ -237,4 +242,3 @@ def test_a_run_has_a_folder_of_its_own(tmp_path):
 def test_the_folder_may_be_in_the_users_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert TrainerConfig(log_dir="~/logs").run_dir("mine") == tmp_path / "logs" / "mine"
-
