@@ -182,7 +182,7 @@ def test_a_run_compiles_its_step_once(tmp_path, rows, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(train_module, "TrainStep", make)
-    main(run_config(tmp_path, rows, trainer__num_train_steps=3))
+    main(run_config(tmp_path, rows))
     assert [step.num_compilations for step in made] == [1]
 
 
@@ -190,7 +190,7 @@ def test_a_run_compiles_its_step_once(tmp_path, rows, monkeypatch):
 def given_adapter(tmp_path_factory) -> Path:
     """Made by PEFT, with a product that is not zero."""
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", init_lora_weights=False)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     folder = tmp_path_factory.mktemp("adapter")
     peft.get_peft_model(base_model(), config).save_pretrained(str(folder))
     return folder
@@ -201,23 +201,16 @@ def base_model():
 
 
 def test_a_given_adapter_is_its_own_reference(tmp_path, rows, given_adapter):
-    config = run_config(tmp_path, rows, initialize_from_peft=str(given_adapter), trainer__num_train_steps=1)
+    config = run_config(tmp_path, rows, initialize_from_peft=str(given_adapter))
     main(config)
-    (line,) = training_metrics(config)
+    line = training_metrics(config)[0]
     assert line["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_a_given_adapter_can_be_held_to_the_base(tmp_path, rows, given_adapter):
-    config = run_config(
-        tmp_path,
-        rows,
-        initialize_from_peft=str(given_adapter),
-        peft_reference="base",
-        beta=0.2,
-        trainer__num_train_steps=1,
-    )
+    config = run_config(tmp_path, rows, initialize_from_peft=str(given_adapter), peft_reference="base")
     main(config)
-    (line,) = training_metrics(config)
+    line = training_metrics(config)[0]
     tokenizer = transformers.AutoTokenizer.from_pretrained(instruct_folder())
     reference = base_model()
     policy = peft.PeftModel.from_pretrained(base_model(), given_adapter).eval()
@@ -230,14 +223,14 @@ def test_a_given_adapter_can_be_held_to_the_base(tmp_path, rows, given_adapter):
 
         return log_prob(row["chosen"]) - log_prob(row["rejected"])
 
-    margins = [0.2 * (margin(policy, row) - margin(reference, row)) for row in TRAIN[:4]]
+    margins = [0.1 * (margin(policy, row) - margin(reference, row)) for row in TRAIN[:4]]
     expected = np.mean(np.logaddexp(0, -np.array(margins)))
     assert abs(expected - math.log(2)) > 0.05
     assert line["train/loss"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_zero_init_b_false_is_set_to_true_with_a_warning(tmp_path, rows, caplog):
-    config = run_config(tmp_path, rows, lora__zero_init_b=False, trainer__num_train_steps=1)
+    config = run_config(tmp_path, rows, lora__zero_init_b=False)
     main(config)
     assert any("zero_init_b" in r.message and r.levelno == logging.WARNING for r in caplog.records)
     assert training_metrics(config)[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -246,8 +239,7 @@ def test_zero_init_b_false_is_set_to_true_with_a_warning(tmp_path, rows, caplog)
 
 
 def test_a_loss_that_is_not_a_number_names_its_step_and_rows(tmp_path):
-    rows = [{**row, "prompt": [{"role": "user", "content": "a" * 60}]} for row in TRAIN]
-    rows[6]["chosen"] = [{"role": "assistant", "content": "#"}]
+    rows = [*TRAIN[:6], {**TRAIN[6], "chosen": [{"role": "assistant", "content": "#"}]}, *TRAIN[7:]]
     model = copy_with_nan_embedding(tmp_path / "model", "#")
     config = run_config(
         tmp_path,
