@@ -1,10 +1,10 @@
-"""Makes the quickstart model and its preference pairs from nothing: no download, one CPU core, about ten minutes.
+"""Makes the quickstart model and its preference pairs from nothing: no download, half an hour of a busy CPU core.
 
     python examples/quickstart/make.py
 
 writes, beside this file,
 
-- `model/`: a Llama of 1.1 million parameters with its tokenizer and chat template, in Hugging Face's format. It has
+- `model/`: a Llama of 1.2 million parameters with its tokenizer and chat template, in Hugging Face's format. It has
   read nothing but `everyday.py`, where every question is answered as often in the warm manner as in the grumpy one,
   so it does either, whatever it is asked.
 - `train.jsonl`, `test.jsonl`: pairs that prefer the warm manner. The test pairs are about other facts than the

@@ -35,6 +35,7 @@ from lora_dpo_jax.main.setup import (
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.tracking import Tracker, start_trackers
+from lora_dpo_jax.training.flops import peak_flops
 from lora_dpo_jax.training.step import StepMetrics, TrainState, TrainStep, frozen_copy, reference_model
 from lora_dpo_jax.training.trainer import Hook, NonFiniteLossError, StepInfo, train
 
@@ -102,6 +103,7 @@ def main(config: TrainConfig) -> TrainState | None:
             tracker=tracker,
             hooks=hooks,
             log_every=trainer.log_every,
+            peak_flops=peak_flops(list(placement.mesh.devices.flat)),
             check=guard,
         )
     report.print(run_dir)
@@ -290,7 +292,10 @@ class _Exports:
 
     def __init__(self, config: TrainConfig, lora: LoraConfig, base: Base, num_steps: int):
         self.config, self.lora, self.base, self.num_steps = config, lora, base, num_steps
-        for path in (config.peft_save_path, config.merged_hf_save_path):
+        paths = (config.peft_save_path, config.merged_hf_save_path)
+        if config.hf_save_steps is not None and paths == (None, None):
+            raise ValueError("hf_save_steps is set, but neither peft_save_path nor merged_hf_save_path is")
+        for path in paths:
             if path is not None:
                 check_export_target(path)
 

@@ -10,6 +10,7 @@ import haliax.nn as hnn
 import jax
 import jax.numpy as jnp
 from haliax import Axis, NamedArray
+from haliax.axis import AxisSpec
 from haliax.jax_utils import maybe_rng_split
 from haliax.nn.scan import ScanCheckpointPolicy
 
@@ -24,12 +25,35 @@ ACTIVATIONS: dict[str, Callable] = {
     "relu": hnn.relu,
 }
 
+
+class KeepActivations(ScanCheckpointPolicy):
+    """Keeps all that the backward pass needs, but no copy of the weights, which haliax's names would make of them."""
+
+    def checkpoint(self, carry_name: str, input_name: str, callable: Callable) -> Callable:
+        policy = jax.checkpoint_policies.save_anything_except_these_names(input_name)
+        return eqx.filter_checkpoint(callable, policy=policy, prevent_cse=False)
+
+
 # What the backward pass finds in memory, and what it costs to find the rest.
 CHECKPOINT_POLICIES: dict[str, ScanCheckpointPolicy] = {
-    "none": ScanCheckpointPolicy(disable=True),  # keeps everything: fastest, most memory
+    "none": KeepActivations(),  # keeps everything: fastest, most memory
     "full": ScanCheckpointPolicy(simple=True),  # keeps each layer's input: one more forward pass
     "nested": ScanCheckpointPolicy(nested=True),  # keeps about sqrt(layers) inputs: two more forward passes
 }
+
+
+class Linear(hnn.Linear):
+    """Without haliax's scaling by one, of which the backward pass would keep a copy as large as the weight."""
+
+    def __call__(self, inputs: NamedArray, *, key=None) -> NamedArray:
+        del key
+        out = hax.auto_sharded(inputs.dot(self.weight, axis=self.In, dot_general=self.dot_general))
+        return out if self.bias is None else hax.auto_sharded(out + self.bias)
+
+
+def linear(In: AxisSpec, Out: AxisSpec, *, key, use_bias: bool, dot_general: Any = None) -> Linear:
+    made = hnn.Linear.init(In, Out, key=key, use_bias=use_bias, dot_general=dot_general)
+    return Linear(made.weight, made.bias, In, Out, dot_general=made.dot_general)
 
 
 class KeyValueCache(eqx.Module):
@@ -81,10 +105,10 @@ class Attention(eqx.Module):
         norm = rms_norm(HeadSize, config) if config.qk_norm else None
         return Attention(
             config,
-            q_proj=hnn.Linear.init(Embed, Q, key=keys[0], use_bias=config.qkv_bias),
-            k_proj=hnn.Linear.init(Embed, KV, key=keys[1], use_bias=config.qkv_bias),
-            v_proj=hnn.Linear.init(Embed, KV, key=keys[2], use_bias=config.qkv_bias),
-            o_proj=hnn.Linear.init(Q, Embed, key=keys[3], use_bias=config.attention_out_bias),
+            q_proj=linear(Embed, Q, key=keys[0], use_bias=config.qkv_bias),
+            k_proj=linear(Embed, KV, key=keys[1], use_bias=config.qkv_bias),
+            v_proj=linear(Embed, KV, key=keys[2], use_bias=config.qkv_bias),
+            o_proj=linear(Q, Embed, key=keys[3], use_bias=config.attention_out_bias),
             q_norm=norm,
             k_norm=norm,
         )
@@ -119,9 +143,9 @@ class Mlp(eqx.Module):
         keys = jax.random.split(key, 3)
         return Mlp(
             config.activation,
-            gate_proj=hnn.Linear.init(Embed, Inner, key=keys[0], use_bias=bias),
-            up_proj=hnn.Linear.init(Embed, Inner, key=keys[1], use_bias=bias),
-            down_proj=hnn.Linear.init(Inner, Embed, key=keys[2], use_bias=bias),
+            gate_proj=linear(Embed, Inner, key=keys[0], use_bias=bias),
+            up_proj=linear(Embed, Inner, key=keys[1], use_bias=bias),
+            down_proj=linear(Inner, Embed, key=keys[2], use_bias=bias),
         )
 
     def __call__(self, x: NamedArray, *, key=None) -> NamedArray:
@@ -228,7 +252,7 @@ class CausalLM(eqx.Module):
             return self.lm_head
         weight = self.model.embed_tokens.weight
         dot_general: Any = Float32Accumulation()
-        return hnn.Linear(weight, None, self.config.Embed, self.config.Vocab, dot_general=dot_general)
+        return Linear(weight, None, self.config.Embed, self.config.Vocab, dot_general=dot_general)
 
     @staticmethod
     def init(config: DecoderConfig, *, key) -> "CausalLM":
@@ -236,7 +260,7 @@ class CausalLM(eqx.Module):
         head = None
         if not config.tie_word_embeddings:
             dot_general: Any = Float32Accumulation()
-            head = hnn.Linear.init(config.Embed, config.Vocab, key=k_head, use_bias=False, dot_general=dot_general)
+            head = linear(config.Embed, config.Vocab, key=k_head, use_bias=False, dot_general=dot_general)
         return CausalLM(Decoder.init(config, key=k_model), head)
 
     def __call__(self, token_ids: NamedArray, position_ids: NamedArray, mask: AttentionMask, *, key=None) -> NamedArray:

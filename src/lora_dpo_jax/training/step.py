@@ -17,6 +17,7 @@ from lora_dpo_jax.log_probs import pair_log_probs
 from lora_dpo_jax.lora import trainable_filter, unwrap_lora
 from lora_dpo_jax.losses import PreferenceLoss, preference_metrics
 from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.training.flops import useful_flops
 
 
 class TrainState(eqx.Module):
@@ -116,6 +117,8 @@ class TrainStep:
         num_pairs = hax.sum(batch.is_pair).scalar()
         values = {name: value / num_pairs for name, value in sums.items()}
         values |= {"loss": values["dpo_loss"], "grad_norm": grad_norm, **_token_counts(batch)}
+        model = eqx.combine(adapters, weights.model)
+        values["flops"] = useful_flops(model, batch, with_reference=not self.loss.reference_free)
         if self.schedule is not None:
             values["learning_rate"] = self.schedule(step)
         return (step + 1, adapters, opt_state), StepMetrics(values, pair_loss, batch.pair_ids)

@@ -16,6 +16,7 @@ from lora_dpo_jax.sharding import MeshConfig
 from lora_dpo_jax.tracking import NoTrackerConfig, ProgressBar, Tracker, TrackerConfigs
 
 S = TypeVar("S")
+COUNTS = ("pairs", "tokens", "flops")  # metrics of a step that are logged as rates
 METRICS_LAG = 1  # steps dispatched before the metrics of one are fetched, so that the device never waits for the host
 
 
@@ -114,16 +115,18 @@ def train(
     tracker: Tracker,
     hooks: Sequence[Hook] = (),
     log_every: int = 1,
+    peak_flops: float | None = None,
     check: Callable[[int, Any, dict[str, float]], None] = lambda step, metrics, values: None,
 ) -> S:
     """Runs `step_fn` over `batches` and returns the last state. Raises ValueError if there are too few batches.
 
     The metrics of a step (their `values`: scalars by name) are fetched after the next step is on its way.
-    `check(step, metrics, values)` sees those of every step and may raise.
+    `check(step, metrics, values)` sees those of every step and may raise. Given the `peak_flops` of the devices (FLOP/s),
+    the share of it that the steps' `flops` make up is logged as `mfu`.
     """
     pending: deque[tuple[int, Any]] = deque()
     with ProgressBar(num_steps) as progress:
-        log = _MetricsLog(tracker, progress, log_every, num_steps, check)
+        log = _MetricsLog(tracker, progress, log_every, num_steps, peak_flops, check)
         _run_hooks(hooks, StepInfo(0, state), num_steps)
         log.start_clock()
         batches = iter(batches)
@@ -158,10 +161,18 @@ def _run_hooks(hooks: Sequence[Hook], info: StepInfo, num_steps: int) -> None:
 class _MetricsLog:
     """Fetches metrics, adds rates, and hands them to tracker and progress bar."""
 
-    def __init__(self, tracker: Tracker, progress: ProgressBar, log_every: int, num_steps: int, check: Callable):
+    def __init__(
+        self,
+        tracker: Tracker,
+        progress: ProgressBar,
+        log_every: int,
+        num_steps: int,
+        peak_flops: float | None,
+        check: Callable,
+    ):
         self.tracker, self.progress, self.check = tracker, progress, check
-        self.log_every, self.num_steps = log_every, num_steps
-        self.pairs = self.tokens = 0.0
+        self.log_every, self.num_steps, self.peak_flops = log_every, num_steps, peak_flops
+        self.counts = dict.fromkeys(COUNTS, 0.0)
         self.since = time.perf_counter()
 
     def start_clock(self) -> None:
@@ -173,15 +184,18 @@ class _MetricsLog:
     def take(self, step: int, metrics: Any) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics.values).items()}
         self.check(step, metrics, values)
-        self.pairs += values.pop("pairs", 0.0)
-        self.tokens += values.pop("tokens", 0.0)
+        for name in COUNTS:
+            self.counts[name] += values.pop(name, 0.0)
         if step % self.log_every and step + 1 != self.num_steps:
             self.progress.update(step)
             return
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
-        values |= {"pairs_per_second": self.pairs / seconds, "tokens_per_second": self.tokens / seconds}
-        self.pairs = self.tokens = 0.0
+        rates = {name: count / seconds for name, count in self.counts.items()}
+        values |= {"pairs_per_second": rates["pairs"], "tokens_per_second": rates["tokens"]}
+        if self.peak_flops is not None:
+            values["mfu"] = rates["flops"] / self.peak_flops
+        self.counts = dict.fromkeys(COUNTS, 0.0)
         logged = {f"train/{name}": value for name, value in values.items()}
         self.tracker.log(logged, step=step)
         self.progress.update(step, logged)

@@ -1,0 +1,55 @@
+"""What a step must compute, and what devices can: for model FLOPs utilization (MFU)."""
+
+from collections.abc import Sequence
+
+import haliax as hax
+import jax
+import jax.numpy as jnp
+
+from lora_dpo_jax.data.packing import PreferenceBatch
+from lora_dpo_jax.lora import LoraLinear, linear_layers
+from lora_dpo_jax.models import CausalLM
+
+# Dense bfloat16 products, FLOP/s of one device, from the makers' data sheets; by a part of JAX's `device_kind`.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """FLOP/s of all devices together; None if one is not known."""
+    peaks = [next((peak for kind, peak in PEAK_FLOPS.items() if kind in d.device_kind), None) for d in devices]
+    return None if None in peaks else float(sum(peak for peak in peaks if peak is not None))
+
+
+def useful_flops(model: CausalLM, batch: PreferenceBatch, *, with_reference: bool) -> jax.Array:
+    """Floating-point operations that the batch's tokens need, a shared prompt counted once; float32 scalar.
+
+    Forward, and backward to the inputs of frozen weights (as much again); both factors of the adapters get gradients
+    too. Attention by the keys each token sees, the head at predicting positions. The reference, if it is computed in
+    the step, adds a forward pass. Padding and recomputation do not count.
+    """
+    config = model.config
+    weights = adapters = 0
+    for linear, _ in linear_layers(model.model):
+        wrapped = linear.wrapped if isinstance(linear, LoraLinear) else linear
+        weights += wrapped.weight.size
+        adapters += linear.lora_A.size + linear.lora_B.size if isinstance(linear, LoraLinear) else 0
+    passes = 3.0 if with_reference else 2.0
+    is_token = batch.segment_ids > 0
+    tokens = hax.sum(is_token).scalar().astype(jnp.float32)
+    targets = hax.sum(batch.target_slot >= 0).scalar().astype(jnp.float32)
+    # A token sees what stands before it in its own sequence, and itself.
+    seen = hax.sum(hax.where(is_token, batch.position_ids + 1, 0).astype(jnp.float32)).scalar()
+    products = tokens * (2.0 * weights * passes + 6.0 * adapters)
+    # Scores and sums of values; their gradients cost twice as much as they do.
+    attention = seen * 4.0 * config.num_layers * config.num_heads * config.head_dim * (passes + 1.0)
+    head = targets * 2.0 * config.hidden_size * config.vocab_size * passes
+    return products + attention + head
