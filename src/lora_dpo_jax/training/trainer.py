@@ -121,8 +121,8 @@ def train(
     """Runs `step_fn` over `batches` and returns the last state. Raises ValueError if there are too few batches.
 
     The metrics of a step (their `values`: scalars by name) are fetched after the next step is on its way.
-    `check(step, metrics, values)` sees those of every step and may raise. `peak_flops` (FLOP/s) of the devices, if given,
-    is what the steps' `flops` are compared with: `mfu`.
+    `check(step, metrics, values)` sees those of every step and may raise. `mfu` is logged if the devices' `peak_flops`
+    (FLOP/s) are given.
     """
     pending: deque[tuple[int, Any]] = deque()
     with ProgressBar(num_steps) as progress:
