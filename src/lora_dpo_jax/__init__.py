@@ -1,5 +1,10 @@
 """Direct Preference Optimization with LoRA adapters in JAX, Equinox and Haliax."""
 
+import os
+
+# Without PyTorch, transformers advises to install it when it is imported; its tokenizers, all that is used, need none.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 from lora_dpo_jax.evaluation import PairScorer, summarize
 from lora_dpo_jax.generation import GenerationConfig, complete, generate
 from lora_dpo_jax.huggingface.adapters import load_adapter, save_adapter
