@@ -1,6 +1,7 @@
 """What a step must compute, and what devices can: for model FLOPs utilization (MFU)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import haliax as hax
 import jax
@@ -23,7 +24,7 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+def peak_flops(devices: Sequence[Any]) -> float | None:
     """FLOP/s of all devices together; None if one is not known."""
     peaks = [next((peak for kind, peak in PEAK_FLOPS.items() if kind in d.device_kind), None) for d in devices]
     return None if None in peaks else float(sum(peak for peak in peaks if peak is not None))
