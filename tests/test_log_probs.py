@@ -24,12 +24,15 @@ from tiny_pairs import (
 )
 
 from lora_dpo_jax import log_probs as log_probs_module
-from lora_dpo_jax.data.packing import Layout
-from lora_dpo_jax.log_probs import pair_log_probs, target_log_probs
-from lora_dpo_jax.lora import LoraLinear, trainable_filter
+from lora_dpo_jax.data.planning import Layout
+from lora_dpo_jax.log_probs import pair_log_probs, policy_and_reference_log_probs, target_log_probs
+from lora_dpo_jax.lora import LoraConfig, LoraLinear, frozen_copy, loraize, reference_model, trainable_filter
+from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.sharding import MeshConfig, Placement
 
 ROWS, POSITIONS, TARGETS = 3, 150, 192
 LEAST_BLOCK = 64  # targets of a row
+KEY = jax.random.key(0)
 HEADS = ("frozen", "tied", "adapted")
 
 
@@ -192,3 +195,75 @@ def test_no_logits_beyond_a_block_exist_in_the_whole_model(small_blocks):
 
     jaxpr = jax.make_jaxpr(jax.value_and_grad(total))(adapters, weights, micro).jaxpr
     assert not too_large(jaxpr, tokens=layout.rows * LEAST_BLOCK)
+
+
+def margin(log_probs) -> jax.Array:
+    return (log_probs.chosen - log_probs.rejected).sum().scalar()
+
+
+def side_by_side(adapters, weights, frozen, micro):
+    """A scalar of policy and reference computed together, whose reference must get no gradient."""
+    policy, reference = policy_and_reference_log_probs(eqx.combine(adapters, weights), frozen, micro)
+    return margin(policy) * margin(reference), (policy, reference)
+
+
+def policy_alone(adapters, weights, frozen, micro):
+    policy = pair_log_probs(eqx.combine(adapters, weights), micro)
+    return margin(policy), policy
+
+
+def gradients(function):
+    return jax.jit(jax.value_and_grad(function, has_aux=True))
+
+
+@pytest.mark.parametrize("lora", ["everywhere", "some layers and lm_head"])
+@pytest.mark.parametrize("has_frozen_adapters", [False, True])
+def test_policy_and_reference_side_by_side_are_what_they_are_alone(lora, has_frozen_adapters):
+    micro = packed(table_of(random_pairs(6, seed=1)), Layout(1, 4, 64, targets=64, pairs=6)).micro_batch(0)
+    model = moved(new_adapters("llama", lora))
+    frozen = frozen_copy(moved(model, seed=8)) if has_frozen_adapters else None
+    adapters, weights = eqx.partition(model, trainable_filter(model))
+    (_, (policy, reference)), together = gradients(side_by_side)(adapters, weights, frozen, micro)
+    (_, expected), alone = gradients(policy_alone)(adapters, weights, None, micro)
+    expected_reference = pair_log_probs(reference_model(model, frozen), micro)
+    for found, wanted in ((policy, expected), (reference, expected_reference)):
+        for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            # Sums of a few dozen log-probs, float32.
+            np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+    scale = float(margin(expected_reference))
+    assert abs(scale) > 0.1
+    for mine, theirs in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(mine, scale * theirs, rtol=1e-4, atol=1e-5 * np.abs(scale * theirs).max())
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "products", "full"])
+def test_the_reference_beside_the_policy_leaves_nothing_for_the_backward_pass(checkpointing):
+    """What it takes is a fraction of what the policy keeps of its layers, of which there are many."""
+    config = dataclasses.replace(LLAMA, num_layers=24, gradient_checkpointing=checkpointing)
+    model = eqx.filter_eval_shape(lambda: loraize(CausalLM.init(config, key=KEY), LoraConfig(r=4), key=KEY))
+    adapters, weights = eqx.partition(model, trainable_filter(model))
+    micro = packed(table_of(random_pairs(40, seed=1)), Layout(1, 8, 256, targets=256, pairs=40)).micro_batch(0)
+
+    def temporary_bytes(function):
+        compiled = gradients(function).lower(adapters, weights, None, micro).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    states = 8 * 256 * config.hidden_size * 4  # of one layer, float32
+    assert temporary_bytes(side_by_side) < temporary_bytes(policy_alone) + 12 * states
+
+
+def test_weights_split_over_devices_are_gathered_once_for_both():
+    placement = Placement(MeshConfig({"data": 8}))
+    model = placement.put_parameters(moved(new_adapters()))
+    adapters, weights = eqx.partition(model, trainable_filter(model))
+    batch = packed(table_of(random_pairs(16, seed=1)), Layout(1, 8, 128, targets=128, pairs=16))
+    micro = placement.put_batch(batch).micro_batch(0)
+    embed = LLAMA.hidden_size
+
+    def gathers_of_weights(function) -> int:
+        with placement.scope():
+            text = gradients(function).lower(adapters, weights, None, micro).compile().as_text()
+        found = re.findall(r"= f32\[([\d,]+)\]\S* all-gather(?:-start)?\(", text)
+        return sum(str(embed) in shape.split(",") for shape in found)
+
+    assert 0 < gathers_of_weights(side_by_side) <= gathers_of_weights(policy_alone) + 1  # the head's, in another loop

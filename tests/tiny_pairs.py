@@ -13,7 +13,8 @@ import numpy as np
 
 from lora_dpo_jax.data.chat import TokenizedPair
 from lora_dpo_jax.data.loader import PairTable, whole_table
-from lora_dpo_jax.data.packing import Layout, PreferenceBatch, pack, plan_rows
+from lora_dpo_jax.data.packing import PreferenceBatch, pack
+from lora_dpo_jax.data.planning import Layout, plan_rows
 from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter
 from lora_dpo_jax.models import CausalLM, DecoderConfig, PackedMask
 
@@ -134,11 +135,13 @@ def table_of(pairs: MemoryPairs) -> PairTable:
     return whole_table({"pairs": pairs})  # pyright: ignore[reportArgumentType]
 
 
-def packed(pairs: PairTable, layout: Layout, rows: Sequence[Sequence[int]] | None = None) -> PreferenceBatch:
+def packed(
+    pairs: PairTable, layout: Layout, rows: Sequence[Sequence[int]] | None = None, *, share_prefix: bool = True
+) -> PreferenceBatch:
     """All pairs as a batch, in the rows given or as tightly as can be."""
     if rows is None:
         rows = plan_rows(pairs.lengths.sum(axis=1).tolist(), layout.row_length)
-    batch = pack(pairs, [np.array(row) for row in rows], layout)
+    batch = pack(pairs, [np.array(row) for row in rows], layout, share_prefix=share_prefix)
     return jax.tree.map(jnp.asarray, batch)
 
 

@@ -10,12 +10,12 @@ from lora_dpo_jax.generation import GenerationConfig, complete, generate
 from lora_dpo_jax.huggingface.adapters import load_adapter, save_adapter
 from lora_dpo_jax.huggingface.weights import load_model, read_config, save_merged
 from lora_dpo_jax.log_probs import pair_log_probs
-from lora_dpo_jax.lora import LoraConfig, LoraLinear, loraize, merge_lora, trainable_filter, unwrap_lora
+from lora_dpo_jax.lora import LoraConfig, LoraLinear, frozen_copy, loraize, merge_lora, trainable_filter, unwrap_lora
 from lora_dpo_jax.losses import Dpo, LengthNormalizedDpo, PairLogProbs, PreferenceLoss
 from lora_dpo_jax.models import CausalLM, DecoderConfig
 from lora_dpo_jax.sharding import MeshConfig, Placement
 from lora_dpo_jax.training.optimizer import OptimizerConfig
-from lora_dpo_jax.training.step import TrainState, TrainStep, frozen_copy
+from lora_dpo_jax.training.step import TrainState, TrainStep
 
 __version__ = "0.1.0"
 

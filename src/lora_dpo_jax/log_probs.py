@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from haliax import Axis, NamedArray
 
 from lora_dpo_jax.data.packing import PAIR, POSITION, ROW, TARGET, PreferenceBatch
-from lora_dpo_jax.lora import trainable_filter
+from lora_dpo_jax.lora import reference_model, trainable_filter
 from lora_dpo_jax.losses import PairLogProbs
 from lora_dpo_jax.models import CausalLM, PackedMask
 
@@ -28,11 +28,33 @@ def pair_log_probs(model: CausalLM, batch: PreferenceBatch, *, key=None) -> Pair
 
     `key` switches the adapters' dropout on. Empty pairs get 0.
     """
-    mask = PackedMask(batch.segment_ids, batch.branch_ids, batch.position_ids)
     k_model, k_head = hax.jax_utils.maybe_rng_split(key, 2)
-    hidden, _ = model.model(batch.tokens, batch.position_ids, mask, key=k_model)
-    per_token = target_log_probs(model.head, hidden, batch.source, batch.target_ids, batch.target_slot >= 0, key=k_head)
+    hidden, _ = model.model(batch.tokens, batch.position_ids, _mask(batch), key=k_model)
+    return _response_log_probs(model.head, hidden, batch, key=k_head)
 
+
+def policy_and_reference_log_probs(
+    model: CausalLM, reference: Any, batch: PreferenceBatch, *, key=None
+) -> tuple[PairLogProbs, PairLogProbs]:
+    """The same of the policy `model` and of `lora.reference_model(model, reference)`.
+
+    Both pass through each layer together, so weights that are split over devices are gathered once for both.
+    """
+    k_model, k_head = hax.jax_utils.maybe_rng_split(key, 2)
+    adapters = None if reference is None else reference.model
+    hidden, reference_hidden = model.model.with_reference(
+        adapters, batch.tokens, batch.position_ids, _mask(batch), key=k_model
+    )
+    policy = _response_log_probs(model.head, hidden, batch, key=k_head)
+    return policy, _response_log_probs(reference_model(model, reference).head, reference_hidden, batch)
+
+
+def _mask(batch: PreferenceBatch) -> PackedMask:
+    return PackedMask(batch.segment_ids, batch.branch_ids, batch.position_ids)
+
+
+def _response_log_probs(head: Any, hidden: NamedArray, batch: PreferenceBatch, *, key=None) -> PairLogProbs:
+    per_token = target_log_probs(head, hidden, batch.source, batch.target_ids, batch.target_slot >= 0, key=key)
     Pair = batch.pair_ids.resolve_axis(PAIR)
     Slot = Axis("slot", 2 * Pair.size)
     belongs: Any = batch.target_slot.broadcast_axis(Slot) == hax.arange(Slot)

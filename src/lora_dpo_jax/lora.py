@@ -28,6 +28,7 @@ from haliax.axis import AxisSpec
 
 M = TypeVar("M")
 RANK = "lora_rank"
+LOW_RANK = "low_rank"  # what a checkpointing policy calls A x
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,8 @@ class LoraLinear(eqx.Module):
         """What the adapters add to the wrapped layer's output, in the dtype of `x`."""
         if key is not None and self.dropout > 0.0:
             x = hnn.dropout(x, self.dropout, inference=False, key=key)
-        low = x.dot(self.lora_A.astype(x.dtype), axis=self.wrapped.In)
-        out = hax.auto_sharded(low.dot(self.lora_B.astype(x.dtype), axis=RANK))
-        scale = self.scaling if self.active is None else self.scaling * self.active.astype(x.dtype)
-        return out * scale
+        scale = self.scaling if self.active is None else self.scaling * self.active
+        return hax.auto_sharded(_low_rank(x, self.lora_A, self.lora_B * scale))
 
     def merged(self) -> hnn.Linear:
         """The wrapped layer with the adapters folded in: summed in float32 and rounded once to the weight's dtype."""
@@ -90,6 +89,35 @@ class LoraLinear(eqx.Module):
         weight = self.wrapped.weight
         total = (weight.astype(jnp.float32) + delta.rearrange(weight.axes)).astype(weight.dtype)
         return dataclasses.replace(self.wrapped, weight=total)
+
+
+@jax.custom_vjp
+def _low_rank(x: NamedArray, A: NamedArray, B: NamedArray) -> NamedArray:
+    """B A x in the dtype of `x`. The factors' gradients are summed in the factors' own dtype."""
+    return _low_rank_forward(x, A, B)[0]
+
+
+def _low_rank_forward(x: NamedArray, A: NamedArray, B: NamedArray):
+    low = x.dot(A.astype(x.dtype), axis=_but_rank(A))
+    low = hax.tree_checkpoint_name(low, LOW_RANK)
+    return low.dot(B.astype(x.dtype), axis=RANK), (x, A, B, low)
+
+
+def _low_rank_backward(saved, d_out: NamedArray):
+    x, A, B, low = saved
+    tokens = [axis for axis in low.axes if axis.name != RANK]
+    d_low = d_out.dot(B.astype(x.dtype), axis=_but_rank(B))
+    # The thin factor comes first: the wide one is then not transposed, which would cost more than the product.
+    d_A = d_low.dot(x, axis=tokens, preferred_element_type=A.dtype).rearrange(A.axes)
+    d_B = low.dot(d_out, axis=tokens, preferred_element_type=B.dtype).rearrange(B.axes)
+    return d_low.dot(A.astype(x.dtype), axis=RANK).rearrange(x.axes), d_A, d_B
+
+
+_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+def _but_rank(factor: NamedArray) -> list[Axis]:
+    return [axis for axis in factor.axes if axis.name != RANK]
 
 
 def loraize(model: M, config: LoraConfig, *, key) -> M:
@@ -118,6 +146,23 @@ def unwrap_lora(model: M) -> M:
     """The reference: the model without its adapters, under `stop_gradient`. Shares the weights."""
     plain = map_linear_layers(lambda linear, _: linear.wrapped if isinstance(linear, LoraLinear) else linear, model)
     return jax.lax.stop_gradient(plain)
+
+
+def frozen_copy(model: M) -> M:
+    """The model's adapters as they are now, to be the reference of a run that goes on training them."""
+    return jax.tree.map(jnp.copy, eqx.filter(model, trainable_filter(model)))
+
+
+def reference_model(model: M, adapters: Any) -> M:
+    """What the policy `model`, or a part of it, is held to; shares the weights, and no gradient flows.
+
+    That is the base without adapters, or with frozen ones (a tree like `model`, or its leaves alone).
+    """
+    if adapters is None:
+        return unwrap_lora(model)
+    mine, weights = eqx.partition(model, trainable_filter(model))
+    frozen = jax.tree.unflatten(jax.tree.structure(mine), jax.tree.leaves(adapters))
+    return jax.lax.stop_gradient(eqx.combine(frozen, weights))
 
 
 def merge_lora(model: M) -> M:

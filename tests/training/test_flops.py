@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_pairs import new_adapters, packed, random_pairs, table_of
 
-from lora_dpo_jax.data.packing import plan_layout
+from lora_dpo_jax.data.planning import plan_layout
 from lora_dpo_jax.lora import LoraLinear, linear_layers, unwrap_lora
 from lora_dpo_jax.training.flops import peak_flops, useful_flops
 
@@ -19,7 +19,7 @@ def adapted():
 def test_a_pass_costs_two_operations_a_weight_and_token(adapted):
     """The cost model per pair: 2N a token and pass, 6 a parameter of the adapters, attention and head aside."""
     pairs = table_of(random_pairs(3))
-    batch = packed(pairs, plan_layout([np.arange(3)], pairs.lengths))
+    batch = packed(pairs, plan_layout([np.arange(3)], pairs.lengths).parts[0])
     config = adapted.config
     prompt, chosen, rejected = pairs.lengths.sum(axis=0)
     tokens, targets = prompt + chosen + rejected, chosen + rejected

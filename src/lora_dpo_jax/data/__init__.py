@@ -3,7 +3,8 @@
 from lora_dpo_jax.data.cache import TokenizedPairs, load_pairs, tokenize_component
 from lora_dpo_jax.data.chat import PairTokenizer, TokenizedPair
 from lora_dpo_jax.data.loader import PairOrder, PairTable, packed_batches, packed_rows, split_by_prompt, whole_table
-from lora_dpo_jax.data.packing import Layout, PreferenceBatch, pack, plan_layout, plan_rows
+from lora_dpo_jax.data.packing import PreferenceBatch, pack
+from lora_dpo_jax.data.planning import Layout, PairLayout, RunLayout, plan_layout, plan_rows
 from lora_dpo_jax.data.preferences import ComponentConfig, FormatConfig, PreferenceDataConfig, PreferencePair
 from lora_dpo_jax.data.sources import HubSource, UrlSource
 
@@ -12,12 +13,14 @@ __all__ = [
     "FormatConfig",
     "HubSource",
     "Layout",
+    "PairLayout",
     "PairOrder",
     "PairTable",
     "PairTokenizer",
     "PreferenceBatch",
     "PreferenceDataConfig",
     "PreferencePair",
+    "RunLayout",
     "TokenizedPair",
     "TokenizedPairs",
     "UrlSource",

@@ -11,7 +11,8 @@ import numpy as np
 
 from lora_dpo_jax.data.cache import TokenizedPairs
 from lora_dpo_jax.data.chat import TokenizedPair
-from lora_dpo_jax.data.packing import Layout, PreferenceBatch, layout_of_rows, pack, plan_rows, row_length_for
+from lora_dpo_jax.data.packing import PreferenceBatch, pack
+from lora_dpo_jax.data.planning import PairLayout, RunLayout, layout_of_rows, plan_rows
 
 T = TypeVar("T")
 BLOCK = 1024  # positions over which mixture weights hold exactly, to rounding
@@ -136,13 +137,19 @@ def _mixture_block(seed: int, weights: tuple[float, ...]) -> tuple[np.ndarray, n
 
 
 def packed_batches(
-    pairs: PairTable, batches: Iterable[np.ndarray], layout: Layout, *, place: Callable, ahead: int = 2
-) -> Iterator[PreferenceBatch]:
-    """Packs `batches` (arrays of pair ids) and puts them on the devices with `place`, in a thread, `ahead` of use."""
+    pairs: PairTable, batches: Iterable[np.ndarray], layout: RunLayout, *, place: Callable, ahead: int = 2
+) -> Iterator[tuple[PreferenceBatch, ...]]:
+    """Packs `batches` (arrays of pair ids) and puts them on the devices with `place`, in a thread, `ahead` of use.
 
-    def make(ids: np.ndarray) -> PreferenceBatch:
-        rows = plan_rows(pairs.lengths[ids].sum(axis=1).tolist(), layout.row_length)
-        return place(pack(pairs, [ids[row] for row in rows], layout))
+    Each comes as its parts, one for each shape of `layout`.
+    """
+    share_prefix = layout.pair_layout.share_prefix
+
+    def make(ids: np.ndarray) -> tuple[PreferenceBatch, ...]:
+        planned = zip(layout.parts, layout.plan(pairs.lengths[ids]), strict=True)
+        return place(
+            tuple(pack(pairs, [ids[row] for row in rows], part, share_prefix=share_prefix) for part, rows in planned)
+        )
 
     return prefetch((functools.partial(make, ids) for ids in batches), ahead)
 
@@ -154,15 +161,12 @@ def packed_rows(
 
     For passes in which it does not matter which pairs share a batch.
     """
-    planned = [np.array(row) for row in plan_rows(*_sizes(pairs))]
-    layout = layout_of_rows(planned, pairs.lengths, micro_batches=1, rows=rows)
+    longest = PairLayout().shortest_row(pairs.lengths)
+    planned = [np.array(row) for row in plan_rows(pairs.lengths.sum(axis=1).tolist(), longest)]
+    layout = layout_of_rows(planned, pairs.lengths, rows=rows)
     batches = [planned[i : i + rows] for i in range(0, len(planned), rows)]
     jobs = (functools.partial(lambda batch: place(pack(pairs, batch, layout)), batch) for batch in batches)
     return len(batches), prefetch(jobs, ahead)
-
-
-def _sizes(pairs: PairTable) -> tuple[list[int], int]:
-    return pairs.lengths.sum(axis=1).tolist(), row_length_for(pairs.lengths)
 
 
 def prefetch(jobs: Iterator[Callable[[], T]], ahead: int) -> Iterator[T]:

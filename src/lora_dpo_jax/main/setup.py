@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from lora_dpo_jax.data.cache import TokenizedPairs, load_pairs
 from lora_dpo_jax.data.loader import PairTable, split_by_prompt, whole_table
+from lora_dpo_jax.data.planning import PairLayout
 from lora_dpo_jax.data.preferences import PreferenceDataConfig
 from lora_dpo_jax.evaluation import PairScorer
 from lora_dpo_jax.generation import GenerationConfig
@@ -39,7 +40,7 @@ class ModelConfig:
     """How the pretrained model is held and computed."""
 
     dtype: str | None = None  # of the frozen weights (f32, bf16); null: that of computation, see trainer.mp
-    gradient_checkpointing: str = "full"  # none, full or nested: see models/decoder.py for what each costs
+    gradient_checkpointing: str = "full"  # none, products, full or nested: see models/decoder.py for what each costs
     attention: str = "auto"  # auto, dense or blocked: see models/attention.py
 
     def __post_init__(self):
@@ -62,6 +63,7 @@ class TrainConfig:
     hf_revision: str | None = None
     train_seq_len: int = 1024  # tokens; bounds prompt + one response
     model: ModelConfig = field(default_factory=ModelConfig)
+    layout: PairLayout = field(default_factory=PairLayout)
     lora: LoraConfig = field(default_factory=LoraConfig)
     loss: PreferenceLoss = field(default_factory=Dpo)
     beta: float | None = None  # the short form of loss.beta

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_dpo_jax.data.loader import PairOrder, PairTable, packed_batches
-from lora_dpo_jax.data.packing import plan_layout
+from lora_dpo_jax.data.planning import plan_layout
 from lora_dpo_jax.data.preview import preview
 from lora_dpo_jax.evaluation import PairScorer, summarize
 from lora_dpo_jax.generation import complete, read_stop_ids
 from lora_dpo_jax.huggingface.adapters import read_adapter_config, save_adapter
 from lora_dpo_jax.huggingface.folders import check_export_target
 from lora_dpo_jax.huggingface.weights import save_merged
-from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter, with_dropout
+from lora_dpo_jax.lora import LoraConfig, frozen_copy, loraize, reference_model, trainable_filter, with_dropout
 from lora_dpo_jax.losses import PairLogProbs
 from lora_dpo_jax.main.setup import (
     Base,
@@ -36,10 +36,12 @@ from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.tracking import Tracker, start_trackers
 from lora_dpo_jax.training.flops import peak_flops
-from lora_dpo_jax.training.step import StepMetrics, TrainState, TrainStep, frozen_copy, reference_model
+from lora_dpo_jax.training.step import StepMetrics, TrainState, TrainStep
 from lora_dpo_jax.training.trainer import Hook, NonFiniteLossError, StepInfo, train
 
 logger = logging.getLogger("lora_dpo_jax")
+
+TOKENS_AT_ONCE = 16_384  # of a device, where per_device_parallelism leaves it open: more make no device faster
 
 __all__ = ["TrainConfig", "main"]
 
@@ -71,12 +73,12 @@ def main(config: TrainConfig) -> TrainState | None:
 
     order = PairOrder(tuple(pairs.sizes), trainer.seed, config.data.shuffle, _weights(config, pairs))
     batch_ids = [order.batch(n, trainer.train_batch_size) for n in range(num_steps)]
-    rows = trainer.per_device_parallelism
     layout = plan_layout(
         batch_ids,
         pairs.lengths,
         row_multiple=placement.row_shards,
-        rows_per_micro_batch=None if rows == -1 else rows * placement.row_shards,
+        longest_row=_longest_row(config, pairs),
+        pair_layout=config.layout,
     )
     batches = packed_batches(pairs, batch_ids, layout, place=placement.put_batch)
 
@@ -108,6 +110,12 @@ def main(config: TrainConfig) -> TrainState | None:
         )
     report.print(run_dir)
     return state
+
+
+def _longest_row(config: TrainConfig, pairs: PairTable) -> int:
+    longest_pair = config.layout.shortest_row(pairs.lengths)
+    parallelism = config.trainer.per_device_parallelism
+    return max(longest_pair, TOKENS_AT_ONCE) if parallelism == -1 else parallelism * longest_pair
 
 
 def _with_zero_init(config: TrainConfig) -> TrainConfig:
@@ -166,14 +174,12 @@ def _announce(config, pairs, held_out, model, num_steps, layout, run_dir) -> Non
         100 * counts["fraction_trainable"],
     )
     logger.info(
-        "%s training pairs, %s held out; %s steps of %d pairs, in up to %d x %d rows of %d tokens; run folder %s",
+        "%s training pairs, %s held out; %s steps of %d pairs, in micro-batches of %s tokens; run folder %s",
         f"{len(pairs):,}",
         f"{len(held_out):,}",
         f"{num_steps:,}",
         config.trainer.train_batch_size,
-        layout.micro_batches,
-        layout.rows,
-        layout.row_length,
+        " or ".join(f"{part.rows} x {part.row_length}" for part in layout.parts),
         run_dir,
     )
 
@@ -201,8 +207,8 @@ class _Guard:
             )
 
     def _explain(self, step: int, metrics: StepMetrics, values: dict[str, float]) -> str:
-        ids = np.asarray(metrics.pair_ids.array)
-        losses = np.asarray(metrics.pair_loss.rearrange(metrics.pair_ids.axes).array)
+        ids = np.concatenate([np.ravel(part.array) for part in metrics.pair_ids])
+        losses = np.concatenate([np.ravel(part.array) for part in metrics.pair_losses])
         is_pair = ids >= 0
         bad = ids[is_pair & ~np.isfinite(losses)]
         which, ids = ("pairs with such a loss", bad) if len(bad) else ("pairs of the batch", ids[is_pair])

@@ -14,6 +14,7 @@ from haliax.axis import AxisSpec
 from haliax.jax_utils import maybe_rng_split
 from haliax.nn.scan import ScanCheckpointPolicy
 
+from lora_dpo_jax.lora import LOW_RANK, reference_model
 from lora_dpo_jax.models.attention import KEY_POSITION, AttentionMask, as_keys, attend
 from lora_dpo_jax.models.config import DecoderConfig
 from lora_dpo_jax.models.rope import rotary_angles, rotate
@@ -34,9 +35,13 @@ class KeepActivations(ScanCheckpointPolicy):
         return eqx.filter_checkpoint(callable, policy=policy, prevent_cse=False)
 
 
+PRODUCT = "product"  # what checkpointing policies call the output of a linear layer
+
 # What the backward pass finds in memory, and what it costs to find the rest.
 CHECKPOINT_POLICIES: dict[str, ScanCheckpointPolicy] = {
-    "none": KeepActivations(),  # keeps everything: fastest, most memory
+    "none": KeepActivations(),  # keeps everything: most memory
+    # Keeps the outputs of linear layers: norms, rotations, activations and attention are computed again.
+    "products": ScanCheckpointPolicy(save_block_internals=[PRODUCT, LOW_RANK]),
     "full": ScanCheckpointPolicy(simple=True),  # keeps each layer's input: one more forward pass
     "nested": ScanCheckpointPolicy(nested=True),  # keeps about sqrt(layers) inputs: two more forward passes
 }
@@ -54,6 +59,11 @@ class Linear(hnn.Linear):
 def linear(In: AxisSpec, Out: AxisSpec, *, key, use_bias: bool, dot_general: Any = None) -> Linear:
     made = hnn.Linear.init(In, Out, key=key, use_bias=use_bias, dot_general=dot_general)
     return Linear(made.weight, made.bias, In, Out, dot_general=made.dot_general)
+
+
+def product(linear: Any, x: NamedArray, *, key=None) -> NamedArray:
+    """linear(x), under the name by which a checkpointing policy keeps it."""
+    return hax.tree_checkpoint_name(linear(x, key=key), PRODUCT)
 
 
 class KeyValueCache(eqx.Module):
@@ -117,7 +127,7 @@ class Attention(eqx.Module):
         """x {row, position, embed} -> (the same axes, the cache with these tokens' keys and values)."""
         HeadSize = self.config.HeadSize
         k_q, k_k, k_v, k_o = maybe_rng_split(key, 4)
-        q, k, v = self.q_proj(x, key=k_q), self.k_proj(x, key=k_k), self.v_proj(x, key=k_v)
+        q, k, v = (product(p, x, key=k) for p, k in ((self.q_proj, k_q), (self.k_proj, k_k), (self.v_proj, k_v)))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q, tokens.cos, tokens.sin, HeadSize)
@@ -126,7 +136,7 @@ class Attention(eqx.Module):
             cache = cache.write(k, v, tokens.slot)
             k, v = cache.k, cache.v
         attended = attend(q, k, v, tokens.mask, window, HeadSize, self.config.attention)
-        return self.o_proj(attended, key=k_o), cache
+        return product(self.o_proj, attended, key=k_o), cache
 
 
 class Mlp(eqx.Module):
@@ -150,8 +160,8 @@ class Mlp(eqx.Module):
 
     def __call__(self, x: NamedArray, *, key=None) -> NamedArray:
         k_gate, k_up, k_down = maybe_rng_split(key, 3)
-        gate = ACTIVATIONS[self.activation](self.gate_proj(x, key=k_gate))
-        return self.down_proj(gate * self.up_proj(x, key=k_up), key=k_down)
+        gate = ACTIVATIONS[self.activation](product(self.gate_proj, x, key=k_gate))
+        return product(self.down_proj, gate * product(self.up_proj, x, key=k_up), key=k_down)
 
 
 class DecoderLayer(eqx.Module):
@@ -206,10 +216,7 @@ class Decoder(eqx.Module):
         key=None,
     ) -> tuple[NamedArray, KeyValueCache | None]:
         """Ids and rotary positions {row, position} -> hidden states {row, position, embed} and the grown cache."""
-        config = self.config
-        cos, sin = rotary_angles(config.rope, position_ids, config.HeadSize)
-        tokens = Tokens(cos, sin, mask, slot)
-        keys = maybe_rng_split(key, config.num_layers) if key is not None else None
+        tokens, keys = self._tokens(position_ids, mask, slot), self._layer_keys(key)
         x = self.embed_tokens(token_ids)
         layers: Any = self.layers  # haliax's types leave out the further arguments of a folded function
         if cache is None:
@@ -225,6 +232,30 @@ class Decoder(eqx.Module):
 
             x, cache = layers.scan_via(decode)(x, cache, tokens, self._windows(), keys)
         return self.norm(x), cache
+
+    def with_reference(
+        self, adapters: Any, token_ids: NamedArray, position_ids: NamedArray, mask: AttentionMask, *, key=None
+    ) -> tuple[NamedArray, NamedArray]:
+        """Hidden states of this decoder and of `reference_model(self, adapters)`, layer by layer side by side."""
+
+        def forward(layer: DecoderLayer, streams, tokens, window, key, adapters):
+            x, reference = streams
+            return layer(x, tokens, window, key=key)[0], reference_model(layer, adapters)(reference, tokens, window)[0]
+
+        x = self.embed_tokens(token_ids)
+        # As leaves, which the loop over layers can slice; a tree with holes for the weights it cannot.
+        adapters = None if adapters is None else tuple(jax.tree.leaves(adapters))
+        layers: Any = self.layers
+        tokens, keys = self._tokens(position_ids, mask), self._layer_keys(key)
+        x, reference = layers.fold_via(forward)((x, x), tokens, self._windows(), keys, adapters)
+        return self.norm(x), self.norm(reference)
+
+    def _tokens(self, position_ids: NamedArray, mask: AttentionMask, slot: jnp.ndarray | None = None) -> Tokens:
+        cos, sin = rotary_angles(self.config.rope, position_ids, self.config.HeadSize)
+        return Tokens(cos, sin, mask, slot)
+
+    def _layer_keys(self, key):
+        return None if key is None else jax.random.split(key, self.config.num_layers)
 
     def _windows(self) -> NamedArray | None:
         """int32 {layers}, a layer with full attention having a window that nothing exceeds; None if all are full."""

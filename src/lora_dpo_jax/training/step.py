@@ -13,8 +13,8 @@ from haliax import NamedArray
 from jax.sharding import NamedSharding
 
 from lora_dpo_jax.data.packing import MICRO, PreferenceBatch
-from lora_dpo_jax.log_probs import pair_log_probs
-from lora_dpo_jax.lora import trainable_filter, unwrap_lora
+from lora_dpo_jax.log_probs import pair_log_probs, policy_and_reference_log_probs
+from lora_dpo_jax.lora import trainable_filter
 from lora_dpo_jax.losses import PreferenceLoss, preference_metrics
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.training.flops import useful_flops
@@ -32,37 +32,25 @@ class TrainState(eqx.Module):
 
     @staticmethod
     def init(model: CausalLM, optimizer: optax.GradientTransformation, *, key, reference: Any = None) -> "TrainState":
-        """`model` has adapters already. `reference`: see `frozen_copy`."""
+        """`model` has adapters already. `reference`: see `lora.frozen_copy`."""
         adapters = eqx.filter(model, trainable_filter(model))
         return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(adapters), key, reference)
 
 
 class StepMetrics(eqx.Module):
-    """Scalars by name, and the loss of each pair {micro, row, pair} for telling which one went wrong."""
+    """Scalars by name, and for each part of the batch the loss of each pair, for telling which one went wrong."""
 
     values: dict[str, jax.Array]
-    pair_loss: NamedArray
-    pair_ids: NamedArray
-
-
-def frozen_copy(model: CausalLM) -> Any:
-    """The model's adapters as they are now, to be the reference of a run that goes on training them."""
-    return jax.tree.map(jnp.copy, eqx.filter(model, trainable_filter(model)))
-
-
-def reference_model(model: CausalLM, reference: Any) -> CausalLM:
-    """What the policy is held to: the base without adapters, or with the frozen ones given. No gradient flows."""
-    if reference is None:
-        return unwrap_lora(model)
-    weights = eqx.filter(model, trainable_filter(model), inverse=True)
-    return jax.lax.stop_gradient(eqx.combine(reference, weights))
+    pair_losses: tuple[NamedArray, ...]  # {micro, row, pair}
+    pair_ids: tuple[NamedArray, ...]  # likewise; -1 = no pair
 
 
 class TrainStep:
     """`state, metrics = step(state, batch)`, compiled once per shape of batch.
 
-    The adapters and the optimizer state are donated: use the returned state. The metrics are the means over the pairs
-    of the batch. Where the loss or a gradient is not finite, the update is not made.
+    A batch is one PreferenceBatch, or several of different shapes whose pairs count together. The adapters and the
+    optimizer state are donated: use the returned state. The metrics are the means over the pairs of the batch. Where
+    the loss or a gradient is not finite, the update is not made.
     """
 
     def __init__(
@@ -77,18 +65,20 @@ class TrainStep:
         self.loss, self.optimizer, self.schedule, self.scope = loss, optimizer, schedule, scope
         self._compiled: Any = None  # made when it is known where the state lies
 
-    def __call__(self, state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, StepMetrics]:
+    def __call__(
+        self, state: TrainState, batch: PreferenceBatch | tuple[PreferenceBatch, ...]
+    ) -> tuple[TrainState, StepMetrics]:
         moving, weights = self._split(state)
         with self.scope():
-            (step, adapters, opt_state), metrics = self._program(moving)(moving, weights, batch)
+            (step, adapters, opt_state), metrics = self._program(moving)(moving, weights, _parts(batch))
         model = eqx.combine(adapters, weights.model)
         return TrainState(step, model, opt_state, state.key, state.reference), metrics
 
-    def lower(self, state: TrainState, batch: PreferenceBatch):
+    def lower(self, state: TrainState, batch: PreferenceBatch | tuple[PreferenceBatch, ...]):
         """The lowered step, to compile and ask for its memory and cost; arrays may be ShapeDtypeStructs."""
         moving, weights = self._split(state)
         with self.scope():
-            return self._program(moving).lower(moving, weights, batch)
+            return self._program(moving).lower(moving, weights, _parts(batch))
 
     @property
     def num_compilations(self) -> int:
@@ -106,58 +96,67 @@ class TrainStep:
         adapters, weights = eqx.partition(state.model, trainable_filter(state.model))
         return (state.step, adapters, state.opt_state), _Weights(weights, state.reference, state.key)
 
-    def _update(self, moving: tuple, weights: "_Weights", batch: PreferenceBatch):
+    def _update(self, moving: tuple, weights: "_Weights", parts: tuple[PreferenceBatch, ...]):
         step, adapters, opt_state = moving
-        gradients, sums, pair_loss = self._accumulate(step, adapters, weights, batch)
+        counts = _counts(parts)
+        gradients, sums, pair_losses = self._accumulate(step, adapters, weights, parts, counts["pairs"])
         updates, new_opt_state = self.optimizer.update(gradients, opt_state, adapters)
         grad_norm = optax.tree.norm(gradients)
         is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums["dpo_loss"])
         new = optax.apply_updates(adapters, updates), new_opt_state
         adapters, opt_state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, (adapters, opt_state))
-        num_pairs = hax.sum(batch.is_pair).scalar()
-        values = {name: value / num_pairs for name, value in sums.items()}
-        values |= {"loss": values["dpo_loss"], "grad_norm": grad_norm, **_token_counts(batch)}
+        values = {name: value / counts["pairs"] for name, value in sums.items()}
+        values |= {"loss": values["dpo_loss"], "grad_norm": grad_norm, **counts}
         model = eqx.combine(adapters, weights.model)
-        values["flops"] = useful_flops(model, batch, with_reference=not self.loss.reference_free)
+        with_reference = not self.loss.reference_free
+        values["flops"] = sum(useful_flops(model, part, with_reference=with_reference) for part in parts)
         if self.schedule is not None:
             values["learning_rate"] = self.schedule(step)
-        return (step + 1, adapters, opt_state), StepMetrics(values, pair_loss, batch.pair_ids)
+        return (step + 1, adapters, opt_state), StepMetrics(values, pair_losses, tuple(part.pair_ids for part in parts))
 
-    def _accumulate(self, step, adapters, weights: "_Weights", batch: PreferenceBatch):
+    def _accumulate(self, step, adapters, weights: "_Weights", parts: tuple[PreferenceBatch, ...], num_pairs):
         """Gradients of the mean loss, sums of the metrics, and each pair's loss, one micro-batch after the other."""
-        num_pairs = hax.sum(batch.is_pair).scalar()
         key = jax.random.fold_in(weights.key, step)
 
         def micro_loss(adapters, micro: PreferenceBatch, key):
             model = eqx.combine(adapters, weights.model)
-            policy = pair_log_probs(model, micro, key=key)
-            reference = None
-            if not self.loss.reference_free:
-                reference = pair_log_probs(reference_model(model, weights.reference), micro)
+            if self.loss.reference_free:
+                policy, reference = pair_log_probs(model, micro, key=key), None
+            else:
+                policy, reference = policy_and_reference_log_probs(model, weights.reference, micro, key=key)
             losses = self.loss(policy, reference)
             sums = preference_metrics(losses, policy, reference, micro.is_pair)
             sums = {name: value.scalar() for name, value in sums.items()}
             return sums["dpo_loss"] / num_pairs, (sums, losses.loss)
 
-        def add_micro_batch(index, carry):
-            gradients, sums, pair_loss = carry
-            micro = batch.micro_batch(index)
-            (_, (more_sums, micro_pair_loss)), more = jax.value_and_grad(micro_loss, has_aux=True)(
-                adapters, micro, jax.random.fold_in(key, index)
-            )
-            gradients, sums = jax.tree.map(jnp.add, (gradients, sums), (more, more_sums))
-            return gradients, sums, pair_loss.updated_slice({MICRO: index}, micro_pair_loss)
+        def add_part(totals, part: PreferenceBatch, key):
+            def add_micro_batch(index, carry):
+                gradients, sums, pair_loss = carry
+                micro = part.micro_batch(index)
+                (_, (more_sums, micro_pair_loss)), more = jax.value_and_grad(micro_loss, has_aux=True)(
+                    adapters, micro, jax.random.fold_in(key, index)
+                )
+                gradients, sums = jax.tree.map(jnp.add, (gradients, sums), (more, more_sums))
+                return gradients, sums, pair_loss.updated_slice({MICRO: index}, micro_pair_loss)
 
-        shapes = jax.eval_shape(lambda: micro_loss(adapters, batch.micro_batch(0), key)[1][0])
-        start = (
-            jax.tree.map(jnp.zeros_like, adapters),
-            jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
-            hax.zeros_like(batch.pair_ids, dtype=jnp.float32),
-        )
-        if batch.pair_ids.resolve_axis(MICRO).size == 1:
-            return add_micro_batch(0, start)
-        # Micro-batches that this step does not fill cost nothing.
-        return jax.lax.fori_loop(0, batch.num_used_micro_batches, add_micro_batch, start)
+            start = (*totals, hax.zeros_like(part.pair_ids, dtype=jnp.float32))
+            if len(parts) == 1 and part.pair_ids.resolve_axis(MICRO).size == 1:
+                return add_micro_batch(0, start)
+            # Micro-batches that this step does not fill cost nothing.
+            return jax.lax.fori_loop(0, part.num_used_micro_batches, add_micro_batch, start)
+
+        shapes = jax.eval_shape(lambda: micro_loss(adapters, parts[0].micro_batch(0), key)[1][0])
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (adapters, shapes))
+        gradients, sums = zeros
+        pair_losses = []
+        for index, part in enumerate(parts):
+            gradients, sums, pair_loss = add_part((gradients, sums), part, jax.random.fold_in(key, index))
+            pair_losses.append(pair_loss)
+        return gradients, sums, tuple(pair_losses)
+
+
+def _parts(batch: PreferenceBatch | tuple[PreferenceBatch, ...]) -> tuple[PreferenceBatch, ...]:
+    return (batch,) if isinstance(batch, PreferenceBatch) else batch
 
 
 class _Weights(eqx.Module):
@@ -174,14 +173,17 @@ def _mesh_sharding(array: Any) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
-def _token_counts(batch: PreferenceBatch) -> dict[str, jax.Array]:
-    """Real tokens (a prompt counts once per sequence), and how much of the rows computed is padding."""
-    is_token = batch.segment_ids > 0
-    twice = is_token & (batch.branch_ids == 0)
-    num_tokens = hax.sum(is_token).scalar()
-    row_tokens = batch.tokens.array[0].size * jnp.maximum(batch.num_used_micro_batches, 1)
-    return {
-        "tokens": num_tokens + hax.sum(twice).scalar(),
-        "pairs": hax.sum(batch.is_pair).scalar(),
-        "padding_fraction": 1.0 - num_tokens / row_tokens,
-    }
+def _counts(parts: tuple[PreferenceBatch, ...]) -> dict[str, jax.Array]:
+    """Pairs, real tokens (a prompt counts once per sequence), and how much of the rows computed is padding."""
+    num_tokens: Any = 0
+    num_shared: Any = 0
+    computed: Any = 0
+    num_pairs: Any = 0
+    for part in parts:
+        is_token = part.segment_ids > 0
+        num_tokens += hax.sum(is_token).scalar()
+        num_shared += hax.sum(is_token & (part.branch_ids == 0)).scalar()
+        computed += part.tokens.array[0].size * part.num_used_micro_batches
+        num_pairs += hax.sum(part.is_pair).scalar()
+    padding = 1.0 - num_tokens / jnp.maximum(computed, 1)
+    return {"tokens": num_tokens + num_shared, "pairs": num_pairs, "padding_fraction": padding}

@@ -27,8 +27,8 @@ class TrainerConfig:
     num_train_steps: int | None = None
     num_train_epochs: float | None = None  # the other way to say how long; 1 if neither is given
     train_batch_size: int = 32  # pairs per update
-    # Rows of packed pairs that a device computes at once; -1 is all it has to. Fewer rows use less memory: the
-    # gradients of the rest are accumulated.
+    # What a device computes at once, in pairs of the longest length; -1 is what makes up 16,384 tokens. Less uses less
+    # memory: the gradients of the rest are accumulated.
     per_device_parallelism: int = -1
     per_device_eval_parallelism: int = -1  # likewise in evaluation; -1 takes that of training, or 8
     steps_per_eval: int | None = None  # null: evaluate before the first and after the last step only
