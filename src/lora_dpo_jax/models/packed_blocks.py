@@ -64,6 +64,7 @@ def key_runs(segment: Array, branch: Array, window: Array | None) -> KeyRuns:
         first_of_prompt = prompt_stop + index - own_start - window + 1
         own_start = jnp.maximum(own_start, first_own)
         prompt_start = jnp.minimum(jnp.maximum(prompt_start, first_of_prompt), prompt_stop)
+    own_start = jnp.where(segment == 0, index, own_start)  # padding sees itself, so that its blocks see nothing else
     return KeyRuns(own_start, prompt_start, prompt_stop)
 
 

@@ -197,9 +197,7 @@ def _forward_kernel(outer, inner, masked, q, k, v, runs, out, log_normalizer, hi
         log_normalizer[...] = high[...] + jnp.log2(total[...])
 
 
-def _query_gradient_kernel(
-    outer, inner, masked, q, k, v, runs, d_out, stats, d_q, sum_q, *, blocks: int, scale: float
-):
+def _query_gradient_kernel(outer, inner, masked, q, k, v, runs, d_out, stats, d_q, sum_q, *, blocks: int, scale: float):
     visit = pl.program_id(1)
 
     @pl.when(_is_first(outer, visit))
@@ -272,4 +270,3 @@ def _is_first(outer: Any, visit: Array) -> Array:
 
 def _is_last(outer: Any, visit: Array) -> Array:
     return outer[visit + 1] != outer[visit]
-
