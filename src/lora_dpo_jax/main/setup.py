@@ -24,7 +24,7 @@ from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.lora import LoraConfig
 from lora_dpo_jax.losses import Dpo, PreferenceLoss
 from lora_dpo_jax.models import CausalLM, DecoderConfig
-from lora_dpo_jax.models.attention import IMPLEMENTATIONS
+from lora_dpo_jax.models.attention import IMPLEMENTATIONS, PLATFORMS
 from lora_dpo_jax.models.decoder import CHECKPOINT_POLICIES
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.optimizer import OptimizerConfig
@@ -41,7 +41,7 @@ class ModelConfig:
 
     dtype: str | None = None  # of the frozen weights (f32, bf16); null: that of computation, see trainer.mp
     gradient_checkpointing: str = "full"  # none, products, full or nested: see models/decoder.py for what each costs
-    attention: str = "auto"  # auto, dense or blocked: see models/attention.py
+    attention: str = "auto"  # auto, blocked, pallas_tpu, pallas_gpu or dense: see models/attention.py
 
     def __post_init__(self):
         if self.attention not in IMPLEMENTATIONS:
@@ -145,6 +145,11 @@ def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base
         attention=config.model.attention,
     )
     _check_lengths(config, decoder)
+    platform = placement.mesh.devices.flat[0].platform
+    if (needed := PLATFORMS.get(config.model.attention, platform)) != platform:
+        raise ValueError(
+            f"model.attention={config.model.attention} needs a {needed}, and this is a {platform}: set auto"
+        )
     if len(tokenizer) > decoder.vocab_size:
         raise ValueError(
             f"the tokenizer knows {len(tokenizer)} tokens, but {config.initialize_from_hf} embeds only "

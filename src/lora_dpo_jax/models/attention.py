@@ -1,8 +1,9 @@
 """Who may attend to whom, and attention itself."""
 
 import abc
-import math
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import equinox as eqx
@@ -12,13 +13,12 @@ import jax.numpy as jnp
 from haliax import Axis, NamedArray
 from jax.sharding import PartitionSpec
 
-from lora_dpo_jax.models.blocked_attention import TokenIds, blocked_attention
+from lora_dpo_jax.models.blocked_attention import BlockedKernels
+from lora_dpo_jax.models.gpu_attention import GpuKernels
+from lora_dpo_jax.models.packed_blocks import Kernels, key_runs, packed_attention
+from lora_dpo_jax.models.tpu_attention import TpuKernels
 
 KEY_POSITION = "key_position"
-# How attention over packed rows is computed. auto: the fastest for the platform. dense: with all scores in memory, to
-# compare with. blocked: memory linear in the row, and nothing computed for blocks that nobody may see.
-IMPLEMENTATIONS = ("auto", "dense", "blocked")
-BLOCK = 64  # tokens of a block; on two CPU cores 64 was the fastest of 64 to 320
 
 
 def as_keys(x: NamedArray) -> NamedArray:
@@ -97,10 +97,8 @@ def attend(
     q {row, position, kv_head, q_heads_per_group, head_size}, k and v {row, key_position, kv_head, head_size};
     returns q's axes. `implementation`: see `IMPLEMENTATIONS`; a mask that is not packed is always dense.
     """
-    if implementation == "auto":
-        implementation = "blocked" if jax.default_backend() == "cpu" else "dense"
-    if implementation == "blocked" and isinstance(mask, PackedMask):
-        return _blocked(q, k, v, mask, window)
+    if implementation != "dense" and isinstance(mask, PackedMask):
+        return _packed(PACKED_KERNELS[implementation], q, k, v, mask, window)
     scores = hax.dot(q, k, axis=HeadSize, preferred_element_type=jnp.float32) * HeadSize.size**-0.5
     # Finite, so that a padding query, which sees nothing, yields numbers and no NaN.
     scores = hax.where(mask.allowed(window), scores, -1e30)
@@ -108,13 +106,29 @@ def attend(
     return hax.dot(probabilities, v, axis=KEY_POSITION).rearrange(q.axes)
 
 
-def _blocked(q: NamedArray, k: NamedArray, v: NamedArray, mask: PackedMask, window: NamedArray | None) -> NamedArray:
-    k, v = (x.rearrange((q.axes[0], KEY_POSITION, q.axes[2], q.axes[4])) for x in (k, v))
-    ids = [mask.segment_ids, mask.branch_ids, mask.position_ids]
-    block = math.gcd(q.axes[1].size, BLOCK)
+@dataclass(frozen=True)
+class _PlatformKernels:
+    """The kernels of the platform that a program is compiled for, which need not be the one it is traced on."""
 
-    def on_one_device(q, k, v, segment, branch, position, window):
-        return blocked_attention(q, k, v, TokenIds(segment, branch, position), window, block=block)
+    def forward(self, *arrays):
+        return self._of_platform("forward")(*arrays)
+
+    def backward(self, *arrays):
+        return self._of_platform("backward")(*arrays)
+
+    def _of_platform(self, name: str) -> Callable:
+        tpu, cuda, default = (getattr(kernels, name) for kernels in (TpuKernels(), GpuKernels(), BlockedKernels()))
+        return functools.partial(jax.lax.platform_dependent, tpu=tpu, cuda=cuda, default=default)
+
+
+def _packed(
+    kernels: Kernels, q: NamedArray, k: NamedArray, v: NamedArray, mask: PackedMask, window: NamedArray | None
+) -> NamedArray:
+    k, v = (x.rearrange((q.axes[0], KEY_POSITION, q.axes[2], q.axes[4])) for x in (k, v))
+    ids = [mask.segment_ids, mask.branch_ids]
+
+    def on_one_device(q, k, v, segment, branch, window):
+        return packed_attention(kernels, q, k, v, key_runs(segment, branch, window))
 
     attention: Callable = on_one_device
     window_array = None if window is None else window.array
@@ -126,3 +140,15 @@ def _blocked(q: NamedArray, k: NamedArray, v: NamedArray, mask: PackedMask, wind
         specs = (*(split(x.axes) for x in (q, k, v, *ids)), PartitionSpec())
         attention = jax.shard_map(on_one_device, in_specs=specs, out_specs=split(q.axes), check_vma=False)
     return NamedArray(attention(*arrays, window_array), q.axis_names)
+
+
+PACKED_KERNELS: dict[str, Kernels] = {
+    "auto": _PlatformKernels(),
+    "blocked": BlockedKernels(),
+    "pallas_tpu": TpuKernels(),
+    "pallas_gpu": GpuKernels(),
+}
+# How attention over packed rows is computed. All but `dense`, which is there to compare with, take memory linear in the
+# row and compute nothing for blocks that nobody may see.
+IMPLEMENTATIONS = (*PACKED_KERNELS, "dense")
+PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}  # what runs on one platform alone

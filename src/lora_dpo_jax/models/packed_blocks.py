@@ -1,0 +1,175 @@
+"""Which keys each query of a packed row sees, and which blocks of keys each block of queries must therefore visit.
+
+In a row laid out `prompt | chosen | rejected`, pair after pair, the keys that a query sees are two runs: those of its
+own branch up to itself, and those of its prompt. Four comparisons of indices per score then decide the mask, whatever
+the platform, and the blocks to visit are found exactly.
+"""
+
+import functools
+import math
+from typing import Any, Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+MASKED = -1e30  # finite, so that differences of masked scores are numbers
+LOG2_E = math.log2(math.e)  # kernels take powers of two, exp2(x * LOG2_E), as the hardware does
+
+
+class KeyRuns(eqx.Module):
+    """The keys that each query sees: `own_start` to itself, and `prompt_start` up to but without `prompt_stop`.
+
+    All int32 [row, position], counted in positions of the row. A query always sees itself.
+    """
+
+    own_start: Array
+    prompt_start: Array
+    prompt_stop: Array
+
+    def visible(self, query: Array, key: Array) -> Array:
+        """The mask of keys at indices `key`, which broadcast against the queries' at `query` and against the runs."""
+        own = (self.own_start <= key) & (key <= query)
+        return own | ((self.prompt_start <= key) & (key < self.prompt_stop))
+
+    def padded(self, length: int) -> "KeyRuns":
+        """For rows padded at their end: the padding sees itself alone."""
+        size = self.own_start.shape[1]
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, length - size)), constant_values=size), self)
+
+
+def key_runs(segment: Array, branch: Array, window: Array | None) -> KeyRuns:
+    """From ids [row, position] (see `PackedMask`) and the sliding window (tokens, scalar).
+
+    Rotary positions rise by one from token to token and go on from the prompt in each branch, so that distances follow
+    from the indices.
+    """
+    index = jnp.broadcast_to(jnp.arange(segment.shape[1], dtype=jnp.int32), segment.shape)
+
+    def changed(ids):
+        return jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
+
+    def last(begins):
+        return jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+    new_segment = changed(segment)
+    new_run = new_segment | changed(branch)
+    after_prompt = jnp.concatenate([jnp.zeros_like(branch[:, :1]), branch[:, :-1]], axis=1) == 0
+    own_start, prompt_start = last(new_run), last(new_segment)
+    prompt_stop = last(new_segment | (new_run & after_prompt))
+    prompt_stop = jnp.where(branch == 0, prompt_start, prompt_stop)
+    if window is not None:
+        first_own = index - window + 1
+        first_of_prompt = prompt_stop + index - own_start - window + 1
+        own_start = jnp.maximum(own_start, first_own)
+        prompt_start = jnp.minimum(jnp.maximum(prompt_start, first_of_prompt), prompt_stop)
+    own_start = jnp.where(segment == 0, index, own_start)  # padding sees itself, so that its blocks see nothing else
+    return KeyRuns(own_start, prompt_start, prompt_stop)
+
+
+class Visits(eqx.Module):
+    """The pairs of blocks to compute, in the order of the outer block; int32.
+
+    `outer` [visits + 1] numbers the outer blocks of all rows in one count; `inner` [visits] is a block of the same row.
+    Those of outer block `b` stand at `start[b]` up to `start[b + 1]`, and what follows the last is never visited.
+    `masked` [visits] is 1 where some query does not see some key.
+    """
+
+    outer: Array
+    inner: Array
+    masked: Array
+    start: Array
+
+
+def visits(runs: KeyRuns, query_block: int, key_block: int, *, outer: str) -> Visits:
+    """`outer` is "query" or "key". The rows' length must be a multiple of both blocks."""
+    rows, length = runs.own_start.shape
+    needed, whole = _block_pairs(runs, query_block, key_block)
+    # As many as an unbranched row can need: that is all there is room for.
+    most = sum(-(-(start + query_block) // key_block) for start in range(0, length, query_block))
+    if outer == "key":
+        needed, whole = needed.swapaxes(1, 2), whole.swapaxes(1, 2)
+    inner_blocks = needed.shape[2]
+    found = jnp.nonzero(needed.ravel(), size=rows * most + 1, fill_value=needed.size)[0].astype(jnp.int32)
+    counts = needed.sum(axis=2, dtype=jnp.int32).ravel()
+    start = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
+    masked = 1 - whole.ravel().astype(jnp.int32).at[found].get(mode="clip")
+    return Visits(found // inner_blocks, found[:-1] % inner_blocks, masked[:-1], start)
+
+
+def _block_pairs(runs: KeyRuns, query_block: int, key_block: int) -> tuple[Array, Array]:
+    """bool [row, query block, key block]: some query sees some key; every query sees every key."""
+    rows, length = runs.own_start.shape
+    first_key = jnp.arange(0, length, key_block)
+    last_key = first_key + key_block - 1
+    query = jnp.arange(length)[:, None]
+    own_start, prompt_start, prompt_stop = (x[..., None] for x in (runs.own_start, runs.prompt_start, runs.prompt_stop))
+    some = (own_start <= last_key) & (first_key <= query)
+    some |= (prompt_start <= last_key) & (first_key < prompt_stop) & (prompt_start < prompt_stop)
+    every = runs_cover(own_start, query, first_key, last_key) | runs_cover(
+        prompt_start, prompt_stop - 1, first_key, last_key
+    )
+    blocks = (rows, length // query_block, query_block, -1)
+    return some.reshape(blocks).any(axis=2), every.reshape(blocks).all(axis=2)
+
+
+def runs_cover(start: Array, last: Array, first_key: Array, last_key: Array) -> Array:
+    return (start <= first_key) & (last_key <= last)
+
+
+class Kernels(Protocol):
+    """Attention over packed rows on one platform, as hashable settings with two functions.
+
+    q and what has its shape [row, position, kv_head, group, head_size]; k, v [row, position, kv_head, head_size]; the
+    log-normalizers that go from one function to the other, float32 [row, kv_head, group, position].
+    """
+
+    def forward(self, q: Array, k: Array, v: Array, runs: KeyRuns) -> tuple[Array, Array]:
+        """(attended, log-normalizers)"""
+        ...
+
+    def backward(
+        self, q: Array, k: Array, v: Array, runs: KeyRuns, log_normalizer: Array, inner: Array, d_out: Array
+    ) -> tuple[Array, Array, Array]:
+        """Gradients of q, k and v. `inner` is the sum of out * d_out over the head, shaped as `log_normalizer`."""
+        ...
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def packed_attention(kernels: Kernels, q: Array, k: Array, v: Array, runs: KeyRuns) -> Array:
+    """Softmax attention scaled by head_size ** -0.5; memory linear in the row's length, forward and backward.
+
+    Softmax is accumulated over blocks of keys (https://arxiv.org/abs/2205.14135) and the backward pass computes scores
+    again from the saved log-normalizers (https://arxiv.org/abs/2307.08691).
+    """
+    return kernels.forward(q, k, v, runs)[0]
+
+
+def _forward(kernels: Kernels, q, k, v, runs):
+    out, log_normalizer = kernels.forward(q, k, v, runs)
+    return out, (q, k, v, runs, out, log_normalizer)
+
+
+def _backward(kernels: Kernels, saved: Any, d_out: Array):
+    q, k, v, runs, out, log_normalizer = saved
+    # The sum over keys of weights * d_weights, by way of the output.
+    inner = jnp.einsum("rskgh,rskgh->rkgs", out, d_out, preferred_element_type=jnp.float32)
+    return *kernels.backward(q, k, v, runs, log_normalizer, inner, d_out), None
+
+
+packed_attention.defvjp(_forward, _backward)
+
+
+def pad_positions(x: Array, length: int, axis: int = 1) -> Array:
+    """Zeros at the end of the position axis."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
+    """Float32 sums of the products of two matrices; of float32 factors at full precision."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,65 @@
+"""The attention kernels compile for TPUs, by libtpu and without any TPU here."""
+
+import functools
+
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import pytest
+from haliax import Axis, NamedArray
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_dpo_jax.models.attention import KEY_POSITION, PackedMask, attend
+from lora_dpo_jax.sharding import MeshConfig, Placement
+
+KVHead, Group = Axis("kv_head", 4), Axis("q_heads_per_group", 2)
+
+
+@functools.cache
+def placement(topology: str) -> Placement:
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    return Placement(MeshConfig({"data": 2, "model": 2}), list(devices))
+
+
+def compiled(topology: str, length: int, head_size: int, dtype, *, rows: int = 2, windowed: bool = False):
+    """Forward and backward, rows and heads split over four chips."""
+    Row, Pos, HeadSize = Axis("row", rows), Axis("position", length), Axis("head_size", head_size)
+    place = placement(topology)
+
+    def shape(axes, dtype) -> NamedArray:
+        sharding = hax.partitioning.sharding_for_axis(axes, place.compute, place.mesh)
+        array = jax.ShapeDtypeStruct([axis.size for axis in axes], dtype, sharding=sharding)
+        return NamedArray(array, tuple(axis.name for axis in axes))
+
+    def gradients(arrays, mask, window, d_out):
+        out, pullback = jax.vjp(lambda arrays: attend(*arrays, mask, window, HeadSize), arrays)
+        return out, pullback(d_out)
+
+    q = shape((Row, Pos, KVHead, Group, HeadSize), dtype)
+    k = shape((Row, Pos.alias(KEY_POSITION), KVHead, HeadSize), dtype)
+    mask = PackedMask(*[shape((Row, Pos), jnp.int32)] * 3)
+    everywhere = NamedSharding(place.mesh, PartitionSpec())
+    window = NamedArray(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), ()) if windowed else None
+    with place.scope():
+        return jax.jit(gradients).lower((q, k, k), mask, window, q).compile()
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize(
+    "length, head_size, dtype, windowed",
+    [(2048, 128, jnp.bfloat16, False), (2112, 64, jnp.bfloat16, True), (192, 96, jnp.float32, False)],
+)
+def test_kernels_compile_for_tpu(topology, length, head_size, dtype, windowed):
+    program = compiled(topology, length, head_size, dtype, windowed=windowed)
+    text = program.as_text()
+    for kernel in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"):
+        assert kernel in text
+    assert "all-gather" not in text and "all-reduce" not in text, "rows and heads stay where they are"
+
+
+def test_memory_on_a_tpu_grows_with_the_row_and_not_with_its_square():
+    # Rows enough that temporary arrays do not fit the chip's fast memory, which the analysis does not count.
+    programs = [compiled("v5e:2x2", length, 128, jnp.bfloat16, rows=8) for length in (16384, 32768)]
+    shorter, longer = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    assert 0 < longer < 2.5 * shorter, "four times as much would be quadratic"
