@@ -1,13 +1,14 @@
 """Scores of preference pairs: log-probs of policy and reference, pair by pair, and their summary."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import equinox as eqx
 import haliax as hax
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from lora_dpo_jax.data.loader import PairTable, packed_rows
 from lora_dpo_jax.data.packing import PreferenceBatch
@@ -35,16 +36,33 @@ class PairScorer:
         """float32 NumPy-backed arrays {pair}, in the table's order. `progress` wraps the iterator over batches."""
         names = [field.name for field in dataclasses.fields(PairLogProbs)]
         scores = {name: np.full(len(self.pairs), np.nan, np.float32) for name in names}
+        for ids, log_probs in self.in_batches(model, progress):
+            for name, values in scores.items():
+                values[ids] = getattr(log_probs, name).array
+        Pair = hax.Axis("pair", len(self.pairs))
+        return PairLogProbs(**{name: hax.named(values, Pair) for name, values in scores.items()})
+
+    def in_batches(
+        self, model: CausalLM, progress: Callable = lambda batches, total: batches
+    ) -> Iterator[tuple[np.ndarray, PairLogProbs]]:
+        """The same as it comes: the numbers of some pairs in the table, and their log-probs {pair}, on the host."""
         total, batches = packed_rows(self.pairs, rows=self.rows, place=self.put_batch)
         for batch in progress(batches, total):
             micro: PreferenceBatch = batch.micro_batch(0)
             with self.scope():
                 log_probs = self._compiled(model, micro)
-            ids = np.asarray(micro.pair_ids.array)
-            for name, values in scores.items():
-                values[ids[ids >= 0]] = np.asarray(getattr(log_probs, name).array)[ids >= 0]
-        Pair = hax.Axis("pair", len(self.pairs))
-        return PairLogProbs(**{name: hax.named(values, Pair) for name, values in scores.items()})
+            ids = _on_host(micro.pair_ids.array)
+            Pair = hax.Axis("pair", int(np.sum(ids >= 0)))
+            arrays = {field.name: getattr(log_probs, field.name).array for field in dataclasses.fields(PairLogProbs)}
+            found = {name: hax.named(_on_host(array)[ids >= 0], Pair) for name, array in arrays.items()}
+            yield ids[ids >= 0], PairLogProbs(**found)
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """Rows that lie with other processes are fetched: all processes must call this."""
+    if not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def summarize(loss: PreferenceLoss, policy: PairLogProbs, reference: PairLogProbs | None) -> dict[str, float]:

@@ -43,6 +43,20 @@ class PairTable(Sequence[TokenizedPair]):
         pairs, inner = self._locate(index)
         return pairs.origin(inner)
 
+    @property
+    def components(self) -> list[tuple[TokenizedPairs, np.ndarray]]:
+        """In the table's order: the pairs of each component, and the indices of those that belong to this table."""
+        return list(zip(self._pairs, self._indices, strict=True))
+
+    def subset(self, ids: np.ndarray) -> "PairTable":
+        """Some of the pairs, given by their numbers in ascending order, as a table of their own."""
+        bounds = np.searchsorted(ids, self._starts)
+        inner = [
+            indices[ids[first:last] - start]
+            for indices, start, first, last in zip(self._indices, self._starts, bounds, bounds[1:], strict=False)
+        ]
+        return PairTable(dict(zip(self.names, zip(self._pairs, inner, strict=True), strict=True)))
+
     def _locate(self, index: int) -> tuple[TokenizedPairs, int]:
         component = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._pairs[component], int(self._indices[component][index - self._starts[component]])
@@ -136,13 +150,22 @@ def _mixture_block(seed: int, weights: tuple[float, ...]) -> tuple[np.ndarray, n
 
 
 def packed_batches(
-    pairs: PairTable, batches: Iterable[np.ndarray], layout: Layout, *, place: Callable, ahead: int = 2
+    pairs: PairTable,
+    batches: Iterable[np.ndarray],
+    layout: Layout,
+    *,
+    place: Callable,
+    reference: np.ndarray | None = None,
+    ahead: int = 2,
 ) -> Iterator[PreferenceBatch]:
-    """Packs `batches` (arrays of pair ids) and puts them on the devices with `place`, in a thread, `ahead` of use."""
+    """Packs `batches` (arrays of pair ids) and puts them on the devices with `place`, in a thread, `ahead` of use.
+
+    `reference`: see `pack`.
+    """
 
     def make(ids: np.ndarray) -> PreferenceBatch:
         rows = plan_rows(pairs.lengths[ids].sum(axis=1).tolist(), layout.row_length)
-        return place(pack(pairs, [ids[row] for row in rows], layout))
+        return place(pack(pairs, [ids[row] for row in rows], layout, reference))
 
     return prefetch((functools.partial(make, ids) for ids in batches), ahead)
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from lora_dpo_jax.data.packing import MICRO, PreferenceBatch
 from lora_dpo_jax.log_probs import pair_log_probs
 from lora_dpo_jax.lora import trainable_filter, unwrap_lora
-from lora_dpo_jax.losses import PreferenceLoss, preference_metrics
+from lora_dpo_jax.losses import PairLogProbs, PreferenceLoss, preference_metrics
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.training.flops import useful_flops
 
@@ -118,7 +118,8 @@ class TrainStep:
         values = {name: value / num_pairs for name, value in sums.items()}
         values |= {"loss": values["dpo_loss"], "grad_norm": grad_norm, **_token_counts(batch)}
         model = eqx.combine(adapters, weights.model)
-        values["flops"] = useful_flops(model, batch, with_reference=not self.loss.reference_free)
+        computes_reference = not self.loss.reference_free and batch.reference_chosen is None
+        values["flops"] = useful_flops(model, batch, with_reference=computes_reference)
         if self.schedule is not None:
             values["learning_rate"] = self.schedule(step)
         return (step + 1, adapters, opt_state), StepMetrics(values, pair_loss, batch.pair_ids)
@@ -133,7 +134,9 @@ class TrainStep:
             policy = pair_log_probs(model, micro, key=key)
             reference = None
             if not self.loss.reference_free:
-                reference = pair_log_probs(reference_model(model, weights.reference), micro)
+                reference = _known_reference(micro)
+                if reference is None:
+                    reference = pair_log_probs(reference_model(model, weights.reference), micro)
             losses = self.loss(policy, reference)
             sums = preference_metrics(losses, policy, reference, micro.is_pair)
             sums = {name: value.scalar() for name, value in sums.items()}
@@ -166,6 +169,13 @@ class _Weights(eqx.Module):
     model: Any
     reference: Any
     key: jax.Array
+
+
+def _known_reference(batch: PreferenceBatch) -> PairLogProbs | None:
+    """The reference's log-probs if the batch brings them: no forward pass is then compiled for it."""
+    if batch.reference_chosen is None or batch.reference_rejected is None:
+        return None
+    return PairLogProbs(batch.reference_chosen, batch.reference_rejected, batch.chosen_tokens, batch.rejected_tokens)
 
 
 def _mesh_sharding(array: Any) -> NamedSharding | None:
