@@ -16,6 +16,8 @@ from lora_dpo_jax.log_probs import pair_log_probs
 from lora_dpo_jax.losses import PairLogProbs, PreferenceLoss, preference_metrics
 from lora_dpo_jax.models import CausalLM
 
+FIELDS = tuple(field.name for field in dataclasses.fields(PairLogProbs))
+
 
 class PairScorer:
     """Log-probs of every pair of a table under a model; compiled once, each pair scored exactly once."""
@@ -34,28 +36,24 @@ class PairScorer:
 
     def __call__(self, model: CausalLM, progress: Callable = lambda batches, total: batches) -> PairLogProbs:
         """float32 NumPy-backed arrays {pair}, in the table's order. `progress` wraps the iterator over batches."""
-        names = [field.name for field in dataclasses.fields(PairLogProbs)]
-        scores = {name: np.full(len(self.pairs), np.nan, np.float32) for name in names}
-        for ids, log_probs in self.in_batches(model, progress):
+        scores = {name: np.full(len(self.pairs), np.nan, np.float32) for name in FIELDS}
+        for ids, found in self.in_batches(model, progress):
             for name, values in scores.items():
-                values[ids] = getattr(log_probs, name).array
+                values[ids] = found[name]
         Pair = hax.Axis("pair", len(self.pairs))
         return PairLogProbs(**{name: hax.named(values, Pair) for name, values in scores.items()})
 
     def in_batches(
         self, model: CausalLM, progress: Callable = lambda batches, total: batches
-    ) -> Iterator[tuple[np.ndarray, PairLogProbs]]:
-        """The same as it comes: the numbers of some pairs in the table, and their log-probs {pair}, on the host."""
+    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """The same as it comes: the numbers of some pairs, and the arrays of their `PairLogProbs` by name."""
         total, batches = packed_rows(self.pairs, rows=self.rows, place=self.put_batch)
         for batch in progress(batches, total):
             micro: PreferenceBatch = batch.micro_batch(0)
             with self.scope():
                 log_probs = self._compiled(model, micro)
             ids = _on_host(micro.pair_ids.array)
-            Pair = hax.Axis("pair", int(np.sum(ids >= 0)))
-            arrays = {field.name: getattr(log_probs, field.name).array for field in dataclasses.fields(PairLogProbs)}
-            found = {name: hax.named(_on_host(array)[ids >= 0], Pair) for name, array in arrays.items()}
-            yield ids[ids >= 0], PairLogProbs(**found)
+            yield ids[ids >= 0], {name: _on_host(getattr(log_probs, name).array)[ids >= 0] for name in FIELDS}
 
 
 def _on_host(array: jax.Array) -> np.ndarray:

@@ -64,8 +64,8 @@ class ReferenceCache:
         # None shows the bar on a terminal alone.
         disable = None if is_first else True
         with tqdm(total=len(pairs), desc="reference log-probs", unit=" pairs", disable=disable) as progress:
-            for ids, log_probs in score.in_batches(model):
-                values[ids] = np.stack([log_probs.chosen.array, log_probs.rejected.array], axis=-1)
+            for ids, found in score.in_batches(model):
+                values[ids] = np.stack([found["chosen"], found["rejected"]], axis=-1)
                 ids = np.sort(ids)
                 if is_first:
                     self._add(pairs.subset(ids), values[ids])

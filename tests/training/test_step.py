@@ -25,7 +25,8 @@ from tiny_pairs import (
 
 from lora_dpo_jax.data.chat import TokenizedPair
 from lora_dpo_jax.data.packing import Layout, pack, plan_rows
-from lora_dpo_jax.lora import trainable_filter, with_dropout
+from lora_dpo_jax.evaluation import PairScorer
+from lora_dpo_jax.lora import trainable_filter, unwrap_lora, with_dropout
 from lora_dpo_jax.losses import Dpo, LengthNormalizedDpo
 from lora_dpo_jax.sharding import MeshConfig, Placement
 from lora_dpo_jax.training.optimizer import OptimizerConfig
@@ -54,7 +55,13 @@ def rows_and_pairs_reversed(ids: np.ndarray) -> list[np.ndarray]:
     return [row[::-1] for row in tightly(ids)][::-1]
 
 
-def trained(step: TrainStep, layout: Layout = LAYOUT, rows_of=tightly, placement: Placement | None = None) -> dict:
+def trained(
+    step: TrainStep,
+    layout: Layout = LAYOUT,
+    rows_of=tightly,
+    placement: Placement | None = None,
+    reference: np.ndarray | None = None,
+) -> dict:
     """Three steps from the same adapters: losses, gradient norms, all metrics of the last step, how adapters moved."""
     state = state_of(moved(new_adapters()), step.optimizer)
     before = adapters_of(state.model)
@@ -63,7 +70,7 @@ def trained(step: TrainStep, layout: Layout = LAYOUT, rows_of=tightly, placement
         state, put_batch = placement.put_parameters(state), placement.put_batch
     losses, norms = [], []
     for ids in BATCHES:
-        state, metrics = step(state, put_batch(pack(PAIRS, rows_of(ids), layout)))
+        state, metrics = step(state, put_batch(pack(PAIRS, rows_of(ids), layout, reference)))
         losses.append(float(metrics.values["loss"]))
         norms.append(float(metrics.values["grad_norm"]))
     after = adapters_of(state.model)
@@ -119,6 +126,35 @@ def test_meshes_change_nothing(axes):
     assert_same(trained(step, rows_of=one_pair_a_row, placement=placement))
     assert_same(trained(step, rows_of=tightly, placement=placement))
     assert step.num_compilations == 1
+
+
+@functools.cache
+def known_reference() -> np.ndarray:
+    scores = PairScorer(PAIRS, rows=2)(unwrap_lora(new_adapters()))
+    return np.stack([scores.chosen.array, scores.rejected.array], axis=-1)
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, dataclasses.replace(LAYOUT, micro_batches=4, rows=2)], ids=["one", "four"])
+def test_a_reference_that_is_known_changes_nothing(layout):
+    step = TrainStep(Dpo(), DESCENT)
+    found = trained(step, layout, reference=known_reference())
+    # It saves work; see test_flops for how that is counted.
+    assert found["metrics"].pop("flops") < 0.8 * expected()["metrics"]["flops"]
+    assert_same(found)
+    assert step.num_compilations == 1
+
+
+def test_a_reference_that_is_known_is_not_computed():
+    """The step is then as large as one without any reference."""
+    state = state_of(new_adapters(), ADAMW)
+
+    def flops(loss: Dpo, reference: np.ndarray | None) -> float:
+        batch = jax.tree.map(jnp.asarray, pack(PAIRS, tightly(BATCHES[0]), LAYOUT, reference))
+        return TrainStep(loss, ADAMW).lower(state, batch).compile().cost_analysis()["flops"]
+
+    without, live, known = flops(Dpo(reference_free=True), None), flops(Dpo(), None), flops(Dpo(), known_reference())
+    assert live > 1.2 * without
+    assert known == pytest.approx(without, rel=0.01)
 
 
 def state_of(model, optimizer, **kwargs) -> TrainState:

@@ -203,7 +203,7 @@ class _EmptyRows:
         arrays = {name: named(getattr(self, name), axis) for name, axis in last_axis.items()}
         if reference is not None:
             values = np.where(self.pair_ids[..., None] >= 0, reference[self.pair_ids], np.float32(0))
-            arrays |= {f"reference_{name}": named(values[..., i], PAIR) for i, name in enumerate(("chosen", "rejected"))}
+            arrays["reference_chosen"], arrays["reference_rejected"] = (named(values[..., i], PAIR) for i in range(2))
         return PreferenceBatch(**arrays)
 
 

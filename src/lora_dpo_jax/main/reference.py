@@ -42,7 +42,7 @@ class ReferenceLogProbs:
             self.cache = ReferenceCache(cache_dir / "reference", identity)
 
     def of_steps(self, pairs: PairTable, batches: Sequence[np.ndarray]) -> np.ndarray | None:
-        """float32 [pair, chosen / rejected] with the values of all pairs in `batches`; None: each step computes its own.
+        """Those of the pairs in `batches`, float32 [pair of `pairs`, chosen / rejected]; None: the steps compute them.
 
         `auto` takes the way of fewer forward passes.
         """

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 from pathlib import Path
+
 import draccus
 import equinox as eqx
 import jax
