@@ -341,6 +341,9 @@ def test_auto_takes_the_way_of_fewer_forward_passes(
         assert computed == ([computes] if computes else [])
 
 
-def test_a_pair_that_no_step_visits_is_not_computed(tmp_path, rows, computed):
-    main(run_config(tmp_path, rows, reference_log_probs="cached", trainer__num_train_steps=2))
-    assert computed == [8]
+def test_a_pair_that_no_step_visits_is_not_computed(tmp_path, rows, computed, monkeypatch):
+    monkeypatch.setattr(main_reference, "scorer", lambda config, pairs, placement: FakeScorer(pairs))
+    references, (pairs,) = references_of(run_config(tmp_path, rows, reference_log_probs="cached"))
+    values = references.of_steps(pairs, [np.array([3, 7]), np.array([11, 0])])
+    assert values is not None and computed == [4]
+    assert np.flatnonzero(~np.isnan(values).any(axis=1)).tolist() == [0, 3, 7, 11]

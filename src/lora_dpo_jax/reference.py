@@ -51,7 +51,7 @@ class ReferenceCache:
         if jax.process_index() == 0:
             known = [self._records(component).read()[indices] for component, indices in pairs.components]
             values = np.concatenate([values[:0], *known])
-        return multihost_utils.broadcast_one_to_all(values)
+        return np.array(multihost_utils.broadcast_one_to_all(values))
 
     def compute(self, model: CausalLM, score: PairScorer) -> np.ndarray:
         """The log-probs of the pairs of `score` under the reference `model`, as `find` gives them.

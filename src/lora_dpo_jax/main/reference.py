@@ -17,6 +17,7 @@ from lora_dpo_jax.data.loader import PairTable
 from lora_dpo_jax.data.preferences import default_cache_dir
 from lora_dpo_jax.evaluation import PairScorer
 from lora_dpo_jax.huggingface.digests import tensor_digests
+from lora_dpo_jax.lora import trainable_filter
 from lora_dpo_jax.losses import PairLogProbs
 from lora_dpo_jax.main.setup import Base, TrainConfig, folder_of, scorer
 from lora_dpo_jax.models import CausalLM
@@ -96,12 +97,13 @@ def _identity(config: TrainConfig, base: Base, model: CausalLM, memory: Path) ->
             "files": tensor_digests(folder, "adapter_model", memory=memory),
         }
     settings = dataclasses.asdict(config.model)
+    adapters, weights = eqx.partition(model, trainable_filter(model))
     return {
         "config.json": json.loads((base.folder / "config.json").read_text()),
         "files": tensor_digests(base.folder, memory=memory),
         "adapter": adapter,
         "model": {name: value for name, value in settings.items() if name not in CHANGE_NO_NUMBERS},
-        "dtypes": sorted({str(leaf.dtype) for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array))}),
+        "dtypes": [sorted({str(leaf.dtype) for leaf in jax.tree.leaves(tree)}) for tree in (weights, adapters)],
         "compute_dtype": str(jnp.dtype(config.trainer.precision.compute_dtype)),
         "platform": jax.default_backend(),
         "matmul_precision": jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
