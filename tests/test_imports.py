@@ -21,6 +21,7 @@ LAYERS = [
     ["log_probs"],
     ["generation", "huggingface"],
     ["evaluation"],
+    ["reference"],
     ["training"],
     ["main"],
 ]

@@ -1,19 +1,22 @@
 """Scores of preference pairs: log-probs of policy and reference, pair by pair, and their summary."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import equinox as eqx
 import haliax as hax
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from lora_dpo_jax.data.loader import PairTable, packed_rows
 from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.log_probs import pair_log_probs
 from lora_dpo_jax.losses import PairLogProbs, PreferenceLoss, preference_metrics
 from lora_dpo_jax.models import CausalLM
+
+FIELDS = tuple(field.name for field in dataclasses.fields(PairLogProbs))
 
 
 class PairScorer:
@@ -33,18 +36,31 @@ class PairScorer:
 
     def __call__(self, model: CausalLM, progress: Callable = lambda batches, total: batches) -> PairLogProbs:
         """float32 NumPy-backed arrays {pair}, in the table's order. `progress` wraps the iterator over batches."""
-        names = [field.name for field in dataclasses.fields(PairLogProbs)]
-        scores = {name: np.full(len(self.pairs), np.nan, np.float32) for name in names}
+        scores = {name: np.full(len(self.pairs), np.nan, np.float32) for name in FIELDS}
+        for ids, found in self.in_batches(model, progress):
+            for name, values in scores.items():
+                values[ids] = found[name]
+        Pair = hax.Axis("pair", len(self.pairs))
+        return PairLogProbs(**{name: hax.named(values, Pair) for name, values in scores.items()})
+
+    def in_batches(
+        self, model: CausalLM, progress: Callable = lambda batches, total: batches
+    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """The same as it comes: the numbers of some pairs, and the arrays of their `PairLogProbs` by name."""
         total, batches = packed_rows(self.pairs, rows=self.rows, place=self.put_batch)
         for batch in progress(batches, total):
             micro: PreferenceBatch = batch.micro_batch(0)
             with self.scope():
                 log_probs = self._compiled(model, micro)
-            ids = np.asarray(micro.pair_ids.array)
-            for name, values in scores.items():
-                values[ids[ids >= 0]] = np.asarray(getattr(log_probs, name).array)[ids >= 0]
-        Pair = hax.Axis("pair", len(self.pairs))
-        return PairLogProbs(**{name: hax.named(values, Pair) for name, values in scores.items()})
+            ids = _on_host(micro.pair_ids.array)
+            yield ids[ids >= 0], {name: _on_host(getattr(log_probs, name).array)[ids >= 0] for name in FIELDS}
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """Rows that lie with other processes are fetched: all processes must call this."""
+    if not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def summarize(loss: PreferenceLoss, policy: PairLogProbs, reference: PairLogProbs | None) -> dict[str, float]:

@@ -105,6 +105,17 @@ def prompts_of(table: PairTable, components: dict[str, MemoryPairs]) -> list[int
     return found
 
 
+def test_a_subset_holds_the_same_pairs_in_the_same_order():
+    table, _ = split_by_prompt(components_sharing_prompts(), 0.3, seed=0)
+    ids = np.flatnonzero(np.random.default_rng(1).random(len(table)) < 0.4)
+    last_of_one, first_of_two = table.sizes[0] - 1, table.sizes[0]
+    for some in (ids, ids[:0], ids[ids > last_of_one], np.array([last_of_one, first_of_two])):
+        subset = table.subset(some)
+        assert [subset.origin(i) for i in range(len(subset))] == [table.origin(int(i)) for i in some]
+        np.testing.assert_array_equal(subset.lengths, table.lengths[some])
+        assert (subset.names, sum(subset.sizes)) == (table.names, len(some))
+
+
 @pytest.mark.parametrize("fraction", [0.05, 0.3])
 def test_training_and_validation_share_no_prompt(fraction):
     components = components_sharing_prompts()

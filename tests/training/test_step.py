@@ -28,7 +28,8 @@ from lora_dpo_jax.data.chat import TokenizedPair
 from lora_dpo_jax.data.loader import packed_batches
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.data.planning import Layout, RunLayout, plan_rows
-from lora_dpo_jax.lora import frozen_copy, trainable_filter, with_dropout
+from lora_dpo_jax.evaluation import PairScorer
+from lora_dpo_jax.lora import frozen_copy, trainable_filter, unwrap_lora, with_dropout
 from lora_dpo_jax.losses import Dpo, LengthNormalizedDpo
 from lora_dpo_jax.sharding import MeshConfig, Placement
 from lora_dpo_jax.training.optimizer import OptimizerConfig
@@ -58,10 +59,16 @@ def rows_and_pairs_reversed(ids: np.ndarray) -> list[np.ndarray]:
     return [row[::-1] for row in tightly(ids)][::-1]
 
 
-def trained(step: TrainStep, layout: Layout = LAYOUT, rows_of=tightly, placement: Placement | None = None) -> dict:
+def trained(
+    step: TrainStep,
+    layout: Layout = LAYOUT,
+    rows_of=tightly,
+    placement: Placement | None = None,
+    reference: np.ndarray | None = None,
+) -> dict:
     """Three steps from the same adapters: losses, gradient norms, all metrics of the last step, how adapters moved."""
     put_batch = functools.partial(jax.tree.map, jnp.asarray) if placement is None else placement.put_batch
-    return trained_on(step, (put_batch(pack(PAIRS, rows_of(ids), layout)) for ids in BATCHES), placement)
+    return trained_on(step, (put_batch(pack(PAIRS, rows_of(ids), layout, reference)) for ids in BATCHES), placement)
 
 
 def trained_on(step: TrainStep, batches: Iterable, placement: Placement | None = None) -> dict:
@@ -136,6 +143,35 @@ def test_meshes_change_nothing(axes):
     assert_same(trained(step, rows_of=one_pair_a_row, placement=placement))
     assert_same(trained(step, rows_of=tightly, placement=placement))
     assert step.num_compilations == 1
+
+
+@functools.cache
+def known_reference() -> np.ndarray:
+    scores = PairScorer(PAIRS, rows=2)(unwrap_lora(new_adapters()))
+    return np.stack([scores.chosen.array, scores.rejected.array], axis=-1)
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, dataclasses.replace(LAYOUT, micro_batches=4, rows=2)], ids=["one", "four"])
+def test_a_reference_that_is_known_changes_nothing(layout):
+    step = TrainStep(Dpo(), DESCENT)
+    found = trained(step, layout, reference=known_reference())
+    # It saves work; see test_flops for how that is counted.
+    assert found["metrics"].pop("flops") < 0.8 * expected()["metrics"]["flops"]
+    assert_same(found)
+    assert step.num_compilations == 1
+
+
+def test_a_reference_that_is_known_is_not_computed():
+    """The step is then as large as one without any reference."""
+    state = state_of(new_adapters(), ADAMW)
+
+    def flops(loss: Dpo, reference: np.ndarray | None) -> float:
+        batch = jax.tree.map(jnp.asarray, pack(PAIRS, tightly(BATCHES[0]), LAYOUT, reference))
+        return TrainStep(loss, ADAMW).lower(state, batch).compile().cost_analysis()["flops"]
+
+    without, live, known = flops(Dpo(reference_free=True), None), flops(Dpo(), None), flops(Dpo(), known_reference())
+    assert live > 1.2 * without
+    assert known == pytest.approx(without, rel=0.01)
 
 
 def state_of(model, optimizer, **kwargs) -> TrainState:

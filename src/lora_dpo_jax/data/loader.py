@@ -44,6 +44,20 @@ class PairTable(Sequence[TokenizedPair]):
         pairs, inner = self._locate(index)
         return pairs.origin(inner)
 
+    @property
+    def components(self) -> list[tuple[TokenizedPairs, np.ndarray]]:
+        """In the table's order: the pairs of each component, and the indices of those that belong to this table."""
+        return list(zip(self._pairs, self._indices, strict=True))
+
+    def subset(self, ids: np.ndarray) -> "PairTable":
+        """Some of the pairs, given by their numbers in ascending order, as a table of their own."""
+        bounds = np.searchsorted(ids, self._starts)
+        inner = [
+            indices[ids[first:last] - start]
+            for indices, start, first, last in zip(self._indices, self._starts, bounds, bounds[1:], strict=False)
+        ]
+        return PairTable(dict(zip(self.names, zip(self._pairs, inner, strict=True), strict=True)))
+
     def _locate(self, index: int) -> tuple[TokenizedPairs, int]:
         component = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._pairs[component], int(self._indices[component][index - self._starts[component]])
@@ -137,18 +151,27 @@ def _mixture_block(seed: int, weights: tuple[float, ...]) -> tuple[np.ndarray, n
 
 
 def packed_batches(
-    pairs: PairTable, batches: Iterable[np.ndarray], layout: RunLayout, *, place: Callable, ahead: int = 2
+    pairs: PairTable,
+    batches: Iterable[np.ndarray],
+    layout: RunLayout,
+    *,
+    place: Callable,
+    reference: np.ndarray | None = None,
+    ahead: int = 2,
 ) -> Iterator[tuple[PreferenceBatch, ...]]:
     """Packs `batches` (arrays of pair ids) and puts them on the devices with `place`, in a thread, `ahead` of use.
 
-    Each comes as its parts, one for each shape of `layout`.
+    Each comes as its parts, one for each shape of `layout`. `reference`: see `pack`.
     """
     share_prefix = layout.pair_layout.share_prefix
 
     def make(ids: np.ndarray) -> tuple[PreferenceBatch, ...]:
         planned = zip(layout.parts, layout.plan(pairs.lengths[ids]), strict=True)
         return place(
-            tuple(pack(pairs, [ids[row] for row in rows], part, share_prefix=share_prefix) for part, rows in planned)
+            tuple(
+                pack(pairs, [ids[row] for row in rows], part, reference, share_prefix=share_prefix)
+                for part, rows in planned
+            )
         )
 
     return prefetch((functools.partial(make, ids) for ids in batches), ahead)

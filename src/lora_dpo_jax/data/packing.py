@@ -23,7 +23,7 @@ from lora_dpo_jax.data.planning import MICRO, PAIR, POSITION, ROW, TARGET, Layou
 
 
 class PreferenceBatch(eqx.Module):
-    """The pairs of one step, int32. Axes {micro, row, ...}; a micro-batch of it has the same without `micro`."""
+    """The pairs of one step, int32 but for the reference. Axes {micro, row, ...}; a micro-batch has no `micro`."""
 
     tokens: NamedArray  # {position}
     segment_ids: NamedArray  # {position}
@@ -35,6 +35,9 @@ class PreferenceBatch(eqx.Module):
     pair_ids: NamedArray  # {pair}: index in the data; -1 = empty
     chosen_tokens: NamedArray  # {pair}
     rejected_tokens: NamedArray  # {pair}
+    # float32 {pair}: log p under the reference, in nats, if it is known beforehand
+    reference_chosen: NamedArray | None = None
+    reference_rejected: NamedArray | None = None
 
     @property
     def is_pair(self) -> NamedArray:
@@ -52,10 +55,16 @@ class PreferenceBatch(eqx.Module):
 
 
 def pack(
-    pairs: Sequence[TokenizedPair], rows: Sequence[np.ndarray], layout: Layout, *, share_prefix: bool = True
+    pairs: Sequence[TokenizedPair],
+    rows: Sequence[np.ndarray],
+    layout: Layout,
+    reference: np.ndarray | None = None,
+    *,
+    share_prefix: bool = True,
 ) -> PreferenceBatch:
     """Lays the rows (arrays of indices into `pairs`) out in NumPy arrays.
 
+    `reference`, float32 [pair, chosen / rejected], is what the reference gives each of `pairs`, if that is known.
     Without `share_prefix` the prompt comes twice, as the beginning of either branch. Raises ValueError if there are
     more rows than the layout has.
     """
@@ -65,7 +74,7 @@ def pack(
     arrays = _EmptyRows(capacity, layout)
     for row, ids in enumerate(rows):
         arrays.fill(row, [pairs[int(i)] for i in ids], ids, share_prefix)
-    return arrays.batch(layout)
+    return arrays.batch(layout, reference)
 
 
 class _EmptyRows:
@@ -117,7 +126,7 @@ class _EmptyRows:
             self.chosen_tokens[row, slot] = len(pair.chosen)
             self.rejected_tokens[row, slot] = len(pair.rejected)
 
-    def batch(self, layout: Layout) -> PreferenceBatch:
+    def batch(self, layout: Layout, reference: np.ndarray | None) -> PreferenceBatch:
         def named(array: np.ndarray, axis: str) -> NamedArray:
             axes = layout.axes(axis)
             return hax.named(array.reshape([a.size for a in axes]), axes)
@@ -125,4 +134,8 @@ class _EmptyRows:
         last_axis = dict.fromkeys(("tokens", "segment_ids", "branch_ids", "position_ids"), POSITION)
         last_axis |= dict.fromkeys(("source", "target_ids", "target_slot"), TARGET)
         last_axis |= dict.fromkeys(("pair_ids", "chosen_tokens", "rejected_tokens"), PAIR)
-        return PreferenceBatch(**{name: named(getattr(self, name), axis) for name, axis in last_axis.items()})
+        arrays = {name: named(getattr(self, name), axis) for name, axis in last_axis.items()}
+        if reference is not None:
+            values = np.where(self.pair_ids[..., None] >= 0, reference[self.pair_ids], np.float32(0))
+            arrays["reference_chosen"], arrays["reference_rejected"] = (named(values[..., i], PAIR) for i in range(2))
+        return PreferenceBatch(**arrays)

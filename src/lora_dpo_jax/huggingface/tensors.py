@@ -35,6 +35,12 @@ class TensorFiles:
     def names(self) -> list[str]:
         return list(self._file_of)
 
+    @property
+    def files(self) -> list[Path]:
+        """All that is read to find the tensors."""
+        index = [self._index] if (self.folder / self._index).exists() else []
+        return [self.folder / name for name in [*index, *sorted(set(self._file_of.values()))]]
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.view(name).get_shape())
 

@@ -17,6 +17,7 @@ from lora_dpo_jax.data.loader import PairTable
 from lora_dpo_jax.evaluation import summarize
 from lora_dpo_jax.losses import PairLogProbs
 from lora_dpo_jax.main.errors import told_in_a_line
+from lora_dpo_jax.main.reference import ReferenceLogProbs
 from lora_dpo_jax.main.setup import (
     TrainConfig,
     folder_of,
@@ -60,19 +61,19 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     base = load_base(config, tokenizer, placement)
     score = scorer(config, pairs, placement)
 
-    def progress(title: str):
-        return lambda batches, total: tqdm(batches, title, total=total, unit=" batches")
+    def progress(batches, total: int):
+        return tqdm(batches, "policy", total=total, unit=" batches")
 
     reference_model = policy_model = base.model
     if config.initialize_from_peft is not None:
         folder = folder_of("initialize_from_peft", config.initialize_from_peft)
         policy_model = load_peft_adapter(base.model, folder, placement)
-        if config.peft_reference == "adapter":
+        if config.reference_adapter is not None:
             reference_model = policy_model
     if config.adapter is not None:
         policy_model = load_peft_adapter(base.model, folder_of("adapter", config.adapter), placement)
-    reference = score(reference_model, progress("reference"))
-    policy = reference if policy_model is reference_model else score(policy_model, progress("policy"))
+    reference = ReferenceLogProbs(config, base, reference_model, placement).of_table(score)
+    policy = reference if policy_model is reference_model else score(policy_model, progress)
 
     _write(Path(config.output), policy, reference, pairs)
     summary = summarize(config.preference_loss, policy, reference)

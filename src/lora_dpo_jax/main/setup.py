@@ -75,6 +75,9 @@ class TrainConfig:
     # What the policy is held to in that case: the adapter as it was given, as in TRL, or the bare base.
     peft_reference: Literal["adapter", "base"] = "adapter"
 
+    # live: in each step. cached: on disk, each pair computed once for all runs. auto: by which the run computes less.
+    reference_log_probs: Literal["auto", "live", "cached"] = "auto"
+
     validation_split_fraction: float = 0.1  # held out by prompt, unless a component has validation files of its own
 
     peft_save_path: str | None = None  # a folder or a URL; the final adapter
@@ -94,6 +97,8 @@ class TrainConfig:
             raise ValueError(f"hf_save_steps={self.hf_save_steps} must be positive")
         if self.peft_reference not in ("adapter", "base"):
             raise ValueError(f"peft_reference={self.peft_reference!r} must be adapter or base")
+        if self.reference_log_probs not in ("auto", "live", "cached"):
+            raise ValueError(f"reference_log_probs={self.reference_log_probs!r} must be auto, live or cached")
         if self.peft_save_path is not None and self.peft_save_path == self.merged_hf_save_path:
             raise ValueError(f"peft_save_path and merged_hf_save_path are both {self.peft_save_path}; they must differ")
         if self.beta is not None and self.loss.beta not in (self.beta, type(self.loss)().beta):
@@ -102,6 +107,11 @@ class TrainConfig:
     @property
     def preference_loss(self) -> PreferenceLoss:
         return self.loss if self.beta is None else dataclasses.replace(self.loss, beta=self.beta)
+
+    @property
+    def reference_adapter(self) -> str | None:
+        """The adapter that the policy is held to; None if it is held to the bare base."""
+        return self.initialize_from_peft if self.peft_reference == "adapter" else None
 
 
 def parse_arguments(config_class: type) -> Any:

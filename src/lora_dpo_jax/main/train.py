@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import math
 from pathlib import Path
-from typing import Any
 
 import draccus
 import equinox as eqx
@@ -22,6 +21,7 @@ from lora_dpo_jax.huggingface.folders import check_export_target
 from lora_dpo_jax.huggingface.weights import save_merged
 from lora_dpo_jax.lora import LoraConfig, frozen_copy, loraize, reference_model, trainable_filter, with_dropout
 from lora_dpo_jax.losses import PairLogProbs
+from lora_dpo_jax.main.reference import ReferenceLogProbs
 from lora_dpo_jax.main.setup import (
     Base,
     TrainConfig,
@@ -66,8 +66,7 @@ def main(config: TrainConfig) -> TrainState | None:
 
     num_steps = trainer.steps(len(pairs))
     optimizer, schedule = config.optimizer.build(num_steps), config.optimizer.schedule(num_steps)
-    keeps_adapter = config.initialize_from_peft is not None and config.peft_reference == "adapter"
-    reference = frozen_copy(model) if keeps_adapter else None
+    reference = frozen_copy(model) if config.reference_adapter is not None else None
     state = placement.put_parameters(TrainState.init(model, optimizer, key=k_dropout, reference=reference))
     step = TrainStep(config.preference_loss, optimizer, schedule=schedule, scope=placement.scope)
 
@@ -80,7 +79,6 @@ def main(config: TrainConfig) -> TrainState | None:
         longest_row=_longest_row(config, pairs),
         pair_layout=config.layout,
     )
-    batches = packed_batches(pairs, batch_ids, layout, place=placement.put_batch)
 
     run_id = trainer.run_id()
     run_dir = trainer.run_dir(run_id)
@@ -89,18 +87,22 @@ def main(config: TrainConfig) -> TrainState | None:
         (run_dir / "config.yaml").write_text(str(draccus.dump(config)))
         tracker.log_summary(_parameter_counts(model))
         _announce(config, pairs, held_out, model, num_steps, layout, run_dir)
-        starts_equal = keeps_adapter or config.initialize_from_peft is None
-        report = _Report(config, base, tracker, scorer(config, held_out, placement), reference, starts_equal)
+        starts_equal = config.initialize_from_peft is None or config.reference_adapter is not None
+        log_probs = None
+        if not config.loss.reference_free:
+            log_probs = ReferenceLogProbs(config, base, reference_model(model, reference), placement)
+        report = _Report(config, base, tracker, scorer(config, held_out, placement), log_probs, starts_equal)
         guard = _Guard(config, pairs, starts_equal)
         hooks = [
             Hook(report.evaluate, every=trainer.steps_per_eval, at_start=trainer.eval_at_start),
             Hook(report.sample, at_start=True),
             Hook(_Exports(config, lora, base, num_steps), every=config.hf_save_steps),
         ]
+        known = log_probs.of_steps(pairs, batch_ids) if log_probs is not None else None
         state = train(
             state,
             step,
-            batches,
+            packed_batches(pairs, batch_ids, layout, place=placement.put_batch, reference=known),
             num_steps=num_steps,
             tracker=tracker,
             hooks=hooks,
@@ -229,7 +231,7 @@ class _Report:
         base: Base,
         tracker: Tracker,
         score: PairScorer,
-        reference: Any,
+        reference: ReferenceLogProbs | None,
         starts_equal: bool,
     ):
         """`starts_equal`: the policy is the reference before the first step, so its scores are known then."""
@@ -243,9 +245,9 @@ class _Report:
         if not len(self.score.pairs):
             return
         loss = self.config.preference_loss
-        if self.reference_scores is None and not loss.reference_free:
+        if self.reference_scores is None and self.reference is not None:
             # The reference never moves: its scores serve every evaluation of the run.
-            self.reference_scores = self.score(reference_model(info.state.model, self.reference))
+            self.reference_scores = self.reference.of_table(self.score)
         is_reference = info.step == 0 and self.starts_equal
         policy_scores = (self.reference_scores if is_reference else None) or self.score(info.state.model)
         scores = summarize(loss, policy_scores, self.reference_scores)

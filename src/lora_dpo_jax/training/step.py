@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from lora_dpo_jax.data.packing import MICRO, PreferenceBatch
 from lora_dpo_jax.log_probs import pair_log_probs, policy_and_reference_log_probs
 from lora_dpo_jax.lora import trainable_filter
-from lora_dpo_jax.losses import PreferenceLoss, preference_metrics
+from lora_dpo_jax.losses import PairLogProbs, PreferenceLoss, preference_metrics
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.training.flops import useful_flops
 
@@ -108,8 +108,8 @@ class TrainStep:
         values = {name: value / counts["pairs"] for name, value in sums.items()}
         values |= {"loss": values["dpo_loss"], "grad_norm": grad_norm, **counts}
         model = eqx.combine(adapters, weights.model)
-        with_reference = not self.loss.reference_free
-        values["flops"] = sum(useful_flops(model, part, with_reference=with_reference) for part in parts)
+        computes_reference = not self.loss.reference_free and parts[0].reference_chosen is None
+        values["flops"] = sum(useful_flops(model, part, with_reference=computes_reference) for part in parts)
         if self.schedule is not None:
             values["learning_rate"] = self.schedule(step)
         return (step + 1, adapters, opt_state), StepMetrics(values, pair_losses, tuple(part.pair_ids for part in parts))
@@ -120,8 +120,9 @@ class TrainStep:
 
         def micro_loss(adapters, micro: PreferenceBatch, key):
             model = eqx.combine(adapters, weights.model)
-            if self.loss.reference_free:
-                policy, reference = pair_log_probs(model, micro, key=key), None
+            reference = None if self.loss.reference_free else _known_reference(micro)
+            if self.loss.reference_free or reference is not None:
+                policy = pair_log_probs(model, micro, key=key)
             else:
                 policy, reference = policy_and_reference_log_probs(model, weights.reference, micro, key=key)
             losses = self.loss(policy, reference)
@@ -165,6 +166,13 @@ class _Weights(eqx.Module):
     model: Any
     reference: Any
     key: jax.Array
+
+
+def _known_reference(batch: PreferenceBatch) -> PairLogProbs | None:
+    """The reference's log-probs if the batch brings them: no forward pass is then compiled for it."""
+    if batch.reference_chosen is None or batch.reference_rejected is None:
+        return None
+    return PairLogProbs(batch.reference_chosen, batch.reference_rejected, batch.chosen_tokens, batch.rejected_tokens)
 
 
 def _mesh_sharding(array: Any) -> NamedSharding | None:

@@ -1,0 +1,73 @@
+"""Digests of the files that hold a model's or an adapter's tensors: what tells two of them apart.
+
+A file is read through once. Its digest is then remembered under its path, size, modification time and inode, and a file
+of which all four are as they were is trusted to hold what it held.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from lora_dpo_jax.huggingface.tensors import TensorFiles
+
+CHUNK_BYTES = 2**24
+# A file changed so recently may change again within the resolution of its modification time.
+SETTLED_SECONDS = 2.0
+
+
+def tensor_digests(folder: Path, stem: str = "model", *, memory: Path) -> dict[str, str]:
+    """By name, the digests of the files that `TensorFiles(folder, stem)` reads; `memory` is the folder for them."""
+    return {path.name: file_digest(path, memory=memory) for path in TensorFiles(folder, stem).files}
+
+
+def file_digest(path: Path, *, memory: Path) -> str:
+    """Hex; of the contents alone."""
+    before = _state(path)
+    remembered = memory / f"{hashlib.sha256(before['path'].encode()).hexdigest()[:32]}.json"
+    try:
+        known = json.loads(remembered.read_text(encoding="utf-8"))
+        if known["file"] == before:
+            return known["digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # never read, or damaged: the file itself is asked
+    digest = _digest(path)
+    is_settled = time.time_ns() - before["mtime_ns"] > SETTLED_SECONDS * 1e9
+    if is_settled and _state(path) == before:
+        memory.mkdir(parents=True, exist_ok=True)
+        temporary = remembered.with_suffix(f".{uuid.uuid4().hex}")
+        temporary.write_text(json.dumps({"file": before, "digest": digest}), encoding="utf-8")
+        os.replace(temporary, remembered)
+    return digest
+
+
+def _state(path: Path) -> dict[str, Any]:
+    stat = path.stat()
+    return {
+        "path": str(path.resolve()),
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "inode": stat.st_ino,
+    }
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of the SHA-256s of its chunks, which threads compute side by side."""
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        memoryview(content) as view,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads,
+    ):
+
+        def chunk_digest(start: int) -> bytes:
+            with view[start : start + CHUNK_BYTES] as chunk:
+                return hashlib.sha256(chunk).digest()
+
+        digests = threads.map(chunk_digest, range(0, len(view), CHUNK_BYTES))
+        return hashlib.sha256(b"".join(digests)).hexdigest()

@@ -1,0 +1,110 @@
+"""Where a run takes the reference's log-probs from: the cache, filled where it must be, or each step itself."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_dpo_jax.data.loader import PairTable
+from lora_dpo_jax.data.preferences import default_cache_dir
+from lora_dpo_jax.evaluation import PairScorer
+from lora_dpo_jax.huggingface.digests import tensor_digests
+from lora_dpo_jax.lora import trainable_filter
+from lora_dpo_jax.losses import PairLogProbs
+from lora_dpo_jax.main.setup import Base, TrainConfig, folder_of, scorer
+from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.reference import ReferenceCache
+from lora_dpo_jax.sharding import Placement
+
+logger = logging.getLogger("lora_dpo_jax")
+
+# Settings of `model` that change how log-probs are computed, not what they are; the dtype is asked of the arrays.
+CHANGE_NO_NUMBERS = ("gradient_checkpointing", "attention", "dtype")
+
+
+class ReferenceLogProbs:
+    """What `reference_log_probs` asks for. `model` is the reference."""
+
+    def __init__(self, config: TrainConfig, base: Base, model: CausalLM, placement: Placement):
+        self.config, self.model, self.placement = config, model, placement
+        self.cache: ReferenceCache | None = None
+        if config.reference_log_probs != "live":
+            cache_dir = Path(config.data.cache_dir or default_cache_dir()).expanduser()
+            # Read now: a run may export over the adapter that it began with.
+            identity = _identity(config, base, model, cache_dir / "digests") if jax.process_index() == 0 else {}
+            self.cache = ReferenceCache(cache_dir / "reference", identity)
+
+    def of_steps(self, pairs: PairTable, batches: Sequence[np.ndarray]) -> np.ndarray | None:
+        """Those of the pairs in `batches`, float32 [pair of `pairs`, chosen / rejected]; None: the steps compute them.
+
+        `auto` takes the way of fewer forward passes.
+        """
+        if self.cache is None:
+            logger.info("reference log-probs: live, in each step, as reference_log_probs asks")
+            return None
+        visits = np.concatenate(batches)
+        visited = np.unique(visits)
+        values = self.cache.find(pairs)
+        missing = visited[np.isnan(values[visited]).any(axis=1)]
+        if self.config.reference_log_probs == "auto" and len(visits) <= len(missing):
+            logger.info(
+                "reference log-probs: live, in each step; the run visits its %s pairs once, and none of them is cached",
+                f"{len(visited):,}",
+            )
+            return None
+        self._tell(len(visited), len(missing), f"the run visits each {len(visits) / len(visited):.1f} times")
+        self._fill(self.cache, pairs, values, missing)
+        return values
+
+    def of_table(self, score: PairScorer) -> PairLogProbs:
+        """Those of all pairs that `score` scores."""
+        if self.cache is None:
+            return score(self.model)
+        pairs = score.pairs
+        values = self.cache.find(pairs)
+        missing = np.flatnonzero(np.isnan(values).any(axis=1))
+        self._tell(len(pairs), len(missing), "to score them")
+        self._fill(self.cache, pairs, values, missing)
+        Pair = hax.Axis("pair", len(pairs))
+        columns = [*values.T, *pairs.lengths[:, 1:].T.astype(np.float32)]
+        return PairLogProbs(*(hax.named(column, Pair) for column in columns))
+
+    def _fill(self, cache: ReferenceCache, pairs: PairTable, values: np.ndarray, missing: np.ndarray) -> None:
+        if len(missing):
+            values[missing] = cache.compute(self.model, scorer(self.config, pairs.subset(missing), self.placement))
+
+    def _tell(self, wanted: int, missing: int, why: str) -> None:
+        found = f"{wanted - missing:,} of {wanted:,} pairs found in {self.cache and self.cache.folder}"
+        computed = f"; computing {missing:,} once ({why})" if missing else ""
+        logger.info("reference log-probs: %s%s", found, computed)
+
+
+def _identity(config: TrainConfig, base: Base, model: CausalLM, memory: Path) -> dict[str, Any]:
+    """All that shapes the reference's log-probs but the pairs. Nothing of the loss, the optimizer or the layout."""
+    adapter = None
+    if config.reference_adapter is not None:
+        folder = folder_of("initialize_from_peft", config.reference_adapter)
+        adapter = {
+            "adapter_config.json": json.loads((folder / "adapter_config.json").read_text()),
+            "files": tensor_digests(folder, "adapter_model", memory=memory),
+        }
+    settings = dataclasses.asdict(config.model)
+    adapters, weights = eqx.partition(model, trainable_filter(model))
+    return {
+        "config.json": json.loads((base.folder / "config.json").read_text()),
+        "files": tensor_digests(base.folder, memory=memory),
+        "adapter": adapter,
+        "model": {name: value for name, value in settings.items() if name not in CHANGE_NO_NUMBERS},
+        "dtypes": [sorted({str(leaf.dtype) for leaf in jax.tree.leaves(tree)}) for tree in (weights, adapters)],
+        "compute_dtype": str(jnp.dtype(config.trainer.precision.compute_dtype)),
+        "platform": jax.default_backend(),
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
+    }

@@ -1,0 +1,218 @@
+"""What the cache of the reference's log-probs gives is what was computed, whatever happened to its files."""
+
+import logging
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_pairs import MemoryPairs, new_adapters, random_pairs
+
+from lora_dpo_jax.data.loader import PairTable
+from lora_dpo_jax.evaluation import PairScorer
+from lora_dpo_jax.lora import unwrap_lora
+from lora_dpo_jax.reference import RECORD, ReferenceCache
+
+SIZE = RECORD.itemsize
+
+
+def component(count: int, seed: int, fingerprint: str) -> MemoryPairs:
+    pairs = random_pairs(count, seed=seed)
+    pairs.fingerprint = fingerprint  # pyright: ignore[reportAttributeAccessIssue]
+    return pairs
+
+
+ONE, TWO = component(13, 1, "one"), component(9, 2, "two")
+
+
+def table(one, two=()) -> PairTable:
+    """Of the pairs with these indices."""
+    chosen = {"one": (ONE, np.array(one, int)), "two": (TWO, np.array(two, int))}
+    return PairTable(chosen)  # pyright: ignore[reportArgumentType]
+
+
+ALL = table(range(13), range(9))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return unwrap_lora(new_adapters())
+
+
+@pytest.fixture(scope="module")
+def truth(reference) -> np.ndarray:
+    """float32 [pair of ALL, chosen / rejected]"""
+    scores = PairScorer(ALL, rows=2)(reference)
+    return np.stack([scores.chosen.array, scores.rejected.array], axis=-1)
+
+
+@pytest.fixture
+def cache(tmp_path) -> ReferenceCache:
+    return ReferenceCache(tmp_path, {"weights": "abc"})
+
+
+def fill(cache: ReferenceCache, reference, pairs: PairTable = ALL) -> list[int]:
+    """Computes what is not known; gives the numbers of those pairs."""
+    missing = np.flatnonzero(np.isnan(cache.find(pairs)).any(axis=1))
+    if len(missing):
+        cache.compute(reference, PairScorer(pairs.subset(missing), rows=1))
+    return missing.tolist()
+
+
+def assert_right(found: np.ndarray, truth: np.ndarray) -> None:
+    assert found.dtype == np.float32
+    # Rows are packed in another way: the order of sums over some 50 nats.
+    np.testing.assert_allclose(found, truth, rtol=1e-5)
+
+
+def record_files(cache: ReferenceCache) -> dict[int, Path]:
+    """By the number of their records."""
+    return {path.stat().st_size // SIZE: path for path in cache.folder.glob("*/records.bin")}
+
+
+def test_what_was_computed_is_found_by_every_table_of_the_same_components(cache, reference, truth):
+    assert np.isnan(cache.find(ALL)).all()
+    assert fill(cache, reference) == list(range(22))
+    assert_right(cache.find(ALL), truth)
+    some = table([2, 3, 11], [0, 8])
+    np.testing.assert_array_equal(cache.find(some), cache.find(ALL)[[2, 3, 11, 13, 21]])
+    assert fill(cache, reference, some) == []
+
+
+def test_computing_gives_what_is_found_later(cache, reference):
+    some = table([4, 7], [1])
+    np.testing.assert_array_equal(cache.compute(reference, PairScorer(some, rows=1)), cache.find(some))
+    known = ~np.isnan(cache.find(ALL)).any(axis=1)
+    assert np.flatnonzero(known).tolist() == [4, 7, 14]
+
+
+def test_another_identity_or_other_pairs_find_nothing(cache, reference, tmp_path):
+    fill(cache, reference)
+    assert np.isnan(ReferenceCache(tmp_path, {"weights": "abd"}).find(ALL)).all()
+    other = PairTable({"one": (component(13, 1, "another"), np.arange(13))})  # pyright: ignore[reportArgumentType]
+    assert np.isnan(cache.find(other)).all()
+    assert not np.isnan(ReferenceCache(tmp_path, {"weights": "abc"}).find(ALL)).any()
+
+
+def test_a_folder_says_what_it_is_of(cache, reference):
+    fill(cache, reference)
+    (meta,) = (path.with_name("meta.json") for count, path in record_files(cache).items() if count == 9)
+    assert '"pairs": "two"' in meta.read_text() and '"weights": "abc"' in meta.read_text()
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InterruptedScorer(PairScorer):
+    """Breaks after three batches."""
+
+    def in_batches(self, model, *args):
+        for number, batch in enumerate(super().in_batches(model, *args)):
+            if number == 3:
+                raise Interrupted
+            yield batch
+
+
+def test_interrupted_filling_resumes_with_the_rest(cache, reference, truth):
+    with pytest.raises(Interrupted):
+        cache.compute(reference, InterruptedScorer(ALL, rows=1))
+    left = np.flatnonzero(np.isnan(cache.find(ALL)).any(axis=1)).tolist()
+    assert 0 < len(left) < 22
+    assert fill(cache, reference) == left
+    assert_right(cache.find(ALL), truth)
+    assert sum(record_files(cache)) == 22, "nothing was computed twice"
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[5 * SIZE + 6] ^= 1  # of the chosen response's log-prob
+    path.write_bytes(content)
+
+
+def cut_the_end(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def put_garbage_before(path: Path) -> None:
+    path.write_bytes(b"garbage!" + path.read_bytes())
+
+
+def fill_with_zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    "damage, lost, says",
+    [
+        (flip_a_byte, 1, "1 of 13 records are damaged or belong to another cache, and 0 bytes.*at byte 80"),
+        (cut_the_end, 1, "0 of 12 records are .* and 11 bytes at the end are no whole record.*at byte 192"),
+        (put_garbage_before, 13, "13 of 13 records .* and 8 bytes at the end .*at byte 0"),
+        (fill_with_zeros, 13, "13 of 13 records .* and 0 bytes"),
+    ],
+)
+def test_a_damaged_file_is_told_repaired_and_computed_again(cache, reference, truth, caplog, damage, lost, says):
+    fill(cache, reference)
+    damage(record_files(cache)[13])
+    known = cache.find(ALL)
+    (warning,) = caplog.records
+    assert warning.levelno == logging.WARNING
+    assert str(cache.folder) in warning.getMessage()
+    caplog.clear()
+    missing = np.isnan(known).any(axis=1)
+    assert missing.sum() == lost and not missing[13:].any()
+    assert_right(known[~missing], truth[~missing])
+    assert fill(cache, reference) == np.flatnonzero(missing).tolist()
+    assert_right(cache.find(ALL), truth)
+    assert not caplog.records
+    assert sorted(record_files(cache)) == [9, 13]
+    assert re.search(says, warning.getMessage())
+
+
+@pytest.mark.parametrize("source", ["another model", "another component"])
+def test_the_file_of_another_cache_is_not_believed(cache, reference, truth, tmp_path, caplog, source):
+    other = ReferenceCache(tmp_path / "other", {"weights": "abd"})
+    for each in (cache, other):
+        fill(each, reference)
+    foreign = record_files(other)[13] if source == "another model" else record_files(cache)[9]
+    record_files(cache)[13].write_bytes(foreign.read_bytes())
+    assert np.isnan(cache.find(ALL)[:13]).all()
+    assert "belong to another cache" in caplog.text
+    fill(cache, reference)
+    assert_right(cache.find(ALL), truth)
+
+
+def test_records_added_after_a_torn_one_are_found(cache, reference, truth):
+    """A run that is killed while writing leaves a part of a record; another run, which has read the file, goes on."""
+    fill(cache, reference, table(range(6)))
+    (path,) = record_files(cache).values()
+    with path.open("ab") as file:
+        file.write(b"torn off")
+    cache.compute(reference, PairScorer(table(range(6, 13)), rows=1))
+    assert_right(cache.find(ALL)[:13], truth[:13])
+
+
+def test_what_is_not_finite_is_not_kept(cache, reference):
+    class Broken:
+        pairs = table([1, 2, 3])
+
+        def in_batches(self, model):
+            for ids, found in PairScorer(self.pairs, rows=8).in_batches(model):
+                found["chosen"][ids == 1] = np.nan
+                found["rejected"][ids == 2] = -np.inf
+                yield ids, found
+
+    computed = cache.compute(reference, Broken())  # pyright: ignore[reportArgumentType]
+    assert np.isnan(computed[1, 0]) and computed[2, 1] == -np.inf
+    found = cache.find(Broken.pairs)
+    np.testing.assert_array_equal(found[0], computed[0])
+    assert np.isnan(found[1:]).all()
+
+
+def test_several_runs_fill_at_once(cache, reference, truth, caplog):
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: cache.compute(reference, PairScorer(ALL, rows=1)), range(4)))
+    assert sorted(record_files(cache)) == [4 * 9, 4 * 13]
+    assert_right(cache.find(ALL), truth)
+    assert not caplog.records

@@ -1,0 +1,349 @@
+"""Runs with the reference's log-probs from the cache are those with the reference in the step."""
+
+import dataclasses
+import json
+import logging
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+from tiny_models import CHAT_TEMPLATE
+from tiny_runs import instruct_folder, preference_rows, read_metrics, run_config, training_metrics, write_rows
+
+from lora_dpo_jax.data.packing import PreferenceBatch
+from lora_dpo_jax.main import evaluate
+from lora_dpo_jax.main import reference as main_reference
+from lora_dpo_jax.main.reference import ReferenceLogProbs
+from lora_dpo_jax.main.setup import TrainConfig, load_base, load_peft_adapter, load_tables, load_tokenizer
+from lora_dpo_jax.main.train import main
+from lora_dpo_jax.reference import ReferenceCache
+from lora_dpo_jax.sharding import Placement
+from lora_dpo_jax.training.step import TrainStep
+
+# PEFT asks transformers for what transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+ROWS = preference_rows(12)
+# Steps in proportion to the gradients: those of plain AdamW would blow up what is nearly zero.
+SMOOTH = {"learning_rate": 0.1, "epsilon": 1.0, "lr_schedule": "constant"}
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    return write_rows(tmp_path / "train.jsonl", ROWS)
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """How many pairs the reference computes, each time it computes some for the cache."""
+    counts, compute = [], ReferenceCache.compute
+
+    def counting(self, model, score):
+        counts.append(len(score.pairs))
+        return compute(self, model, score)
+
+    monkeypatch.setattr(ReferenceCache, "compute", counting)
+    return counts
+
+
+@pytest.fixture
+def batches(monkeypatch) -> list[PreferenceBatch]:
+    """What the train steps are given."""
+    given, call = [], TrainStep.__call__
+
+    def recording(self, state, batch):
+        given.append(batch)
+        return call(self, state, batch)
+
+    monkeypatch.setattr(TrainStep, "__call__", recording)
+    return given
+
+
+@pytest.fixture(scope="module")
+def given_adapter(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_pretrained(instruct_folder())
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    folder = tmp_path_factory.mktemp("adapter")
+    peft.get_peft_model(base, config).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("reference", ["base", "adapter"])
+def test_a_cached_run_is_the_live_run(tmp_path, rows, computed, batches, given_adapter, reference):
+    """Two epochs with held-out pairs; from new adapters, or from a given adapter that is its own reference."""
+    given = {"initialize_from_peft": str(given_adapter)} if reference == "adapter" else {}
+
+    def outcome(mode: str):
+        config = run_config(
+            tmp_path,
+            rows,
+            reference_log_probs=mode,
+            validation_split_fraction=0.25,
+            trainer__num_train_steps=None,
+            trainer__num_train_epochs=2,
+            trainer__id=mode,
+            optimizer=SMOOTH,
+            peft_save_path=str(tmp_path / mode),
+            **given,
+        )
+        main(config)
+        lines = [
+            {name: value for name, value in line.items() if "per_second" not in name} for line in read_metrics(config)
+        ]
+        return lines, load_file(tmp_path / mode / "adapter_model.safetensors")
+
+    live, live_adapter = outcome("live")
+    assert computed == [] and all(batch.reference_chosen is None for batch in batches)
+    batches.clear()
+    cached, cached_adapter = outcome("auto")
+    assert sorted(computed) == [3, 9] and all(batch.reference_chosen is not None for batch in batches)
+    assert len(cached) == len(live) > 6
+    for ours, theirs in zip(cached, live, strict=True):
+        # Rewards are differences of sums of some 100 nats, summed in another order.
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+    losses = [line["train/loss"] for line in live if "train/loss" in line]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[-1] < losses[0] - 0.01
+    start = load_file(given_adapter / "adapter_model.safetensors") if given else None
+    for name, theirs in live_adapter.items():
+        before = start[name] if start is not None else 0.0
+        moved = np.abs(theirs - before).max()
+        np.testing.assert_allclose(cached_adapter[name], theirs, rtol=0, atol=1e-4 * moved, err_msg=name)
+
+
+def test_runs_that_differ_in_what_they_do_with_it_compute_it_once(tmp_path, rows, computed, batches):
+    main(run_config(tmp_path, rows, reference_log_probs="cached", trainer__num_train_steps=3))
+    assert computed == [12]
+    main(
+        run_config(
+            tmp_path,
+            rows,
+            beta=0.5,
+            loss={"type": "sigmoid_norm"},
+            optimizer={"learning_rate": 1e-3},
+            lora={"r": 2},
+            data__shuffle=True,
+            validation_split_fraction=0.25,
+            trainer__seed=7,
+            trainer__train_batch_size=3,
+            trainer__id="another",
+        )
+    )
+    assert computed == [12]
+    assert all(batch.reference_chosen is not None for batch in batches)
+
+
+def test_evaluation_takes_and_leaves_the_same_values(tmp_path, rows, computed):
+    config = run_config(tmp_path, rows, validation_split_fraction=0.25)
+    main(config)
+    assert computed == [3]  # one epoch and nothing cached: the steps compute theirs
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+    def scores(split: str, mode: str) -> str:
+        output = tmp_path / f"{split}-{mode}.jsonl"
+        settings = {"output": str(output), "split": split, "reference_log_probs": mode}
+        evaluate.main(evaluate.EvaluateConfig(**fields | settings))
+        return output.read_text()
+
+    first = scores("validation", "auto")
+    assert computed == [3]
+    assert first == scores("validation", "live")
+    scores("train", "auto")
+    assert computed == [3, 9]
+    main(dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, id="again")))
+    assert computed == [3, 9]
+
+
+def test_a_bfloat16_run_passes_the_check_of_its_first_loss(tmp_path, rows):
+    config = run_config(
+        tmp_path, rows, reference_log_probs="cached", trainer__mp="p=f32,c=bfloat16", trainer__train_batch_size=1
+    )
+    main(config)
+    # The check allows 0.05; here log-probs are sums of about 100 nats in another packing.
+    assert training_metrics(config)[0]["train/loss"] == pytest.approx(math.log(2), abs=0.02)
+
+
+def test_nothing_is_looked_up_for_a_loss_without_reference(tmp_path, rows, computed):
+    main(run_config(tmp_path, rows, loss={"reference_free": True}, reference_log_probs="cached"))
+    assert computed == []
+    assert not (tmp_path / "cache" / "reference").exists() and not (tmp_path / "cache" / "digests").exists()
+
+
+def references_of(config: TrainConfig) -> tuple[ReferenceLogProbs, list]:
+    """What a run asks for its values, and the tables of its pairs."""
+    tokenizer = load_tokenizer(config)
+    placement = Placement(config.trainer.mesh)
+    base = load_base(config, tokenizer, placement)
+    model = base.model
+    if config.reference_adapter is not None:
+        model = load_peft_adapter(model, Path(config.reference_adapter), placement)
+    return ReferenceLogProbs(config, base, model, placement), [t for t in load_tables(config, tokenizer) if len(t)]
+
+
+class FakeScorer:
+    """Gives every pair -1 and -2."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def in_batches(self, model):
+        ids = np.arange(len(self.pairs))
+        yield ids, {"chosen": np.full(len(ids), -1.0), "rejected": np.full(len(ids), -2.0)}
+
+
+def remember(config: TrainConfig) -> None:
+    references, tables = references_of(config)
+    for table in tables:
+        assert references.cache is not None
+        references.cache.compute(references.model, FakeScorer(table))  # pyright: ignore[reportArgumentType]
+
+
+def is_known(config: TrainConfig) -> bool:
+    references, tables = references_of(config)
+    assert references.cache is not None
+    known = [~np.isnan(references.cache.find(table)) for table in tables]
+    assert len({bool(value) for values in known for value in values.flat}) == 1
+    return bool(known[0][0, 0])
+
+
+def model_copy(folder: Path, *, change_byte: bool = False, **config) -> str:
+    folder.mkdir()
+    for path in instruct_folder().iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | config))
+    if change_byte:
+        content = bytearray((folder / "model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(content)
+    return str(folder)
+
+
+def adapter_copy(folder: Path, source: Path) -> str:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    tensors = load_file(source / "adapter_model.safetensors")
+    first = next(iter(tensors.values()))
+    first.flat[0] = np.nextafter(first.flat[0], np.float32(9))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+NO_MATTER = {
+    "beta": {"beta": 0.7},
+    "loss": {"loss": {"type": "sigmoid_norm", "label_smoothing": 0.1}},
+    "learning rate": {"optimizer": {"learning_rate": 1.0}},
+    "seed": {"trainer__seed": 5, "data__shuffle": True},
+    "split": {"validation_split_fraction": 0.5},
+    "batches": {"trainer__train_batch_size": 7, "trainer__per_device_parallelism": 1},
+    "length of the run": {"trainer__num_train_steps": 99},
+    "mesh": {"trainer__mesh": {"axes": {"data": 4, "model": 2}}},
+    "attention and checkpointing": {"model": {"attention": "dense", "gradient_checkpointing": "full"}},
+    "new adapters": {"lora": {"r": 16, "dropout": 0.1}},
+    "saying what is the default": {"model": {"dtype": "f32"}, "trainer__mp": "f32"},
+}
+MATTERS = {
+    "truncation": {"train_seq_len": 60, "data__components__prefs__format": {"slice_strategy": "left"}},
+    "template": {"data__components__prefs__format": {"chat_template": CHAT_TEMPLATE.replace("<|im_end|>\n", "\n")}},
+    "dtype of the weights": {"model": {"dtype": "bf16"}},
+    "dtype of computation": {"trainer__mp": "p=f32,c=bfloat16"},
+    "dtype of computation alone": {"trainer__mp": "p=f32,c=bfloat16", "model": {"dtype": "f32"}},
+}
+
+
+@pytest.fixture(scope="module")
+def remembered(tmp_path_factory) -> Path:
+    """A folder with a cache of the base's values for the rows."""
+    folder = tmp_path_factory.mktemp("remembered")
+    remember(run_config(folder, write_rows(folder / "train.jsonl", ROWS)))
+    return folder
+
+
+def test_values_are_found_for_the_same_bytes_at_another_place(remembered, tmp_path):
+    rows = remembered / "train.jsonl"
+    assert is_known(run_config(remembered, rows))
+    assert is_known(run_config(remembered, rows, initialize_from_hf=model_copy(tmp_path / "copy")))
+
+
+@pytest.mark.parametrize("settings", NO_MATTER.values(), ids=NO_MATTER)
+def test_what_shapes_no_log_prob_is_not_in_the_key(remembered, settings):
+    assert is_known(run_config(remembered, remembered / "train.jsonl", **settings))
+
+
+@pytest.mark.parametrize("settings", MATTERS.values(), ids=MATTERS)
+def test_what_shapes_log_probs_is_in_the_key(remembered, settings):
+    assert not is_known(run_config(remembered, remembered / "train.jsonl", **settings))
+
+
+@pytest.mark.parametrize("change", [{"change_byte": True}, {"rms_norm_eps": 0.5}], ids=str)
+def test_another_model_has_another_key(remembered, tmp_path, change):
+    model = model_copy(tmp_path / "changed", **change)
+    assert not is_known(run_config(remembered, remembered / "train.jsonl", initialize_from_hf=model))
+
+
+def test_a_given_adapter_is_part_of_the_key_where_it_is_the_reference(remembered, tmp_path, given_adapter):
+    def known(adapter, **settings):
+        config = run_config(remembered, remembered / "train.jsonl", initialize_from_peft=str(adapter), **settings)
+        return config, is_known(config)
+
+    assert known(given_adapter, peft_reference="base")[1]
+    config, is_there = known(given_adapter)
+    assert not is_there
+    remember(config)
+    assert known(given_adapter)[1]
+    assert not known(adapter_copy(tmp_path / "changed", given_adapter))[1]
+
+
+def test_every_setting_of_the_model_that_is_not_named_harmless_is_in_the_key(remembered, monkeypatch):
+    """So that one that is added later, such as a quantization, is in it too."""
+    config = run_config(remembered, remembered / "train.jsonl")
+    assert is_known(config)
+    monkeypatch.setattr(main_reference, "CHANGE_NO_NUMBERS", ("attention", "dtype"))
+    assert not is_known(config)
+
+
+@pytest.mark.parametrize(
+    "mode, known, epochs, computes, says",
+    [
+        ("auto", 0, 1, None, "live, in each step; the run visits its 12 pairs once, and none of them is cached"),
+        ("auto", 0, 2, 12, "0 of 12 pairs found in .*; computing 12 once .the run visits each 2.0 times."),
+        ("auto", 5, 1, 7, "5 of 12 pairs found in .*; computing 7 once"),
+        ("auto", 12, 1, 0, "12 of 12 pairs found in [^;]*$"),
+        ("cached", 0, 1, 12, "0 of 12 pairs found in .*; computing 12 once"),
+        ("live", 12, 3, None, "live, in each step, as reference_log_probs asks"),
+    ],
+)
+def test_auto_takes_the_way_of_fewer_forward_passes(
+    tmp_path, rows, computed, monkeypatch, caplog, mode, known, epochs, computes, says
+):
+    monkeypatch.setattr(main_reference, "scorer", lambda config, pairs, placement: FakeScorer(pairs))
+    cached, (pairs,) = references_of(run_config(tmp_path, rows))
+    assert cached.cache is not None
+    if known:
+        cached.cache.compute(cached.model, FakeScorer(pairs.subset(np.arange(known))))  # pyright: ignore[reportArgumentType]
+    computed.clear()
+    caplog.set_level(logging.INFO)
+    references, _ = references_of(run_config(tmp_path, rows, reference_log_probs=mode))
+    values = references.of_steps(pairs, [np.arange(4) + start for start in (0, 4, 8)] * epochs)
+    (line,) = (r.getMessage() for r in caplog.records if r.getMessage().startswith("reference log-probs"))
+    assert re.search(says, line)
+    if computes is None:
+        assert values is None and computed == []
+    else:
+        np.testing.assert_array_equal(values, [[-1.0, -2.0]] * 12)
+        assert computed == ([computes] if computes else [])
+
+
+def test_a_pair_that_no_step_visits_is_not_computed(tmp_path, rows, computed, monkeypatch):
+    monkeypatch.setattr(main_reference, "scorer", lambda config, pairs, placement: FakeScorer(pairs))
+    references, (pairs,) = references_of(run_config(tmp_path, rows, reference_log_probs="cached"))
+    values = references.of_steps(pairs, [np.array([3, 7]), np.array([11, 0])])
+    assert values is not None and computed == [4]
+    assert np.flatnonzero(~np.isnan(values).any(axis=1)).tolist() == [0, 3, 7, 11]
