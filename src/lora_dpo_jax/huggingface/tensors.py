@@ -97,15 +97,15 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def sharded_array(axes: tuple[Axis, ...], mapping: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:
-    """An array with `axes`, of which each device gets the part that `read` gives for its slices, one per axis.
+    """An array with `axes`, of which each device gets the part that `read` gives for its slices, one per axis."""
+    return jax.make_array_from_callback(tuple(axis.size for axis in axes), array_sharding(axes, mapping), read)
 
-    `mapping` goes from axis name to mesh axis; None means all of it on the first device.
-    """
+
+def array_sharding(axes: tuple[Axis, ...], mapping: Any) -> jax.sharding.Sharding:
+    """`mapping` goes from axis name to mesh axis; None means all of it on the first device."""
     if mapping is None:
-        sharding: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    else:
-        sharding = hax.partitioning.sharding_for_axis(axes, mapping)
-    return jax.make_array_from_callback(tuple(axis.size for axis in axes), sharding, read)
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return hax.partitioning.sharding_for_axis(axes, mapping)
 
 
 def abridged(names: list[str]) -> str:

@@ -1,6 +1,8 @@
 """Models in Hugging Face's format: `config.json` and safetensors, read straight to their devices and written back."""
 
+import functools
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -9,16 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import haliax as hax
 import haliax.nn as hnn
 import jax
+import jax.numpy as jnp
 import numpy as np
-from haliax import Axis
+from haliax import Axis, NamedArray
 
 from lora_dpo_jax.huggingface.adapters import LayerAdapter, layer_adapters
 from lora_dpo_jax.huggingface.folders import export_folder
-from lora_dpo_jax.huggingface.tensors import TensorFiles, abridged, sharded_array, write_shards
-from lora_dpo_jax.lora import axes_of
+from lora_dpo_jax.huggingface.tensors import TensorFiles, abridged, array_sharding, sharded_array, write_shards
+from lora_dpo_jax.lora import LoraLinear, axes_of, linear_layers
 from lora_dpo_jax.models import CausalLM, DecoderConfig, config_from_hf
+from lora_dpo_jax.models.quantization import QuantizedWeight, quantize_weight
+
+logger = logging.getLogger(__name__)
 
 # Old checkpoints store what is computed from the config.
 COMPUTED = re.compile(r".*rotary_emb\.inv_freq")
@@ -50,9 +57,14 @@ def read_config(folder: Path) -> DecoderConfig:
 
 
 def load_model(
-    folder: Path, config: DecoderConfig, *, dtype: Any, mapping: Mapping[str, Any] | None = None
+    folder: Path,
+    config: DecoderConfig,
+    *,
+    dtype: Any,
+    mapping: Mapping[str, Any] | None = None,
+    quantization: str = "none",
 ) -> CausalLM:
-    """The pretrained model with its weights in `dtype`.
+    """The pretrained model with its weights in `dtype`, the matrices of its layers quantized if asked for (nf4, int8).
 
     Under a mesh, `mapping` (axis name to mesh axis) says how weights are sharded; each device reads only its part, and
     host memory holds one array's part at a time. Missing, surplus and misshapen tensors raise ValueError.
@@ -60,7 +72,16 @@ def load_model(
     tensors = TensorFiles(folder)
     template = eqx.filter_eval_shape(CausalLM.init, config, key=jax.random.key(0))
     _refuse_other_tensors(tensors, template)
-    return map_parameters(lambda parameter: _read_parameter(tensors, parameter, dtype, mapping), template)
+
+    def read(parameter: Parameter) -> NamedArray | QuantizedWeight:
+        if quantization != "none" and parameter.is_layer_matrix:
+            return _read_quantized(tensors, parameter, dtype, mapping, quantization)
+        return hax.named(_read_parameter(tensors, parameter, dtype, mapping), parameter.axes)
+
+    model = map_parameters(read, template)
+    if errors := _quantization_errors(model):
+        logger.info("%s: weights held as %s; %s", folder, quantization, errors)
+    return model
 
 
 def save_merged(
@@ -69,7 +90,8 @@ def save_merged(
     """Writes the checkpoint in `source` with the adapters of `model` folded in, to a path or a URL.
 
     Each tensor is computed from that of `source`, not from the model's copy of it, and keeps the dtype and the name it
-    has there; those without adapters keep their bits. `tokenizer`, if given, is saved in place of the source's. Every
+    has there; those without adapters keep their bits. So a quantized model is merged at full precision: how far that is
+    from what it was trained on is logged. `tokenizer`, if given, is saved in place of the source's. Every
     process of a run must call this; the first one writes, holding one shard in memory.
     """
     adapters = {f"{adapter.name}.weight": adapter for adapter in layer_adapters(model)}
@@ -77,6 +99,8 @@ def save_merged(
         return
     tensors = TensorFiles(source)
     _refuse_other_source(adapters, tensors)
+    if errors := _quantization_errors(model):
+        logger.info("%s: merged into the weights of %s, not into the quantized ones; %s", folder, source, errors)
 
     def merged(name: str) -> np.ndarray:
         tensor = tensors.read(name)
@@ -103,12 +127,16 @@ class Parameter:
     sides: tuple[tuple[Axis, ...], ...]  # what the tensors' dimensions are on disk: (out, in) for a matrix
 
     @property
+    def is_layer_matrix(self) -> bool:
+        return self.is_stacked and len(self.sides) == 2
+
+    @property
     def tensor_shape(self) -> tuple[int, ...]:
         return tuple(_size(side) for side in self.sides)
 
 
-def map_parameters(fn: Callable[[Parameter], jax.Array], model: CausalLM) -> CausalLM:
-    """Replaces each array of a model without adapters by `fn(its parameter)`, keeping the axes."""
+def map_parameters(fn: Callable[[Parameter], NamedArray | QuantizedWeight], model: CausalLM) -> CausalLM:
+    """Replaces each array of a model without adapters by `fn(its parameter)`."""
 
     def is_layer(node):
         return isinstance(node, hnn.Linear | hnn.Embedding | hnn.RmsNorm)
@@ -119,7 +147,7 @@ def map_parameters(fn: Callable[[Parameter], jax.Array], model: CausalLM) -> Cau
         fields = [field for field in ("weight", "bias") if getattr(layer, field, None) is not None]
         prefix = ".".join(part.name for part in path)
         arrays = [fn(_parameter(f"{prefix}.{field}", layer, field)) for field in fields]
-        return eqx.tree_at(lambda node: [getattr(node, field).array for field in fields], layer, arrays)
+        return eqx.tree_at(lambda node: [getattr(node, field) for field in fields], layer, arrays)
 
     return jax.tree_util.tree_map_with_path(visit, model, is_leaf=is_layer)
 
@@ -181,6 +209,42 @@ def _read_parameter(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapp
     return sharded_array(parameter.axes, mapping, read)
 
 
+def _read_quantized(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapping, kind: str) -> QuantizedWeight:
+    """Quantized by the devices, tensor by tensor: each reads its part, and no more than one is there in full precision."""
+    Layers, *axes = parameter.axes
+    Out, In = parameter.sides
+
+    def read(name: str) -> NamedArray:
+        view = tensors.view(name)
+        part = functools.partial(_read_part, view, parameter.sides)
+        array = sharded_array(tuple(axes), mapping, lambda index: part(index).astype(np.float32))
+        return hax.named(array, tuple(axes))
+
+    def is_named(node):
+        return isinstance(node, NamedArray)
+
+    def quantized(weight: NamedArray) -> QuantizedWeight:
+        return quantize_weight(weight, In, Out, kind, dtype)
+
+    def empty() -> QuantizedWeight:
+        one = quantized(hax.zeros(tuple(axes)))
+        return jax.tree.map(lambda leaf: hax.zeros((Layers, *leaf.axes), leaf.dtype), one, is_leaf=is_named)
+
+    def put(stacked: QuantizedWeight, weight: NamedArray, layer) -> QuantizedWeight:
+        one = quantized(weight)
+        return jax.tree.map(
+            lambda all, x: hax.named(all.array.at[layer].set(x.array), all.axes), stacked, one, is_leaf=is_named
+        )
+
+    shapes = jax.eval_shape(empty)
+    shardings = jax.tree.map(lambda leaf: array_sharding(leaf.axes, mapping), shapes, is_leaf=is_named)
+    stacked = jax.jit(empty, out_shardings=shardings)()
+    put_layer = jax.jit(put, donate_argnums=0, out_shardings=shardings)
+    for layer, name in enumerate(parameter.names):
+        stacked = put_layer(stacked, read(name), jnp.int32(layer))
+    return stacked
+
+
 def _read_part(view: Any, sides: tuple[tuple[Axis, ...], ...], index: tuple[slice, ...]) -> np.ndarray:
     """The part `index`, one slice per axis, of a tensor whose sides are flattened on disk."""
     rows = sides[0]
@@ -203,6 +267,17 @@ def _refuse_other_source(adapters: dict[str, LayerAdapter], tensors: TensorFiles
             raise ValueError(f"{tensors.folder}: has no tensor {name}, which has an adapter; is it the model's source?")
         if tensors.shape(name) != shape:
             raise ValueError(f"{tensors.folder}: tensor {name} has shape {tensors.shape(name)}, its adapter {shape}")
+
+
+def _quantization_errors(model: CausalLM) -> str:
+    """What quantization changed, by kind of layer, for people to read; empty if the model is not quantized."""
+    errors = {}
+    for linear, names in linear_layers(model):
+        weight = (linear.wrapped if isinstance(linear, LoraLinear) else linear).weight
+        if isinstance(weight, QuantizedWeight):
+            each = np.asarray(weight.error.array)
+            errors[names[0].rpartition(".")[2]] = f"{np.sqrt(np.mean(each**2)):.2%}"
+    return f"|quantized - original| / |original| is {errors}" if errors else ""
 
 
 def _copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:

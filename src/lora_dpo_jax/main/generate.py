@@ -24,6 +24,7 @@ from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.main.errors import told_in_a_line
+from lora_dpo_jax.models.quantization import QUANTIZATIONS
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class GenerateConfig(GenerationConfig):
     chat_template: str | None = None  # a Jinja template, instead of the tokenizer's own
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # such as {enable_thinking: false}
     dtype: Literal["f32", "bf16"] | None = None  # of the weights; null: f32 on CPU, bf16 on accelerators
+    quantization: str = "none"  # nf4 or int8: as model.quantization of the run that made the adapter
     output: str | None = None  # a .jsonl to write `prompt` and `completion` to
 
     def __post_init__(self):
@@ -54,6 +56,8 @@ class GenerateConfig(GenerationConfig):
             raise ValueError("nothing to complete: give prompts (or --prompt), prompts_file or both")
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype={self.dtype!r} must be one of {[*DTYPES]}, or null")
+        if self.quantization not in QUANTIZATIONS:
+            raise ValueError(f"quantization={self.quantization!r} must be one of {[*QUANTIZATIONS]}")
         if self.system is not None and not self.chat:
             raise ValueError("system needs the chat template, which chat=false leaves out; drop one of the two")
 
@@ -68,7 +72,7 @@ def main(config: GenerateConfig) -> list[str]:
     base, adapter = _model_folders(config)
     tokenizer = _load_tokenizer(config, base, adapter)
     dtype = config.dtype or ("f32" if jax.default_backend() == "cpu" else "bf16")
-    model = load_model(base, read_config(base), dtype=DTYPES[dtype])
+    model = load_model(base, read_config(base), dtype=DTYPES[dtype], quantization=config.quantization)
     if adapter is not None:
         model = load_adapter(model, adapter)
 

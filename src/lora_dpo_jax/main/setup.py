@@ -26,6 +26,7 @@ from lora_dpo_jax.losses import Dpo, PreferenceLoss
 from lora_dpo_jax.models import CausalLM, DecoderConfig
 from lora_dpo_jax.models.attention import IMPLEMENTATIONS, PLATFORMS
 from lora_dpo_jax.models.decoder import CHECKPOINT_POLICIES
+from lora_dpo_jax.models.quantization import QUANTIZATIONS
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.optimizer import OptimizerConfig
 from lora_dpo_jax.training.trainer import TrainerConfig
@@ -42,6 +43,7 @@ class ModelConfig:
     dtype: str | None = None  # of the frozen weights (f32, bf16); null: that of computation, see trainer.mp
     gradient_checkpointing: str = "full"  # none, products, full or nested: see models/decoder.py for what each costs
     attention: str = "auto"  # auto, blocked, pallas_tpu, pallas_gpu or dense: see models/attention.py
+    quantization: str = "none"  # of the frozen matrices of the layers: nf4, int8 or none
 
     def __post_init__(self):
         if self.attention not in IMPLEMENTATIONS:
@@ -50,6 +52,8 @@ class ModelConfig:
             raise ValueError(
                 f"model.gradient_checkpointing={self.gradient_checkpointing!r} must be one of {[*CHECKPOINT_POLICIES]}"
             )
+        if self.quantization not in QUANTIZATIONS:
+            raise ValueError(f"model.quantization={self.quantization!r} must be one of {[*QUANTIZATIONS]}")
         if self.dtype is not None:
             _parse_dtype(self.dtype)
 
@@ -169,7 +173,9 @@ def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base
     if config.model.dtype is not None:
         dtype = _parse_dtype(config.model.dtype)
     with placement.scope():
-        model = load_model(folder, decoder, dtype=dtype, mapping=placement.parameters)
+        model = load_model(
+            folder, decoder, dtype=dtype, mapping=placement.parameters, quantization=config.model.quantization
+        )
     return Base(folder, decoder, model, tokenizer)
 
 

@@ -33,6 +33,7 @@ from lora_dpo_jax.main.setup import (
     scorer,
 )
 from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.models.quantization import parameter_count
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.tracking import Tracker, start_trackers
 from lora_dpo_jax.training.flops import peak_flops
@@ -158,7 +159,7 @@ def _parameter_counts(model: CausalLM) -> dict[str, float]:
     """Of the base, and of the adapters."""
     adapters, weights = eqx.partition(model, trainable_filter(model))
     trainable = sum(x.size for x in jax.tree.leaves(adapters))
-    total = trainable + sum(x.size for x in jax.tree.leaves(weights))
+    total = trainable + parameter_count(weights)
     return {
         "parameter_count": total,
         "trainable_parameter_count": trainable,

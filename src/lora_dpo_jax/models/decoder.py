@@ -17,6 +17,7 @@ from haliax.nn.scan import ScanCheckpointPolicy
 from lora_dpo_jax.lora import LOW_RANK, reference_model
 from lora_dpo_jax.models.attention import KEY_POSITION, AttentionMask, as_keys, attend
 from lora_dpo_jax.models.config import DecoderConfig
+from lora_dpo_jax.models.quantization import QuantizedWeight, quantized_product
 from lora_dpo_jax.models.rope import rotary_angles, rotate
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -48,11 +49,20 @@ CHECKPOINT_POLICIES: dict[str, ScanCheckpointPolicy] = {
 
 
 class Linear(hnn.Linear):
-    """Without haliax's scaling by one, of which the backward pass would keep a copy as large as the weight."""
+    """Without haliax's scaling by one, of which the backward pass would keep a copy as large as the weight.
+
+    The weight is a NamedArray or a QuantizedWeight, which a product dequantizes.
+    """
+
+    weight: Any
 
     def __call__(self, inputs: NamedArray, *, key=None) -> NamedArray:
         del key
-        out = hax.auto_sharded(inputs.dot(self.weight, axis=self.In, dot_general=self.dot_general))
+        if isinstance(self.weight, QuantizedWeight):
+            product = quantized_product(inputs, self.weight)
+        else:
+            product = inputs.dot(self.weight, axis=self.In, dot_general=self.dot_general)
+        out = hax.auto_sharded(product)
         return out if self.bias is None else hax.auto_sharded(out + self.bias)
 
 

@@ -1,0 +1,303 @@
+"""Frozen weights held in four or eight bits (QLoRA, https://arxiv.org/abs/2305.14314).
+
+    before                                 after quantize(model, "nf4")
+
+    q_proj: Linear                         q_proj: Linear
+      weight  {layers, *Out, *In}            weight: Nf4Weight
+                                               codes      uint8 {layers, *Out, *In}, the last of Out halved
+                                               absmax     uint8 {layers, *Out, block}
+                                               group_max  float32 {layers, group}
+                                               mean       float32 {layers}
+
+A product dequantizes its weight where it needs it, one layer of the stack at a time, and again in the backward pass:
+no dequantized copy outlives the product.
+"""
+
+import dataclasses
+import functools
+import math
+from abc import abstractmethod
+from typing import Any, TypeVar
+
+import equinox as eqx
+import haliax as hax
+import haliax.nn as hnn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from haliax import Axis, NamedArray
+from haliax.axis import AxisSpec
+
+from lora_dpo_jax.lora import axes_of
+
+M = TypeVar("M")
+W = TypeVar("W", bound="QuantizedWeight")
+
+# The sixteen values of 4-bit NormalFloat: appendix E of the paper.
+NF4 = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334]
+    + [-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
+    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+    dtype=np.float32,
+)
+BLOCK = 64  # weights that share an absmax
+GROUP = 256  # absmaxes that share a scale of their own
+
+
+class QuantizedWeight(eqx.Module):
+    """Stands where a Linear has its weight {..., *Out, *In}: `axes`, `size`, `dtype` and `astype` are that weight's."""
+
+    error: eqx.AbstractVar[NamedArray]  # float32 {...}: |dequantized - weight| / |weight|, Frobenius norms
+    Out: eqx.AbstractVar[tuple[Axis, ...]]
+    In: eqx.AbstractVar[tuple[Axis, ...]]
+    dtype: eqx.AbstractVar[Any]  # that a merged weight gets; a product is computed in the dtype of its input
+
+    @classmethod
+    @abstractmethod
+    def encode(cls: type[W], values: jax.Array, stack: tuple[Axis, ...], Out, In, dtype) -> W:
+        """From float32 [..., *Out, *In], with an `error` of zero."""
+
+    @abstractmethod
+    def decode(self) -> jax.Array:
+        """float32 [..., *Out, *In]."""
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        # A stack's axes lead; inside a scan over it they are gone.
+        return self.error.axes + self.Out + self.In
+
+    @property
+    def size(self) -> int:
+        return _size(self.axes)
+
+    def astype(self, dtype) -> NamedArray:
+        """Dequantized."""
+        return hax.named(self.decode().astype(dtype), self.axes)
+
+
+class Nf4Weight(QuantizedWeight):
+    """NF4 with double quantization: 0.516 bytes a weight, as bitsandbytes computes it.
+
+    A block is 64 weights of one output in the order of its inputs; where the input is no multiple of 64, the largest
+    common divisor (a power of two) is taken instead. Two neighbouring outputs share a byte, the even one in its high
+    bits, so that the inputs keep their axes and can be cut wherever the weight can be; `block` is never cut.
+    """
+
+    codes: NamedArray  # uint8 {..., *Out with the last axis halved, *In}
+    absmax: NamedArray  # uint8 {..., *Out, *outer axes of In, block}: codes of the dynamic 8-bit map
+    group_max: NamedArray  # float32 {..., group}: of 256 absmaxes after another, less their mean
+    mean: NamedArray  # float32 {...}: of all absmaxes
+    error: NamedArray
+    Out: tuple[Axis, ...] = eqx.field(static=True)
+    In: tuple[Axis, ...] = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+
+    @classmethod
+    def encode(cls, values, stack, Out, In, dtype) -> "Nf4Weight":
+        block = math.gcd(BLOCK, _size(In))
+        if Out[-1].size % 2 or block < 2:
+            raise ValueError(
+                f"model.quantization: nf4 packs two outputs in a byte and needs blocks of two inputs or more, but a "
+                f"linear layer maps {In} to {Out}; use int8 or none"
+            )
+        outer, Blocks = _blocks(In, block)
+        leading = tuple(axis.size for axis in stack)
+        blocks = values.reshape(*leading, _size(Out), -1, block)
+        absmax = jnp.max(jnp.abs(blocks), axis=-1)
+        nearest = _nearest(blocks / jnp.where(absmax > 0, absmax, 1.0)[..., None], NF4)
+        pairs = nearest.reshape(*leading, _size(Out) // 2, 2, -1)
+        packed_axes = (*stack, *Out[:-1], Out[-1].resize(Out[-1].size // 2), *In)
+        absmax = absmax.reshape(*leading, -1)
+        mean = jnp.mean(absmax, axis=-1)
+        absmax_codes, group_max = _encode_absmax(absmax - mean[..., None])
+        return cls(
+            codes=_named((pairs[..., 0, :] << 4) | pairs[..., 1, :], packed_axes),
+            absmax=_named(absmax_codes, (*stack, *Out, *outer, Blocks)),
+            group_max=_named(group_max, (*stack, Axis("group", group_max.shape[-1]))),
+            mean=_named(mean, stack),
+            error=hax.zeros(stack, dtype=jnp.float32),
+            Out=Out,
+            In=In,
+            dtype=dtype,
+        )
+
+    def decode(self) -> jax.Array:
+        codes, absmax = self.codes.array, self._absmax()
+        after_out = len(self.error.axes) + len(self.Out)
+        values = _nf4_value(jnp.stack([codes >> 4, codes & 15], axis=after_out))
+        scaled = values.reshape(*absmax.shape, -1) * absmax[..., None]
+        return scaled.reshape([axis.size for axis in self.axes])
+
+    def _absmax(self) -> jax.Array:
+        """float32, in the axes of `absmax`."""
+        codes = self.absmax.array
+        depth = len(self.error.axes)
+        count = math.prod(codes.shape[depth:])
+        group_max = jnp.repeat(self.group_max.array, GROUP, axis=-1)[..., :count].reshape(codes.shape)
+        return _dynamic_value(codes) * group_max + jnp.expand_dims(self.mean.array, tuple(range(depth, codes.ndim)))
+
+
+class Int8Weight(QuantizedWeight):
+    """Symmetric, one scale per output."""
+
+    codes: NamedArray  # int8 {..., *Out, *In}
+    scale: NamedArray  # float32 {..., *Out}
+    error: NamedArray
+    Out: tuple[Axis, ...] = eqx.field(static=True)
+    In: tuple[Axis, ...] = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+
+    @classmethod
+    def encode(cls, values, stack, Out, In, dtype) -> "Int8Weight":
+        inputs = tuple(range(-len(In), 0))
+        scale = jnp.max(jnp.abs(values), axis=inputs, keepdims=True) / 127
+        codes = jnp.round(values / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8)
+        error = hax.zeros(stack, dtype=jnp.float32)
+        return cls(_named(codes, (*stack, *Out, *In)), _named(scale, (*stack, *Out)), error, Out, In, dtype)
+
+    def decode(self) -> jax.Array:
+        return self.codes.array * jnp.expand_dims(self.scale.array, tuple(range(-len(self.In), 0)))
+
+
+QUANTIZATIONS: dict[str, type[QuantizedWeight] | None] = {"none": None, "nf4": Nf4Weight, "int8": Int8Weight}
+
+
+def quantize(model: M, quantization: str) -> M:
+    """The model with the weights of the linear layers in its stacks quantized; embeddings, head, norms, biases stay."""
+
+    def visit(node: Any) -> Any:
+        if isinstance(node, hnn.Linear):
+            return dataclasses.replace(node, weight=quantize_weight(node.weight, node.In, node.Out, quantization))
+        return node
+
+    def visit_stack(node: Any) -> Any:
+        is_stack = isinstance(node, hnn.Stacked)
+        return jax.tree.map(visit, node, is_leaf=lambda n: isinstance(n, hnn.Linear)) if is_stack else node
+
+    return jax.tree.map(visit_stack, model, is_leaf=lambda node: isinstance(node, hnn.Stacked))
+
+
+def quantize_weight(weight: NamedArray, In: AxisSpec, Out: AxisSpec, quantization: str, dtype: Any = None) -> Any:
+    """The weight {..., *Out, *In} as `quantization` holds it; the weight itself for "none".
+
+    `dtype` is what the weight would be held in otherwise: by default, what it is. Leading axes are those of a stack, of
+    which each layer is quantized by itself.
+    """
+    kind = QUANTIZATIONS[quantization]
+    if kind is None:
+        return weight
+    inputs, outputs = axes_of(In), axes_of(Out)
+    stack = tuple(axis for axis in weight.axes if axis not in inputs + outputs)
+    values = weight.rearrange((*stack, *outputs, *inputs)).array.astype(jnp.float32)
+    encoded = kind.encode(values, stack, outputs, inputs, jnp.dtype(dtype or weight.dtype))
+    encoded = jax.lax.optimization_barrier(encoded)  # XLA would search for each code once more to decode it
+    dims = tuple(range(len(stack), values.ndim))
+    squared_error = jnp.sum((encoded.decode() - values) ** 2, axis=dims)
+    squared_norm = jnp.sum(values**2, axis=dims)
+    error = jnp.sqrt(squared_error / jnp.where(squared_norm > 0, squared_norm, 1.0))
+    return dataclasses.replace(encoded, error=_named(error, stack))
+
+
+def quantized_product(inputs: NamedArray, weight: QuantizedWeight) -> NamedArray:
+    """inputs {..., *In} to {..., *Out}, in their dtype; no gradient goes to the weight."""
+    In, Out, axes = weight.In, weight.Out, inputs.axes
+
+    def dequantized(weight: QuantizedWeight, dtype) -> NamedArray:
+        # Where devices share the inputs of a weight among them, they exchange its codes, not its values.
+        return hax.auto_sharded(weight).astype(dtype)
+
+    # By itself, JAX would keep the dequantized weight for the backward pass.
+    @jax.custom_vjp
+    def product(inputs, weight):
+        return inputs.dot(dequantized(weight, inputs.dtype), axis=In)
+
+    def forward(inputs, weight):
+        return product(inputs, weight), weight
+
+    def backward(weight, cotangent):
+        return cotangent.dot(dequantized(weight, cotangent.dtype), axis=Out).rearrange(axes), None
+
+    product.defvjp(forward, backward)
+    return product(inputs, weight)
+
+
+def parameter_count(tree: Any) -> int:
+    """Numbers in the arrays of `tree`; of a quantized weight, those that it stands for."""
+    return sum(node.size for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, QuantizedWeight)))
+
+
+def _blocks(In: tuple[Axis, ...], block: int) -> tuple[tuple[Axis, ...], Axis]:
+    """The outer axes of the input, which no block crosses, and the axis of the blocks inside of them."""
+    depth = next(i for i in reversed(range(len(In))) if _size(In[i:]) % block == 0)
+    return In[:depth], Axis("block", _size(In[depth:]) // block)
+
+
+def _encode_absmax(centred: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 [..., n] to codes uint8 [..., n] and the maximum of each group [..., ceil(n / 256)]."""
+    count = centred.shape[-1]
+    groups = -(-count // GROUP)
+    padding = [(0, 0)] * (centred.ndim - 1) + [(0, groups * GROUP - count)]
+    grouped = jnp.pad(centred, padding).reshape(*centred.shape[:-1], groups, GROUP)
+    group_max = jnp.max(jnp.abs(grouped), axis=-1)
+    codes = _nearest(grouped / jnp.where(group_max > 0, group_max, 1.0)[..., None], DYNAMIC_MAP)
+    return codes.reshape(*centred.shape[:-1], -1)[..., :count], group_max
+
+
+def _nearest(values: jax.Array, table: np.ndarray) -> jax.Array:
+    """uint8: the index of the entry of a sorted table that is nearest."""
+    bounds = (table[:-1] + table[1:]) / 2
+    if len(bounds) < 16:  # comparisons, which fuse and vectorize
+        return sum((values > bound).astype(jnp.uint8) for bound in bounds)  # pyright: ignore[reportReturnType]
+    return jnp.searchsorted(bounds, values).astype(jnp.uint8)
+
+
+def _nf4_value(codes: jax.Array) -> jax.Array:
+    """float32: NF4[codes]."""
+
+    def choose(codes):  # a level of choices for each bit
+        values: list[Any] = [jnp.float32(value) for value in NF4]
+        for bit in range(4):
+            is_set = (codes >> bit) & 1 != 0
+            values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+        return values[0]
+
+    # Gathers are slow on a TPU. Elsewhere XLA would take the constants of the choices, spread to the size of the
+    # weight, out of the loop over layers, and hold sixteen such arrays.
+    return jax.lax.platform_dependent(codes, tpu=choose, default=functools.partial(_gather, table=NF4))
+
+
+def _dynamic_value(codes: jax.Array) -> jax.Array:
+    """float32: DYNAMIC_MAP[codes]."""
+    by_arithmetic = functools.partial(_dynamic_map, xp=jnp)
+    return jax.lax.platform_dependent(codes, tpu=by_arithmetic, default=functools.partial(_gather, table=DYNAMIC_MAP))
+
+
+def _dynamic_map(codes: Any, xp: Any = np) -> Any:
+    """float32: the signed dynamic 8-bit map (https://arxiv.org/abs/1511.04561), which is sorted; 127 stands for zero.
+
+    On either side of zero, decade i from 1e-7 up holds 2^i values evenly spaced between a tenth of it and all of it.
+    Beyond the largest comes 1.
+    """
+    signed = codes.astype(xp.float32) - 127
+    distance = abs(signed)
+    value = xp.zeros_like(signed)
+    for i in range(7):
+        decade, step = 10.0 ** (i - 6), 0.9 / 2**i
+        inside = (distance - 2**i) * xp.float32(decade * step) + xp.float32(decade * (0.1 + step / 2))
+        value = xp.where(distance >= 2**i, inside, value)
+    return xp.sign(signed) * xp.where(distance == 128, xp.float32(1.0), value)
+
+
+DYNAMIC_MAP: np.ndarray = _dynamic_map(np.arange(256))
+
+
+def _gather(codes: jax.Array, table: np.ndarray) -> jax.Array:
+    return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
+
+
+def _named(array: jax.Array, axes: tuple[Axis, ...]) -> NamedArray:
+    return hax.named(array.reshape([axis.size for axis in axes]), axes)
+
+
+def _size(axes: tuple[Axis, ...]) -> int:
+    return math.prod(axis.size for axis in axes)

@@ -1,0 +1,99 @@
+"""Training over a quantized base: nothing moves but adapters, nothing dequantized is kept, meshes change nothing."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import numpy as np
+import optax
+import pytest
+from tiny_pairs import (
+    ADAPTERS,
+    LLAMA,
+    adapters_of,
+    moved,
+    packed,
+    random_pairs,
+    table_of,
+    tiny_decoder,
+    weights_of,
+)
+
+from lora_dpo_jax.data.packing import pack, plan_layout
+from lora_dpo_jax.lora import LoraConfig, loraize
+from lora_dpo_jax.losses import Dpo
+from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.models.quantization import quantize
+from lora_dpo_jax.sharding import MeshConfig, Placement
+from lora_dpo_jax.training.step import TrainState, TrainStep
+
+PAIRS = table_of(random_pairs(8))
+# The steps of plain gradient descent are the gradients themselves.
+DESCENT = optax.sgd(0.1)
+
+
+def trained(kind: str, placement: Placement | None = None) -> tuple[list[float], dict[str, np.ndarray]]:
+    """(losses, adapters) of two steps over the same pairs, a pair a row."""
+    layout = plan_layout([np.arange(8)], PAIRS.lengths, row_multiple=8)
+    batch = pack(PAIRS, [np.array([i]) for i in range(8)], layout)
+    model = loraize(eqx.filter_jit(quantize)(tiny_decoder(), kind), ADAPTERS["everywhere"], key=jax.random.key(2))
+    state = TrainState.init(moved(model), DESCENT, key=jax.random.key(0))
+    step = TrainStep(Dpo(), DESCENT)
+    if placement is not None:
+        state, batch = placement.put_parameters(state), placement.put_batch(batch)
+        step = TrainStep(Dpo(), DESCENT, scope=placement.scope)
+    weights = {path: np.array(leaf) for path, leaf in weights_of(state.model).items()}
+    losses = []
+    for _ in range(2):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics.values["loss"]))
+    for path, leaf in weights_of(state.model).items():
+        np.testing.assert_array_equal(leaf, weights[path], err_msg=path)
+    return losses, adapters_of(state.model)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_meshes_change_nothing_and_weights_never_move(kind):
+    losses, adapters = trained(kind)
+    assert losses[1] < losses[0] - 1e-3
+    sharded_losses, sharded = trained(kind, Placement(MeshConfig({"data": 4, "model": 2})))
+    np.testing.assert_allclose(sharded_losses, losses, rtol=1e-5)
+    for path, value in adapters.items():
+        # Gradients add up over devices in another order.
+        np.testing.assert_allclose(sharded[path], value, rtol=1e-3, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", ["none", "full", "nested"])
+def test_no_dequantized_layer_is_kept_for_the_backward_pass(gradient_checkpointing):
+    """Memory of the compiled step grows by less than the activations and the codes of a layer with each layer."""
+    pairs = table_of(random_pairs(1))
+    batch = packed(pairs, plan_layout([np.arange(1)], pairs.lengths))
+    tokens = batch.tokens.size
+
+    def temporary_bytes(num_layers: int) -> tuple[int, int]:
+        """(of the compiled step, of one dequantized layer)."""
+        config = dataclasses.replace(
+            LLAMA,
+            hidden_size=256,
+            intermediate_size=1024,
+            head_dim=64,
+            num_layers=num_layers,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+
+        def init(key):
+            model = quantize(CausalLM.init(config, key=key), "nf4")
+            return TrainState.init(loraize(model, LoraConfig(r=1), key=key), DESCENT, key=key)
+
+        state = eqx.filter_eval_shape(init, jax.random.key(0))
+        memory = TrainStep(Dpo(), DESCENT).lower(state, batch).compile().memory_analysis()
+        dense = eqx.filter_eval_shape(CausalLM.init, config, key=jax.random.key(0)).model.layers
+        return memory.temp_size_in_bytes, sum(4 * leaf.size for leaf in jax.tree.leaves(dense)) // num_layers
+
+    few, layer = temporary_bytes(4)
+    many, _ = temporary_bytes(16)
+    assert tokens <= 64
+    growth = (many - few) / 12
+    # All activations that a layer could keep are some 12,000 floats a token; its codes are an eighth of its float32.
+    assert growth < {"none": 0.6, "full": 0.1, "nested": 0.3}[gradient_checkpointing] * layer
+    assert few < 4 * layer + 12_000 * 4 * tokens * 4
