@@ -98,9 +98,7 @@ def markdown(comparison: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def measure_in_turns(
-    commands: dict[str, Sequence[str]], rounds: int, folder: Path
-) -> dict[str, list[dict[str, Any]]]:
+def measure_in_turns(commands: dict[str, Sequence[str]], rounds: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """A B A B ...: what slows the machine for a while then slows them all."""
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict[str, Any]]] = {system: [] for system in commands}

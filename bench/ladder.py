@@ -83,14 +83,16 @@ def main() -> None:
     rungs = climb(options)
     print(markdown(rungs))
     shown = [{k: v for k, v in vars(rung).items() if k != "gradients"} for rung in rungs]
-    emit({"shape": options.shape, "data": options.data, "pairs": options.trainer.train_batch_size, "rungs": shown},
-         options.out)
+    emit(
+        {"shape": options.shape, "data": options.data, "pairs": options.trainer.train_batch_size, "rungs": shown},
+        options.out,
+    )
     check(rungs, options.tolerance)
 
 
-def climb(options: Options, rungs: Sequence[Rung] = RUNGS) -> list[Measured]:
+def climb(options: Options, devices: list | None = None) -> list[Measured]:
     """Measures each rung on one batch, over and over."""
-    placement = Placement(options.trainer.mesh)
+    placement = Placement(options.trainer.mesh, devices)
     pairs = benchmark_pairs.load(
         options.data,
         options.trainer.train_batch_size,
@@ -100,7 +102,7 @@ def climb(options: Options, rungs: Sequence[Rung] = RUNGS) -> list[Measured]:
     )
     # New adapters would make every loss ln 2 and half of the gradients zero: nothing to compare.
     model = _moved(adapted_model(options, placement))
-    measured = [_measure(rung, options, model, pairs, placement) for rung in rungs]
+    measured = [_measure(rung, options, model, pairs, placement) for rung in RUNGS]
     for rung in measured:
         rung.loss_difference = abs(rung.loss - measured[0].loss) / abs(measured[0].loss)
         rung.gradient_difference = _distance(rung.gradients, measured[0].gradients)

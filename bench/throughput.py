@@ -27,10 +27,10 @@ def main() -> None:
     emit(measure(options), options.out)
 
 
-def measure(options: Options) -> dict[str, Any]:
+def measure(options: Options, devices: list | None = None) -> dict[str, Any]:
     """Trains through the warm-up and the timed steps, and says what the latter took."""
     pairs = load_pairs(options)
-    run = wire(options, pairs)
+    run = wire(options, pairs, devices)
     meter, programs = Meter(options.warmup), _Programs()
     metrics = _train(run, options, meter, programs)
 
@@ -58,7 +58,7 @@ def measure(options: Options) -> dict[str, Any]:
         "reference_seconds": None if run.reference_seconds is None else round(run.reference_seconds, 2),
         "loss_first": float(values[0]["loss"]),
         "loss_last": float(values[-1]["loss"]),
-        "device": _device(),
+        "device": _device(run),
         "versions": {"lora_dpo_jax": lora_dpo_jax.__version__, "jax": jax.__version__},
         "settings": _settings(options),
     }
@@ -133,10 +133,9 @@ def _device_peak_bytes() -> int | None:
     return max((s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s), default=None)
 
 
-def _device() -> str:
-    if jax.default_backend() == "cpu":
-        return host()
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+def _device(run: Wired) -> str:
+    devices = run.placement.mesh.devices
+    return host() if devices.flat[0].platform == "cpu" else f"{devices.size} x {devices.flat[0].device_kind}"
 
 
 def _settings(options: Options) -> dict[str, Any]:

@@ -82,10 +82,10 @@ class Wired:
     reference_seconds: float | None  # what computing the reference's log-probs took; None: they are computed live
 
 
-def wire(options: Options, pairs: PairTable) -> Wired:
-    """Everything up to the first step."""
+def wire(options: Options, pairs: PairTable, devices: list | None = None) -> Wired:
+    """Everything up to the first step, on `devices` or on all there are."""
     trainer = options.trainer
-    placement = Placement(trainer.mesh)
+    placement = Placement(trainer.mesh, devices)
     model = adapted_model(options, placement)
     num_steps = options.warmup + options.steps
     optimizer, schedule = options.optimizer.build(num_steps), options.optimizer.schedule(num_steps)
@@ -154,5 +154,3 @@ def placing_with_reference(reference: PairLogProbs, placement: Placement) -> Cal
 def _has_weights(shape: str) -> bool:
     folder = Path(shape)
     return shape not in models.SHAPES and any(folder.glob("*.safetensors"))
-
-

@@ -61,7 +61,9 @@ class Benchmark:
             "data": a.pairs_file,
             "pairs": a.pairs,
             "pairs_per_step": a.pairs_per_step,
-            **self.meter.report([real_tokens(self.batch(step)) for step in range(a.warmup, self.num_steps)], a.pairs_per_step),
+            **self.meter.report(
+                [real_tokens(self.batch(step)) for step in range(a.warmup, self.num_steps)], a.pairs_per_step
+            ),
             "loss_first": losses[0],
             "loss_last": losses[-1],
             "device": device,
