@@ -43,7 +43,7 @@ for shape in 1b 8b; do
     done
 done
 
-GPU=1 run environments bench/peers/environments.sh "$environments" trl
+run environments bench/peers/environments.sh "$environments" trl
 for shape in 1b 8b; do
     for data in ultrafeedback hh; do
         for reference in live cached; do

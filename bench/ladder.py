@@ -3,7 +3,7 @@
     python -m bench.ladder --shape 22m --data uf512 --trainer.train_batch_size 8
 
 padded, packed, + shared prefix, + response-only head, + cached reference: each rung adds one to those before it, on the
-same pairs, weights and adapters. That losses and gradients stay the same is checked on the way. Prints a table and JSON.
+same pairs, weights and adapters. Checks that losses and gradients stay the same. Prints a table and JSON.
 """
 
 import dataclasses
@@ -145,7 +145,7 @@ def predicted_flops(model: CausalLM, batch: PreferenceBatch, *, with_reference: 
         segment_ids=hax.maximum(batch.segment_ids, 1),
         position_ids=hax.where(batch.segment_ids > 0, batch.position_ids, -1),
     )
-    return float(useful_flops(model, everything, with_reference=with_reference))
+    return float(eqx.filter_jit(useful_flops)(model, everything, with_reference=with_reference))
 
 
 def _measure(rung: Rung, options: Options, model: CausalLM, pairs: PairTable, placement: Placement) -> Measured:

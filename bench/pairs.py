@@ -51,7 +51,10 @@ def load(data: str, count: int, *, vocab_size: int, tokenizer: str | None = None
 
 
 def synthetic(profile: LengthProfile, count: int, *, vocab_size: int, seed: int = 0) -> list[TokenizedPair]:
-    """Random ids after BOS, responses ending in EOS. The first n of more pairs are the n; lengths know no vocabulary."""
+    """Random ids; a prompt begins with BOS, a response ends with EOS.
+
+    More pairs begin with the same ones, and lengths do not depend on the vocabulary.
+    """
     rng = np.random.default_rng(seed)
 
     def length(of: Length, shortest: int, longest: int) -> int:

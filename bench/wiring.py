@@ -32,6 +32,30 @@ from lora_dpo_jax.training.step import TrainState, TrainStep
 from lora_dpo_jax.training.trainer import TrainerConfig
 
 
+# A run's settings with other defaults. These are classes because a default object would be lost, and the usual defaults
+# back in force, as soon as one of its settings is given on the command line.
+@dataclass(frozen=True)
+class Model(ModelConfig):
+    gradient_checkpointing: str = "none"
+
+
+@dataclass(frozen=True)
+class Lora(LoraConfig):
+    r: int = 16
+    alpha: float = 32.0
+
+
+@dataclass(frozen=True)
+class Optimizer(OptimizerConfig):
+    learning_rate: float = 1e-4
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+
+
+@dataclass(frozen=True)
+class Trainer(TrainerConfig):
+    train_batch_size: int = 4
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is measured. `model`, `lora`, `optimizer` and `trainer` are the settings of a run: docs/configuration.md."""
@@ -40,12 +64,10 @@ class Subject:
     data: str = "uf512"  # one of profiles.PROFILES; or a file of preferences (jsonl, parquet)
     tokenizer: str | None = None  # the folder of one, for a file
     train_seq_len: int = 1024  # tokens of prompt + one response; longer rows of a file are left out
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(gradient_checkpointing="none"))
-    lora: LoraConfig = field(default_factory=lambda: LoraConfig(r=16, alpha=32.0))
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=1e-4, lr_schedule="constant")
-    )
-    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(train_batch_size=4))
+    model: Model = field(default_factory=Model)
+    lora: Lora = field(default_factory=Lora)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    trainer: Trainer = field(default_factory=Trainer)
     warmup: int = 2  # steps that do not count
     steps: int = 5  # that count
     out: str | None = None  # also write the JSON to this file

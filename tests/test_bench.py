@@ -6,31 +6,27 @@ import math
 import sys
 from pathlib import Path
 
+import draccus
 import jax
 import numpy as np
 import pytest
 
+from bench import compare, ladder, pairs, throughput
+from bench.layouts import Savings, lay_out
+from bench.measure import Meter
+from bench.models import decoder_config, write_folder
+from bench.profiles import PROFILES, SHAPES
+from bench.wiring import Model, Options, Trainer, adapted_model
+from lora_dpo_jax.huggingface.weights import load_model, read_config
+from lora_dpo_jax.sharding import MeshConfig, Placement
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # bench is no part of the package
-
-from bench import compare, ladder, pairs, throughput  # noqa: E402
-from bench.layouts import Savings, lay_out  # noqa: E402
-from bench.measure import Meter  # noqa: E402
-from bench.models import decoder_config, write_folder  # noqa: E402
-from bench.profiles import PROFILES, SHAPES  # noqa: E402
-from bench.wiring import Options, adapted_model  # noqa: E402
-from lora_dpo_jax.huggingface.weights import load_model, read_config  # noqa: E402
-from lora_dpo_jax.main.setup import ModelConfig  # noqa: E402
-from lora_dpo_jax.sharding import MeshConfig, Placement  # noqa: E402
-from lora_dpo_jax.training.trainer import TrainerConfig  # noqa: E402
-
-
 ONE_DEVICE = jax.devices()[:1]
-DENSE = ModelConfig(gradient_checkpointing="none", attention="dense")  # compiles in half the time
+DENSE = Model(attention="dense")  # compiles in half the time
 
 
 def options(**changes) -> Options:
-    trainer = TrainerConfig(train_batch_size=2)
+    trainer = Trainer(train_batch_size=2)
     return Options(
         **dict(shape="tiny", data="hh512", model=DENSE, pairs=4, warmup=1, steps=2, trainer=trainer) | changes
     )
@@ -65,7 +61,7 @@ def test_a_cached_reference_trains_alike():
 
 def test_every_rung_of_the_ladder_has_the_same_loss_and_gradients():
     settings = ladder.Options(
-        shape="tiny", data="hh512", model=DENSE, warmup=1, steps=1, trainer=TrainerConfig(train_batch_size=4, mp="f32")
+        shape="tiny", data="hh512", model=DENSE, warmup=1, steps=1, trainer=Trainer(train_batch_size=4, mp="f32")
     )
     rungs = ladder.climb(settings, ONE_DEVICE)
     assert [rung.name for rung in rungs] == [rung.name for rung in ladder.RUNGS]
@@ -132,6 +128,13 @@ def test_pairs_of_a_file_are_read_as_for_training(monkeypatch, tmp_path):
         pairs.load(str(example / "train.jsonl"), 8, vocab_size=97)
     with pytest.raises(ValueError, match="neither a file nor one of the profiles"):
         pairs.load("no such file", 8, vocab_size=97)
+
+
+def test_one_setting_given_leaves_the_other_defaults():
+    given = draccus.parse(Options, args=["--trainer.mp", "f32", "--lora.r", "64", "--model.attention", "dense"])
+    assert (given.trainer.mp, given.lora.r, given.model.attention) == ("f32", 64, "dense")
+    assert given.trainer.train_batch_size == Options().trainer.train_batch_size == 4
+    assert given.lora.alpha == 32.0 and given.model.gradient_checkpointing == "none"
 
 
 def test_a_written_model_is_one_that_loads(tmp_path):
