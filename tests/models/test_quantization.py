@@ -25,7 +25,7 @@ from tiny_pairs import (
     tiny_decoder,
 )
 
-from lora_dpo_jax.data.packing import plan_layout
+from lora_dpo_jax.data.planning import plan_layout
 from lora_dpo_jax.generation import GenerationConfig, generate
 from lora_dpo_jax.log_probs import pair_log_probs
 from lora_dpo_jax.lora import linear_layers, loraize, merge_lora, trainable_filter, unwrap_lora
@@ -44,7 +44,7 @@ from lora_dpo_jax.training.flops import useful_flops
 
 KINDS = ["nf4", "int8"]
 PAIRS = table_of(random_pairs(8))
-LAYOUT = plan_layout([np.arange(8)], PAIRS.lengths, row_multiple=8)
+LAYOUT = plan_layout([np.arange(8)], PAIRS.lengths, row_multiple=8).parts[0]
 BATCH = packed(PAIRS, LAYOUT, rows=[[i] for i in range(8)])
 
 

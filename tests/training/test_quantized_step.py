@@ -19,7 +19,8 @@ from tiny_pairs import (
     weights_of,
 )
 
-from lora_dpo_jax.data.packing import pack, plan_layout
+from lora_dpo_jax.data.packing import pack
+from lora_dpo_jax.data.planning import plan_layout
 from lora_dpo_jax.lora import LoraConfig, loraize
 from lora_dpo_jax.losses import Dpo
 from lora_dpo_jax.models import CausalLM
@@ -34,7 +35,7 @@ DESCENT = optax.sgd(0.1)
 
 def trained(kind: str, placement: Placement | None = None) -> tuple[list[float], dict[str, np.ndarray]]:
     """(losses, adapters) of two steps over the same pairs, a pair a row."""
-    layout = plan_layout([np.arange(8)], PAIRS.lengths, row_multiple=8)
+    layout = plan_layout([np.arange(8)], PAIRS.lengths, row_multiple=8).parts[0]
     batch = pack(PAIRS, [np.array([i]) for i in range(8)], layout)
     model = loraize(eqx.filter_jit(quantize)(tiny_decoder(), kind), ADAPTERS["everywhere"], key=jax.random.key(2))
     state = TrainState.init(moved(model), DESCENT, key=jax.random.key(0))
@@ -67,7 +68,7 @@ def test_meshes_change_nothing_and_weights_never_move(kind):
 def test_no_dequantized_layer_is_kept_for_the_backward_pass(gradient_checkpointing):
     """Memory of the compiled step grows by less than the activations and the codes of a layer with each layer."""
     pairs = table_of(random_pairs(1))
-    batch = packed(pairs, plan_layout([np.arange(1)], pairs.lengths))
+    batch = packed(pairs, plan_layout([np.arange(1)], pairs.lengths).parts[0])
     tokens = batch.tokens.size
 
     def temporary_bytes(num_layers: int) -> tuple[int, int]:

@@ -210,7 +210,7 @@ def _read_parameter(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapp
 
 
 def _read_quantized(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapping, kind: str) -> QuantizedWeight:
-    """Quantized by the devices, tensor by tensor: each reads its part, and no more than one is there in full precision."""
+    """Quantized by the devices, tensor by tensor: each reads its part, one at a time being there in full precision."""
     Layers, *axes = parameter.axes
     Out, In = parameter.sides
 

@@ -33,6 +33,7 @@ from lora_dpo_jax.training.trainer import TrainerConfig
 
 logger = logging.getLogger("lora_dpo_jax")
 
+TOKENS_AT_ONCE = 16_384  # of a device, where per_device_parallelism leaves it open: more make no device faster
 TOKENIZER_FILES = ["*token*", "*.jinja", "*.model", "vocab*", "merges*", "config.json"]
 
 
@@ -198,6 +199,12 @@ def scorer(config: TrainConfig, pairs: PairTable, placement: Placement) -> PairS
         rows = trainer.per_device_eval_parallelism
     rows = (rows if rows != -1 else 8) * placement.row_shards
     return PairScorer(pairs, rows=rows, put_batch=placement.put_batch, scope=placement.scope)
+
+
+def longest_row(parallelism: int, layout: PairLayout, pairs: PairTable) -> int:
+    """Tokens that a device computes at once, from trainer.per_device_parallelism."""
+    longest_pair = layout.shortest_row(pairs.lengths)
+    return max(longest_pair, TOKENS_AT_ONCE) if parallelism == -1 else parallelism * longest_pair
 
 
 def load_peft_adapter(model: CausalLM, folder: Path, placement: Placement) -> CausalLM:

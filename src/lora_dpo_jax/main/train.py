@@ -30,6 +30,7 @@ from lora_dpo_jax.main.setup import (
     load_peft_adapter,
     load_tables,
     load_tokenizer,
+    longest_row,
     scorer,
 )
 from lora_dpo_jax.models import CausalLM
@@ -41,8 +42,6 @@ from lora_dpo_jax.training.step import StepMetrics, TrainState, TrainStep
 from lora_dpo_jax.training.trainer import Hook, NonFiniteLossError, StepInfo, train
 
 logger = logging.getLogger("lora_dpo_jax")
-
-TOKENS_AT_ONCE = 16_384  # of a device, where per_device_parallelism leaves it open: more make no device faster
 
 __all__ = ["TrainConfig", "main"]
 
@@ -77,7 +76,7 @@ def main(config: TrainConfig) -> TrainState | None:
         batch_ids,
         pairs.lengths,
         row_multiple=placement.row_shards,
-        longest_row=_longest_row(config, pairs),
+        longest_row=longest_row(trainer.per_device_parallelism, config.layout, pairs),
         pair_layout=config.layout,
     )
 
@@ -113,12 +112,6 @@ def main(config: TrainConfig) -> TrainState | None:
         )
     report.print(run_dir)
     return state
-
-
-def _longest_row(config: TrainConfig, pairs: PairTable) -> int:
-    longest_pair = config.layout.shortest_row(pairs.lengths)
-    parallelism = config.trainer.per_device_parallelism
-    return max(longest_pair, TOKENS_AT_ONCE) if parallelism == -1 else parallelism * longest_pair
 
 
 def _with_zero_init(config: TrainConfig) -> TrainConfig:

@@ -1,0 +1,109 @@
+"""The pairs that are measured: drawn by a length profile, or read from a file of preferences."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from bench.profiles import PROFILES, Length, LengthProfile
+from lora_dpo_jax.data import ComponentConfig, FormatConfig, PairTable, TokenizedPair, UrlSource, tokenize_component
+from lora_dpo_jax.data.loader import whole_table
+
+BOS, EOS, FIRST_ID, LAST_ID = 1, 2, 3, 32000  # drawn ids are in [FIRST_ID, LAST_ID)
+
+
+class MemoryPairs(Sequence[TokenizedPair]):
+    """What a `TokenizedPairs` offers, in memory."""
+
+    def __init__(self, pairs: Sequence[TokenizedPair], name: str):
+        self.pairs, self.name = list(pairs), name
+        self.lengths = np.array([[len(tokens) for tokens in pair] for pair in pairs], np.int32).reshape(-1, 3)
+        self.prompt_hashes = np.arange(len(self.pairs), dtype=np.uint64)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        return self.pairs[index]
+
+    def origin(self, index: int) -> str:
+        return f"{self.name}, row {index}"
+
+
+def load(data: str, count: int, *, vocab_size: int, tokenizer: str | None = None, cap: int | None = None) -> PairTable:
+    """`count` pairs of a profile, or the first ones of a file (jsonl or parquet, tokenized with `tokenizer`'s folder).
+
+    `cap` (tokens of prompt + one response) drops longer rows of a file. Raises ValueError if the file has too few.
+    """
+    if data in PROFILES:
+        pairs = synthetic(PROFILES[data], count, vocab_size=vocab_size)
+    elif not Path(data).is_file():
+        raise ValueError(f"data={data!r} is neither a file nor one of the profiles {[*PROFILES]}")
+    elif tokenizer is None:
+        raise ValueError(f"data={data!r} is a file, so tokenizer must name the folder of a tokenizer")
+    else:
+        pairs = from_file(data, count, tokenizer, cap or 1024)
+    if (highest := max(int(tokens.max()) for pair in pairs for tokens in pair)) >= vocab_size:
+        raise ValueError(f"{data} holds token {highest}, but the model embeds only {vocab_size}; use another tokenizer")
+    return _table(pairs, data)
+
+
+def synthetic(profile: LengthProfile, count: int, *, vocab_size: int, seed: int = 0) -> list[TokenizedPair]:
+    """Random ids; a prompt begins with BOS, a response ends with EOS.
+
+    More pairs begin with the same ones, and lengths do not depend on the vocabulary.
+    """
+    rng = np.random.default_rng(seed)
+
+    def length(of: Length, shortest: int, longest: int) -> int:
+        return int(np.clip(rng.lognormal(np.log(of.median), of.sigma), shortest, longest))
+
+    def ids(number: int) -> list[int]:
+        drawn = rng.integers(FIRST_ID, LAST_ID, number)
+        return (FIRST_ID + (drawn - FIRST_ID) % (min(vocab_size, LAST_ID) - FIRST_ID)).tolist()
+
+    pairs = []
+    for _ in range(count):
+        prompt = length(profile.prompt, profile.shortest_prompt, profile.longest_prompt)
+        chosen, rejected = (length(of, 4, profile.cap - prompt) for of in (profile.chosen, profile.rejected))
+        parts = [BOS, *ids(prompt - 1)], [*ids(chosen - 1), EOS], [*ids(rejected - 1), EOS]
+        pairs.append(TokenizedPair(*(np.array(part, np.int32) for part in parts)))
+    return pairs
+
+
+def from_file(path: str, count: int, tokenizer: str, cap: int) -> list[TokenizedPair]:
+    """The first `count` usable pairs of at most `cap` tokens, read and tokenized as for training."""
+    component = ComponentConfig(UrlSource(train_urls=[path]), FormatConfig(slice_strategy="drop", invalid_rows="drop"))
+    pairs = tokenize_component(component, AutoTokenizer.from_pretrained(tokenizer), split="train", train_seq_len=cap)
+    if len(pairs) < count:
+        raise ValueError(f"{path} holds {len(pairs)} usable pairs of at most {cap} tokens; {count} were asked for")
+    return [pairs[index] for index in range(count)]
+
+
+def real_tokens(lengths: np.ndarray) -> int:
+    """Prompt and response of each sequence: a prompt counts twice, padding never, whatever the system."""
+    return int((lengths * [2, 1, 1]).sum())
+
+
+def write_jsonl(pairs: Sequence[TokenizedPair], path: Path) -> None:
+    """For the peers, one object a line: prompt_ids, chosen_ids, rejected_ids."""
+    with open(path, "w", encoding="utf-8") as file:
+        for pair in pairs:
+            row = {f"{name}_ids": tokens.tolist() for name, tokens in pair._asdict().items()}
+            file.write(json.dumps(row) + "\n")
+
+
+def load_jsonl(path: Path, count: int) -> PairTable:
+    """The first `count` pairs that `write_jsonl` wrote. Raises ValueError if there are fewer."""
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file][:count]
+    if len(rows) < count:
+        raise ValueError(f"{path} holds {len(rows)} pairs; {count} were asked for")
+    pairs = [TokenizedPair(*(np.array(row[f"{name}_ids"], np.int32) for name in TokenizedPair._fields)) for row in rows]
+    return _table(pairs, path.name)
+
+
+def _table(pairs: Sequence[TokenizedPair], name: str) -> PairTable:
+    return whole_table({name: MemoryPairs(pairs, name)})  # type: ignore[arg-type]

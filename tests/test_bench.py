@@ -1,0 +1,200 @@
+"""The benchmark measures real steps, on the same pairs for everyone, and what it compares computes the same."""
+
+import functools
+import json
+import math
+import sys
+from pathlib import Path
+
+import draccus
+import jax
+import numpy as np
+import pytest
+
+from bench import compare, ladder, pairs, throughput
+from bench.layouts import Savings, lay_out
+from bench.measure import Meter
+from bench.models import decoder_config, write_folder
+from bench.profiles import PROFILES, SHAPES
+from bench.wiring import Model, Options, Trainer, adapted_model
+from lora_dpo_jax.huggingface.weights import load_model, read_config
+from lora_dpo_jax.sharding import MeshConfig, Placement
+
+ROOT = Path(__file__).parents[1]
+ONE_DEVICE = jax.devices()[:1]
+DENSE = Model(attention="dense")  # compiles in half the time
+
+
+def options(**changes) -> Options:
+    trainer = Trainer(train_batch_size=2)
+    return Options(
+        **dict(shape="tiny", data="hh512", model=DENSE, pairs=4, warmup=1, steps=2, trainer=trainer) | changes
+    )
+
+
+@functools.cache
+def measured(reference: str) -> dict:
+    return throughput.measure(options(reference=reference), ONE_DEVICE)
+
+
+@pytest.mark.parametrize("reference", ["live", "cached"])
+def test_throughput_counts_the_tokens_of_the_steps_it_times(reference):
+    result = measured(reference)
+    lengths = pairs.load("hh512", 4, vocab_size=97).lengths
+    assert result["steps"] == 2 and result["pairs_per_step"] == 2
+    assert result["tokens"] == (lengths * [2, 1, 1]).sum()  # steps 1 and 2 train on pairs 2, 3, then 0, 1 again
+    # Both rates come from the same seconds, the one with four pairs.
+    assert result["tokens_per_second"] / result["pairs_per_second"] == pytest.approx(result["tokens"] / 4, rel=1e-3)
+    assert result["loss_first"] == pytest.approx(math.log(2), abs=1e-5)
+    assert result["programs"] == 1 and result["compile_seconds"] > 0
+    assert result["peak_memory_mb"] > 50 and result["temporary_memory_mb"] > 0
+    assert (result["reference_seconds"] is None) == (reference == "live")
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_a_cached_reference_trains_alike():
+    live, cached = measured("live"), measured("cached")
+    assert abs(live["loss_last"] - math.log(2)) > 1e-4  # something was learned
+    # The reference comes from rows of other lengths: its sums of some 200 nats have another order.
+    assert cached["loss_last"] == pytest.approx(live["loss_last"], abs=2e-5)
+
+
+def test_every_rung_of_the_ladder_has_the_same_loss_and_gradients():
+    settings = ladder.Options(
+        shape="tiny", data="hh512", model=DENSE, warmup=1, steps=1, trainer=Trainer(train_batch_size=4, mp="f32")
+    )
+    rungs = ladder.climb(settings, ONE_DEVICE)
+    assert [rung.name for rung in rungs] == [rung.name for rung in ladder.RUNGS]
+    assert abs(rungs[0].loss - math.log(2)) > 1e-4  # adapters that are not zero: there is something to compare
+    assert all(np.abs(gradient).max() > 1e-4 for gradient in rungs[0].gradients)
+    ladder.check(rungs, 1e-5)
+    with pytest.raises(SystemExit, match=r"\+ shared prefix"):
+        rungs[2].gradients = [gradient * 1.001 for gradient in rungs[2].gradients]
+        rungs[2].gradient_difference = ladder._distance(rungs[2].gradients, rungs[0].gradients)
+        ladder.check(rungs, 1e-5)
+    predicted = [rung.predicted_gflop for rung in rungs]
+    assert predicted == sorted(predicted, reverse=True) and len(set(predicted)) == len(predicted)
+    assert len(ladder.markdown(rungs).splitlines()) == 2 + len(rungs)
+
+
+def test_layouts_compute_what_their_names_say():
+    table = list(pairs.load("hh512", 6, vocab_size=97))
+    longest = max(pair.length for pair in table)
+    real = pairs.real_tokens(np.array([[len(part) for part in pair] for pair in table]))
+    targets = sum(len(pair.chosen) + len(pair.rejected) for pair in table)
+
+    def computed(batch) -> tuple[int, int]:
+        """Tokens of some segment, and positions that reach the head."""
+        return int((batch.segment_ids.array > 0).sum()), int((batch.target_slot.array >= 0).sum())
+
+    padded = lay_out(table, Savings(packing=False, shared_prefix=False, response_only=False))
+    assert computed(padded) == (6 * 2 * longest, padded.tokens.array.size)
+    assert computed(lay_out(table, Savings(shared_prefix=False))) == (real, targets)
+    assert computed(lay_out(table, Savings())) == (sum(pair.size for pair in table), targets)
+
+
+def test_pairs_of_a_profile_are_always_the_same():
+    for name, profile in PROFILES.items():
+        few, many = (pairs.load(name, count, vocab_size=32000) for count in (5, 40))
+        assert all(np.array_equal(a, b) for i in range(5) for a, b in zip(few[i], many[i], strict=True))
+        # A smaller vocabulary changes the ids, not the lengths.
+        other = pairs.load(name, 40, vocab_size=97)
+        np.testing.assert_array_equal(other.lengths, many.lengths)
+        assert max(int(part.max()) for pair in other for part in pair) < 97
+        assert all(pair.length <= profile.cap for pair in many)
+    # Figures measured on these pairs, here and elsewhere, can be compared.
+    lengths = pairs.load("uf512", 4, vocab_size=32000).lengths
+    assert lengths.tolist() == [[67, 127, 185], [83, 100, 26], [110, 237, 56], [217, 140, 63]]
+
+
+def test_pairs_that_are_written_for_the_peers_come_back(tmp_path):
+    table = pairs.load("hh512", 5, vocab_size=97)
+    pairs.write_jsonl(table, tmp_path / "pairs.jsonl")
+    again = pairs.load_jsonl(tmp_path / "pairs.jsonl", 3)
+    assert all(np.array_equal(a, b) for i in range(3) for a, b in zip(again[i], table[i], strict=True))
+    with pytest.raises(ValueError, match="holds 5 pairs; 6 were asked for"):
+        pairs.load_jsonl(tmp_path / "pairs.jsonl", 6)
+
+
+def test_pairs_of_a_file_are_read_as_for_training(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_DPO_JAX_CACHE", str(tmp_path))
+    example = ROOT / "examples" / "quickstart"
+    tokenizer = str(example / "model")
+    table = pairs.load(str(example / "train.jsonl"), 8, vocab_size=10**6, tokenizer=tokenizer, cap=256)
+    assert len(table) == 8 and table.lengths.min() > 0
+    with pytest.raises(ValueError, match="the model embeds only 97"):
+        pairs.load(str(example / "train.jsonl"), 8, vocab_size=97, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="tokenizer must name"):
+        pairs.load(str(example / "train.jsonl"), 8, vocab_size=97)
+    with pytest.raises(ValueError, match="neither a file nor one of the profiles"):
+        pairs.load("no such file", 8, vocab_size=97)
+
+
+def test_one_setting_given_leaves_the_other_defaults():
+    given = draccus.parse(Options, args=["--trainer.mp", "f32", "--lora.r", "64", "--model.attention", "dense"])
+    assert (given.trainer.mp, given.lora.r, given.model.attention) == ("f32", 64, "dense")
+    assert given.trainer.train_batch_size == Options().trainer.train_batch_size == 4
+    assert given.lora.alpha == 32.0 and given.model.gradient_checkpointing == "none"
+
+
+def test_a_written_model_is_one_that_loads(tmp_path):
+    folder = write_folder("tiny", tmp_path / "tiny")
+    model = load_model(folder, read_config(folder), dtype="float32")
+    assert model.config == decoder_config("tiny")
+    assert float(np.std(model.model.embed_tokens.weight.array)) == pytest.approx(0.02, rel=0.05)
+    np.testing.assert_array_equal(
+        adapted_model(options(shape=str(folder)), Placement(MeshConfig(), ONE_DEVICE)).model.norm.weight.array, 1.0
+    )
+    assert write_folder("tiny", folder) == folder  # and is not written again
+
+
+@pytest.mark.parametrize("shape, millions", [("22m", 19.3), ("135m", 134.5), ("1b", 1235.8), ("8b", 8030.3)])
+def test_shapes_have_the_parameters_of_the_models(shape, millions):
+    config = decoder_config(shape)
+    assert set(SHAPES) == {"tiny", "22m", "135m", "1b", "8b"}
+    hidden, heads = config.hidden_size, config.num_heads * config.head_dim
+    keys = config.num_kv_heads * config.head_dim
+    layer = 2 * hidden * heads + 2 * hidden * keys + 3 * hidden * config.intermediate_size + 2 * hidden
+    embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    assert (config.num_layers * layer + embeddings + hidden) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def result(tokens_per_second: float, cpu_seconds: float, memory: float) -> dict:
+    figures = {"tokens_per_second": tokens_per_second, "cpu_seconds_per_step": cpu_seconds, "peak_memory_mb": memory}
+    return figures | {"versions": {"x": "1.0"}, "device": "a CPU"}
+
+
+def test_ratios_are_of_medians_and_above_one_where_ours_is_better():
+    results = {
+        compare.OURS: [result(300, 2.0, 1000), result(100, 9.0, 1000), result(310, 1.0, 1200)],
+        "trl": [result(100, 6.0, 4000), result(90, 6.5, 4000), result(900, 0.1, 1.0)],
+    }
+    compared = compare.compare(results)
+    assert list(compared["medians"][compare.OURS].values()) == [300, 2.0, 1000]
+    assert compared["ratios"] == {"trl": {"tokens_per_second": 3.0, "cpu_seconds_per_step": 3.0, "peak_memory_mb": 4.0}}
+    ours, trl = compare.markdown(compared).splitlines()[2:]
+    assert "| 300.0 |" in ours and "3.00x" not in ours
+    assert "| 100.0 | 3.00x |" in trl and "x 1.0" in trl
+
+
+def test_systems_take_turns(tmp_path):
+    """Each in a process of its own, which writes what it measured."""
+    script = "import json, sys, pathlib; pathlib.Path(sys.argv[-1]).write_text(json.dumps({'argv': sys.argv[1]}))"
+    commands = {name: [sys.executable, "-c", script, name] for name in (compare.OURS, "peer")}
+    results = compare.measure_in_turns(commands, 2, tmp_path)
+    assert results == {name: [{"argv": name}] * 2 for name in commands}
+    failing = {"peer": [sys.executable, "-c", "raise SystemExit('no memory')"]}
+    with pytest.raises(SystemExit, match="peer failed with exit code 1(.|\n)*no memory"):
+        compare.measure_in_turns(failing, 1, tmp_path)
+
+
+def test_the_warm_up_does_not_count(monkeypatch):
+    now = iter([0.0, 10.0, 11.0, 14.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    meter = Meter(warmup=1)
+    for _ in range(3):
+        meter.end_step()
+    monkeypatch.undo()
+    report = meter.report([100, 300], pairs_per_step=2)
+    assert report["seconds_per_step"] == 2.0 and report["warmup_seconds"] == 10.0
+    assert report["tokens_per_second"] == 100.0 and report["pairs_per_second"] == 1.0
