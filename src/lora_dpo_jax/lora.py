@@ -105,7 +105,7 @@ def _low_rank_forward(x: NamedArray, A: NamedArray, B: NamedArray):
 
 def _low_rank_backward(saved, d_out: NamedArray):
     x, A, B, low = saved
-    tokens = [axis for axis in low.axes if axis.name != RANK]
+    tokens: Any = [axis for axis in low.axes if axis.name != RANK]
     d_low = d_out.dot(B.astype(x.dtype), axis=_but_rank(B))
     # The thin factor comes first: the wide one is then not transposed, which would cost more than the product.
     d_A = d_low.dot(x, axis=tokens, preferred_element_type=A.dtype).rearrange(A.axes)
@@ -116,7 +116,7 @@ def _low_rank_backward(saved, d_out: NamedArray):
 _low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
-def _but_rank(factor: NamedArray) -> list[Axis]:
+def _but_rank(factor: NamedArray) -> Any:
     return [axis for axis in factor.axes if axis.name != RANK]
 
 

@@ -110,11 +110,11 @@ def attend(
 class _PlatformKernels:
     """The kernels of the platform that a program is compiled for, which need not be the one it is traced on."""
 
-    def forward(self, *arrays):
-        return self._of_platform("forward")(*arrays)
+    def forward(self, q, k, v, runs):
+        return self._of_platform("forward")(q, k, v, runs)
 
-    def backward(self, *arrays):
-        return self._of_platform("backward")(*arrays)
+    def backward(self, q, k, v, runs, log_normalizer, inner, d_out):
+        return self._of_platform("backward")(q, k, v, runs, log_normalizer, inner, d_out)
 
     def _of_platform(self, name: str) -> Callable:
         tpu, cuda, default = (getattr(kernels, name) for kernels in (TpuKernels(), GpuKernels(), BlockedKernels()))

@@ -153,7 +153,14 @@ class Int8Weight(QuantizedWeight):
         scale = jnp.max(jnp.abs(values), axis=inputs, keepdims=True) / 127
         codes = jnp.round(values / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8)
         error = hax.zeros(stack, dtype=jnp.float32)
-        return cls(_named(codes, (*stack, *Out, *In)), _named(scale, (*stack, *Out)), error, Out, In, dtype)
+        return cls(
+            codes=_named(codes, (*stack, *Out, *In)),
+            scale=_named(scale, (*stack, *Out)),
+            error=error,
+            Out=Out,
+            In=In,
+            dtype=dtype,
+        )
 
     def decode(self) -> jax.Array:
         return self.codes.array * jnp.expand_dims(self.scale.array, tuple(range(-len(self.In), 0)))
