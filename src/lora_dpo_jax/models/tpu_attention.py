@@ -95,6 +95,8 @@ class _Tiles:
         self.outer_is_query = outer == "query"
 
     def call(self, kernel, grid, inputs, outputs, shapes, scratch):
+        # Heads may be shared out among cores; visits must come in order.
+        semantics = "parallel", "arbitrary", "arbitrary"
         call = pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -105,10 +107,7 @@ class _Tiles:
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
             ),
             out_shape=shapes,
-            # Heads may be shared out among cores; visits must come in order.
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", *["arbitrary"] * (len(grid) - 1)),
-            ),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=semantics[: len(grid)]),
             interpret=self.interpret,
             name=kernel.func.__name__.strip("_"),
         )
