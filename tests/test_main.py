@@ -303,6 +303,13 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, rows):
         main(config)
 
 
+@pytest.mark.parametrize("attention, needed", [("pallas_tpu", "tpu"), ("pallas_gpu", "gpu")])
+def test_attention_of_another_platform_is_refused(tmp_path, rows, attention, needed):
+    config = run_config(tmp_path, rows, model__attention=attention)
+    with pytest.raises(ValueError, match=f"model.attention={attention} needs a {needed}, and this is a cpu: set auto"):
+        main(config)
+
+
 def test_a_run_without_training_pairs_is_refused(tmp_path, rows):
     config = run_config(tmp_path, rows, data__components__prefs__source={"type": "url", "validation_urls": [str(rows)]})
     with pytest.raises(ValueError, match="no training pair"):

@@ -11,11 +11,12 @@ import haliax as hax
 import jax
 import jax.numpy as jnp
 from haliax import Axis, NamedArray
+from jax import Array
 from jax.sharding import PartitionSpec
 
 from lora_dpo_jax.models.blocked_attention import BlockedKernels
 from lora_dpo_jax.models.gpu_attention import GpuKernels
-from lora_dpo_jax.models.packed_blocks import Kernels, key_runs, packed_attention
+from lora_dpo_jax.models.packed_blocks import Kernels, KeyRuns, key_runs, packed_attention
 from lora_dpo_jax.models.tpu_attention import TpuKernels
 
 KEY_POSITION = "key_position"
@@ -110,10 +111,12 @@ def attend(
 class _PlatformKernels:
     """The kernels of the platform that a program is compiled for, which need not be the one it is traced on."""
 
-    def forward(self, q, k, v, runs):
+    def forward(self, q: Array, k: Array, v: Array, runs: KeyRuns) -> tuple[Array, Array]:
         return self._of_platform("forward")(q, k, v, runs)
 
-    def backward(self, q, k, v, runs, log_normalizer, inner, d_out):
+    def backward(
+        self, q: Array, k: Array, v: Array, runs: KeyRuns, log_normalizer: Array, inner: Array, d_out: Array
+    ) -> tuple[Array, Array, Array]:
         return self._of_platform("backward")(q, k, v, runs, log_normalizer, inner, d_out)
 
     def _of_platform(self, name: str) -> Callable:

@@ -107,15 +107,10 @@ def _block_pairs(runs: KeyRuns, query_block: int, key_block: int) -> tuple[Array
     own_start, prompt_start, prompt_stop = (x[..., None] for x in (runs.own_start, runs.prompt_start, runs.prompt_stop))
     some = (own_start <= last_key) & (first_key <= query)
     some |= (prompt_start <= last_key) & (first_key < prompt_stop) & (prompt_start < prompt_stop)
-    every = runs_cover(own_start, query, first_key, last_key) | runs_cover(
-        prompt_start, prompt_stop - 1, first_key, last_key
-    )
+    every = (own_start <= first_key) & (last_key <= query)
+    every |= (prompt_start <= first_key) & (last_key < prompt_stop)
     blocks = (rows, length // query_block, query_block, -1)
     return some.reshape(blocks).any(axis=2), every.reshape(blocks).all(axis=2)
-
-
-def runs_cover(start: Array, last: Array, first_key: Array, last_key: Array) -> Array:
-    return (start <= first_key) & (last_key <= last)
 
 
 class Kernels(Protocol):

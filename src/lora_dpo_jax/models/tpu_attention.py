@@ -96,7 +96,7 @@ class _Tiles:
 
     def call(self, kernel, grid, inputs, outputs, shapes, scratch):
         # Heads may be shared out among cores; visits must come in order.
-        semantics: Any = ("parallel", *["arbitrary"] * (len(grid) - 1))
+        semantics = "parallel", "arbitrary", "arbitrary"
         call = pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -107,7 +107,7 @@ class _Tiles:
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
             ),
             out_shape=shapes,
-            compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=semantics[: len(grid)]),
             interpret=self.interpret,
             name=kernel.func.__name__.strip("_"),
         )
