@@ -68,7 +68,7 @@ def test_meshes_change_nothing_and_weights_never_move(kind):
 def test_no_dequantized_layer_is_kept_for_the_backward_pass(gradient_checkpointing):
     """Memory of the compiled step grows by less than the activations and the codes of a layer with each layer."""
     pairs = table_of(random_pairs(1))
-    batch = packed(pairs, plan_layout([np.arange(1)], pairs.lengths).parts[0])
+    batch = packed(pairs, dataclasses.replace(plan_layout([np.arange(1)], pairs.lengths).parts[0], row_length=64))
     tokens = batch.tokens.size
 
     def temporary_bytes(num_layers: int) -> tuple[int, int]:
