@@ -1,5 +1,6 @@
 """Models with random weights: as a folder that every system reads, or made where they are needed."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import transformers
 from bench.profiles import SHAPES
 from lora_dpo_jax.huggingface.tensors import write_shards
 from lora_dpo_jax.huggingface.weights import Parameter, map_parameters, read_config
+from lora_dpo_jax.main.setup import ModelConfig
 from lora_dpo_jax.models import CausalLM, DecoderConfig, config_from_hf
 from lora_dpo_jax.sharding import Placement
 
@@ -28,6 +30,13 @@ def decoder_config(model: str) -> DecoderConfig:
     if not Path(model).is_dir():
         raise ValueError(f"model={model!r} is neither a folder nor one of the shapes {[*SHAPES]}")
     return read_config(Path(model))
+
+
+def run_config(model: str, settings: ModelConfig) -> DecoderConfig:
+    """The same, computed as the settings of a run say."""
+    return dataclasses.replace(
+        decoder_config(model), gradient_checkpointing=settings.gradient_checkpointing, attention=settings.attention
+    )
 
 
 def write_folder(shape: str, folder: Path, *, seed: int = 0, with_weights: bool = True) -> Path:
@@ -49,11 +58,12 @@ def random_model(config: DecoderConfig, placement: Placement, *, dtype: Any, see
     """Random weights made on the devices that hold them, an array at a time."""
     keys = iter(jax.random.split(jax.random.key(seed), 1000))
 
-    def make(parameter: Parameter) -> jax.Array:
+    def make(parameter: Parameter) -> hax.NamedArray:
         shape = tuple(axis.size for axis in parameter.axes)
         sharding = hax.partitioning.sharding_for_axis(parameter.axes, placement.parameters, placement.mesh)
         draw = _ones if _is_norm(parameter) else _normal
-        return jax.jit(draw, static_argnums=(1, 2), out_shardings=sharding)(next(keys), shape, dtype)
+        array = jax.jit(draw, static_argnums=(1, 2), out_shardings=sharding)(next(keys), shape, dtype)
+        return hax.named(array, parameter.axes)
 
     return map_parameters(make, _template(config))
 

@@ -3,7 +3,6 @@
 What is new in how a run is wired there belongs here too: everything else in this folder goes through `wire`.
 """
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter, unwrap_lora
 from lora_dpo_jax.losses import Dpo
 from lora_dpo_jax.main.setup import ModelConfig, longest_row
 from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.models.quantization import quantize
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.optimizer import OptimizerConfig
 from lora_dpo_jax.training.step import TrainState, TrainStep
@@ -139,19 +139,22 @@ def wire(options: Options, pairs: PairTable, devices: list | None = None) -> Wir
 def adapted_model(options: Subject, placement: Placement) -> CausalLM:
     """Read from the folder or random, and with new adapters."""
     trainer = options.trainer
-    config = dataclasses.replace(
-        models.decoder_config(options.shape),
-        gradient_checkpointing=options.model.gradient_checkpointing,
-        attention=options.model.attention,
-    )
+    config = models.run_config(options.shape, options.model)
     dtype = trainer.precision.compute_dtype
     if options.model.dtype is not None:
         dtype = jmp.get_policy(options.model.dtype).param_dtype
     if _has_weights(options.shape):
         with placement.scope():
-            base = load_model(Path(options.shape), config, dtype=dtype, mapping=placement.parameters)
+            base = load_model(
+                Path(options.shape),
+                config,
+                dtype=dtype,
+                mapping=placement.parameters,
+                quantization=options.model.quantization,
+            )
     else:
         base = models.random_model(config, placement, dtype=dtype, seed=trainer.seed)
+        base = quantize(base, options.model.quantization)
     model = loraize(base, options.lora, key=jax.random.key(trainer.seed))
     adapters, weights = eqx.partition(model, trainable_filter(model))
     adapters = jax.tree.map(lambda x: x.astype(trainer.precision.param_dtype), adapters)

@@ -54,11 +54,11 @@ def computed(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def batches(monkeypatch) -> list[PreferenceBatch]:
-    """What the train steps are given."""
+    """What the train steps are given, part by part."""
     given, call = [], TrainStep.__call__
 
     def recording(self, state, batch):
-        given.append(batch)
+        given.extend(batch)
         return call(self, state, batch)
 
     monkeypatch.setattr(TrainStep, "__call__", recording)

@@ -108,12 +108,22 @@ def _low_rank_backward(saved, d_out: NamedArray):
     tokens: Any = [axis for axis in low.axes if axis.name != RANK]
     d_low = d_out.dot(B.astype(x.dtype), axis=_but_rank(B))
     # The thin factor comes first: the wide one is then not transposed, which would cost more than the product.
-    d_A = d_low.dot(x, axis=tokens, preferred_element_type=A.dtype).rearrange(A.axes)
-    d_B = low.dot(d_out, axis=tokens, preferred_element_type=B.dtype).rearrange(B.axes)
+    d_A = _summed_in(A.dtype, d_low, x, tokens).rearrange(A.axes)
+    d_B = _summed_in(B.dtype, low, d_out, tokens).rearrange(B.axes)
     return d_low.dot(A.astype(x.dtype), axis=RANK).rearrange(x.axes), d_A, d_B
 
 
 _low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+def _summed_in(dtype: Any, a: NamedArray, b: NamedArray, axis: Any) -> NamedArray:
+    return jax.lax.platform_dependent(
+        a,
+        b,
+        # XLA has no such sums of bfloat16 products for some layouts on a CPU, and fails when it runs.
+        cpu=lambda a, b: hax.dot(a.astype(dtype), b.astype(dtype), axis=axis),
+        default=lambda a, b: hax.dot(a, b, axis=axis, preferred_element_type=dtype),
+    )
 
 
 def _but_rank(factor: NamedArray) -> Any:

@@ -1,7 +1,7 @@
 """Which mesh axis each array axis is split over. Layers never mention devices; these mappings do."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,12 +88,19 @@ class Placement:
             yield
 
     def put_batch(self, batch: Any) -> Any:
-        return self._put(batch, self.compute)
+        return self._place(batch, self.compute, jax.device_put)
 
     def put_parameters(self, tree: Any) -> Any:
-        return self._put(tree, self.parameters)
+        return self._place(tree, self.parameters, jax.device_put)
 
-    def _put(self, tree: Any, mapping: AxisMapping) -> Any:
+    def describe_batch(self, batch: Any) -> Any:
+        """What `put_batch` would give, as ShapeDtypeStructs: for compiling without arrays, or without the devices."""
+        return self._place(batch, self.compute, _described)
+
+    def describe_parameters(self, tree: Any) -> Any:
+        return self._place(tree, self.parameters, _described)
+
+    def _place(self, tree: Any, mapping: AxisMapping, place: Callable[[Any, NamedSharding], Any]) -> Any:
         """NamedArrays are split by `mapping`, other arrays are whole on every device."""
 
         def put(leaf):
@@ -101,7 +108,11 @@ class Placement:
                 if leaf.array is None:  # the other part of a partitioned tree
                     return leaf
                 sharding = hax.partitioning.sharding_for_axis(leaf.axes, mapping, self.mesh)
-                return NamedArray(jax.device_put(leaf.array, sharding), leaf.axis_names)
-            return jax.device_put(leaf, NamedSharding(self.mesh, PartitionSpec()))
+                return NamedArray(place(leaf.array, sharding), leaf.axis_names)
+            return place(leaf, NamedSharding(self.mesh, PartitionSpec()))
 
         return jax.tree.map(put, tree, is_leaf=lambda leaf: isinstance(leaf, NamedArray))
+
+
+def _described(array: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)

@@ -277,7 +277,7 @@ def test_llama_3_1_8b_takes_less_than_5_8_gb():
 
 
 def test_the_reference_is_the_quantized_base_and_new_adapters_change_nothing():
-    base, model = quantized("nf4"), adapted("nf4")
+    base, model = quantized("nf4", "llama"), adapted("nf4")
     assert {id(leaf) for leaf in jax.tree.leaves(unwrap_lora(model))} == {id(leaf) for leaf in jax.tree.leaves(base)}
     tokens, is_response = plain_sequences(random_pairs(8).pairs)
     policy, reference = (response_log_probs(m, tokens, is_response) for m in (model, unwrap_lora(model)))
@@ -300,7 +300,9 @@ def test_completions_are_those_of_the_dequantized_model():
     model = moved(adapted("nf4"), size=0.3)
     prompts = [[1, 2, 3], [4, 5, 6, 7]]
     config = GenerationConfig(max_new_tokens=6)
-    assert generate(model, prompts, config) == generate(dequantized(model), prompts, config)
+    completions = generate(model, prompts, config, stop_ids=())
+    assert completions == generate(dequantized(model), prompts, config, stop_ids=())
+    assert [len(tokens) for tokens in completions] == [6, 6]
 
 
 def test_flops_count_weights_and_not_their_storage():

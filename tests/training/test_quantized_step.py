@@ -64,7 +64,7 @@ def test_meshes_change_nothing_and_weights_never_move(kind):
         np.testing.assert_allclose(sharded[path], value, rtol=1e-3, atol=1e-5, err_msg=path)
 
 
-@pytest.mark.parametrize("gradient_checkpointing", ["none", "full", "nested"])
+@pytest.mark.parametrize("gradient_checkpointing", ["none", "products", "full", "nested"])
 def test_no_dequantized_layer_is_kept_for_the_backward_pass(gradient_checkpointing):
     """Memory of the compiled step grows by less than the activations and the codes of a layer with each layer."""
     pairs = table_of(random_pairs(1))
@@ -96,5 +96,5 @@ def test_no_dequantized_layer_is_kept_for_the_backward_pass(gradient_checkpointi
     assert tokens <= 64
     growth = (many - few) / 12
     # All activations that a layer could keep are some 12,000 floats a token; its codes are an eighth of its float32.
-    assert growth < {"none": 0.6, "full": 0.1, "nested": 0.3}[gradient_checkpointing] * layer
+    assert growth < {"none": 0.9, "products": 0.5, "full": 0.1, "nested": 0.3}[gradient_checkpointing] * layer
     assert few < 4 * layer + 12_000 * 4 * tokens * 4

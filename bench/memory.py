@@ -1,0 +1,168 @@
+"""What the compiled step takes of a device's memory, by XLA's own account, on devices that need not be here:
+
+    python -m bench.memory --shape 8b --row_lengths '[2048, 4096, 8192, 16384]'
+    python -m bench.memory --shape 8b --topology v5e:4x4 --trainer.train_batch_size 128 --train_seq_len 4096
+
+Compiles with libtpu (`pip install -e '.[tpu]'`), which needs no TPU. Nothing is executed and no weight exists: the
+shape of a model is all that is needed. Prints a table and JSON.
+"""
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import draccus
+import equinox as eqx
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from bench import models
+from bench import pairs as benchmark_pairs
+from bench.measure import emit
+from bench.wiring import Lora, Model, Subject, Trainer
+from lora_dpo_jax.data import Layout, PreferenceBatch, plan_layout
+from lora_dpo_jax.data.packing import pack
+from lora_dpo_jax.lora import loraize
+from lora_dpo_jax.losses import Dpo
+from lora_dpo_jax.main.setup import longest_row
+from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.models.quantization import quantize
+from lora_dpo_jax.sharding import Placement
+from lora_dpo_jax.training.step import TrainState, TrainStep
+
+
+@dataclass(frozen=True)
+class LargeModel(Model):
+    gradient_checkpointing: str = "full"
+
+
+@dataclass(frozen=True)
+class LargeLora(Lora):
+    r: int = 64
+
+
+@dataclass(frozen=True)
+class LargeTrainer(Trainer):
+    train_batch_size: int = 128
+    mp: str | None = "p=f32,c=bfloat16"
+
+
+@dataclass(frozen=True)
+class Options(Subject):
+    shape: str = "8b"
+    data: str = "ultrafeedback"
+    model: LargeModel = field(default_factory=LargeModel)
+    lora: LargeLora = field(default_factory=LargeLora)
+    trainer: LargeTrainer = field(default_factory=LargeTrainer)
+    topology: str = "v5p:2x2x1"
+    devices: int | None = None  # the first ones of the topology; all by default
+    reference: Literal["live", "cached"] = "live"
+    row_lengths: list[int] = field(default_factory=list)  # tokens; by default what a run on `data` would choose
+
+
+def main() -> None:
+    options = draccus.parse(config_class=Options)
+    devices = list(topologies.get_topology_desc(options.topology, platform="tpu").devices)[: options.devices]
+    placement = Placement(options.trainer.mesh, devices)
+    rows = []
+    for parts in _batches(options, placement):
+        rows.append(measure(options, placement, parts))
+        print(markdown(rows[-1:]) if len(rows) == 1 else markdown(rows[-1:]).splitlines()[-1], flush=True)
+    emit({"shape": options.shape, "topology": options.topology, "devices": len(devices), "programs": rows}, options.out)
+
+
+def measure(options: Options, placement: Placement, parts: tuple[PreferenceBatch, ...]) -> dict[str, Any]:
+    """Of the step compiled for a batch, given as shapes: MB of a device."""
+    total = options.warmup + options.steps
+    optimizer = options.optimizer.build(total)
+    state = describe_state(options, placement, optimizer)
+    step = TrainStep(Dpo(), optimizer, scope=placement.scope)
+    began = time.perf_counter()
+    compiled = step.lower(state, placement.describe_batch(parts)).compile()
+    memory = compiled.memory_analysis()
+    return {
+        "rows": " + ".join(
+            f"{part.tokens.axes[0].size} x {part.tokens.axes[1].size} x {part.tokens.axes[2].size}" for part in parts
+        ),
+        "arguments_mb": memory.argument_size_in_bytes / 1e6,
+        "temporary_mb": memory.temp_size_in_bytes / 1e6,
+        "program_mb": memory.generated_code_size_in_bytes / 1e6,
+        "total_mb": (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
+        / 1e6,
+        "largest_arrays": largest_arrays(compiled.as_text()),
+        "compile_seconds": time.perf_counter() - began,
+    }
+
+
+def describe_state(options: Options, placement: Placement, optimizer: Any) -> TrainState:
+    """The state of a run as shapes, placed as a run places it."""
+    trainer = options.trainer
+    config = models.run_config(options.shape, options.model)
+
+    def make() -> TrainState:
+        base = CausalLM.init(config, key=jax.random.key(0))
+        base = jax.tree.map(lambda x: x.astype(trainer.precision.compute_dtype), base)
+        model = loraize(quantize(base, options.model.quantization), options.lora, key=jax.random.key(0))
+        return TrainState.init(model, optimizer, key=jax.random.key(1))
+
+    return placement.describe_parameters(eqx.filter_eval_shape(make))
+
+
+def largest_arrays(program: str, count: int = 3) -> list[str]:
+    """The largest arrays that the optimized program's own operations make: `bf16[2048,14336]`, ..."""
+    passed = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "copy-done", "copy-start"}
+    sizes: dict[str, int] = {}
+    for shape, operation in re.findall(r"= (\w+\[[\d,]*\])\S* ([\w-]+)\(", program):
+        if operation not in passed:
+            kind, dims = shape.rstrip("]").split("[")
+            bits = int("".join(c for c in kind if c.isdigit()) or 8) if kind != "pred" else 8
+            sizes[shape] = int(np.prod([int(d) for d in dims.split(",") if d], dtype=np.int64)) * bits // 8
+    return sorted(sizes, key=lambda shape: -sizes[shape])[:count]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| micro x rows x tokens | arguments MB | temporary MB | program MB | total MB | largest arrays | compile s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['rows']} | {row['arguments_mb']:,.0f} | {row['temporary_mb']:,.0f} | {row['program_mb']:,.0f} "
+            f"| {row['total_mb']:,.0f} | {', '.join(row['largest_arrays'])} | {row['compile_seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _batches(options: Options, placement: Placement) -> list[tuple[PreferenceBatch, ...]]:
+    """One of full rows for each length asked for, or what a step of the data's pairs is laid into."""
+    if options.row_lengths:
+        layouts = [
+            (Layout(2, placement.row_shards, length, targets=length, pairs=length // 128),)
+            for length in options.row_lengths
+        ]
+    else:
+        count = options.trainer.train_batch_size
+        vocab_size = models.decoder_config(options.shape).vocab_size
+        pairs = benchmark_pairs.load(
+            options.data, count, vocab_size=vocab_size, tokenizer=options.tokenizer, cap=options.train_seq_len
+        )
+        layout = plan_layout(
+            [np.arange(count)],
+            pairs.lengths,
+            row_multiple=placement.row_shards,
+            longest_row=longest_row(options.trainer.per_device_parallelism, options.layout, pairs),
+            pair_layout=options.layout,
+        )
+        layouts = [layout.parts]
+    return [tuple(_empty(layout, options.reference) for layout in parts) for parts in layouts]
+
+
+def _empty(layout: Layout, reference: str) -> PreferenceBatch:
+    known = np.zeros((1, 2), np.float32) if reference == "cached" else None
+    return pack([], [], layout, known)
+
+
+if __name__ == "__main__":
+    main()
