@@ -59,7 +59,7 @@ def _response_log_probs(head: Any, hidden: NamedArray, batch: PreferenceBatch, *
     Slot = Axis("slot", 2 * Pair.size)
     belongs: Any = batch.target_slot.broadcast_axis(Slot) == hax.arange(Slot)
     summed = _sum_rounded_once(hax.where(belongs, per_token, 0.0))
-    summed = summed.unflatten_axis(Slot, (Pair, Axis("response", 2)))
+    summed = summed.unflatten_axis(Slot, (Pair, Axis("response", 2))).rearrange((ROW, PAIR, "response"))
     return PairLogProbs(
         chosen=summed["response", 0],
         rejected=summed["response", 1],

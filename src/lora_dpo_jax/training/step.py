@@ -141,10 +141,14 @@ class TrainStep:
                 return gradients, sums, pair_loss.updated_slice({MICRO: index}, micro_pair_loss)
 
             start = (*totals, hax.zeros_like(part.pair_ids, dtype=jnp.float32))
-            if len(parts) == 1 and part.pair_ids.resolve_axis(MICRO).size == 1:
-                return add_micro_batch(0, start)
             # Micro-batches that this step does not fill cost nothing.
-            return jax.lax.fori_loop(0, part.num_used_micro_batches, add_micro_batch, start)
+            used = part.num_used_micro_batches
+            if part.pair_ids.resolve_axis(MICRO).size > 1:
+                return jax.lax.fori_loop(0, used, add_micro_batch, start)
+            if len(parts) == 1:
+                return add_micro_batch(0, start)
+            # No loop: what is the same in each turn, here everything, XLA computes before it even if there is no turn.
+            return jax.lax.cond(used > 0, lambda carry: add_micro_batch(0, carry), lambda carry: carry, start)
 
         shapes = jax.eval_shape(lambda: micro_loss(adapters, parts[0].micro_batch(0), key)[1][0])
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (adapters, shapes))
