@@ -149,11 +149,24 @@ def _forward(kernels: Kernels, q, k, v, runs):
 def _backward(kernels: Kernels, saved: Any, d_out: Array):
     q, k, v, runs, out, log_normalizer = saved
     # The sum over keys of weights * d_weights, by way of the output.
-    inner = jnp.einsum("rskgh,rskgh->rkgs", out, d_out, preferred_element_type=jnp.float32)
+    inner = jnp.moveaxis(_sum_of_products(out, d_out), 1, -1)
     return *kernels.backward(q, k, v, runs, log_normalizer, inner, d_out), None
 
 
 packed_attention.defvjp(_forward, _backward)
+
+
+def _sum_of_products(a: Array, b: Array) -> Array:
+    """Over the last axis, in float32."""
+
+    def product_with_ones(a, b):  # which XLA computes on a CPU ten times as fast
+        products = a.astype(jnp.float32) * b.astype(jnp.float32)
+        return products @ jnp.ones(a.shape[-1], jnp.float32)
+
+    def plain(a, b):
+        return jnp.einsum("...h,...h->...", a, b, preferred_element_type=jnp.float32)
+
+    return jax.lax.platform_dependent(a, b, cpu=product_with_ones, default=plain)
 
 
 def pad_positions(x: Array, length: int, axis: int = 1) -> Array:
