@@ -21,12 +21,12 @@ from jax.experimental import topologies
 from bench import models
 from bench import pairs as benchmark_pairs
 from bench.measure import emit
-from bench.wiring import Lora, Model, Subject, Trainer
+from bench.wiring import Lora, Subject, Trainer
 from lora_dpo_jax.data import Layout, PreferenceBatch, plan_layout
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.lora import loraize
 from lora_dpo_jax.losses import Dpo
-from lora_dpo_jax.main.setup import longest_row
+from lora_dpo_jax.main.setup import ModelConfig, longest_row
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import quantize
 from lora_dpo_jax.sharding import Placement
@@ -34,7 +34,7 @@ from lora_dpo_jax.training.step import TrainState, TrainStep
 
 
 @dataclass(frozen=True)
-class LargeModel(Model):
+class LargeModel(ModelConfig):
     gradient_checkpointing: str = "full"
 
 

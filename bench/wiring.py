@@ -38,6 +38,11 @@ class Model(ModelConfig):
 
 
 @dataclass(frozen=True)
+class FastModel(ModelConfig):
+    gradient_checkpointing: str = "products"  # less to write and read than none
+
+
+@dataclass(frozen=True)
 class Lora(LoraConfig):
     r: int = 16
     alpha: float = 32.0
@@ -62,7 +67,7 @@ class Subject:
     data: str = "uf512"  # one of profiles.PROFILES; or a file of preferences (jsonl, parquet)
     tokenizer: str | None = None  # the folder of one, for a file
     train_seq_len: int = 1024  # tokens of prompt + one response; longer rows of a file are left out
-    model: Model = field(default_factory=Model)
+    model: ModelConfig = field(default_factory=Model)
     layout: PairLayout = field(default_factory=PairLayout)
     lora: Lora = field(default_factory=Lora)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -78,6 +83,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Options(Subject):
+    model: FastModel = field(default_factory=FastModel)
     pairs: int = 16  # the first ones of the data, in its order, over and over
     pairs_file: str | None = None  # token ids instead of `data`: what bench/compare.py gives every system
     reference: Literal["live", "cached"] = "cached"  # in every step, or computed once before the first
