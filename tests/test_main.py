@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import draccus
+import jax
 import numpy as np
 import peft
 import pytest
@@ -34,7 +35,7 @@ from tiny_runs import (
 from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.main import train as train_module
 from lora_dpo_jax.main.errors import TRACEBACK
-from lora_dpo_jax.main.setup import TrainConfig, load_tables, load_tokenizer
+from lora_dpo_jax.main.setup import TrainConfig, keep_programs, load_tables, load_tokenizer
 from lora_dpo_jax.main.train import main
 from lora_dpo_jax.training.step import TrainStep
 from lora_dpo_jax.training.trainer import NonFiniteLossError
@@ -356,6 +357,8 @@ def test_the_config_of_levanters_guide_runs_without_torch_or_network(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | offline, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
+    assert re.search(r"the first step was done [\d.]+ s after the start", done.stderr)
+    assert any((tmp_path / "cache" / "programs").iterdir()), "the step is not compiled again by the next run"
     (metrics,) = tmp_path.glob("logs/*/metrics.jsonl")
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [0, 1]
@@ -364,6 +367,21 @@ def test_the_config_of_levanters_guide_runs_without_torch_or_network(tmp_path):
     peft.PeftModel.from_pretrained(base_model(), adapter)
     assert load_file(adapter / "adapter_model.safetensors").popitem()[1].dtype == np.float32
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / "merged")
+
+
+def test_a_folder_for_programs_that_was_chosen_is_kept(tmp_path):
+    chosen = jax.config.jax_compilation_cache_dir
+    assert chosen, "by tiny_runs, in the place of the user"
+    try:
+        keep_programs(run_config(tmp_path, tmp_path))
+        assert jax.config.jax_compilation_cache_dir == chosen
+        keep_programs(run_config(tmp_path, tmp_path, trainer__jax_compilation_cache_dir="elsewhere"))
+        assert jax.config.jax_compilation_cache_dir == "elsewhere"
+        jax.config.update("jax_compilation_cache_dir", None)
+        keep_programs(run_config(tmp_path, tmp_path))
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache" / "programs")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", chosen)
 
 
 CONFIG = """

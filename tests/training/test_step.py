@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import equinox as eqx
 import jax
@@ -26,7 +26,7 @@ from tiny_pairs import (
 
 from lora_dpo_jax.data.chat import TokenizedPair
 from lora_dpo_jax.data.loader import packed_batches
-from lora_dpo_jax.data.packing import pack
+from lora_dpo_jax.data.packing import PreferenceBatch, pack
 from lora_dpo_jax.data.planning import Layout, RunLayout, plan_rows
 from lora_dpo_jax.evaluation import PairScorer
 from lora_dpo_jax.lora import frozen_copy, trainable_filter, unwrap_lora, with_dropout
@@ -38,7 +38,7 @@ from lora_dpo_jax.training.step import TrainState, TrainStep
 PAIRS = table_of(random_pairs(24, seed=5))
 BATCHES = np.arange(24).reshape(3, 8)  # the pairs of three steps
 LAYOUT = Layout(micro_batches=1, rows=8, row_length=64, targets=128, pairs=8)
-PARTS = [(2, 128), (4, 64)]  # micro-batches of one row, and its length
+PARTS = [(1, 128), (4, 64)]  # micro-batches of one row, and its length
 # The steps of plain gradient descent are the gradients themselves; those of AdamW would blow up what is nearly zero.
 DESCENT = optax.sgd(0.1)
 ADAMW = OptimizerConfig(learning_rate=1e-2, lr_schedule="constant").build(10)
@@ -127,13 +127,26 @@ def test_micro_batches_change_nothing(rows_per_micro_batch):
     assert step.num_compilations == 1
 
 
-def test_parts_of_different_shapes_change_nothing():
-    """Two long rows, of which one may stay empty, and up to four short ones."""
+def in_parts() -> Iterator[tuple[PreferenceBatch, ...]]:
+    """A long row, which may stay empty, and up to four short ones."""
     layout = RunLayout(tuple(dataclasses.replace(LAYOUT, micro_batches=m, rows=1, row_length=n) for m, n in PARTS))
+    return packed_batches(PAIRS, BATCHES, layout, place=functools.partial(jax.tree.map, jnp.asarray))
+
+
+def test_parts_of_different_shapes_change_nothing():
     step = TrainStep(Dpo(), DESCENT)
-    batches = packed_batches(PAIRS, BATCHES, layout, place=functools.partial(jax.tree.map, jnp.asarray))
-    assert_same(trained_on(step, batches))
+    assert_same(trained_on(step, in_parts()))
     assert step.num_compilations == 1
+
+
+def test_what_a_step_does_not_use_is_not_computed():
+    """XLA moves out of a loop what is the same in each turn, and computes it even where there is none."""
+    state = TrainState.init(moved(new_adapters()), DESCENT, key=jax.random.key(0))
+    lowered = TrainStep(Dpo(reference_free=True), DESCENT).lower(state, next(in_parts()))
+    main = lowered.compile().as_text().partition("\nENTRY ")[2]
+    # The loop over the short rows, and the choice whether there is a long one. Those over layers are inside of them.
+    assert (main.count(" while("), main.count(" conditional(")) == (1, 1)
+    assert "dot_general" not in main
 
 
 @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 4, "model": 2}], ids=str)

@@ -21,6 +21,7 @@ from lora_dpo_jax.main.reference import ReferenceLogProbs
 from lora_dpo_jax.main.setup import (
     TrainConfig,
     folder_of,
+    keep_programs,
     load_base,
     load_peft_adapter,
     load_tables,
@@ -49,6 +50,7 @@ class EvaluateConfig(TrainConfig):
 
 def main(config: EvaluateConfig) -> dict[str, float]:
     """Writes the scores, prints the summary, and returns it."""
+    keep_programs(config)
     tokenizer = load_tokenizer(config)
     train, validation = load_tables(config, tokenizer)
     pairs = train if config.split == "train" else validation

@@ -4,18 +4,20 @@ import dataclasses
 import logging
 import os
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import draccus
+import jax
 import jmp
 from transformers import AutoTokenizer
 
 from lora_dpo_jax.data.cache import TokenizedPairs, load_pairs
 from lora_dpo_jax.data.loader import PairTable, split_by_prompt, whole_table
 from lora_dpo_jax.data.planning import PairLayout
-from lora_dpo_jax.data.preferences import PreferenceDataConfig
+from lora_dpo_jax.data.preferences import PreferenceDataConfig, default_cache_dir
 from lora_dpo_jax.evaluation import PairScorer
 from lora_dpo_jax.generation import GenerationConfig
 from lora_dpo_jax.huggingface.adapters import load_adapter
@@ -126,6 +128,26 @@ def parse_arguments(config_class: type) -> Any:
     for noisy in ("jax", "httpx", "datasets", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return draccus.parse(config_class=config_class)
+
+
+def process_start() -> float:
+    """When this process began, of time.perf_counter: where the system tells, before Python and the imports."""
+    now = time.perf_counter()
+    try:
+        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # seconds after the system
+        return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+    except (OSError, AttributeError, ValueError):  # not Linux
+        return now
+
+
+def keep_programs(config: TrainConfig) -> None:
+    """Tells JAX where to look for compiled programs and to leave new ones."""
+    chosen = config.trainer.jax_compilation_cache_dir
+    if chosen is None and not jax.config.jax_compilation_cache_dir:
+        chosen = str(Path(config.data.cache_dir or default_cache_dir()).expanduser() / "programs")
+    if chosen is not None:
+        jax.config.update("jax_compilation_cache_dir", chosen)
 
 
 @dataclass(frozen=True)

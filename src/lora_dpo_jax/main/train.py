@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import time
 from pathlib import Path
 
 import draccus
@@ -26,6 +27,7 @@ from lora_dpo_jax.main.setup import (
     Base,
     TrainConfig,
     folder_of,
+    keep_programs,
     load_base,
     load_peft_adapter,
     load_tables,
@@ -46,9 +48,14 @@ logger = logging.getLogger("lora_dpo_jax")
 __all__ = ["TrainConfig", "main"]
 
 
-def main(config: TrainConfig) -> TrainState | None:
-    """Trains, evaluates and exports; returns the last state (None after a preview)."""
+def main(config: TrainConfig, *, began: float | None = None) -> TrainState | None:
+    """Trains, evaluates and exports; returns the last state (None after a preview).
+
+    `began`, of time.perf_counter, is when the command was given, if that was before this call.
+    """
+    began = time.perf_counter() if began is None else began
     config = _with_zero_init(config)
+    keep_programs(config)
     tokenizer = load_tokenizer(config)
     pairs, held_out = load_tables(config, tokenizer)
     if config.preview:
@@ -109,6 +116,7 @@ def main(config: TrainConfig) -> TrainState | None:
             log_every=trainer.log_every,
             peak_flops=peak_flops(list(placement.mesh.devices.flat)),
             check=guard,
+            began=began,
         )
     report.print(run_dir)
     return state

@@ -17,6 +17,7 @@ from haliax.nn.scan import ScanCheckpointPolicy
 from lora_dpo_jax.lora import LOW_RANK, reference_model
 from lora_dpo_jax.models.attention import KEY_POSITION, AttentionMask, as_keys, attend
 from lora_dpo_jax.models.config import DecoderConfig
+from lora_dpo_jax.models.packed_blocks import ATTENDED
 from lora_dpo_jax.models.quantization import QuantizedWeight, quantized_product
 from lora_dpo_jax.models.rope import rotary_angles, rotate
 
@@ -41,8 +42,8 @@ PRODUCT = "product"  # what checkpointing policies call the output of a linear l
 # What the backward pass finds in memory, and what it costs to find the rest.
 CHECKPOINT_POLICIES: dict[str, ScanCheckpointPolicy] = {
     "none": KeepActivations(),  # keeps everything: most memory
-    # Keeps the outputs of linear layers: norms, rotations, activations and attention are computed again.
-    "products": ScanCheckpointPolicy(save_block_internals=[PRODUCT, LOW_RANK]),
+    # Keeps the outputs of linear layers and of attention: norms, rotations and activations are computed again.
+    "products": ScanCheckpointPolicy(save_block_internals=[PRODUCT, LOW_RANK, ATTENDED]),
     "full": ScanCheckpointPolicy(simple=True),  # keeps each layer's input: one more forward pass
     "nested": ScanCheckpointPolicy(nested=True),  # keeps about sqrt(layers) inputs: two more forward passes
 }

@@ -13,8 +13,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 MASKED = -1e30  # finite, so that differences of masked scores are numbers
+ATTENDED = "attended"  # what checkpointing policies call the results of attention
 LOG2_E = math.log2(math.e)  # kernels take powers of two, exp2(x * LOG2_E), as the hardware does
 
 
@@ -142,7 +144,7 @@ def packed_attention(kernels: Kernels, q: Array, k: Array, v: Array, runs: KeyRu
 
 
 def _forward(kernels: Kernels, q, k, v, runs):
-    out, log_normalizer = kernels.forward(q, k, v, runs)
+    out, log_normalizer = checkpoint_name(kernels.forward(q, k, v, runs), ATTENDED)
     return out, (q, k, v, runs, out, log_normalizer)
 
 

@@ -1,5 +1,6 @@
 """The training loop. It knows steps, metrics and hooks, and nothing of models, losses or data."""
 
+import logging
 import math
 import time
 import uuid
@@ -14,6 +15,8 @@ import jmp
 
 from lora_dpo_jax.sharding import MeshConfig
 from lora_dpo_jax.tracking import NoTrackerConfig, ProgressBar, Tracker, TrackerConfigs
+
+logger = logging.getLogger("lora_dpo_jax")
 
 S = TypeVar("S")
 COUNTS = ("pairs", "tokens", "flops")  # metrics of a step that are logged as rates
@@ -40,6 +43,9 @@ class TrainerConfig:
     tracker: TrackerConfigs = field(default_factory=lambda: [NoTrackerConfig()])
     log_dir: str = "logs"
     id: str | None = None  # the run's folder in log_dir; null generates a name
+    # Where compiled programs are kept for the next run, a folder or a URL; null: what JAX is told elsewhere
+    # ($JAX_COMPILATION_CACHE_DIR), or `programs` where the run keeps its other caches.
+    jax_compilation_cache_dir: str | None = None
 
     def __post_init__(self):
         for name in ("train_batch_size", "log_every", "steps_per_eval", "num_train_steps", "num_train_epochs"):
@@ -117,13 +123,16 @@ def train(
     log_every: int = 1,
     peak_flops: float | None = None,
     check: Callable[[int, Any, dict[str, float]], None] = lambda step, metrics, values: None,
+    began: float | None = None,
 ) -> S:
     """Runs `step_fn` over `batches` and returns the last state. Raises ValueError if there are too few batches.
 
     The metrics of a step (their `values`: scalars by name) are fetched after the next step is on its way.
     `check(step, metrics, values)` sees those of every step and may raise. `mfu` is logged if the devices' `peak_flops`
-    (FLOP/s) are given.
+    (FLOP/s) are given. How long the first step was in coming is counted from `began` (of time.perf_counter), or from
+    this call.
     """
+    began = time.perf_counter() if began is None else began
     pending: deque[tuple[int, Any]] = deque()
     with ProgressBar(num_steps) as progress:
         log = _MetricsLog(tracker, progress, log_every, num_steps, peak_flops, check)
@@ -133,6 +142,11 @@ def train(
         for step in range(num_steps):
             state, metrics = step_fn(state, _next(batches, step, num_steps))
             pending.append((step, metrics))
+            if step == 0:
+                log.take(*pending.popleft())
+                seconds = time.perf_counter() - began
+                logger.info("the first step was done %.1f s after the start", seconds)
+                tracker.log_summary({"seconds_to_first_step": seconds})
             if len(pending) > METRICS_LAG:
                 log.take(*pending.popleft())
             if any(hook.is_due(step + 1, num_steps) for hook in hooks):
