@@ -4,7 +4,8 @@
 # In an environment with `pip install -e '.[gpu]'`; the TRL environment is made beside it (python3.11 is needed).
 #   1. MFU of the 1B and 8B shapes, bfloat16, r=64, both length profiles, reference live and cached, with recomputation
 #      and without. A point that does not fit in memory is reported and left out.
-#   2. TRL side by side on the same pairs, on both profiles, its reference live and precomputed, with and without
+#   2. The attention kernel next to cuDNN's dense causal attention over as many tokens.
+#   3. TRL side by side on the same pairs, on both profiles, its reference live and precomputed, with and without
 #      gradient checkpointing.
 # Each result is a line of JSON in OUT (build/gpu by default). PAIRS and STEPS change how much is measured.
 set -uo pipefail
@@ -33,7 +34,7 @@ run() { # NAME COMMAND...
 for shape in 1b 8b; do
     for data in ultrafeedback hh; do
         for reference in live cached; do
-            for recompute in none full; do
+            for recompute in products full; do
                 name="mfu-$shape-$data-$reference-$recompute"
                 run "$name" python -m bench.throughput --shape "$shape" --data "$data" --pairs "$pairs" \
                     --trainer.train_batch_size "$pairs_per_step" --warmup 4 --steps "$steps" --lora.r 64 --lora.alpha 64 \
@@ -41,6 +42,11 @@ for shape in 1b 8b; do
             done
         done
     done
+done
+
+for length in 2048 4096 8192 16384; do
+    run "attention-$length" python -m bench.attention --rows "$((32768 / length))" --length "$length" \
+        --out "$out/attention-$length.json"
 done
 
 run environments bench/peers/environments.sh "$environments" trl

@@ -64,13 +64,19 @@ class Options(Subject):
 
 def main() -> None:
     options = draccus.parse(config_class=Options)
-    devices = list(topologies.get_topology_desc(options.topology, platform="tpu").devices)[: options.devices]
-    placement = Placement(options.trainer.mesh, devices)
-    rows = []
-    for parts in _batches(options, placement):
-        rows.append(measure(options, placement, parts))
-        print(markdown(rows[-1:]) if len(rows) == 1 else markdown(rows[-1:]).splitlines()[-1], flush=True)
-    emit({"shape": options.shape, "topology": options.topology, "devices": len(devices), "programs": rows}, options.out)
+    where = placement(options)
+    rows = [measure(options, where, parts) for parts in batches(options, where)]
+    print(markdown(rows))
+    emit(
+        {"shape": options.shape, "topology": options.topology, "devices": where.mesh.size, "programs": rows},
+        options.out,
+    )
+
+
+def placement(options: Options) -> Placement:
+    """Over devices that are only described."""
+    devices = topologies.get_topology_desc(options.topology, platform="tpu").devices
+    return Placement(options.trainer.mesh, list(devices)[: options.devices])
 
 
 def measure(options: Options, placement: Placement, parts: tuple[PreferenceBatch, ...]) -> dict[str, Any]:
@@ -135,7 +141,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _batches(options: Options, placement: Placement) -> list[tuple[PreferenceBatch, ...]]:
+def batches(options: Options, placement: Placement) -> list[tuple[PreferenceBatch, ...]]:
     """One of full rows for each length asked for, or what a step of the data's pairs is laid into."""
     if options.row_lengths:
         layouts = [

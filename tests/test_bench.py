@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from bench import compare, ladder, pairs, throughput
+from bench import attention, compare, ladder, memory, pairs, throughput
 from bench.layouts import Savings, lay_out
 from bench.measure import Meter
 from bench.models import decoder_config, write_folder
 from bench.profiles import PROFILES, SHAPES
 from bench.wiring import Model, Options, Trainer, adapted_model
 from lora_dpo_jax.huggingface.weights import load_model, read_config
+from lora_dpo_jax.models.attention import PackedMask
 from lora_dpo_jax.sharding import MeshConfig, Placement
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +52,35 @@ def test_throughput_counts_the_tokens_of_the_steps_it_times(reference):
     assert result["peak_memory_mb"] > 50 and result["temporary_memory_mb"] > 0
     assert (result["reference_seconds"] is None) == (reference == "live")
     assert json.loads(json.dumps(result)) == result
+
+
+def test_attention_is_measured_next_to_a_dense_one():
+    sizes = dict(rows=2, length=1024, kv_heads=1, group=2, head_size=16, dtype="float32", data="hh512", steps=1)
+    options = attention.Options(**sizes, attention="dense")  # compiles in half the time
+    result = attention.measure(options)
+    assert result["milliseconds"] > 0 and result["dense_milliseconds"] > 0
+    batch = attention.packed_rows(options)
+    mask = PackedMask(batch.segment_ids, batch.branch_ids, batch.position_ids).allowed(None).array
+    is_token = batch.segment_ids.array > 0
+    scores = (mask & is_token[:, :, None]).sum()
+    assert result["share_of_dense_scores"] == pytest.approx(float(scores) / (2 * 1024 * 1025 / 2), abs=1e-4)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_memory_is_that_of_the_devices_asked_for(quantization):
+    """Sixteen chips hold a sixteenth of the weights; and memory grows with the row, not with its square."""
+    model = memory.LargeModel(quantization=quantization)
+    options = memory.Options(shape="tiny", topology="v5e:4x4", row_lengths=[1024, 2048], model=model)
+    placement = memory.placement(options)
+    short, long = (memory.measure(options, placement, parts) for parts in memory.batches(options, placement))
+    assert short["rows"] == "2 x 16 x 1024"
+    assert long["temporary_mb"] < 2.5 * short["temporary_mb"]
+    state = memory.describe_state(options, placement, options.optimizer.build(1))
+    of_a_device = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.model)
+    )
+    assert of_a_device < 1e6 * short["arguments_mb"] < 8 * of_a_device, "arrays are padded to tiles on a TPU"
+    assert all(re.fullmatch(r"\w+\[[\d,]+\]", name) for name in short["largest_arrays"])
 
 
 def test_a_cached_reference_trains_alike():
