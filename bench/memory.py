@@ -7,14 +7,11 @@ Compiles with libtpu (`pip install -e '.[tpu]'`), which needs no TPU. Nothing is
 shape of a model is all that is needed. Prints a table and JSON.
 """
 
-import re
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import draccus
-import equinox as eqx
-import jax
 import numpy as np
 from jax.experimental import topologies
 
@@ -24,12 +21,11 @@ from bench.measure import emit
 from bench.wiring import Lora, Subject, Trainer
 from lora_dpo_jax.data import Layout, PreferenceBatch, plan_layout
 from lora_dpo_jax.data.packing import pack
-from lora_dpo_jax.lora import loraize
 from lora_dpo_jax.losses import Dpo
+from lora_dpo_jax.main.plan import describe_state
 from lora_dpo_jax.main.setup import ModelConfig, longest_row
-from lora_dpo_jax.models import CausalLM
-from lora_dpo_jax.models.quantization import quantize
 from lora_dpo_jax.sharding import Placement
+from lora_dpo_jax.training.programs import ProgramMemory, largest_arrays
 from lora_dpo_jax.training.step import TrainState, TrainStep
 
 
@@ -83,49 +79,33 @@ def measure(options: Options, placement: Placement, parts: tuple[PreferenceBatch
     """Of the step compiled for a batch, given as shapes: MB of a device."""
     total = options.warmup + options.steps
     optimizer = options.optimizer.build(total)
-    state = describe_state(options, placement, optimizer)
+    state = state_of(options, placement, optimizer)
     step = TrainStep(Dpo(), optimizer, scope=placement.scope)
     began = time.perf_counter()
     compiled = step.lower(state, placement.describe_batch(parts)).compile()
-    memory = compiled.memory_analysis()
+    memory = ProgramMemory.of(compiled)
     return {
-        "rows": " + ".join(
-            f"{part.tokens.axes[0].size} x {part.tokens.axes[1].size} x {part.tokens.axes[2].size}" for part in parts
-        ),
-        "arguments_mb": memory.argument_size_in_bytes / 1e6,
-        "temporary_mb": memory.temp_size_in_bytes / 1e6,
-        "program_mb": memory.generated_code_size_in_bytes / 1e6,
-        "total_mb": (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
-        / 1e6,
+        "rows": " + ".join(" x ".join(str(axis.size) for axis in part.tokens.axes) for part in parts),
+        "arguments_mb": memory.arguments / 1e6,
+        "temporary_mb": memory.temporary / 1e6,
+        "program_mb": memory.code / 1e6,
+        "total_mb": memory.total / 1e6,
         "largest_arrays": largest_arrays(compiled.as_text()),
         "compile_seconds": time.perf_counter() - began,
     }
 
 
-def describe_state(options: Options, placement: Placement, optimizer: Any) -> TrainState:
-    """The state of a run as shapes, placed as a run places it."""
+def state_of(options: Options, placement: Placement, optimizer: Any) -> TrainState:
     trainer = options.trainer
-    config = models.run_config(options.shape, options.model)
-
-    def make() -> TrainState:
-        base = CausalLM.init(config, key=jax.random.key(0))
-        base = jax.tree.map(lambda x: x.astype(trainer.precision.compute_dtype), base)
-        model = loraize(quantize(base, options.model.quantization), options.lora, key=jax.random.key(0))
-        return TrainState.init(model, optimizer, key=jax.random.key(1))
-
-    return placement.describe_parameters(eqx.filter_eval_shape(make))
-
-
-def largest_arrays(program: str, count: int = 3) -> list[str]:
-    """The largest arrays that the optimized program's own operations make: `bf16[2048,14336]`, ..."""
-    passed = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "copy-done", "copy-start"}
-    sizes: dict[str, int] = {}
-    for shape, operation in re.findall(r"= (\w+\[[\d,]*\])\S* ([\w-]+)\(", program):
-        if operation not in passed:
-            kind, dims = shape.rstrip("]").split("[")
-            bits = int("".join(c for c in kind if c.isdigit()) or 8) if kind != "pred" else 8
-            sizes[shape] = int(np.prod([int(d) for d in dims.split(",") if d], dtype=np.int64)) * bits // 8
-    return sorted(sizes, key=lambda shape: -sizes[shape])[:count]
+    return describe_state(
+        models.run_config(options.shape, options.model),
+        options.lora,
+        optimizer,
+        placement,
+        dtype=trainer.precision.compute_dtype,
+        adapter_dtype=trainer.precision.param_dtype,
+        quantization=options.model.quantization,
+    )
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

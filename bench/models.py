@@ -1,6 +1,5 @@
 """Models with random weights: as a folder that every system reads, or made where they are needed."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,7 @@ def decoder_config(model: str) -> DecoderConfig:
 
 def run_config(model: str, settings: ModelConfig) -> DecoderConfig:
     """The same, computed as the settings of a run say."""
-    return dataclasses.replace(
-        decoder_config(model), gradient_checkpointing=settings.gradient_checkpointing, attention=settings.attention
-    )
+    return settings.applied_to(decoder_config(model))
 
 
 def write_folder(shape: str, folder: Path, *, seed: int = 0, with_weights: bool = True) -> Path:

@@ -19,7 +19,7 @@ from bench.measure import Meter, emit, host
 from bench.models import decoder_config
 from bench.wiring import Options, Wired, wire
 from lora_dpo_jax.data import PairTable, PreferenceBatch
-from lora_dpo_jax.training.flops import peak_flops
+from lora_dpo_jax.training.devices import peak_flops
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def test_memory_is_that_of_the_devices_asked_for(quantization):
     short, long = (memory.measure(options, placement, parts) for parts in memory.batches(options, placement))
     assert short["rows"] == "2 x 16 x 1024"
     assert long["temporary_mb"] < 2.5 * short["temporary_mb"]
-    state = memory.describe_state(options, placement, options.optimizer.build(1))
+    state = memory.state_of(options, placement, options.optimizer.build(1))
     of_a_device = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.model)
     )

@@ -8,7 +8,8 @@ from tiny_pairs import new_adapters, packed, random_pairs, table_of
 
 from lora_dpo_jax.data.planning import plan_layout
 from lora_dpo_jax.lora import LoraLinear, linear_layers, unwrap_lora
-from lora_dpo_jax.training.flops import peak_flops, useful_flops
+from lora_dpo_jax.training.devices import peak_flops
+from lora_dpo_jax.training.flops import useful_flops
 
 
 @pytest.fixture(scope="module")

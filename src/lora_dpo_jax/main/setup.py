@@ -60,6 +60,12 @@ class ModelConfig:
         if self.dtype is not None:
             _parse_dtype(self.dtype)
 
+    def applied_to(self, decoder: DecoderConfig) -> DecoderConfig:
+        """The architecture, computed as these settings say."""
+        return dataclasses.replace(
+            decoder, gradient_checkpointing=self.gradient_checkpointing, attention=self.attention
+        )
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -176,11 +182,7 @@ def load_tokenizer(config: TrainConfig) -> Any:
 def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base:
     """Reads the weights of `initialize_from_hf` to their devices, in the dtype that `config.model` asks for."""
     folder = folder_of("initialize_from_hf", config.initialize_from_hf, revision=config.hf_revision)
-    decoder = dataclasses.replace(
-        read_config(folder),
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        attention=config.model.attention,
-    )
+    decoder = config.model.applied_to(read_config(folder))
     _check_lengths(config, decoder)
     platform = placement.mesh.devices.flat[0].platform
     if (needed := PLATFORMS.get(config.model.attention, platform)) != platform:
@@ -225,7 +227,11 @@ def scorer(config: TrainConfig, pairs: PairTable, placement: Placement) -> PairS
 
 def longest_row(parallelism: int, layout: PairLayout, pairs: PairTable) -> int:
     """Tokens that a device computes at once, from trainer.per_device_parallelism."""
-    longest_pair = layout.shortest_row(pairs.lengths)
+    return row_bound(parallelism, layout.shortest_row(pairs.lengths))
+
+
+def row_bound(parallelism: int, longest_pair: int) -> int:
+    """The same where the longest pair (tokens) is all that is known of them."""
     return max(longest_pair, TOKENS_AT_ONCE) if parallelism == -1 else parallelism * longest_pair
 
 

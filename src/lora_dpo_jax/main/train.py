@@ -39,7 +39,7 @@ from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import parameter_count
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.tracking import Tracker, start_trackers
-from lora_dpo_jax.training.flops import peak_flops
+from lora_dpo_jax.training.devices import peak_flops
 from lora_dpo_jax.training.step import StepMetrics, TrainState, TrainStep
 from lora_dpo_jax.training.trainer import Hook, NonFiniteLossError, StepInfo, train
 

@@ -1,7 +1,4 @@
-"""What a step must compute, and what devices can: for model FLOPs utilization (MFU)."""
-
-from collections.abc import Sequence
-from typing import Any
+"""What a step must compute: for model FLOPs utilization (MFU)."""
 
 import haliax as hax
 import jax
@@ -10,24 +7,6 @@ import jax.numpy as jnp
 from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.lora import LoraLinear, linear_layers
 from lora_dpo_jax.models import CausalLM
-
-# Dense bfloat16 products, FLOP/s of one device, from the makers' data sheets; by a part of JAX's `device_kind`.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-}
-
-
-def peak_flops(devices: Sequence[Any]) -> float | None:
-    """FLOP/s of all devices together; None if one is not known."""
-    peaks = [next((peak for kind, peak in PEAK_FLOPS.items() if kind in d.device_kind), None) for d in devices]
-    return None if None in peaks else float(sum(peak for peak in peaks if peak is not None))
 
 
 def useful_flops(model: CausalLM, batch: PreferenceBatch, *, with_reference: bool) -> jax.Array:

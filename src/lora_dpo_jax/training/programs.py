@@ -1,0 +1,108 @@
+"""What XLA says of a compiled program: memory, the largest arrays it makes, what its devices send each other."""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# What an array of a program comes from when nothing is computed.
+HANDED_ON = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "copy-start", "copy-done"}
+
+
+@dataclass(frozen=True)
+class ProgramMemory:
+    """Bytes of a device."""
+
+    arguments: int
+    temporary: int
+    outputs: int  # beside the arguments that they take the place of
+    code: int
+
+    @staticmethod
+    def of(compiled: Any) -> "ProgramMemory":
+        found = compiled.memory_analysis()
+        return ProgramMemory(
+            arguments=found.argument_size_in_bytes,
+            temporary=found.temp_size_in_bytes,
+            outputs=found.output_size_in_bytes - found.alias_size_in_bytes,
+            code=found.generated_code_size_in_bytes,
+        )
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporary + self.outputs + self.code
+
+
+def largest_arrays(program: str, count: int = 3) -> list[str]:
+    """The largest that operations of the optimized program make: `bf16[2048,14336]`, ..."""
+    operations = re.findall(r"= (\w+\[[\d,]*\])\S* ([\w-]+)\(", program)
+    sizes = {shape: _num_bytes(shape) for shape, operation in operations if operation not in HANDED_ON}
+    return sorted(sizes, key=lambda shape: -sizes[shape])[:count]
+
+
+def collective_bytes(program: str, *, unknown_trips: int = 1) -> dict[str, float]:
+    """Bytes that a device gets from others in one run of the optimized program, by kind of exchange.
+
+    A loop counts as often as it is known to turn, or `unknown_trips` times; of a choice, the dearest branch.
+    """
+    computations, entry = _computations(program)
+    known: dict[str, dict[str, float]] = {}
+
+    def of(name: str) -> dict[str, float]:
+        if name not in known:
+            known[name] = {}  # XLA's computations do not call themselves
+            total: dict[str, float] = defaultdict(float)
+            for line in computations.get(name, ()):
+                for kind, num_bytes in _of_line(line, of, unknown_trips).items():
+                    total[kind] += num_bytes
+            known[name] = dict(total)
+        return known[name]
+
+    return of(entry)
+
+
+def _computations(program: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation, and the name of the first to run."""
+    computations: dict[str, list[str]] = {}
+    entry = current = ""
+    for line in program.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            current = head[2]
+            computations[current] = []
+            entry = current if head[1] else entry
+        elif current:
+            computations[current].append(line)
+    return computations, entry
+
+
+def _of_line(line: str, of: Any, unknown_trips: int) -> dict[str, float]:
+    found = re.match(r"\s+(?:ROOT )?%?\S+ = (.*?) ([\w-]+)\(", line)
+    if not found:
+        return {}
+    result, operation = found.groups()
+    kind = operation.removesuffix("-start")
+    if kind in COLLECTIVES:
+        largest = max((_num_bytes(shape) for shape in re.findall(r"\w+\[[\d,]*\]", result)), default=0)
+        # All devices' parts are added up and then handed to all.
+        return {kind: (2.0 if kind == "all-reduce" else 1.0) * largest}
+    if operation == "while" and (body := re.search(r"body=%?([\w.-]+)", line)):
+        trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        times = int(trips[1]) if trips else unknown_trips
+        return {kind: times * num_bytes for kind, num_bytes in of(body[1]).items()}
+    if operation == "conditional":
+        names = re.search(r"branch_computations=\{([^}]*)\}", line)
+        branches = names[1].split(", ") if names else re.findall(r"(?:true|false)_computation=(%?[\w.-]+)", line)
+        return max((of(name.lstrip("%")) for name in branches), key=lambda found: sum(found.values()), default={})
+    if called := re.search(r"(?:calls|to_apply)=%?([\w.-]+)", line):
+        return of(called[1])
+    return {}
+
+
+def _num_bytes(shape: str) -> int:
+    """Of `bf16[2,3]`."""
+    kind, dims = shape.rstrip("]").split("[")
+    bits = int(re.sub(r"\D", "", kind.partition("e")[0]) or 8)
+    return int(np.prod([int(dim) for dim in dims.split(",") if dim], dtype=np.int64)) * bits // 8
