@@ -1,0 +1,60 @@
+"""What is read out of a compiled program's text is what the program does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lora_dpo_jax.training.programs import ProgramMemory, collective_bytes, largest_arrays
+
+MESH = Mesh(np.array(jax.devices()), ("x",))
+SPLIT, WHOLE = NamedSharding(MESH, PartitionSpec("x")), NamedSharding(MESH, PartitionSpec())
+
+
+def exchanged(turns) -> jax.stages.Compiled:
+    """A matrix [64, 32] gathered and a vector [128] summed over the devices, in each turn of a loop."""
+
+    def on_a_device(matrix, vector, turns):
+        def turn(_, carry):
+            matrix, vector = carry
+            whole = jax.lax.all_gather(matrix, "x", tiled=True)
+            return matrix + whole.mean(), jax.lax.psum(vector, "x") * 0.1
+
+        return jax.lax.fori_loop(0, turns, turn, (matrix, vector))
+
+    program = jax.shard_map(
+        on_a_device,
+        mesh=MESH,
+        in_specs=(PartitionSpec("x"), PartitionSpec(), PartitionSpec()),
+        out_specs=(PartitionSpec("x"), PartitionSpec()),
+        check_vma=False,
+    )
+    arrays = jnp.zeros((64, 32)), jnp.zeros(128)
+    if isinstance(turns, int):
+        return jax.jit(lambda *arrays: program(*arrays, turns)).lower(*arrays).compile()
+    return jax.jit(program).lower(*arrays, turns).compile()
+
+
+def test_exchanges_count_as_often_as_their_loop_turns():
+    gathered, summed = 64 * 32 * 4, 128 * 4
+    assert collective_bytes(exchanged(5).as_text()) == {"all-gather": 5 * gathered, "all-reduce": 10 * summed}
+    unknown = exchanged(jnp.int32(5)).as_text()
+    assert collective_bytes(unknown, unknown_trips=3) == {"all-gather": 3 * gathered, "all-reduce": 6 * summed}
+
+
+def test_a_program_on_one_device_exchanges_nothing():
+    compiled = jax.jit(lambda x: jnp.sin(x) @ x).lower(jnp.zeros((8, 8))).compile()
+    assert collective_bytes(compiled.as_text()) == {}
+
+
+def test_memory_and_the_largest_arrays():
+    def program(x):
+        wide = jnp.sin(x[:, None] * x)
+        return jnp.linalg.norm(wide @ wide, axis=0)
+
+    compiled = jax.jit(program).lower(jnp.zeros(256)).compile()
+    assert largest_arrays(compiled.as_text(), 1) == ["f32[256,256]"]
+    memory = ProgramMemory.of(compiled)
+    assert memory.arguments == 1024 and memory.outputs == 1024
+    assert 256 * 256 * 4 <= memory.temporary <= 4 * 256 * 256 * 4
+    assert memory.total == memory.arguments + memory.outputs + memory.temporary + memory.code
