@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import draccus
 import numpy as np
-from jax.experimental import topologies
 
 from bench import models
 from bench import pairs as benchmark_pairs
@@ -22,7 +21,7 @@ from bench.wiring import Lora, Subject, Trainer
 from lora_dpo_jax.data import Layout, PreferenceBatch, plan_layout
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.losses import Dpo
-from lora_dpo_jax.main.plan import describe_state
+from lora_dpo_jax.main.plan import describe_state, described_devices
 from lora_dpo_jax.main.setup import ModelConfig, longest_row
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.programs import ProgramMemory, largest_arrays
@@ -71,8 +70,7 @@ def main() -> None:
 
 def placement(options: Options) -> Placement:
     """Over devices that are only described."""
-    devices = topologies.get_topology_desc(options.topology, platform="tpu").devices
-    return Placement(options.trainer.mesh, list(devices)[: options.devices])
+    return Placement(options.trainer.mesh, described_devices(options.topology)[1][: options.devices])
 
 
 def measure(options: Options, placement: Placement, parts: tuple[PreferenceBatch, ...]) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from haliax import Axis, NamedArray
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_dpo_jax.main.plan import described_devices
 from lora_dpo_jax.models.attention import KEY_POSITION, PackedMask, attend
 from lora_dpo_jax.sharding import MeshConfig, Placement
 
@@ -18,8 +18,7 @@ KVHead, Group = Axis("kv_head", 4), Axis("q_heads_per_group", 2)
 
 @functools.cache
 def placement(topology: str) -> Placement:
-    devices = topologies.get_topology_desc(topology, platform="tpu").devices
-    return Placement(MeshConfig({"data": 2, "model": 2}), list(devices))
+    return Placement(MeshConfig({"data": 2, "model": 2}), described_devices(topology)[1])
 
 
 def compiled(topology: str, length: int, head_size: int, dtype, *, rows: int = 2, windowed: bool = False):

@@ -7,6 +7,7 @@ The step is compiled for the topology by libtpu (`pip install -e '.[tpu]'`), whi
 """
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -111,7 +112,6 @@ def plan(config: PlanConfig) -> Plan:
     batch, peak, program = compiled(config.trainer.per_device_parallelism)
     micro_batches = batch.tokens.axes[0].size
     adapters, weights = eqx.partition(state.model, trainable_filter(state.model))
-    layers = eqx.filter(weights.model.layers, eqx.is_array_like)
     return Plan(
         kind=kind,
         num_devices=len(devices),
@@ -122,7 +122,7 @@ def plan(config: PlanConfig) -> Plan:
         optimizer=bytes_of_a_device(state.opt_state),
         peak=peak,
         flops=_flops(config, state.model, batch) / len(devices),
-        memory_traffic=micro_batches * _passes(config) * bytes_of_a_device(layers) * _gathered_from(placement),
+        memory_traffic=micro_batches * _passes(config) * bytes_of_a_device(weights.model.layers) * _gathered_from(placement),
         collectives=collective_bytes(program, unknown_trips=micro_batches),
         rows=" x ".join(str(axis.size) for axis in batch.tokens.axes),
         parallelism=_largest_parallelism(config, kind, compiled, peak, batch),
@@ -199,11 +199,13 @@ def compile_step(step: TrainStep, state: TrainState, batch: PreferenceBatch, kin
     try:
         compiled = step.lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        # XLA says how much it would have needed.
-        needed = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", str(error))
-        if needed is None:
+        # XLA says how much it would have needed, in one of two ways.
+        everything = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", str(error))
+        temporary = re.search(r"required for HLO temporaries \(([\d.]+)([KMG])\)", str(error))
+        if (needed := everything or temporary) is None:
             raise
-        return int(float(needed[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[needed[2]]), ""
+        num_bytes = int(float(needed[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[needed[2]])
+        return num_bytes + (0 if everything else bytes_of_a_device((state, batch))), ""
     return ProgramMemory.of(compiled).total, compiled.as_text()
 
 
@@ -283,6 +285,9 @@ def _state_of_a_run(config: PlanConfig, decoder: DecoderConfig, optimizer: Any, 
 
 
 def _topology(name: str) -> list[Any]:
+    # libtpu need not look for the chips of this machine, nor keep them to this process: it only compiles.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         return list(topologies.get_topology_desc(name, platform="tpu").devices)
     except Exception as error:
@@ -323,14 +328,17 @@ def _largest_parallelism(
     other = 1 if length > longest_pair else 2
     other_batch, other_peak, _ = compiled(other)
     other_length = other_batch.tokens.axes[-1].size
-    if other_length == length:  # all of a step's pairs are computed at once already
-        return max(1, length // longest_pair) if peak <= kind.memory else None
-    slope = (peak - other_peak) / (length - other_length)
-    most = int((kind.memory - peak) / slope + length) // longest_pair if slope > 0 else length // longest_pair
-    return most if most >= 1 else None
+    (short, low), (long, high) = sorted([(length, peak), (other_length, other_peak)])
+    if low > kind.memory:
+        return None
+    if high <= low:  # all of a step's pairs are computed at once already
+        return max(1, long // longest_pair)
+    most = short + (kind.memory - low) / (high - low) * (long - short)
+    return max(1, int(most) // longest_pair)
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # a plan is no work for what may be busy here
     with told_in_a_line():
         if not main(parse_arguments(PlanConfig)).fits:
             raise SystemExit(1)
