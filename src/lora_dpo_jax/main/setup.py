@@ -150,7 +150,7 @@ def process_start() -> float:
 def keep_programs(config: TrainConfig) -> None:
     """Tells JAX where to look for compiled programs and to leave new ones."""
     chosen = config.trainer.jax_compilation_cache_dir
-    if chosen is None and not jax.config.jax_compilation_cache_dir:
+    if chosen is None and not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         chosen = str(Path(config.data.cache_dir or default_cache_dir()).expanduser() / "programs")
     if chosen is not None:
         jax.config.update("jax_compilation_cache_dir", chosen)
