@@ -112,6 +112,7 @@ def plan(config: PlanConfig) -> Plan:
     batch, peak, program = compiled(config.trainer.per_device_parallelism)
     micro_batches = batch.tokens.axes[0].size
     adapters, weights = eqx.partition(state.model, trainable_filter(state.model))
+    layers_read = bytes_of_a_device(weights.model.layers) * _gathered_from(placement)
     return Plan(
         kind=kind,
         num_devices=len(devices),
@@ -122,7 +123,7 @@ def plan(config: PlanConfig) -> Plan:
         optimizer=bytes_of_a_device(state.opt_state),
         peak=peak,
         flops=_flops(config, state.model, batch) / len(devices),
-        memory_traffic=micro_batches * _passes(config) * bytes_of_a_device(weights.model.layers) * _gathered_from(placement),
+        memory_traffic=micro_batches * _passes(config) * layers_read,
         collectives=collective_bytes(program, unknown_trips=micro_batches),
         rows=" x ".join(str(axis.size) for axis in batch.tokens.axes),
         parallelism=_largest_parallelism(config, kind, compiled, peak, batch),
