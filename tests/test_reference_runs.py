@@ -94,9 +94,7 @@ def test_a_cached_run_is_the_live_run(tmp_path, rows, computed, batches, given_a
             **given,
         )
         main(config)
-        lines = [
-            {name: value for name, value in line.items() if "per_second" not in name} for line in read_metrics(config)
-        ]
+        lines = [{name: value for name, value in line.items() if "second" not in name} for line in read_metrics(config)]
         return lines, load_file(tmp_path / mode / "adapter_model.safetensors")
 
     live, live_adapter = outcome("live")
@@ -173,7 +171,7 @@ def test_a_bfloat16_run_passes_the_check_of_its_first_loss(tmp_path, rows):
 def test_nothing_is_looked_up_for_a_loss_without_reference(tmp_path, rows, computed):
     main(run_config(tmp_path, rows, loss={"reference_free": True}, reference_log_probs="cached"))
     assert computed == []
-    assert not (tmp_path / "cache" / "reference").exists() and not (tmp_path / "cache" / "digests").exists()
+    assert not (tmp_path / "cache" / "reference").exists()
 
 
 def references_of(config: TrainConfig) -> tuple[ReferenceLogProbs, list]:
@@ -339,6 +337,17 @@ def test_auto_takes_the_way_of_fewer_forward_passes(
     else:
         np.testing.assert_array_equal(values, [[-1.0, -2.0]] * 12)
         assert computed == ([computes] if computes else [])
+
+
+def test_a_run_that_goes_on_takes_the_way_that_it_took(tmp_path, rows, computed, monkeypatch):
+    monkeypatch.setattr(main_reference, "scorer", lambda config, pairs, placement: FakeScorer(pairs))
+    references, (pairs,) = references_of(run_config(tmp_path, rows))
+    once = [np.arange(12)]
+    assert references.of_steps(pairs, once) is None
+    assert references.of_steps(pairs, once, choice="cached") is not None
+    assert computed == [12]
+    assert references.of_steps(pairs, once) is not None, "now all is known"
+    assert references.of_steps(pairs, once, choice="live") is None
 
 
 def test_a_pair_that_no_step_visits_is_not_computed(tmp_path, rows, computed, monkeypatch):

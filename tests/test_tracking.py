@@ -21,6 +21,7 @@ from lora_dpo_jax.tracking import (
     TensorboardConfig,
     TrackerConfigs,
     WandbConfig,
+    cut_metrics,
     start_trackers,
 )
 
@@ -121,6 +122,28 @@ def test_a_line_torn_by_a_crash_is_dropped_on_resuming(tmp_path):
     with start(tmp_path) as tracker:
         tracker.log({"train/loss": 0.4}, step=1)
     assert read_metrics(tmp_path) == [{"step": 0, "train/loss": 0.5}, {"step": 1, "train/loss": 0.4}]
+
+
+def test_what_a_run_that_goes_on_will_log_again_is_cut(tmp_path):
+    with start(tmp_path) as tracker:
+        tracker.log_summary({"parameter_count": 7})
+        for step in range(4):
+            tracker.log({"eval/loss": 0.5}, step=step)
+            tracker.log({"train/loss": 0.5}, step=step)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "tr')
+    before = read_metrics_of(tmp_path, 9)
+    assert cut_metrics(tmp_path / "run", 9) == before, "but for the torn line"
+    assert cut_metrics(tmp_path / "run", 2) == before[:5] == read_metrics(tmp_path)
+    assert [line["step"] for line in before[:5]] == [0, 0, 0, 1, 1]
+    assert cut_metrics(tmp_path / "run", 0) == [] == read_metrics(tmp_path)
+    assert cut_metrics(tmp_path / "elsewhere", 3) == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def read_metrics_of(tmp_path, lines: int) -> list[dict]:
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()[:lines]]
 
 
 def test_a_metric_that_is_not_one_number_is_refused_by_name(tmp_path):

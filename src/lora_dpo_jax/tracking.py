@@ -7,6 +7,7 @@ annotate the field as `TrackerConfigs` to have all of these. On several hosts on
 import json
 import logging
 import math
+import os
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -140,6 +141,26 @@ def start_trackers(configs: Sequence[TrackerConfig], *, run_dir: Path, run_id: s
             trackers.append(on_failure.enter_context(started))
         on_failure.pop_all()
     return _Composite(trackers)
+
+
+def cut_metrics(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """Takes what a run that goes on from `step` will log again out of metrics.jsonl, and returns what stays.
+
+    To be called before the trackers start. On the other processes of a run it does nothing.
+    """
+    path = run_dir / "metrics.jsonl"
+    if jax.process_index() != 0 or not path.exists():
+        return []
+    _drop_torn_line(path)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    read = [json.loads(line) for line in lines]
+    stays = [entry["step"] < step for entry in read]
+    if not all(stays):
+        logger.info("%s: %d lines from step %d on are taken out", path, stays.count(False), step)
+        temporary = path.with_suffix(".cut")
+        temporary.write_text("".join(line for line, stay in zip(lines, stays, strict=True) if stay), encoding="utf-8")
+        os.replace(temporary, path)
+    return [entry for entry, stay in zip(read, stays, strict=True) if stay]
 
 
 class ProgressBar:

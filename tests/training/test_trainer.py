@@ -1,5 +1,6 @@
 """The loop: when hooks run, which metrics are logged and when they are fetched, and what a run may be told."""
 
+import signal
 from types import SimpleNamespace
 
 import draccus
@@ -8,6 +9,7 @@ import pytest
 
 from lora_dpo_jax.tracking import Tracker
 from lora_dpo_jax.training import trainer as trainer_module
+from lora_dpo_jax.training.interruption import InterruptedTrainingError
 from lora_dpo_jax.training.trainer import Hook, StepInfo, TrainerConfig, train
 
 
@@ -16,6 +18,7 @@ class Recorder(Tracker):
 
     def __init__(self, events: list | None = None):
         self.logged: list[tuple[int, dict]] = []
+        self.summary: dict = {}
         self.events = events if events is not None else []
 
     def log(self, metrics, *, step):
@@ -23,9 +26,10 @@ class Recorder(Tracker):
         self.events.append(("log", step))
 
     def log_summary(self, metrics):
-        raise AssertionError("the loop has no summary")
+        self.summary |= metrics
 
-    log_config = log_summary
+    def log_config(self, config):
+        raise AssertionError("the loop knows no settings")
 
     def finish(self, *, exit_code=0):
         raise AssertionError("whoever started the tracker finishes it")
@@ -102,7 +106,8 @@ def test_log_every_leaves_out_all_but_every_so_many_steps_and_the_last(log_every
 def test_metrics_are_fetched_after_the_next_step_is_on_its_way():
     events: list = []
     run(3, counting_step(events), tracker=Recorder(events))
-    assert events == [("step", 0), ("step", 1), ("log", 0), ("step", 2), ("log", 1), ("log", 2)]
+    # But for the first step's: it is told how long that was in coming.
+    assert events == [("step", 0), ("log", 0), ("step", 1), ("step", 2), ("log", 1), ("log", 2)]
 
 
 def test_metrics_before_a_hook_are_logged_before_it_runs():
@@ -111,7 +116,7 @@ def test_metrics_before_a_hook_are_logged_before_it_runs():
     run(3, counting_step(events), tracker=Recorder(events), hooks=[hook])
     assert events == [
         ("hook", 0),
-        *(("step", 0), ("step", 1), ("log", 0), ("log", 1), ("hook", 2)),
+        *(("step", 0), ("log", 0), ("step", 1), ("log", 1), ("hook", 2)),
         *(("step", 2), ("log", 2), ("hook", 3)),
     ]
 
@@ -130,6 +135,58 @@ def test_a_check_may_stop_the_run():
     assert seen == [(0, 100), (1, 101), (2, 102)]
     assert [step for step, _ in tracker.logged] == [0, 1]
     assert len(updates) == 4, "one step was on its way"
+
+
+def test_a_run_that_goes_on_takes_the_steps_that_are_left():
+    seen: list[StepInfo] = []
+    tracker = Recorder()
+    hooks = [Hook(seen.append, every=2, at_start=True)]
+    state = train(4, counting_step(), iter([104, 105, 106]), num_steps=7, first_step=4, tracker=tracker, hooks=hooks)
+    assert state == 7
+    assert [(step, m["train/loss"], m["train/batch"]) for step, m in tracker.logged] == [
+        (4, 40.0, 104),
+        (5, 50.0, 105),
+        (6, 60.0, 106),
+    ]
+    assert [info.step for info in seen] == [4, 6, 7], "what was due after the steps so far may not have come to an end"
+    assert tracker.summary == {}, "how long the first step took is the affair of the run that made it"
+
+
+def test_a_run_that_is_done_only_calls_the_hooks_of_its_end():
+    seen: list[StepInfo] = []
+    hooks = [Hook(seen.append, every=5), Hook(seen.append, at_end=False)]
+    state = train(7, counting_step(), iter([]), num_steps=7, first_step=7, tracker=Recorder(), hooks=hooks)
+    assert state == 7
+    assert [info.step for info in seen] == [7]
+
+
+def test_a_hook_is_asked_once_a_step_when_it_is_due():
+    asked, seen = [], []
+
+    def when(step: int) -> bool:
+        asked.append(step)
+        return step in (2, 5)
+
+    run(6, hooks=[Hook(lambda info: seen.append(info.step), every=3, when=when)])
+    assert seen == [2, 3, 5, 6]
+    assert asked == [1, 2, 4, 5]
+
+
+def test_a_run_that_is_asked_to_stop_calls_the_hooks_meant_for_it_and_ends():
+    events: list = []
+    hooks = [
+        Hook(lambda info: events.append(("save", info.step, info.state)), at_stop=True),
+        Hook(lambda info: events.append(("evaluate", info.step, info.state)), every=1),
+    ]
+    tracker = Recorder()
+    with pytest.raises(InterruptedTrainingError, match="stopped by SIGTERM after 3 of 9 steps"):
+        run(9, tracker=tracker, hooks=hooks, stop=lambda step: signal.SIGTERM if step >= 3 else None)
+    assert events == [("evaluate", 1, 1), ("evaluate", 2, 2), ("save", 3, 3)]
+    assert [step for step, _ in tracker.logged] == [0, 1, 2], "all that was done is logged before it is saved"
+
+
+def test_a_run_at_its_last_step_is_not_stopped():
+    assert run(3, stop=lambda step: signal.SIGTERM if step >= 3 else None)[0] == 3
 
 
 def test_no_batch_is_taken_that_is_not_trained_on():
@@ -165,9 +222,9 @@ def test_rates_count_pairs_and_tokens_since_the_last_log(clock):
     _, tracker = run(6, timed_step(clock, 2.0), log_every=3)
     rates = {step: (m["train/pairs_per_second"], m["train/tokens_per_second"]) for step, m in tracker.logged}
     assert list(rates) == [0, 3, 5]
-    # Step 0 is fetched when step 1 is on its way, so its time holds two steps; later ones hold as many as they count.
-    assert rates[0] == (4 / 4.0, 100 / 4.0)
-    assert rates[3] == (12 / 6.0, (101 + 102 + 103) / 6.0)
+    # Step 0 is fetched at once, later ones when the next one is on its way: the time of the first three holds four.
+    assert rates[0] == (4 / 2.0, 100 / 2.0)
+    assert rates[3] == (12 / 8.0, (101 + 102 + 103) / 8.0)
     assert not [name for _, metrics in tracker.logged for name in metrics if name in ("train/pairs", "train/tokens")]
 
 

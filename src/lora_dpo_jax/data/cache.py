@@ -67,6 +67,7 @@ class TokenizedPairs:
     fingerprint: str  # hex; of everything that shaped the pairs
     lengths: np.ndarray  # int32 [n, 3]: tokens of prompt, chosen, rejected
     prompt_hashes: np.ndarray  # uint64 [n]; of the prompt's tokens before any were cut
+    checksums: dict[str, int]  # CRC-32; the same for the same pairs, wherever they came from
     report: dict[str, int]  # how many rows there were, were kept, were tokenized exactly as TRL does, and NOTES
 
     def __init__(self, folder: Path):
@@ -78,6 +79,7 @@ class TokenizedPairs:
             if os.path.getsize(folder / name) != size or _checksum(folder / name) != checksum:
                 raise ValueError(f"{folder / name} is damaged")
         self.fingerprint, self.report, self._tables = meta["fingerprint"], meta["report"], meta["tables"]
+        self.checksums = {name: meta["files"][name][1] for name in ("tokens.bin", "lengths.npy")}
         self.lengths, self._origins, self.prompt_hashes = (
             np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS
         )

@@ -10,6 +10,8 @@ from pathlib import Path
 import draccus
 from draccus.utils import DecodingError, ParsingError
 
+from lora_dpo_jax.training.interruption import InterruptedTrainingError
+
 TRACEBACK = "LORA_DPO_JAX_TRACEBACK"  # set it to see where an error comes from
 # Folders whose code raises errors for users to read.
 FOR_USERS = (Path(__file__).parents[1], Path(draccus.__file__).parent)
@@ -17,9 +19,15 @@ FOR_USERS = (Path(__file__).parents[1], Path(draccus.__file__).parent)
 
 @contextmanager
 def told_in_a_line() -> Iterator[None]:
-    """Around a whole command: prints what users can mend, and exits with status 1."""
+    """Around a whole command: prints what users can mend, and exits with status 1.
+
+    A run that a signal stopped exits with InterruptedTrainingError.exit_code.
+    """
     try:
         yield
+    except InterruptedTrainingError as interruption:
+        print(interruption, file=sys.stderr)
+        raise SystemExit(interruption.exit_code) from interruption
     except (ValueError, OSError, ImportError, RuntimeError, ParsingError) as error:
         if os.environ.get(TRACEBACK) or not _is_for_users(error):
             raise

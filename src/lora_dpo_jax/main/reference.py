@@ -1,10 +1,8 @@
 """Where a run takes the reference's log-probs from: the cache, filled where it must be, or each step itself."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -14,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_dpo_jax.data.loader import PairTable
-from lora_dpo_jax.data.preferences import default_cache_dir
 from lora_dpo_jax.evaluation import PairScorer
-from lora_dpo_jax.huggingface.digests import tensor_digests
 from lora_dpo_jax.lora import trainable_filter
 from lora_dpo_jax.losses import PairLogProbs
-from lora_dpo_jax.main.setup import Base, TrainConfig, folder_of, scorer
+from lora_dpo_jax.main.identity import cache_folder, dtypes_of, weights_identity
+from lora_dpo_jax.main.setup import Base, TrainConfig, scorer
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.reference import ReferenceCache
 from lora_dpo_jax.sharding import Placement
@@ -37,15 +34,15 @@ class ReferenceLogProbs:
         self.config, self.model, self.placement = config, model, placement
         self.cache: ReferenceCache | None = None
         if config.reference_log_probs != "live":
-            cache_dir = Path(config.data.cache_dir or default_cache_dir()).expanduser()
             # Read now: a run may export over the adapter that it began with.
-            identity = _identity(config, base, model, cache_dir / "digests") if jax.process_index() == 0 else {}
-            self.cache = ReferenceCache(cache_dir / "reference", identity)
+            identity = _identity(config, base, model) if jax.process_index() == 0 else {}
+            self.cache = ReferenceCache(cache_folder(config) / "reference", identity)
 
-    def of_steps(self, pairs: PairTable, batches: Sequence[np.ndarray]) -> np.ndarray | None:
+    def of_steps(self, pairs: PairTable, batches: Sequence[np.ndarray], *, choice: str = "auto") -> np.ndarray | None:
         """Those of the pairs in `batches`, float32 [pair of `pairs`, chosen / rejected]; None: the steps compute them.
 
-        `auto` takes the way of fewer forward passes.
+        `auto` takes the way of fewer forward passes, or the former `choice`, live or cached, of a run that goes on: the
+        two differ in their last bits.
         """
         if self.cache is None:
             logger.info("reference log-probs: live, in each step, as reference_log_probs asks")
@@ -54,7 +51,10 @@ class ReferenceLogProbs:
         visited = np.unique(visits)
         values = self.cache.find(pairs)
         missing = visited[np.isnan(values[visited]).any(axis=1)]
-        if self.config.reference_log_probs == "auto" and len(visits) <= len(missing):
+        if self.config.reference_log_probs == "auto" and choice == "live":
+            logger.info("reference log-probs: live, in each step, as in the steps before")
+            return None
+        if self.config.reference_log_probs == "auto" and choice == "auto" and len(visits) <= len(missing):
             logger.info(
                 "reference log-probs: live, in each step; the run visits its %s pairs once, and none of them is cached",
                 f"{len(visited):,}",
@@ -87,23 +87,14 @@ class ReferenceLogProbs:
         logger.info("reference log-probs: %s%s", found, computed)
 
 
-def _identity(config: TrainConfig, base: Base, model: CausalLM, memory: Path) -> dict[str, Any]:
+def _identity(config: TrainConfig, base: Base, model: CausalLM) -> dict[str, Any]:
     """All that shapes the reference's log-probs but the pairs. Nothing of the loss, the optimizer or the layout."""
-    adapter = None
-    if config.reference_adapter is not None:
-        folder = folder_of("initialize_from_peft", config.reference_adapter)
-        adapter = {
-            "adapter_config.json": json.loads((folder / "adapter_config.json").read_text()),
-            "files": tensor_digests(folder, "adapter_model", memory=memory),
-        }
     settings = dataclasses.asdict(config.model)
     adapters, weights = eqx.partition(model, trainable_filter(model))
     return {
-        "config.json": json.loads((base.folder / "config.json").read_text()),
-        "files": tensor_digests(base.folder, memory=memory),
-        "adapter": adapter,
+        **weights_identity(config, base),
         "model": {name: value for name, value in settings.items() if name not in CHANGE_NO_NUMBERS},
-        "dtypes": [sorted({str(leaf.dtype) for leaf in jax.tree.leaves(tree)}) for tree in (weights, adapters)],
+        "dtypes": [dtypes_of(tree) for tree in (weights, adapters)],
         "compute_dtype": str(jnp.dtype(config.trainer.precision.compute_dtype)),
         "platform": jax.default_backend(),
         "matmul_precision": jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]

@@ -131,7 +131,7 @@ def parse_arguments(config_class: type) -> Any:
     """The configuration from `--config_path` and the command line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("jax", "httpx", "datasets", "fsspec"):
+    for noisy in ("jax", "httpx", "datasets", "fsspec", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return draccus.parse(config_class=config_class)
 

@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import draccus
 import equinox as eqx
@@ -22,6 +23,7 @@ from lora_dpo_jax.huggingface.folders import check_export_target
 from lora_dpo_jax.huggingface.weights import save_merged
 from lora_dpo_jax.lora import LoraConfig, frozen_copy, loraize, reference_model, trainable_filter, with_dropout
 from lora_dpo_jax.losses import PairLogProbs
+from lora_dpo_jax.main.identity import run_identity
 from lora_dpo_jax.main.reference import ReferenceLogProbs
 from lora_dpo_jax.main.setup import (
     Base,
@@ -38,8 +40,10 @@ from lora_dpo_jax.main.setup import (
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import parameter_count
 from lora_dpo_jax.sharding import Placement
-from lora_dpo_jax.tracking import Tracker, start_trackers
+from lora_dpo_jax.tracking import Tracker, cut_metrics, start_trackers
+from lora_dpo_jax.training.checkpoint import Checkpoints
 from lora_dpo_jax.training.devices import peak_flops
+from lora_dpo_jax.training.interruption import StopSignals
 from lora_dpo_jax.training.step import StepMetrics, TrainState, TrainStep
 from lora_dpo_jax.training.trainer import Hook, NonFiniteLossError, StepInfo, train
 
@@ -89,37 +93,73 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
 
     run_id = trainer.run_id()
     run_dir = trainer.run_dir(run_id)
-    resolved = draccus.encode(config)
+    resolved: Any = draccus.encode(config)
+    checkpoints = Checkpoints(
+        trainer.checkpointer.folder(run_dir, run_id),
+        trainer.checkpointer,
+        identity=run_identity(config, lora, base, pairs) if jax.process_index() == 0 else {},
+        settings=resolved,
+    )
+    state, first_step, notes = _restore(checkpoints, state, num_steps, wanted=trainer.load_checkpoint)
+    earlier = cut_metrics(run_dir, first_step)
     with start_trackers(trainer.tracker, run_dir=run_dir, run_id=run_id, resolved_config=resolved) as tracker:
         (run_dir / "config.yaml").write_text(str(draccus.dump(config)))
-        tracker.log_summary(_parameter_counts(model))
+        if first_step == 0:
+            tracker.log_summary(_parameter_counts(model))
         _announce(config, pairs, held_out, model, num_steps, layout, run_dir)
         starts_equal = config.initialize_from_peft is None or config.reference_adapter is not None
         log_probs = None
         if not config.loss.reference_free:
             log_probs = ReferenceLogProbs(config, base, reference_model(model, reference), placement)
-        report = _Report(config, base, tracker, scorer(config, held_out, placement), log_probs, starts_equal)
+        report = _Report(config, base, tracker, scorer(config, held_out, placement), log_probs, starts_equal, earlier)
         guard = _Guard(config, pairs, starts_equal)
+
+        def save(info: StepInfo[TrainState]) -> None:
+            checkpoints.save(info.step, info.state.trained, notes=notes, is_last=info.step == num_steps)
+
         hooks = [
+            # First, so that the state is safe when a later one fails; those are called again by a run that goes on.
+            Hook(save, when=checkpoints.is_due, at_stop=True),
             Hook(report.evaluate, every=trainer.steps_per_eval, at_start=trainer.eval_at_start),
             Hook(report.sample, at_start=True),
             Hook(_Exports(config, lora, base, num_steps), every=config.hf_save_steps),
         ]
-        known = log_probs.of_steps(pairs, batch_ids) if log_probs is not None else None
-        state = train(
-            state,
-            step,
-            packed_batches(pairs, batch_ids, layout, place=placement.put_batch, reference=known),
-            num_steps=num_steps,
-            tracker=tracker,
-            hooks=hooks,
-            log_every=trainer.log_every,
-            peak_flops=peak_flops(list(placement.mesh.devices.flat)),
-            check=guard,
-            began=began,
-        )
+        known = None
+        if log_probs is not None:
+            known = log_probs.of_steps(pairs, batch_ids, choice=notes.get("reference_log_probs", "auto"))
+        notes["reference_log_probs"] = "live" if known is None else "cached"
+        with StopSignals() as stop, checkpoints:
+            state = train(
+                state,
+                step,
+                packed_batches(pairs, batch_ids[first_step:], layout, place=placement.put_batch, reference=known),
+                num_steps=num_steps,
+                tracker=tracker,
+                first_step=first_step,
+                hooks=hooks,
+                log_every=trainer.log_every,
+                peak_flops=peak_flops(list(placement.mesh.devices.flat)),
+                check=guard,
+                stop=stop,
+                began=began,
+            )
     report.print(run_dir)
     return state
+
+
+def _restore(
+    checkpoints: Checkpoints, state: TrainState, num_steps: int, *, wanted: bool | None
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """The state to begin with, its step, and what was noted with it: of the newest checkpoint if there is one."""
+    found = checkpoints.restore(state.trained, wanted=wanted)
+    if found is None:
+        return state, 0, {}
+    if found.step > num_steps:
+        raise ValueError(
+            f"{checkpoints.folder} holds a checkpoint of step {found.step}, but the run has only {num_steps} steps: "
+            "raise trainer.num_train_steps, or choose another trainer.id"
+        )
+    return state.with_trained(found.arrays), found.step, found.notes
 
 
 def _with_zero_init(config: TrainConfig) -> TrainConfig:
@@ -236,12 +276,16 @@ class _Report:
         score: PairScorer,
         reference: ReferenceLogProbs | None,
         starts_equal: bool,
+        earlier: list[dict[str, Any]],
     ):
-        """`starts_equal`: the policy is the reference before the first step, so its scores are known then."""
+        """`starts_equal`: the policy is the reference before the first step, so its scores are known then.
+
+        `earlier`: what a run that goes on has logged so far.
+        """
         self.config, self.base, self.tracker, self.score = config, base, tracker, score
         self.reference, self.starts_equal = reference, starts_equal
         self.reference_scores: PairLogProbs | None = None
-        self.scores: list[tuple[int, dict[str, float]]] = []
+        self.scores = [(line["step"], _scores(line)) for line in earlier if "eval/loss" in line]
         self.samples: list[list[str]] = []
 
     def evaluate(self, info: StepInfo[TrainState]) -> None:
@@ -276,8 +320,10 @@ class _Report:
     def print(self, run_dir: Path) -> None:
         """For the person at the terminal: what changed, and where everything is."""
         for index, prompt in enumerate(self.config.sample_prompts):
-            before, after = (samples[index] for samples in self.samples)
-            print(f"\n{prompt}\n  before: {before}\n  after:  {after}")
+            print(f"\n{prompt}")
+            # A run that goes on has no completions of before the first step.
+            for title, samples in zip(("after:", "before:"), reversed(self.samples), strict=False):
+                print(f"  {title:<7} {samples[index]}")
         if self.scores:
             print(f"\n{'held-out pairs':<16}" + "".join(f"{'after step ' + str(s):>18}" for s, _ in self._ends()))
             rows = {"accuracy": "dpo_accuracy", "reward margin": "rewards/margins", "loss": "loss"}
@@ -296,6 +342,11 @@ class _Report:
 
     def _ends(self) -> list[tuple[int, dict[str, float]]]:
         return self.scores[:1] + self.scores[1:][-1:]
+
+
+def _scores(line: dict[str, Any]) -> dict[str, float]:
+    """Of a line of metrics.jsonl, where null stands for what is not finite."""
+    return {name.removeprefix("eval/"): math.nan if x is None else x for name, x in line.items() if name != "step"}
 
 
 class _Exports:

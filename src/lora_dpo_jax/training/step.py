@@ -36,6 +36,17 @@ class TrainState(eqx.Module):
         adapters = eqx.filter(model, trainable_filter(model))
         return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(adapters), key, reference)
 
+    @property
+    def trained(self) -> dict[str, Any]:
+        """All that steps change: with the seed and the weights, it is what a run needs to go on."""
+        adapters = eqx.filter(self.model, trainable_filter(self.model))
+        return {"step": self.step, "adapters": adapters, "optimizer": self.opt_state}
+
+    def with_trained(self, trained: dict[str, Any]) -> "TrainState":
+        """The state of which `trained` is the trained part; the rest is this one's."""
+        model = eqx.combine(trained["adapters"], self.model)
+        return TrainState(trained["step"], model, trained["optimizer"], self.key, self.reference)
+
 
 class StepMetrics(eqx.Module):
     """Scalars by name, and for each part of the batch the loss of each pair, for telling which one went wrong."""

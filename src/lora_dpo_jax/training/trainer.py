@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 import time
 import uuid
 from collections import deque
@@ -15,6 +16,8 @@ import jmp
 
 from lora_dpo_jax.sharding import MeshConfig
 from lora_dpo_jax.tracking import NoTrackerConfig, ProgressBar, Tracker, TrackerConfigs
+from lora_dpo_jax.training.checkpoint import CheckpointerConfig
+from lora_dpo_jax.training.interruption import InterruptedTrainingError
 
 logger = logging.getLogger("lora_dpo_jax")
 
@@ -42,7 +45,10 @@ class TrainerConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     tracker: TrackerConfigs = field(default_factory=lambda: [NoTrackerConfig()])
     log_dir: str = "logs"
-    id: str | None = None  # the run's folder in log_dir; null generates a name
+    # The run's folder in log_dir; null generates a name. A run of an id that was here before goes on where it was.
+    id: str | None = None
+    checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
+    load_checkpoint: bool | None = None  # null: go on from a checkpoint if there is one; true: there must be one
     # Where compiled programs are kept for the next run, a folder or a URL; null: what JAX is told elsewhere
     # ($JAX_COMPILATION_CACHE_DIR), or `programs` where the run keeps its other caches.
     jax_compilation_cache_dir: str | None = None
@@ -93,19 +99,25 @@ class StepInfo(Generic[S]):
 
 @dataclass(frozen=True)
 class Hook:
-    """Calls `function` before the first step if `at_start`, after every `every` steps, and after the last one."""
+    """Calls `function` before the first step if `at_start`, after every `every` steps, and after the last one.
+
+    Also after the steps of which `when` says so; it is asked at most once a step. A run that was asked to stop calls
+    those hooks alone that are meant for it, `at_stop`.
+    """
 
     function: Callable[[StepInfo], None]
     every: int | None = None
     at_start: bool = False
     at_end: bool = True
+    at_stop: bool = False
+    when: Callable[[int], bool] = lambda step: False
 
     def is_due(self, step: int, num_steps: int) -> bool:
         if step == 0:
             return self.at_start
         if step == num_steps and self.at_end:
             return True
-        return self.every is not None and step % self.every == 0
+        return (self.every is not None and step % self.every == 0) or self.when(step)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -119,41 +131,53 @@ def train(
     *,
     num_steps: int,
     tracker: Tracker,
+    first_step: int = 0,
     hooks: Sequence[Hook] = (),
     log_every: int = 1,
     peak_flops: float | None = None,
     check: Callable[[int, Any, dict[str, float]], None] = lambda step, metrics, values: None,
+    stop: Callable[[int], signal.Signals | None] = lambda step: None,
     began: float | None = None,
 ) -> S:
     """Runs `step_fn` over `batches` and returns the last state. Raises ValueError if there are too few batches.
 
+    A run that goes on has a state after `first_step` updates, and `batches` of the steps from there on. It begins with
+    the hooks that are due after so many steps: they may not have come to an end before.
+
     The metrics of a step (their `values`: scalars by name) are fetched after the next step is on its way.
     `check(step, metrics, values)` sees those of every step and may raise. `mfu` is logged if the devices' `peak_flops`
     (FLOP/s) are given. How long the first step was in coming is counted from `began` (of time.perf_counter), or from
-    this call.
+    this call. When `stop`, asked after each step but the last, names a signal, hooks that are `at_stop` are called and
+    InterruptedTrainingError is raised.
     """
     began = time.perf_counter() if began is None else began
     pending: deque[tuple[int, Any]] = deque()
-    with ProgressBar(num_steps) as progress:
+    with ProgressBar(num_steps, initial=first_step) as progress:
         log = _MetricsLog(tracker, progress, log_every, num_steps, peak_flops, check)
-        _run_hooks(hooks, StepInfo(0, state), num_steps)
+        _run([hook for hook in hooks if hook.is_due(first_step, num_steps)], StepInfo(first_step, state))
         log.start_clock()
         batches = iter(batches)
-        for step in range(num_steps):
+        for step in range(first_step, num_steps):
             state, metrics = step_fn(state, _next(batches, step, num_steps))
             pending.append((step, metrics))
-            if step == 0:
+            if step == first_step:
                 log.take(*pending.popleft())
                 seconds = time.perf_counter() - began
                 logger.info("the first step was done %.1f s after the start", seconds)
-                tracker.log_summary({"seconds_to_first_step": seconds})
+                if step == 0:
+                    tracker.log_summary({"seconds_to_first_step": seconds})
             if len(pending) > METRICS_LAG:
                 log.take(*pending.popleft())
-            if any(hook.is_due(step + 1, num_steps) for hook in hooks):
+            done = step + 1
+            stopped_by = stop(done) if done < num_steps else None
+            due = [hook for hook in hooks if (hook.at_stop if stopped_by else hook.is_due(done, num_steps))]
+            if due:
                 while pending:
                     log.take(*pending.popleft())
                 with log.paused_clock():
-                    _run_hooks(hooks, StepInfo(step + 1, state), num_steps)
+                    _run(due, StepInfo(done, state))
+            if stopped_by:
+                raise InterruptedTrainingError(stopped_by, done, num_steps)
         while pending:
             log.take(*pending.popleft())
     return state
@@ -166,10 +190,9 @@ def _next(batches: Iterator[Any], step: int, num_steps: int) -> Any:
         raise ValueError(f"the batches ended after {step} of {num_steps} steps") from None
 
 
-def _run_hooks(hooks: Sequence[Hook], info: StepInfo, num_steps: int) -> None:
+def _run(hooks: Sequence[Hook], info: StepInfo) -> None:
     for hook in hooks:
-        if hook.is_due(info.step, num_steps):
-            hook.function(info)
+        hook.function(info)
 
 
 class _MetricsLog:

@@ -1,0 +1,72 @@
+"""What tells one run from another: the weights it starts from, the pairs it trains on, and in which order."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lora_dpo_jax.data.loader import PairTable
+from lora_dpo_jax.data.preferences import default_cache_dir
+from lora_dpo_jax.huggingface.digests import tensor_digests
+from lora_dpo_jax.lora import LoraConfig
+from lora_dpo_jax.main.setup import Base, TrainConfig, folder_of
+
+# Settings of `lora` that a checkpoint's adapters mean nothing without.
+SHAPE_ADAPTERS = ("r", "alpha", "use_rslora", "target_modules", "exclude_modules")
+
+
+def weights_identity(config: TrainConfig, base: Base) -> dict[str, Any]:
+    """Of the base, and of the adapter that is its reference if there is one: what their files hold."""
+    memory = cache_folder(config) / "digests"
+    adapter = None
+    if config.reference_adapter is not None:
+        folder = folder_of("initialize_from_peft", config.reference_adapter)
+        adapter = {
+            "adapter_config.json": json.loads((folder / "adapter_config.json").read_text()),
+            "files": tensor_digests(folder, "adapter_model", memory=memory),
+        }
+    return {
+        "config.json": json.loads((base.folder / "config.json").read_text()),
+        "files": tensor_digests(base.folder, memory=memory),
+        "adapter": adapter,
+    }
+
+
+def run_identity(config: TrainConfig, lora: LoraConfig, base: Base, pairs: PairTable) -> dict[str, Any]:
+    """By the names of the settings, all that a run must share with a checkpoint to go on from it.
+
+    Nothing of how the run is computed or reported, or of the loss and the optimizer's settings, which may be changed on
+    the way.
+    """
+    weights = weights_identity(config, base)
+    adapter = weights.pop("adapter")
+    components = {
+        name: {"pairs": len(component), **component.checksums}
+        for name, (component, _) in zip(pairs.names, pairs.components, strict=True)
+    }
+    return {
+        "initialize_from_hf": weights,
+        "initialize_from_peft": adapter,
+        "peft_reference": config.peft_reference if config.initialize_from_peft else None,
+        "model": {"dtype": dtypes_of(base.model), "quantization": config.model.quantization},
+        "lora": {name: value for name, value in dataclasses.asdict(lora).items() if name in SHAPE_ADAPTERS},
+        "data": {
+            "components": components,
+            "order_of_components": pairs.names,
+            "shuffle": config.data.shuffle,
+            "train_weights": config.data.train_weights,
+            "training_pairs": len(pairs),
+        },
+        "validation_split_fraction": config.validation_split_fraction,
+        "trainer": {"seed": config.trainer.seed, "train_batch_size": config.trainer.train_batch_size},
+    }
+
+
+def dtypes_of(tree: Any) -> list[str]:
+    return sorted({str(leaf.dtype) for leaf in jax.tree.leaves(tree)})
+
+
+def cache_folder(config: TrainConfig) -> Path:
+    return Path(config.data.cache_dir or default_cache_dir()).expanduser()

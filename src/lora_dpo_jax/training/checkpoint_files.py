@@ -1,0 +1,87 @@
+"""Whether a checkpoint on disk is whole: what was said of it when it was written, and sums of all its files.
+
+    step-<n>/
+      checkpoint.json       the description, and the size and CRC-32 of every file below
+      _METADATA, d/, ...    the arrays by name: see checkpoint_arrays.py
+
+checkpoint.json is the last file to be written: a folder without it is half a checkpoint.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+DESCRIPTION = "checkpoint.json"
+VERSION = 1  # raise it when the files get another layout
+UNCHECKED = ("_CHECKPOINT_METADATA", "commit_success.txt")  # written by Orbax later still; no array depends on them
+BLOCK_BYTES = 2**24
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint is not all of what was written; the message says where."""
+
+
+def describe(folder: epath.Path, description: Mapping[str, Any]) -> None:
+    """Writes checkpoint.json, when all other files are written. `description` must serialize to JSON."""
+    files = {
+        path.relative_to(folder).as_posix(): [path.stat().length, _checksum(path)]
+        for path in _files(folder)
+        if path.name not in UNCHECKED
+    }
+    content = {"version": VERSION, "description": description, "files": files}
+    (folder / DESCRIPTION).write_text(json.dumps({"checksum": _checksum_of_json(content), **content}, indent=1))
+
+
+def read_description(folder: epath.Path) -> dict[str, Any]:
+    """What `describe` was given. Raises DamagedCheckpointError if that cannot be told."""
+    return _read(folder)["description"]
+
+
+def check_files(folder: epath.Path) -> None:
+    """Reads all files of a checkpoint through. Raises DamagedCheckpointError if one is not as it was written."""
+    for name, (size, checksum) in _read(folder)["files"].items():
+        path = folder / name
+        if not path.exists():
+            raise DamagedCheckpointError(f"its file {name} is missing")
+        if (found := path.stat().length) != size:
+            raise DamagedCheckpointError(f"its file {name} has {found:,} bytes, not {size:,}")
+        if _checksum(path) != checksum:
+            raise DamagedCheckpointError(f"the content of its file {name} has changed")
+
+
+def _read(folder: epath.Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    if not path.exists():
+        raise DamagedCheckpointError(f"it has no {DESCRIPTION}, so it was not finished")
+    try:
+        content = json.loads(path.read_text())
+        if content.pop("checksum") != _checksum_of_json(content):
+            raise ValueError("its checksum is another")
+        if content["version"] != VERSION:
+            raise ValueError(f"it is of version {content['version']}, and this program reads {VERSION}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"its {DESCRIPTION} cannot be used: {error}") from error
+    return content
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def _checksum(path: epath.Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _checksum_of_json(content: Any) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())

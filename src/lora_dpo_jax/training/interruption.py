@@ -1,0 +1,63 @@
+"""Being asked to stop: a signal lets the step at hand end, so that the run can save its state and be started again."""
+
+import os
+import signal
+import threading
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+RESTART_ME = 75  # the exit status after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
+
+
+class InterruptedTrainingError(RuntimeError):
+    """A signal ended the run before its last step; the state after `step` updates was handed to the hooks."""
+
+    def __init__(self, signum: signal.Signals, step: int, num_steps: int):
+        super().__init__(f"stopped by {signum.name} after {step} of {num_steps} steps")
+        self.signum, self.step = signum, step
+
+    @property
+    def exit_code(self) -> int:
+        """RESTART_ME for who was told to leave; what shells give for who was stopped by hand."""
+        return RESTART_ME if self.signum == signal.SIGTERM else 128 + self.signum
+
+
+class StopSignals:
+    """While the block runs, a first SIGTERM or SIGINT is only noted, for the training loop to ask; a second one acts.
+
+    Where `jax.distributed` runs, it notices SIGTERM itself and lets all processes stop after the same step. Off the
+    main thread, where Python allows no handlers, nothing is caught.
+    """
+
+    def __init__(self):
+        self._received: signal.Signals | None = None
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __call__(self, step: int) -> signal.Signals | None:
+        """What asks the run to stop after `step` updates, if anything does. To be asked once a step."""
+        if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step):
+            return signal.SIGTERM
+        return self._received
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread() and not jax.distributed.is_initialized():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._former[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._restore()
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self._received = signal.Signals(signum)
+        self._restore()  # the next one acts at once
+        text = f"{self._received.name}: the step at hand ends, then the state is saved; a second one stops at once\n"
+        os.write(2, text.encode())  # a handler may come in the middle of a write to sys.stderr, which cannot be nested
+
+    def _restore(self) -> None:
+        while self._former:
+            signum, handler = self._former.popitem()
+            # None: a handler that was not set from Python, and cannot be set from there.
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)

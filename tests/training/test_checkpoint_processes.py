@@ -1,0 +1,84 @@
+"""Two processes save one checkpoint, stop after the same step, and any number of processes goes on from it."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lora_dpo_jax.training.checkpoint import CheckpointerConfig, Checkpoints
+
+# Goes on until the first process is sent SIGTERM. Only that one knows what run it is, as in main/train.py.
+PROCESS = """
+import os, signal, sys, time
+import jax, numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+process, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+
+from lora_dpo_jax.training.checkpoint import CheckpointerConfig, Checkpoints
+from lora_dpo_jax.training.interruption import StopSignals
+
+place = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+state = jax.make_array_from_callback((4, 2), place, lambda index: np.arange(8.0, dtype=np.float32).reshape(4, 2)[index])
+train_step = jax.jit(lambda x: x + 1, donate_argnums=0)
+identity = {"run": "this"} if process == 0 else {}
+checkpoints = Checkpoints(
+    epath.Path(folder), CheckpointerConfig(save_interval="0.5s", keep=[]), identity=identity, settings={}
+)
+with StopSignals() as stop, checkpoints:
+    assert checkpoints.restore({"x": state}) is None
+    for step in range(1, 2000):
+        state = train_step(state)
+        time.sleep(0.01)
+        if step == 150 and process == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        stopped_by = stop(step)
+        if stopped_by or checkpoints.is_due(step):
+            checkpoints.save(step, {"x": state}, notes={})
+        if stopped_by:
+            print(f"stopped after {step}", flush=True)
+            break
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def test_processes_save_together_and_stop_after_the_same_step(tmp_path):
+    folder, port = tmp_path / "checkpoints", free_port()
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(number), str(port), str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    told = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    stopped = [re.findall(r"stopped after (\d+)", out) for out, _ in told]
+    assert stopped[0] == stopped[1] and len(stopped[0]) == 1
+    step = int(stopped[0][0])
+    assert [path.name for path in folder.iterdir()] == [f"step-{step}"], "those by the clock have gone"
+
+    # Here it is one process, with both devices.
+    place = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data"))
+    checkpoints = Checkpoints(epath.Path(folder), CheckpointerConfig(), identity={"run": "this"}, settings={})
+    found = checkpoints.restore({"x": jax.device_put(jnp.zeros((4, 2)), place)})
+    assert found is not None and found.step == step
+    np.testing.assert_array_equal(found.arrays["x"], np.arange(8.0).reshape(4, 2) + step)
