@@ -38,8 +38,12 @@ class ProgramMemory:
 
 def largest_arrays(program: str, count: int = 3) -> list[str]:
     """The largest that operations of the optimized program make: `bf16[2048,14336]`, ..."""
-    operations = re.findall(r"= (\w+\[[\d,]*\])\S* ([\w-]+)\(", program)
-    sizes = {shape: _num_bytes(shape) for shape, operation in operations if operation not in HANDED_ON}
+    computations, _ = _computations(program)
+    # What is inside of a fusion never lies in memory.
+    fused = set(re.findall(r" fusion\(.*calls=%?([\w.-]+)", program))
+    lines = (line for name, lines in computations.items() if name not in fused for line in lines)
+    made = (re.match(r"\s+(?:ROOT )?%?\S+ = (\w+\[[\d,]*\])\S* ([\w-]+)\(", line) for line in lines)
+    sizes = {found[1]: _num_bytes(found[1]) for found in made if found and found[2] not in HANDED_ON}
     return sorted(sizes, key=lambda shape: -sizes[shape])[:count]
 
 
