@@ -60,8 +60,9 @@ def collective_bytes(program: str, *, unknown_trips: int = 1) -> dict[str, float
             known[name] = {}  # XLA's computations do not call themselves
             total: dict[str, float] = defaultdict(float)
             for line in computations.get(name, ()):
-                for kind, num_bytes in _of_line(line, of, unknown_trips).items():
-                    total[kind] += num_bytes
+                times = _trips(line, computations) or unknown_trips
+                for kind, num_bytes in _of_line(line, of).items():
+                    total[kind] += num_bytes * (times if " while(" in line else 1)
             known[name] = dict(total)
         return known[name]
 
@@ -82,7 +83,17 @@ def _computations(program: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _of_line(line: str, of: Any, unknown_trips: int) -> dict[str, float]:
+def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
+    """How often the loop of `line` turns, as XLA notes it or as its condition compares; None: not known before."""
+    if noted := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+        return int(noted[1])
+    condition = re.search(r"condition=%?([\w.-]+)", line)
+    lines = computations.get(condition[1], []) if condition else []
+    bounds = [found[1] for line in lines if (found := re.search(r"= s32\[\]\S* constant\((\d+)\)", line))]
+    return int(bounds[0]) if len(bounds) == 1 else None
+
+
+def _of_line(line: str, of: Any) -> dict[str, float]:
     found = re.match(r"\s+(?:ROOT )?%?\S+ = (.*?) ([\w-]+)\(", line)
     if not found:
         return {}
@@ -93,9 +104,7 @@ def _of_line(line: str, of: Any, unknown_trips: int) -> dict[str, float]:
         # All devices' parts are added up and then handed to all.
         return {kind: (2.0 if kind == "all-reduce" else 1.0) * largest}
     if operation == "while" and (body := re.search(r"body=%?([\w.-]+)", line)):
-        trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-        times = int(trips[1]) if trips else unknown_trips
-        return {kind: times * num_bytes for kind, num_bytes in of(body[1]).items()}
+        return of(body[1])
     if operation == "conditional":
         names = re.search(r"branch_computations=\{([^}]*)\}", line)
         branches = names[1].split(", ") if names else re.findall(r"(?:true|false)_computation=(%?[\w.-]+)", line)
