@@ -285,11 +285,16 @@ def test_the_reference_is_the_quantized_base_and_new_adapters_change_nothing():
     assert np.abs(policy - response_log_probs(tiny_decoder(), tokens, is_response)).max() > 0.1
 
 
+def named_axes(model):
+    """Of each array, in whatever order it holds them."""
+    return [set(leaf.axes) for leaf in jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, NamedArray))]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merged_model_is_dense_and_computes_what_the_adapted_one_does(kind):
     model = moved(adapted(kind))
     merged = merge_lora(model)
-    assert jax.tree.structure(merged) == jax.tree.structure(tiny_decoder())
+    assert named_axes(merged) == named_axes(tiny_decoder())
     tokens, is_response = plain_sequences(random_pairs(8).pairs)
     np.testing.assert_allclose(
         response_log_probs(merged, tokens, is_response), response_log_probs(model, tokens, is_response), rtol=1e-5

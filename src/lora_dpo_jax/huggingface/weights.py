@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,11 @@ class Parameter:
     sides: tuple[tuple[Axis, ...], ...]  # what the tensors' dimensions are on disk: (out, in) for a matrix
 
     @property
+    def layer_axes(self) -> tuple[Axis, ...]:
+        """Those of the array that one tensor fills."""
+        return self.axes[1:] if self.is_stacked else self.axes
+
+    @property
     def is_layer_matrix(self) -> bool:
         return self.is_stacked and len(self.sides) == 2
 
@@ -202,23 +207,22 @@ def _refuse_another_head(tensors: TensorFiles) -> None:
 def _read_parameter(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapping) -> jax.Array:
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if not parameter.is_stacked:
-            return _read_part(tensors.view(parameter.names[0]), parameter.sides, index).astype(dtype)
+            return _read_part(tensors.view(parameter.names[0]), parameter, index).astype(dtype)
         parts = [tensors.view(name) for name in parameter.names[index[0]]]
-        return np.stack([_read_part(part, parameter.sides, index[1:]).astype(dtype) for part in parts])
+        return np.stack([_read_part(part, parameter, index[1:]).astype(dtype) for part in parts])
 
     return sharded_array(parameter.axes, mapping, read)
 
 
 def _read_quantized(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapping, kind: str) -> QuantizedWeight:
     """Quantized by the devices, tensor by tensor: each reads its part, one at a time being there in full precision."""
-    Layers, *axes = parameter.axes
+    Layers, axes = parameter.axes[0], parameter.layer_axes
     Out, In = parameter.sides
 
     def read(name: str) -> NamedArray:
-        view = tensors.view(name)
-        part = functools.partial(_read_part, view, parameter.sides)
-        array = sharded_array(tuple(axes), mapping, lambda index: part(index).astype(np.float32))
-        return hax.named(array, tuple(axes))
+        part = functools.partial(_read_part, tensors.view(name), parameter)
+        array = sharded_array(axes, mapping, lambda index: part(index).astype(np.float32))
+        return hax.named(array, axes)
 
     def is_named(node):
         return isinstance(node, NamedArray)
@@ -227,7 +231,7 @@ def _read_quantized(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapp
         return quantize_weight(weight, In, Out, kind, dtype)
 
     def empty() -> QuantizedWeight:
-        one = quantized(hax.zeros(tuple(axes)))
+        one = quantized(hax.zeros(axes))
         return jax.tree.map(lambda leaf: hax.zeros((Layers, *leaf.axes), leaf.dtype), one, is_leaf=is_named)
 
     def put(stacked: QuantizedWeight, weight: NamedArray, layer) -> QuantizedWeight:
@@ -245,18 +249,23 @@ def _read_quantized(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapp
     return stacked
 
 
-def _read_part(view: Any, sides: tuple[tuple[Axis, ...], ...], index: tuple[slice, ...]) -> np.ndarray:
-    """The part `index`, one slice per axis, of a tensor whose sides are flattened on disk."""
-    rows = sides[0]
-    # Only the outermost axis of the rows can be cut on disk; the other cuts are made in memory.
-    per_row = _size(rows[1:])
-    start, stop, _ = index[0].indices(rows[0].size)
-    block = view[start * per_row : stop * per_row]
-    rest = [axis.size for side in (rows[1:], *sides[1:]) for axis in side]
-    return block.reshape(stop - start, *rest)[(slice(None), *index[1:])]
+def _read_part(view: Any, parameter: Parameter, index: tuple[slice, ...]) -> np.ndarray:
+    """The part `index`, one slice for each of `parameter.layer_axes`, of a tensor whose sides are flattened on disk."""
+    cuts = dict(zip(parameter.layer_axes, index, strict=True))
+    on_disk, shape, in_memory = [], [], []
+    for outer, *inner in parameter.sides:
+        # Only the outermost axis of a side can be cut on disk.
+        start, stop, _ = cuts[outer].indices(outer.size)
+        size = _size(inner)
+        on_disk.append(slice(start * size, stop * size))
+        shape += [stop - start, *(axis.size for axis in inner)]
+        in_memory += [slice(None), *(cuts[axis] for axis in inner)]
+    part = view[tuple(on_disk)].reshape(shape)[tuple(in_memory)]
+    order = [axis for side in parameter.sides for axis in side]
+    return part.transpose([order.index(axis) for axis in parameter.layer_axes])
 
 
-def _size(axes: tuple[Axis, ...]) -> int:
+def _size(axes: Iterable[Axis]) -> int:
     return int(np.prod([axis.size for axis in axes]))
 
 

@@ -67,8 +67,10 @@ class Linear(hnn.Linear):
         return out if self.bias is None else hax.auto_sharded(out + self.bias)
 
 
-def linear(In: AxisSpec, Out: AxisSpec, *, key, use_bias: bool, dot_general: Any = None) -> Linear:
-    made = hnn.Linear.init(In, Out, key=key, use_bias=use_bias, dot_general=dot_general)
+def linear(
+    In: AxisSpec, Out: AxisSpec, *, key, use_bias: bool, out_first: bool = True, dot_general: Any = None
+) -> Linear:
+    made = hnn.Linear.init(In, Out, key=key, use_bias=use_bias, out_first=out_first, dot_general=dot_general)
     return Linear(made.weight, made.bias, In, Out, dot_general=made.dot_general)
 
 
@@ -129,7 +131,8 @@ class Attention(eqx.Module):
             q_proj=linear(Embed, Q, key=keys[0], use_bias=config.qkv_bias),
             k_proj=linear(Embed, KV, key=keys[1], use_bias=config.qkv_bias),
             v_proj=linear(Embed, KV, key=keys[2], use_bias=config.qkv_bias),
-            o_proj=linear(Q, Embed, key=keys[3], use_bias=config.attention_out_bias),
+            # With `embed` last as well: a TPU's tiles would be half empty of the heads' axes, and XLA makes a copy.
+            o_proj=linear(Q, Embed, key=keys[3], use_bias=config.attention_out_bias, out_first=False),
             q_norm=norm,
             k_norm=norm,
         )
