@@ -13,7 +13,7 @@ import tokenizers
 import transformers
 
 from bench.profiles import SHAPES
-from lora_dpo_jax.huggingface.tensors import write_shards
+from lora_dpo_jax.huggingface.tensors import TensorInfo, write_shards
 from lora_dpo_jax.huggingface.weights import Parameter, map_parameters, read_config
 from lora_dpo_jax.main.setup import ModelConfig
 from lora_dpo_jax.models import CausalLM, DecoderConfig, config_from_hf
@@ -91,8 +91,8 @@ def _write_weights(config: DecoderConfig, folder: Path, seed: int) -> None:
         rng = np.random.default_rng([seed, numbers[name]])
         return STD * rng.standard_normal(shapes[name], np.float32)
 
-    num_bytes = {name: 4 * int(np.prod(shape)) for name, shape in shapes.items()}
-    write_shards(folder, num_bytes, draw, max_shard_bytes=5 * 2**30)
+    infos = {name: TensorInfo("F32", shape) for name, shape in shapes.items()}
+    write_shards(folder, infos, draw, max_shard_bytes=5 * 2**30)
 
 
 def _template(config: DecoderConfig) -> CausalLM:

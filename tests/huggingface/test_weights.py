@@ -1,5 +1,6 @@
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import equinox as eqx
@@ -16,15 +17,20 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import load, random_tokens, tiny_folder, tiny_model, tiny_tokenizer, torch_logits, with_random_adapters
 
 from lora_dpo_jax.huggingface import weights
-from lora_dpo_jax.huggingface.adapters import save_adapter
+from lora_dpo_jax.huggingface.adapters import load_adapter, save_adapter
+from lora_dpo_jax.huggingface.tensors import TensorFiles, TensorInfo, write_shards
 from lora_dpo_jax.huggingface.weights import read_config, save_merged
-from lora_dpo_jax.lora import LoraConfig, merge_lora
+from lora_dpo_jax.lora import LoraConfig, merge_lora, trainable_filter
 from lora_dpo_jax.models import CausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 LORA = LoraConfig(r=4, alpha=8.0, target_modules=["q_proj", "o_proj", "down_proj"])
+ALL_LAYERS = LoraConfig(r=4, alpha=8.0)
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+DTYPES = {"flags": "BOOL", "scalar": "I64", "half": "BF16", "empty": "F32"}
 
 
 def trained(model: CausalLM, config: LoraConfig = LORA) -> CausalLM:
@@ -81,6 +87,48 @@ def test_under_a_mesh_each_device_holds_its_part():
     parts_of = [(layer.mlp.up_proj, 8), (layer.self_attn.q_proj, 8), (layer.input_layernorm, 4)]
     for weight, parts in ((module.weight, parts) for module, parts in parts_of):
         assert weight.array.addressable_shards[0].data.size * parts == weight.array.size
+
+
+class CountingView:
+    """A lazy tensor that notes how many numbers are read of it at a time."""
+
+    def __init__(self, view, reads: list[int]):
+        self.view, self.reads = view, reads
+
+    def __getitem__(self, index) -> np.ndarray:
+        part = self.view[index]
+        self.reads.append(part.size)
+        return part
+
+
+@pytest.mark.parametrize(
+    ("shape", "mapping"),
+    [
+        ((8, 1), {"embed": "data"}),
+        ((4, 2), {"embed": "data", "mlp": "model", "kv_head": "model"}),
+        ((1, 2), {"mlp": "model", "kv_head": "model"}),
+    ],
+)
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_what_devices_read_is_their_part_and_no_more(shape, mapping, with_adapters, tmp_path, monkeypatch):
+    folder = tiny_folder("llama2")
+    if with_adapters:
+        base = load(folder)
+        save_adapter(trained(base, ALL_LAYERS), tmp_path, base_model="base", config=ALL_LAYERS)
+    reads: list[int] = []
+    view = TensorFiles.view
+    monkeypatch.setattr(TensorFiles, "view", lambda files, name: CountingView(view(files, name), reads))
+    mesh = Mesh(np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape), ("data", "model"))
+    monkeypatch.setattr(CountingView, "get_shape", lambda self: self.view.get_shape(), raising=False)
+    with set_mesh(mesh):
+        model = load_adapter(base, tmp_path, mapping=mapping) if with_adapters else load(folder, mapping=mapping)
+    read = eqx.filter(model, trainable_filter(model)) if with_adapters else model
+    # What all devices hold whole is read once.
+    held = [
+        leaf.size if leaf.is_fully_replicated else sum(shard.data.size for shard in leaf.addressable_shards)
+        for leaf in jax.tree.leaves(read)
+    ]
+    assert sum(reads) == sum(held)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +269,40 @@ def test_a_large_merged_model_is_sharded_with_an_index(tmp_path):
         for name in ("merged", "one")
     ]
     np.testing.assert_array_equal(*logits)
+
+
+def test_tensors_of_several_dtypes_are_written_as_they_are(tmp_path):
+    tensors = {
+        "flags": np.array([True, False, True]),
+        "scalar": np.array(3, np.int64),
+        "half": np.arange(6, dtype=jnp.bfloat16).reshape(2, 3).T,
+        "empty": np.zeros((0, 4), np.float32),
+    }
+    infos = {name: TensorInfo(kind, tensors[name].shape) for name, kind in DTYPES.items()}
+    write_shards(tmp_path, infos, tensors.__getitem__, max_shard_bytes=1000)
+    found = load_file(tmp_path / "model.safetensors")
+    assert {name: value.dtype for name, value in found.items()} == {name: x.dtype for name, x in tensors.items()}
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+def test_a_tensor_that_is_not_what_the_header_says_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"tensor w is float32 \(3,\), not TensorInfo\(dtype='BF16', shape=\(3,\)\)"):
+        write_shards(tmp_path, {"w": TensorInfo("BF16", (3,))}, lambda _: np.zeros(3, np.float32), max_shard_bytes=9)
+
+
+def test_one_tensor_at_a_time_is_in_memory(tmp_path):
+    alive: list[weakref.ref] = []
+
+    def read(name: str) -> np.ndarray:
+        assert not any(tensor() is not None for tensor in alive)
+        tensor = np.full(1000, float(name[1:]), np.float32)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    infos = {f"w{number}": TensorInfo("F32", (1000,)) for number in range(5)}
+    write_shards(tmp_path, infos, read, max_shard_bytes=9000)
+    assert [float(value[0]) for value in tensors_in(tmp_path).values()] == [0, 1, 2, 3, 4]
 
 
 def test_an_export_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):

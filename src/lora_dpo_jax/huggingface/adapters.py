@@ -4,6 +4,8 @@ A tensor is called `base_model.model.<path of the layer>.lora_A.weight`, {r, in}
 """
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,27 +263,24 @@ def _read_layer(
     stack = tuple(axis for axis in linear.weight.axes if axis not in In + Out)
     Rank = Axis(RANK, config.r)
 
-    def read(factor: str, rows: tuple[Axis, ...], columns: tuple[Axis, ...]) -> NamedArray:
-        shape = tuple(int(np.prod([axis.size for axis in side])) for side in (rows, columns))
-        whole = np.zeros((len(names), *shape), np.float32)
-        for i, name in enumerate(names):
-            if chosen[i]:
-                whole[i] = _read_factor(tensors, _key(name, factor), shape)
-        axes = stack + rows + columns
-        whole = whole.reshape([axis.size for axis in axes])
-        return NamedArray(sharded_array(axes, mapping, lambda index: whole[index]), tuple(axis.name for axis in axes))
+    def read(factor: str, *sides: tuple[Axis, ...]) -> NamedArray:
+        views = [_factor(tensors, _key(name, factor), sides) if chosen[i] else None for i, name in enumerate(names)]
+        axes = stack + tuple(axis for side in sides for axis in side)
+        return hax.named(sharded_array(views, sides, axes, mapping, np.float32), axes)
 
     active = None if all(chosen) else hax.named(jnp.array(chosen, dtype=jnp.float32), stack)
     lora_A, lora_B = read("lora_A", (Rank,), In), read("lora_B", Out, (Rank,))
     return LoraLinear(linear, lora_A, lora_B, config.scaling, config.dropout, active)
 
 
-def _read_factor(tensors: TensorFiles, key: str, shape: tuple[int, ...]) -> np.ndarray:
+def _factor(tensors: TensorFiles, key: str, sides: Sequence[tuple[Axis, ...]]) -> Any:
+    """A lazy tensor."""
+    shape = tuple(math.prod(axis.size for axis in side) for side in sides)
     if tensors.shape(key) != shape:
         raise ValueError(
             f"{tensors.folder}: tensor {key} has shape {tensors.shape(key)}; the model and {CONFIG}'s r need {shape}"
         )
-    return tensors.read(key).astype(np.float32)
+    return tensors.view(key)
 
 
 def _refuse_another_head(tensors: TensorFiles, model: CausalLM) -> None:

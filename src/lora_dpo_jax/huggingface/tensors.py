@@ -1,8 +1,10 @@
-"""safetensors files: read tensor by tensor, part by part, and written shard by shard."""
+"""safetensors files: read part by part, and written tensor by tensor."""
 
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,25 @@ import numpy as np
 from haliax import Axis
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+METADATA = {"format": "pt"}  # transformers refuses files that do not say they hold PyTorch's layout
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of a tensor."""
+
+    dtype: str  # in safetensors' words: F32, BF16, F8_E4M3, I64, BOOL
+    shape: tuple[int, ...]
+
+    @property
+    def item_bytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)
+        return int(bits.group()) // 8 if bits else 1  # BOOL takes a byte
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.item_bytes
 
 
 class TensorFiles:
@@ -44,9 +65,8 @@ class TensorFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.view(name).get_shape())
 
-    def num_bytes(self, name: str) -> int:
-        bits = re.search(r"\d+", self.view(name).get_dtype())  # BF16, F8_E4M3, I64; BOOL takes a byte
-        return int(np.prod(self.shape(name))) * (int(bits.group()) // 8 if bits else 1)
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo(self.view(name).get_dtype(), self.shape(name))
 
     def view(self, name: str) -> Any:
         """A lazy tensor: index it to read just that part."""
@@ -76,28 +96,49 @@ class TensorFiles:
 
 
 def write_shards(
-    folder: Path, num_bytes: dict[str, int], read: Callable[[str], np.ndarray], *, max_shard_bytes: int
+    folder: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray], *, max_shard_bytes: int
 ) -> None:
-    """Writes the tensors named in `num_bytes`, holding one shard at a time in memory; an index if there are several."""
-    shards = _plan(num_bytes, max_shard_bytes)
+    """Writes what `read` gives for each name, one tensor at a time being in memory; with an index for several files.
+
+    Raises ValueError if a tensor is not as `tensors` says.
+    """
+    shards = _plan({name: info.num_bytes for name, info in tensors.items()}, max_shard_bytes)
     if len(shards) == 1:
-        return write_tensors(folder / "model.safetensors", {name: read(name) for name in shards[0]})
+        return _stream(folder / "model.safetensors", {name: tensors[name] for name in shards[0]}, read)
     file_of = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / file, {name: read(name) for name in names})
+        _stream(folder / file, {name: tensors[name] for name in names}, read)
         file_of |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": dict(sorted(file_of.items()))}
+    total = sum(info.num_bytes for info in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """One file. transformers refuses files that do not say they hold PyTorch's layout."""
-    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    """One file."""
+    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path, metadata=METADATA)
 
 
-def sharded_array(axes: tuple[Axis, ...], mapping: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:
-    """An array with `axes`, of which each device gets the part that `read` gives for its slices, one per axis."""
+def sharded_array(
+    views: Sequence[Any], sides: Sequence[tuple[Axis, ...]], axes: tuple[Axis, ...], mapping: Any, dtype: Any
+) -> jax.Array:
+    """An array with `axes`, of which each device reads its part: of one lazy tensor, or of several stacked.
+
+    `sides` are a tensor's dimensions on disk, flattened. `axes` are those of the sides in any order, after the axis of
+    the stack if there is one. A view that is None stands for zeros.
+    """
+    depth = len(axes) - sum(len(side) for side in sides)
+
+    def read(index: Any) -> np.ndarray:
+        chosen, cuts = (views[index[0]], index[1:]) if depth else (views, index)
+        shape = [len(range(axis.size)[cut]) for axis, cut in zip(axes[depth:], cuts, strict=True)]
+        values = np.zeros([len(chosen), *shape], dtype)
+        for layer, view in enumerate(chosen):
+            if view is not None:
+                values[layer] = _read_part(view, sides, axes[depth:], cuts)
+        return values if depth else values[0]
+
     return jax.make_array_from_callback(tuple(axis.size for axis in axes), array_sharding(axes, mapping), read)
 
 
@@ -111,6 +152,48 @@ def array_sharding(axes: tuple[Axis, ...], mapping: Any) -> jax.sharding.Shardin
 def abridged(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _read_part(
+    view: Any, sides: Sequence[tuple[Axis, ...]], axes: Sequence[Axis], index: Sequence[slice]
+) -> np.ndarray:
+    """One slice for each of `axes`. Cuts of a side's outermost axis are made on disk, others in memory."""
+    cuts = dict(zip(axes, index, strict=True))
+    on_disk, shape, in_memory = [], [], []
+    for outer, *inner in sides:
+        start, stop, _ = cuts[outer].indices(outer.size)
+        size = math.prod(axis.size for axis in inner)
+        on_disk.append(slice(start * size, stop * size))
+        shape += [stop - start, *(axis.size for axis in inner)]
+        in_memory += [slice(None), *(cuts[axis] for axis in inner)]
+    part = view[tuple(on_disk)].reshape(shape)[tuple(in_memory)]
+    order = [axis for side in sides for axis in side]
+    return part.transpose([order.index(axis) for axis in axes])
+
+
+def _stream(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]) -> None:
+    """One file, as https://github.com/huggingface/safetensors describes it; its library wants all tensors at once."""
+    # The widest first, so that each begins at a multiple of its items' size.
+    names = sorted(tensors, key=lambda name: -tensors[name].item_bytes)
+    header: dict[str, Any] = {"__metadata__": METADATA}
+    end = 0
+    for name in names:
+        info, start = tensors[name], end
+        end = start + info.num_bytes
+        header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for name in names:
+            file.write(_content(name, read(name), tensors[name]))
+
+
+def _content(name: str, tensor: np.ndarray, info: TensorInfo) -> memoryview:
+    if (tensor.shape, tensor.nbytes) != (info.shape, info.num_bytes):
+        raise ValueError(f"tensor {name} is {tensor.dtype} {tensor.shape}, not {info}")
+    return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
 
 
 def _plan(num_bytes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:

@@ -1,11 +1,11 @@
 """Models in Hugging Face's format: `config.json` and safetensors, read straight to their devices and written back."""
 
-import functools
 import json
 import logging
+import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def load_model(
     """The pretrained model with its weights in `dtype`, the matrices of its layers quantized if asked for (nf4, int8).
 
     Under a mesh, `mapping` (axis name to mesh axis) says how weights are sharded; each device reads only its part, and
-    host memory holds one array's part at a time. Missing, surplus and misshapen tensors raise ValueError.
+    host memory holds one array's parts at a time. Missing, surplus and misshapen tensors raise ValueError.
     """
     tensors = TensorFiles(folder)
     template = eqx.filter_eval_shape(CausalLM.init, config, key=jax.random.key(0))
@@ -76,7 +76,8 @@ def load_model(
     def read(parameter: Parameter) -> NamedArray | QuantizedWeight:
         if quantization != "none" and parameter.is_layer_matrix:
             return _read_quantized(tensors, parameter, dtype, mapping, quantization)
-        return hax.named(_read_parameter(tensors, parameter, dtype, mapping), parameter.axes)
+        views = [tensors.view(name) for name in parameter.names]
+        return hax.named(sharded_array(views, parameter.sides, parameter.axes, mapping, dtype), parameter.axes)
 
     model = map_parameters(read, template)
     if errors := _quantization_errors(model):
@@ -92,7 +93,7 @@ def save_merged(
     Each tensor is computed from that of `source`, not from the model's copy of it, and keeps the dtype and the name it
     has there; those without adapters keep their bits. So a quantized model is merged at full precision: how far that is
     from what it was trained on is logged. `tokenizer`, if given, is saved in place of the source's. Every
-    process of a run must call this; the first one writes, holding one shard in memory.
+    process of a run must call this; the first one writes, holding one tensor in memory.
     """
     adapters = {f"{adapter.name}.weight": adapter for adapter in layer_adapters(model)}
     if jax.process_index() != 0:
@@ -113,8 +114,8 @@ def save_merged(
         _copy_files(source, exported, OTHER_FILES if tokenizer is not None else OTHER_FILES + TOKENIZER_FILES)
         if tokenizer is not None:
             tokenizer.save_pretrained(exported)
-        num_bytes = {name: tensors.num_bytes(name) for name in tensors.names}
-        write_shards(exported, num_bytes, merged, max_shard_bytes=max_shard_bytes)
+        infos = {name: tensors.info(name) for name in tensors.names}
+        write_shards(exported, infos, merged, max_shard_bytes=max_shard_bytes)
 
 
 @dataclass(frozen=True)
@@ -127,17 +128,12 @@ class Parameter:
     sides: tuple[tuple[Axis, ...], ...]  # what the tensors' dimensions are on disk: (out, in) for a matrix
 
     @property
-    def layer_axes(self) -> tuple[Axis, ...]:
-        """Those of the array that one tensor fills."""
-        return self.axes[1:] if self.is_stacked else self.axes
-
-    @property
     def is_layer_matrix(self) -> bool:
         return self.is_stacked and len(self.sides) == 2
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        return tuple(_size(side) for side in self.sides)
+        return tuple(math.prod(axis.size for axis in side) for side in self.sides)
 
 
 def map_parameters(fn: Callable[[Parameter], NamedArray | QuantizedWeight], model: CausalLM) -> CausalLM:
@@ -204,25 +200,14 @@ def _refuse_another_head(tensors: TensorFiles) -> None:
         )
 
 
-def _read_parameter(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapping) -> jax.Array:
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        if not parameter.is_stacked:
-            return _read_part(tensors.view(parameter.names[0]), parameter, index).astype(dtype)
-        parts = [tensors.view(name) for name in parameter.names[index[0]]]
-        return np.stack([_read_part(part, parameter, index[1:]).astype(dtype) for part in parts])
-
-    return sharded_array(parameter.axes, mapping, read)
-
-
 def _read_quantized(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapping, kind: str) -> QuantizedWeight:
     """Quantized by the devices, tensor by tensor: each reads its part, one at a time being there in full precision."""
-    Layers, axes = parameter.axes[0], parameter.layer_axes
+    Layers, *rest = parameter.axes
+    axes = tuple(rest)
     Out, In = parameter.sides
 
     def read(name: str) -> NamedArray:
-        part = functools.partial(_read_part, tensors.view(name), parameter)
-        array = sharded_array(axes, mapping, lambda index: part(index).astype(np.float32))
-        return hax.named(array, axes)
+        return hax.named(sharded_array([tensors.view(name)], parameter.sides, axes, mapping, np.float32), axes)
 
     def is_named(node):
         return isinstance(node, NamedArray)
@@ -247,26 +232,6 @@ def _read_quantized(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapp
     for layer, name in enumerate(parameter.names):
         stacked = put_layer(stacked, read(name), jnp.int32(layer))
     return stacked
-
-
-def _read_part(view: Any, parameter: Parameter, index: tuple[slice, ...]) -> np.ndarray:
-    """The part `index`, one slice for each of `parameter.layer_axes`, of a tensor whose sides are flattened on disk."""
-    cuts = dict(zip(parameter.layer_axes, index, strict=True))
-    on_disk, shape, in_memory = [], [], []
-    for outer, *inner in parameter.sides:
-        # Only the outermost axis of a side can be cut on disk.
-        start, stop, _ = cuts[outer].indices(outer.size)
-        size = _size(inner)
-        on_disk.append(slice(start * size, stop * size))
-        shape += [stop - start, *(axis.size for axis in inner)]
-        in_memory += [slice(None), *(cuts[axis] for axis in inner)]
-    part = view[tuple(on_disk)].reshape(shape)[tuple(in_memory)]
-    order = [axis for side in parameter.sides for axis in side]
-    return part.transpose([order.index(axis) for axis in parameter.layer_axes])
-
-
-def _size(axes: Iterable[Axis]) -> int:
-    return int(np.prod([axis.size for axis in axes]))
 
 
 def _refuse_other_source(adapters: dict[str, LayerAdapter], tensors: TensorFiles) -> None:

@@ -1,0 +1,61 @@
+"""Whole runs that read from and write to an object store, of which a small server here speaks the protocol."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import fsspec
+import pytest
+from moto.server import ThreadedMotoServer
+from safetensors.numpy import load_file
+from tiny_runs import instruct_folder, preference_rows, read_metrics, run_config, write_rows
+
+from lora_dpo_jax.main.train import main
+
+BUCKET = "s3://runs"
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[fsspec.AbstractFileSystem]:
+    """An empty bucket, which this process finds by the environment, as a user's would."""
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    settings |= {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "secret"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket=BUCKET.removeprefix("s3://"))
+        yield fsspec.filesystem("s3")
+    server.stop()
+
+
+def test_a_run_from_an_object_store_to_an_object_store_is_the_run_on_disk(store, tmp_path):
+    rows = write_rows(tmp_path / "train.jsonl", preference_rows(8))
+    store.put(str(instruct_folder()), f"{BUCKET}/model", recursive=True)
+    store.put(str(rows), f"{BUCKET}/data/train.jsonl")
+    metrics, adapters, merged = [], [], []
+    for name, source, exports in [
+        ("disk", str(instruct_folder()), str(tmp_path / "exports")),
+        ("store", f"{BUCKET}/model", f"{BUCKET}/exports"),
+    ]:
+        (tmp_path / name).mkdir()
+        config = run_config(
+            tmp_path / name,
+            rows if name == "disk" else f"{BUCKET}/data/train.jsonl",  # pyright: ignore[reportArgumentType]
+            initialize_from_hf=source,
+            peft_save_path=f"{exports}/adapter",
+            merged_hf_save_path=f"{exports}/merged",
+        )
+        main(config)
+        metrics.append([line["train/loss"] for line in read_metrics(config) if "train/loss" in line])
+        if name == "store":
+            store.get(f"{exports}/", str(tmp_path / "fetched"), recursive=True)
+            exports = str(tmp_path / "fetched")
+        adapters.append(load_file(Path(exports, "adapter", "adapter_model.safetensors")))
+        merged.append(load_file(Path(exports, "merged", "model.safetensors")))
+    assert metrics[0] == metrics[1]
+    for disk, stored in (adapters, merged):
+        assert disk.keys() == stored.keys()
+        assert all((disk[name] == stored[name]).all() for name in disk)
