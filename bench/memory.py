@@ -21,9 +21,10 @@ from bench.wiring import Lora, Subject, Trainer
 from lora_dpo_jax.data import Layout, PreferenceBatch, plan_layout
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.losses import Dpo
-from lora_dpo_jax.main.plan import describe_state, described_devices
 from lora_dpo_jax.main.setup import ModelConfig, longest_row
 from lora_dpo_jax.sharding import Placement
+from lora_dpo_jax.training.described import describe_state
+from lora_dpo_jax.training.devices import described_devices
 from lora_dpo_jax.training.programs import ProgramMemory, largest_arrays
 from lora_dpo_jax.training.step import TrainState, TrainStep
 

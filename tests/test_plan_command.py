@@ -12,8 +12,9 @@ from tiny_runs import instruct_folder
 from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.lora import LoraConfig, loraize
 from lora_dpo_jax.losses import Dpo
-from lora_dpo_jax.main.plan import PlanConfig, bytes_of_a_device, describe_state, expected_batch, main, plan, report
+from lora_dpo_jax.main.plan import PlanConfig, expected_batch, main, plan, report
 from lora_dpo_jax.sharding import MeshConfig, Placement
+from lora_dpo_jax.training.described import bytes_of_a_device, describe_state
 from lora_dpo_jax.training.optimizer import OptimizerConfig
 from lora_dpo_jax.training.programs import ProgramMemory
 from lora_dpo_jax.training.step import TrainState, TrainStep

@@ -9,9 +9,9 @@ import pytest
 from haliax import Axis, NamedArray
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_dpo_jax.main.plan import described_devices
 from lora_dpo_jax.models.attention import KEY_POSITION, PackedMask, attend
 from lora_dpo_jax.sharding import MeshConfig, Placement
+from lora_dpo_jax.training.devices import described_devices
 
 KVHead, Group = Axis("kv_head", 4), Axis("q_heads_per_group", 2)
 

@@ -7,7 +7,6 @@ The step is compiled for the topology by libtpu (`pip install -e '.[tpu]'`), whi
 """
 
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,29 +14,25 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jmp
 import numpy as np
-import optax
-from jax.experimental import topologies
 
 from lora_dpo_jax.data import Layout, PreferenceBatch, TokenizedPair, plan_rows
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.data.planning import LENGTH_MULTIPLE, round_up
 from lora_dpo_jax.huggingface.weights import read_config
-from lora_dpo_jax.lora import LoraConfig, frozen_copy, loraize, trainable_filter
+from lora_dpo_jax.lora import trainable_filter
 from lora_dpo_jax.main.errors import told_in_a_line
 from lora_dpo_jax.main.setup import TrainConfig, folder_of, parse_arguments, row_bound
 from lora_dpo_jax.models import CausalLM, DecoderConfig
-from lora_dpo_jax.models.quantization import parameter_count, quantize
+from lora_dpo_jax.models.quantization import parameter_count
 from lora_dpo_jax.sharding import Placement
-from lora_dpo_jax.training.devices import DEVICE_KINDS, DeviceKind
+from lora_dpo_jax.training.described import bytes_of_a_device, describe_state
+from lora_dpo_jax.training.devices import DeviceKind, described_devices
 from lora_dpo_jax.training.flops import useful_flops
 from lora_dpo_jax.training.programs import ProgramMemory, collective_bytes
 from lora_dpo_jax.training.step import TrainState, TrainStep
 
-# Slices of at least as many TPU chips, whose programs stand for those of GPUs.
-STAND_INS = {1: "v5p:2x2x1", 2: "v5p:2x2x1", 4: "v5p:2x2x1", 8: "v5p:2x2x2", 16: "v5p:2x2x4", 32: "v5p:2x4x4"}
 # Forward passes of the policy that the backward pass makes again.
 RECOMPUTED = {"none": 0.0, "products": 0.0, "full": 1.0, "nested": 2.0}
 
@@ -130,46 +125,6 @@ def plan(config: PlanConfig) -> Plan:
     )
 
 
-def described_devices(topology: str) -> tuple[DeviceKind, list[Any]]:
-    """Devices of a TPU slice, without any TPU; those that stand for GPUs are TPU chips with the most memory."""
-    name, _, shape = topology.partition(":")
-    kind = next((kind for kind in DEVICE_KINDS if kind.name == name), None)
-    if kind is None or not re.fullmatch(r"\d+(x\d+)*", shape):
-        kinds = ", ".join(kind.name for kind in DEVICE_KINDS)
-        raise ValueError(f"topology={topology!r} must be a kind and a shape (v5e:4x4, h100:8); kinds are {kinds}")
-    if kind.is_tpu:
-        return kind, _topology(topology)
-    count = int(shape) if shape.isdigit() else 0
-    if count not in STAND_INS:
-        raise ValueError(f"topology={topology!r}: GPUs are counted, and a plan is made for {[*STAND_INS]} of them")
-    return kind, _topology(STAND_INS[count])[:count]
-
-
-def describe_state(
-    decoder: DecoderConfig,
-    lora: LoraConfig,
-    optimizer: optax.GradientTransformation,
-    placement: Placement,
-    *,
-    dtype: Any,
-    adapter_dtype: Any = jnp.float32,
-    quantization: str = "none",
-    with_frozen_adapters: bool = False,
-) -> TrainState:
-    """The state of a run as ShapeDtypeStructs that lie where the run's arrays would."""
-
-    def make() -> TrainState:
-        base = CausalLM.init(decoder, key=jax.random.key(0))
-        base = quantize(jax.tree.map(lambda x: x.astype(dtype), base), quantization)
-        model = loraize(base, lora, key=jax.random.key(0))
-        adapters, weights = eqx.partition(model, trainable_filter(model))
-        model = eqx.combine(jax.tree.map(lambda x: x.astype(adapter_dtype), adapters), weights)
-        reference = frozen_copy(model) if with_frozen_adapters else None
-        return TrainState.init(model, optimizer, key=jax.random.key(1), reference=reference)
-
-    return placement.describe_parameters(eqx.filter_eval_shape(make))
-
-
 def expected_batch(config: PlanConfig, row_shards: int, parallelism: int) -> PreferenceBatch:
     """A step's pairs, all of the mean lengths, in rows that would hold the longest."""
     prompt, chosen, rejected = config.pair_tokens
@@ -208,15 +163,6 @@ def compile_step(step: TrainStep, state: TrainState, batch: PreferenceBatch, kin
         num_bytes = int(float(needed[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[needed[2]])
         return num_bytes + (0 if everything else bytes_of_a_device((state, batch))), ""
     return ProgramMemory.of(compiled).total, compiled.as_text()
-
-
-def bytes_of_a_device(tree: Any) -> int:
-    """Of its shards of the arrays of `tree`, which are described or real."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    )
 
 
 def report(config: PlanConfig, found: Plan) -> str:
@@ -283,18 +229,6 @@ def _state_of_a_run(config: PlanConfig, decoder: DecoderConfig, optimizer: Any, 
         quantization=config.model.quantization,
         with_frozen_adapters=config.reference_adapter is not None,
     )
-
-
-def _topology(name: str) -> list[Any]:
-    # libtpu need not look for the chips of this machine, nor keep them to this process: it only compiles.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    try:
-        return list(topologies.get_topology_desc(name, platform="tpu").devices)
-    except Exception as error:
-        raise ValueError(
-            f"topology={name!r}: libtpu, which `pip install 'lora_dpo_jax[tpu]'` brings, does not make it: {error}"
-        ) from error
 
 
 def _passes(config: PlanConfig) -> float:

@@ -1,8 +1,12 @@
-"""What devices can do, from their makers' data sheets."""
+"""What devices can do, from their makers' data sheets, and devices that are only described."""
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from jax.experimental import topologies
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ DEVICE_KINDS = (
 )
 
 
+# Slices of at least as many TPU chips, whose programs stand for those of GPUs.
+STAND_INS = {1: "v5p:2x2x1", 2: "v5p:2x2x1", 4: "v5p:2x2x1", 8: "v5p:2x2x2", 16: "v5p:2x2x4", 32: "v5p:2x4x4"}
+
+
 def kind_of(device: Any) -> DeviceKind | None:
     """Of a JAX device; None if it is not known."""
     return next((kind for kind in DEVICE_KINDS if kind.jax_name in device.device_kind), None)
@@ -45,3 +53,30 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
     """FLOP/s of all devices together; None if one is not known."""
     kinds = [kind_of(device) for device in devices]
     return None if None in kinds else float(sum(kind.flops for kind in kinds if kind is not None))
+
+
+def described_devices(topology: str) -> tuple[DeviceKind, list[Any]]:
+    """Devices of a TPU slice, without any TPU; those that stand for GPUs are TPU chips with the most memory."""
+    name, _, shape = topology.partition(":")
+    kind = next((kind for kind in DEVICE_KINDS if kind.name == name), None)
+    if kind is None or not re.fullmatch(r"\d+(x\d+)*", shape):
+        kinds = ", ".join(kind.name for kind in DEVICE_KINDS)
+        raise ValueError(f"topology={topology!r} must be a kind and a shape (v5e:4x4, h100:8); kinds are {kinds}")
+    if kind.is_tpu:
+        return kind, _topology(topology)
+    count = int(shape) if shape.isdigit() else 0
+    if count not in STAND_INS:
+        raise ValueError(f"topology={topology!r}: GPUs are counted, and a plan is made for {[*STAND_INS]} of them")
+    return kind, _topology(STAND_INS[count])[:count]
+
+
+def _topology(name: str) -> list[Any]:
+    # libtpu need not look for the chips of this machine, nor keep them to this process: it only compiles.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    try:
+        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+    except Exception as error:
+        raise ValueError(
+            f"topology={name!r}: libtpu, which `pip install 'lora_dpo_jax[tpu]'` brings, does not make it: {error}"
+        ) from error
