@@ -75,11 +75,16 @@ def synthetic(profile: LengthProfile, count: int, *, vocab_size: int, seed: int 
 
 def from_file(path: str, count: int, tokenizer: str, cap: int) -> list[TokenizedPair]:
     """The first `count` usable pairs of at most `cap` tokens, read and tokenized as for training."""
-    component = ComponentConfig(UrlSource(train_urls=[path]), FormatConfig(slice_strategy="drop", invalid_rows="drop"))
-    pairs = tokenize_component(component, AutoTokenizer.from_pretrained(tokenizer), split="train", train_seq_len=cap)
+    pairs = whole_file(path, tokenizer, cap)
     if len(pairs) < count:
         raise ValueError(f"{path} holds {len(pairs)} usable pairs of at most {cap} tokens; {count} were asked for")
     return [pairs[index] for index in range(count)]
+
+
+def whole_file(path: str, tokenizer: str, cap: int) -> PairTable:
+    component = ComponentConfig(UrlSource(train_urls=[path]), FormatConfig(slice_strategy="drop", invalid_rows="drop"))
+    pairs = tokenize_component(component, AutoTokenizer.from_pretrained(tokenizer), split="train", train_seq_len=cap)
+    return whole_table({path: pairs})
 
 
 def real_tokens(lengths: np.ndarray) -> int:
