@@ -19,6 +19,7 @@ from lora_dpo_jax.main.setup import ModelConfig
 from lora_dpo_jax.models import CausalLM, DecoderConfig, config_from_hf
 from lora_dpo_jax.sharding import Placement
 
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # in safetensors' words
 STD = SHAPES["22m"]["initializer_range"]
 
 
@@ -36,8 +37,8 @@ def run_config(model: str, settings: ModelConfig) -> DecoderConfig:
     return settings.applied_to(decoder_config(model))
 
 
-def write_folder(shape: str, folder: Path, *, seed: int = 0, with_weights: bool = True) -> Path:
-    """A Hugging Face folder: config.json, a tokenizer that is never asked anything, and float32 weights.
+def write_folder(shape: str, folder: Path, *, seed: int = 0, with_weights: bool = True, dtype: str = "float32") -> Path:
+    """A Hugging Face folder: config.json, a tokenizer that is never asked anything, and weights in `dtype`.
 
     Nothing is written where a whole folder stands already.
     """
@@ -46,8 +47,8 @@ def write_folder(shape: str, folder: Path, *, seed: int = 0, with_weights: bool 
     folder.mkdir(parents=True, exist_ok=True)
     _stub_tokenizer(SHAPES[shape]["vocab_size"]).save_pretrained(folder)
     if with_weights:
-        _write_weights(config_from_hf(SHAPES[shape]), folder, seed)
-    (folder / "config.json").write_text(json.dumps(SHAPES[shape] | {"dtype": "float32"}, indent=2) + "\n")
+        _write_weights(config_from_hf(SHAPES[shape]), folder, seed, dtype)
+    (folder / "config.json").write_text(json.dumps(SHAPES[shape] | {"dtype": dtype}, indent=2) + "\n")
     return folder
 
 
@@ -73,7 +74,7 @@ def _normal(key, shape, dtype) -> jax.Array:
     return STD * jax.random.normal(key, shape, dtype)
 
 
-def _write_weights(config: DecoderConfig, folder: Path, seed: int) -> None:
+def _write_weights(config: DecoderConfig, folder: Path, seed: int, dtype: str) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     norms: set[str] = set()
 
@@ -87,11 +88,11 @@ def _write_weights(config: DecoderConfig, folder: Path, seed: int) -> None:
 
     def draw(name: str) -> np.ndarray:
         if name in norms:
-            return np.ones(shapes[name], np.float32)
+            return np.ones(shapes[name], jnp.dtype(dtype))
         rng = np.random.default_rng([seed, numbers[name]])
-        return STD * rng.standard_normal(shapes[name], np.float32)
+        return (STD * rng.standard_normal(shapes[name], np.float32)).astype(jnp.dtype(dtype))
 
-    infos = {name: TensorInfo("F32", shape) for name, shape in shapes.items()}
+    infos = {name: TensorInfo(DTYPES[dtype], shape) for name, shape in shapes.items()}
     write_shards(folder, infos, draw, max_shard_bytes=5 * 2**30)
 
 
