@@ -8,16 +8,15 @@ every arrangement, with and without quantized weights and dropout. Each mesh lay
 
 import argparse
 import dataclasses
+import functools
 import itertools
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+from collections.abc import Iterator
+from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 
 from lora_dpo_jax.data import PairLayout, PairTable, TokenizedPair, packed_batches, plan_layout, whole_table
 from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter
@@ -41,43 +40,67 @@ DECODER = DecoderConfig(
     gradient_checkpointing="full",
 )
 EVERYWHERE = LoraConfig(r=4, alpha=8.0, target_modules=".*")  # the head too
+PAIRS_A_STEP = 16
 ONE_DEVICE = MeshConfig({"data": 1})
 MESHES = {
     "data 8": MeshConfig({"data": 8}),
     "model 8": MeshConfig({"data": 1, "model": 8}),
     "data 2, model 4": MeshConfig({"data": 2, "model": 4}),
     "replica 2, data 2, model 2": MeshConfig({"replica": 2, "data": 2, "model": 2}),
+    "data 2, model 4, vocabulary split": MeshConfig(
+        {"data": 2, "model": 4}, shared_mapping={"mlp": "model", "kv_head": "model", "vocab": "model"}
+    ),
 }
 
 
-def outcome(
-    config: MeshConfig, *, steps: int = 20, quantization: str = "none", dropout: float = 0.0, pairs_a_step: int = 16
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The losses of the steps, and the adapters after them, of a run on as many of the devices as `config` names."""
-    devices = jax.devices()[: 1 if config == ONE_DEVICE else None]
-    placement = Placement(config, devices)
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    losses: np.ndarray  # of each step
+    adapters: list[np.ndarray]  # after the last one
+
+    def apart(self, other: "Outcome") -> tuple[float, float]:
+        """The largest difference of a loss, and of an adapter: the norm of its difference relative to its norm."""
+        norm = np.linalg.norm
+        adapters = (norm(mine - its) / norm(its) for mine, its in zip(self.adapters, other.adapters, strict=True))
+        return float(np.max(np.abs(self.losses - other.losses))), float(max(adapters))
+
+
+def train(config: MeshConfig, *, steps: int = 20, devices: list[Any] | None = None, **settings: Any) -> Outcome:
+    """Trains on all devices, or on those given, in the order in which the mesh is to have them. Settings: `wire`'s."""
     optimizer = OptimizerConfig(learning_rate=1e-3).build(steps)
-    lora = dataclasses.replace(EVERYWHERE, dropout=dropout)
-    state = placement.put_parameters(jax.jit(_state, static_argnums=(0, 1, 2))(lora, optimizer, quantization))
-    pairs = random_pairs(4 * pairs_a_step)
-    batch_ids = list(np.arange(steps * pairs_a_step).reshape(steps, -1) % len(pairs))
+    step, state, batches = wire(config, optimizer, steps=steps, devices=devices, **settings)
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        losses.append(float(metrics.values["loss"]))
+    return Outcome(np.array(losses), [np.asarray(leaf) for leaf in jax.tree.leaves(adapters_of(state))])
+
+
+def wire(
+    config: MeshConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    steps: int,
+    devices: list[Any] | None = None,
+    lora: LoraConfig = EVERYWHERE,
+    quantization: str = "none",
+    dtype: str = "float32",
+) -> tuple[TrainStep, TrainState, Iterator]:
+    """A train step, the state to begin with, and the batches; `dtype` is that of the weights and of computation."""
+    placement = Placement(config, devices)
+    make = functools.partial(_new_state, lora, optimizer, quantization, dtype)
+    state = placement.put_parameters(jax.jit(make)())
+    pairs = random_pairs(4 * PAIRS_A_STEP)
+    batch_ids = list(np.arange(steps * PAIRS_A_STEP).reshape(steps, -1) % len(pairs))
     layout = plan_layout(
         batch_ids, pairs.lengths, row_multiple=placement.row_shards, longest_row=128, pair_layout=PairLayout()
     )
-    step = TrainStep(Dpo(), optimizer, scope=placement.scope)
-    losses = []
-    for batch in packed_batches(pairs, batch_ids, layout, place=placement.put_batch):
-        state, metrics = step(state, batch)
-        losses.append(float(metrics.values["loss"]))
-    adapters = jax.tree.leaves(eqx.filter(state.model, trainable_filter(state.model)))
-    return np.array(losses), [np.asarray(leaf) for leaf in adapters]
+    batches = packed_batches(pairs, batch_ids, layout, place=placement.put_batch)
+    return TrainStep(Dpo(), optimizer, scope=placement.scope), state, batches
 
 
-def apart(found: tuple[np.ndarray, list[np.ndarray]], wanted: tuple[np.ndarray, list[np.ndarray]]) -> tuple[float, float]:
-    """The largest difference of a loss, and of an adapter: the norm of its difference relative to its norm."""
-    loss = float(np.max(np.abs(found[0] - wanted[0])))
-    norm = np.linalg.norm
-    return loss, max(float(norm(a - b) / norm(b)) for a, b in zip(found[1], wanted[1], strict=True))
+def adapters_of(state: TrainState) -> Any:
+    return eqx.filter(state.model, trainable_filter(state.model))
 
 
 def random_pairs(count: int, *, seed: int = 0) -> PairTable:
@@ -86,10 +109,13 @@ def random_pairs(count: int, *, seed: int = 0) -> PairTable:
     def tokens(longest: int) -> np.ndarray:
         return rng.integers(0, DECODER.vocab_size, rng.integers(2, longest + 1)).astype(np.int32)
 
-    return whole_table({"random": _Pairs([TokenizedPair(tokens(24), tokens(32), tokens(32)) for _ in range(count)])})  # pyright: ignore
+    pairs = _Pairs(TokenizedPair(tokens(24), tokens(32), tokens(32)) for _ in range(count))
+    return whole_table({"random": pairs})  # pyright: ignore[reportArgumentType]
 
 
-class _Pairs(list):
+class _Pairs(list[TokenizedPair]):
+    """What `TokenizedPairs` offers, without a disk."""
+
     name = "random"
 
     @property
@@ -101,10 +127,10 @@ class _Pairs(list):
         return np.arange(len(self), dtype=np.uint64)
 
 
-def _state(lora: LoraConfig, optimizer, quantization: str) -> TrainState:
+def _new_state(lora: LoraConfig, optimizer: Any, quantization: str, dtype: str) -> TrainState:
     base = CausalLM.init(DECODER, key=jax.random.key(0))
     # Large enough that attention and predictions are far from uniform.
-    base = jax.tree.map(lambda leaf: leaf * 1.5 if leaf.ndim > 1 else leaf, base)
+    base = jax.tree.map(lambda leaf: (leaf * 1.5 if leaf.ndim > 1 else leaf).astype(dtype), base)
     model = loraize(quantize(base, quantization), lora, key=jax.random.key(1))
     return TrainState.init(model, optimizer, key=jax.random.key(2))
 
@@ -114,16 +140,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--meshes", nargs="*", default=list(MESHES), choices=list(MESHES))
     arguments = parser.parse_args()
-    print("| weights | dropout | mesh | loss of the last step | largest difference of a loss | of an adapter |")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    print("| weights | dropout | mesh | last loss | largest difference of a loss | of an adapter |")
     print("|---|---|---|---|---|---|")
     for quantization, dropout in itertools.product(("none", "nf4"), (0.0, 0.1)):
-        settings = {"steps": arguments.steps, "quantization": quantization, "dropout": dropout}
-        wanted = outcome(ONE_DEVICE, **settings)
-        print(f"| {quantization} | {dropout} | one device | {wanted[0][-1]:.6f} | | |", flush=True)
+        lora = dataclasses.replace(EVERYWHERE, dropout=dropout)
+        run = functools.partial(train, steps=arguments.steps, quantization=quantization, lora=lora)
+        wanted = run(ONE_DEVICE, devices=jax.devices()[:1])
+        print(f"| {quantization} | {dropout} | one device | {wanted.losses[-1]:.6f} | | |", flush=True)
         for name in arguments.meshes:
-            found = outcome(MESHES[name], **settings)
-            loss, adapter = apart(found, wanted)
-            print(f"| {quantization} | {dropout} | {name} | {found[0][-1]:.6f} | {loss:.1e} | {adapter:.1e} |", flush=True)
+            found = run(MESHES[name])
+            loss, adapter = found.apart(wanted)
+            print(
+                f"| {quantization} | {dropout} | {name} | {found.losses[-1]:.6f} | {loss:.1e} | {adapter:.1e} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_pairs import ADAPTERS, CONFIGS, LLAMA, VOCAB, adapters_of, moved, named, new_adapters, tiny_decoder, weights_of
+from tiny_pairs import (
+    ADAPTERS,
+    CONFIGS,
+    LLAMA,
+    VOCAB,
+    adapters_of,
+    moved,
+    named,
+    new_adapters,
+    tiny_decoder,
+    weights_of,
+)
 
 from lora_dpo_jax.lora import (
     LoraConfig,

@@ -29,7 +29,7 @@ def pair_log_probs(model: CausalLM, batch: PreferenceBatch, *, key=None) -> Pair
     """
     k_model, k_head = split_key(_token_key(key, batch), 2)
     hidden, _ = model.model(batch.tokens, batch.position_ids, _mask(batch), key=k_model)
-    return _response_log_probs(model.head, hidden, batch, key=k_head)
+    return _response_log_probs(_gathered(model.head), hidden, batch, key=k_head)
 
 
 def policy_and_reference_log_probs(
@@ -44,8 +44,16 @@ def policy_and_reference_log_probs(
     hidden, reference_hidden = model.model.with_reference(
         adapters, batch.tokens, batch.position_ids, _mask(batch), key=k_model
     )
-    policy = _response_log_probs(model.head, hidden, batch, key=k_head)
-    return policy, _response_log_probs(reference_model(model, reference).head, reference_hidden, batch)
+    head = _gathered(model.head)
+    reference_head = reference_model(head, None if reference is None else reference.lm_head)
+    policy = _response_log_probs(head, hidden, batch, key=k_head)
+    return policy, _response_log_probs(reference_head, reference_hidden, batch)
+
+
+def _gathered(head: Any) -> Any:
+    """The head as the blocks need it, so that devices that share its inputs exchange it once and not in each block."""
+    # XLA would gather it where it is used, inside of the loop over blocks.
+    return hax.auto_sharded(jax.lax.optimization_barrier(hax.auto_sharded(head)))
 
 
 def _mask(batch: PreferenceBatch) -> PackedMask:
@@ -83,12 +91,19 @@ def _sum_rounded_once(per_token: NamedArray) -> NamedArray:
 
 
 def target_log_probs(
-    head: Any, hidden: NamedArray, source: NamedArray, target_ids: NamedArray, is_target: NamedArray, *, key: TokenKey | None = None
+    head: Any,
+    hidden: NamedArray,
+    source: NamedArray,
+    target_ids: NamedArray,
+    is_target: NamedArray,
+    *,
+    key: TokenKey | None = None,
 ) -> NamedArray:
     """log p(target | hidden state at source), float32 {row, target}; 0 where `is_target` is false.
 
-    `head` is a Linear or LoraLinear to {vocab}; `hidden` is {row, position, embed}, and so are the tokens of `key`, for
-    dropout, but for `embed`; the other three are {row, target}, with true targets first. A head without adapters gets no gradient at all, not even a zero one.
+    `head` is a Linear or LoraLinear to {vocab}; `hidden` is {row, position, embed}; the next three are {row, target},
+    with true targets first; the tokens of `key`, for dropout, are {row, position}. A head without adapters gets no
+    gradient at all, not even a zero one.
     """
     adapters, weights = eqx.partition(head, trainable_filter(head))
     return _target_log_probs(adapters, hidden, weights, (source, target_ids, is_target), key)
@@ -122,7 +137,7 @@ _target_log_probs.defvjp(_target_log_probs_fwd, _target_log_probs_bwd)
 
 def _forward(adapters, hidden, weights, targets, key, *, keep_gradients: bool):
     """Log-probs and, if asked for, their gradients {row, target, embed} with respect to the hidden states."""
-    head = _gathered(eqx.combine(adapters, weights))
+    head = eqx.combine(adapters, weights)
     source, _, is_target = targets
     Block, num_blocks = _blocks(head, is_target)
     Embed = hidden.resolve_axis(head_input(head).name)
@@ -166,8 +181,8 @@ def _block_log_probs(head, states, targets, key, keep_gradients: bool):
 
 def _recompute_gradients(adapters, hidden, weights, targets, key, cotangent):
     """Gradients of a head that has adapters: its blocks are computed again, one at a time."""
-    adapters, weights = _gathered((adapters, weights))
-    Block, num_blocks = _blocks(eqx.combine(adapters, weights), targets[2])
+    head = eqx.combine(adapters, weights)
+    Block, num_blocks = _blocks(head, targets[2])
 
     def one_block(index, carry):
         d_adapters, d_hidden = carry
@@ -185,11 +200,6 @@ def _recompute_gradients(adapters, hidden, weights, targets, key, cotangent):
 
     zeros = jax.tree.map(jnp.zeros_like, adapters), hax.zeros_like(hidden)
     return jax.lax.fori_loop(0, num_blocks, one_block, zeros)
-
-
-def _gathered(head: Any) -> Any:
-    """As all blocks need it, so that devices that share its inputs among them exchange it once and not in each block."""
-    return hax.auto_sharded(head)
 
 
 def _blocks(head, is_target: NamedArray) -> tuple[Axis, jax.Array]:

@@ -54,7 +54,7 @@ class MeshConfig:
         return tuple(dict.fromkeys([*self.dcn_axes, *self.axes]))
 
     def mesh(self, devices: list | None = None) -> Mesh:
-        """Neighbours on the mesh are neighbours in the network. Raises ValueError if the devices do not fill the mesh."""
+        """Neighbours in the mesh are so in the network. Raises ValueError if the devices do not fill the mesh."""
         devices = devices if devices is not None else jax.devices()
         num_slices = len({_slice_of(device) for device in devices})
         dcn = _filled("dcn_axes", self.dcn_axes, num_slices, f"{num_slices} slices")

@@ -145,9 +145,7 @@ class TrainStep:
             def add_micro_batch(index, carry):
                 gradients, sums, pair_loss = carry
                 micro = part.micro_batch(index)
-                (_, (more_sums, micro_pair_loss)), more = jax.value_and_grad(micro_loss, has_aux=True)(
-                    adapters, micro
-                )
+                (_, (more_sums, micro_pair_loss)), more = jax.value_and_grad(micro_loss, has_aux=True)(adapters, micro)
                 gradients, sums = jax.tree.map(jnp.add, (gradients, sums), (more, more_sums))
                 return gradients, sums, pair_loss.updated_slice({MICRO: index}, micro_pair_loss)
 
