@@ -47,8 +47,9 @@ MESHES = {
     "model 8": MeshConfig({"data": 1, "model": 8}),
     "data 2, model 4": MeshConfig({"data": 2, "model": 4}),
     "replica 2, data 2, model 2": MeshConfig({"replica": 2, "data": 2, "model": 2}),
-    "data 2, model 4, vocabulary split": MeshConfig(
-        {"data": 2, "model": 4}, shared_mapping={"mlp": "model", "kv_head": "model", "vocab": "model"}
+    # The vocabulary too, and instead of groups of heads the heads in each group.
+    "data 4, model 2, other axes": MeshConfig(
+        {"data": 4, "model": 2}, shared_mapping={"mlp": "model", "q_heads_per_group": "model", "vocab": "model"}
     ),
 }
 

@@ -18,6 +18,7 @@ from lora_dpo_jax.data.packing import PAIR, POSITION, ROW, TARGET, PreferenceBat
 from lora_dpo_jax.lora import TokenKey, reference_model, split_key, trainable_filter
 from lora_dpo_jax.losses import PairLogProbs
 from lora_dpo_jax.models import CausalLM, PackedMask
+from lora_dpo_jax.sharding import gathered
 
 BLOCK_LOGITS_BYTES = 2**26  # how much a block's logits may take on a device, unless 64 targets a row take more
 
@@ -29,7 +30,7 @@ def pair_log_probs(model: CausalLM, batch: PreferenceBatch, *, key=None) -> Pair
     """
     k_model, k_head = split_key(_token_key(key, batch), 2)
     hidden, _ = model.model(batch.tokens, batch.position_ids, _mask(batch), key=k_model)
-    return _response_log_probs(_gathered(model.head), hidden, batch, key=k_head)
+    return _response_log_probs(gathered(model.head), hidden, batch, key=k_head)
 
 
 def policy_and_reference_log_probs(
@@ -44,16 +45,10 @@ def policy_and_reference_log_probs(
     hidden, reference_hidden = model.model.with_reference(
         adapters, batch.tokens, batch.position_ids, _mask(batch), key=k_model
     )
-    head = _gathered(model.head)
+    head = gathered(model.head)  # by itself, XLA would gather it for each block of targets
     reference_head = reference_model(head, None if reference is None else reference.lm_head)
     policy = _response_log_probs(head, hidden, batch, key=k_head)
     return policy, _response_log_probs(reference_head, reference_hidden, batch)
-
-
-def _gathered(head: Any) -> Any:
-    """The head as the blocks need it, so that devices that share its inputs exchange it once and not in each block."""
-    # XLA would gather it where it is used, inside of the loop over blocks.
-    return hax.auto_sharded(jax.lax.optimization_barrier(hax.auto_sharded(head)))
 
 
 def _mask(batch: PreferenceBatch) -> PackedMask:

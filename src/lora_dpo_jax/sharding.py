@@ -109,6 +109,24 @@ def split_evenly(axes: Sequence[Axis], mapping: AxisMapping, mesh: Mesh | None =
     return hax.partitioning.sharding_for_axis(tuple(axes), mapping, mesh)
 
 
+def gathered(tree: Any) -> Any:
+    """Weights as a computation needs them, made so here, once, and not wherever XLA finds it best.
+
+    Without a mesh in scope, the tree itself.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+
+    def constrain(leaf: Any) -> Any:
+        if not isinstance(leaf, NamedArray) or leaf.array is None:
+            return leaf
+        # hax.auto_sharded asks for nothing where the array is to be whole on every device.
+        whole = jax.lax.with_sharding_constraint(leaf.array, hax.partitioning.pspec_for_axis(leaf.axes))
+        return NamedArray(jax.lax.optimization_barrier(whole), leaf.axis_names)
+
+    return jax.tree.map(constrain, tree, is_leaf=lambda leaf: isinstance(leaf, NamedArray))
+
+
 def _with_defaults(setting: str, given: dict[str, int], default: dict[str, int]) -> dict[str, int]:
     """The axes that are not given too; what is left goes to the default's -1 only if no other axis takes it."""
     if -1 in given.values():
