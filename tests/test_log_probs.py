@@ -26,7 +26,7 @@ from tiny_pairs import (
 from lora_dpo_jax import log_probs as log_probs_module
 from lora_dpo_jax.data.planning import Layout
 from lora_dpo_jax.log_probs import pair_log_probs, policy_and_reference_log_probs, target_log_probs
-from lora_dpo_jax.lora import LoraConfig, LoraLinear, frozen_copy, loraize, reference_model, trainable_filter
+from lora_dpo_jax.lora import LoraConfig, LoraLinear, TokenKey, frozen_copy, loraize, reference_model, trainable_filter
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.sharding import MeshConfig, Placement
 
@@ -121,11 +121,13 @@ def test_no_targets_at_all_cost_nothing_and_give_zero(small_blocks):
 def test_dropout_of_an_adapted_head_is_the_same_forward_and_backward(small_blocks):
     """With the mask that the forward pass drew, log-probs are smooth in B: the gradient is their slope."""
     head, (hidden, targets, cotangent) = dataclasses.replace(head_of("adapted"), dropout=0.5), inputs()
+    token = named(np.arange(ROWS * POSITIONS, dtype=np.int32).reshape(ROWS, POSITIONS), "row", "position")
+    key = TokenKey(jax.random.key(1), (token,))
 
     @jax.jit
     def total(B):
         dropping = dataclasses.replace(head, lora_B=B)
-        return (target_log_probs(dropping, hidden, *targets, key=jax.random.key(1)) * cotangent).sum().scalar()
+        return (target_log_probs(dropping, hidden, *targets, key=key) * cotangent).sum().scalar()
 
     direction = hax.named(jnp.asarray(np.random.default_rng(1).normal(size=(VOCAB, 4)), jnp.float32), head.lora_B.axes)
     step = 1e-2

@@ -12,11 +12,23 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_pairs import ADAPTERS, CONFIGS, LLAMA, VOCAB, adapters_of, moved, new_adapters, tiny_decoder, weights_of
+from tiny_pairs import (
+    ADAPTERS,
+    CONFIGS,
+    LLAMA,
+    VOCAB,
+    adapters_of,
+    moved,
+    named,
+    new_adapters,
+    tiny_decoder,
+    weights_of,
+)
 
 from lora_dpo_jax.lora import (
     LoraConfig,
     LoraLinear,
+    TokenKey,
     linear_layers,
     loraize,
     matching_names,
@@ -39,6 +51,7 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 16), dtype=np.int32)
 def logits(model, key=None):
     Row, Pos = hax.Axis("row", TOKENS.shape[0]), hax.Axis("position", TOKENS.shape[1])
     mask = PackedMask.causal(Row, Pos)
+    key = None if key is None else TokenKey(key, (mask.position_ids,))
     return model(hax.named(TOKENS, (Row, Pos)), mask.position_ids, mask, key=key).array
 
 
@@ -268,6 +281,19 @@ def test_dropout_is_on_the_adapters_input_alone_and_unbiased():
 
     silent = dataclasses.replace(layer, lora_B=hax.zeros_like(layer.lora_B))
     np.testing.assert_array_equal(silent(x, key=keys[0]).array, layer.wrapped(x).array)
+
+
+def test_a_token_drops_the_same_wherever_it_is_and_no_two_drop_alike():
+    Row, Pos, Embed, Head = hax.make_axes(row=2, position=3, embed=32, head=2)
+    numbers = np.array([[7, 1, 2], [3, 7, 4]], np.int32)
+    key = TokenKey(jax.random.key(0), (named(numbers, "row", "position"), named(numbers * 0, "row", "position")))
+    kept = key.bernoulli((Row, Head, Pos, Embed), 0.5)
+    assert kept.axes == (Row, Head, Pos, Embed) and 0.4 < kept.array.mean() < 0.6
+    by_token = np.asarray(kept.rearrange((Row, Pos, Head, Embed)).array).reshape(6, -1)
+    np.testing.assert_array_equal(by_token[0], by_token[4])
+    assert len(np.unique(by_token, axis=0)) == 5
+    other, another = (k.bernoulli((Row, Head, Pos, Embed), 0.5).array for k in key.split(2))
+    assert not np.array_equal(other, kept.array) and not np.array_equal(other, another)
 
 
 def test_each_layer_of_the_model_drops_by_its_own_mask():

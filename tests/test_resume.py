@@ -12,15 +12,17 @@ from pathlib import Path
 
 import draccus
 import jax
+import numpy as np
 import pytest
 from etils import epath
 from safetensors.numpy import load_file, save_file
 from tiny_runs import instruct_folder, preference_rows, read_metrics, run_config, write_rows
 
+from lora_dpo_jax import tracking
 from lora_dpo_jax.main.setup import TrainConfig
 from lora_dpo_jax.main.train import main
 from lora_dpo_jax.training.checkpoint_files import read_description
-from lora_dpo_jax.training.interruption import RESTART_ME
+from lora_dpo_jax.training.interruption import RESTART_ME, InterruptedTrainingError
 
 STEPS = 8
 
@@ -125,6 +127,31 @@ def test_sigterm_saves_and_asks_to_be_started_again(folder, rows, whole):
     main(config)
     assert outcome(config) == outcome(whole)
     assert saved_steps(config) == ["step-3", "step-6", "step-8"], "that of the signal is not needed any more"
+
+
+def test_a_run_may_go_on_on_another_mesh(folder, rows, whole, monkeypatch):
+    config = config_of(folder, rows, "moved", trainer__mesh={"axes": {"replica": 2, "data": 2, "model": 2}})
+    log = tracking._JsonLines.log
+
+    def log_and_stop(self, metrics, *, step):
+        log(self, metrics, step=step)
+        if step == 3 and "train/loss" in metrics:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched, pytest.raises(InterruptedTrainingError):
+        patched.setattr(tracking._JsonLines, "log", log_and_stop)
+        main(config)
+    assert saved_steps(config) == ["step-3", "step-5"]
+    main(dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, mesh=whole.trainer.mesh)))
+
+    for found, wanted in zip(read_metrics(config), read_metrics(whole), strict=True):
+        for name in ("step", "train/loss", "train/dpo_accuracy", "eval/loss", "eval/dpo_chosen_reward"):
+            # Sums in another order; a reward is a tenth of a difference of sums of some 50 nats.
+            assert found.get(name) == pytest.approx(wanted.get(name), abs=1e-5), (name, wanted["step"])
+    files = (Path(c.peft_save_path or "") / "adapter_model.safetensors" for c in (config, whole))
+    found, wanted = (load_file(file) for file in files)
+    for name, tensor in wanted.items():
+        assert np.linalg.norm(found[name] - tensor) < 1e-4 * np.linalg.norm(tensor), name
 
 
 def test_a_finished_run_that_is_started_again_trains_no_further(whole):

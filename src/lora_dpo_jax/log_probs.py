@@ -5,7 +5,6 @@ for as long as the block is computed; the backward pass does not build them agai
 gradient of each log-probability with respect to its hidden state, an array as large as those states.
 """
 
-import functools
 from typing import Any
 
 import equinox as eqx
@@ -16,11 +15,12 @@ import jax.numpy as jnp
 from haliax import Axis, NamedArray
 
 from lora_dpo_jax.data.packing import PAIR, POSITION, ROW, TARGET, PreferenceBatch
-from lora_dpo_jax.lora import reference_model, trainable_filter
+from lora_dpo_jax.lora import TokenKey, reference_model, split_key, trainable_filter
 from lora_dpo_jax.losses import PairLogProbs
 from lora_dpo_jax.models import CausalLM, PackedMask
+from lora_dpo_jax.sharding import gathered
 
-BLOCK_LOGITS_BYTES = 2**26  # how much a block's logits may take, unless 64 targets a row take more
+BLOCK_LOGITS_BYTES = 2**26  # how much a block's logits may take on a device, unless 64 targets a row take more
 
 
 def pair_log_probs(model: CausalLM, batch: PreferenceBatch, *, key=None) -> PairLogProbs:
@@ -28,9 +28,9 @@ def pair_log_probs(model: CausalLM, batch: PreferenceBatch, *, key=None) -> Pair
 
     `key` switches the adapters' dropout on. Empty pairs get 0.
     """
-    k_model, k_head = hax.jax_utils.maybe_rng_split(key, 2)
+    k_model, k_head = split_key(_token_key(key, batch), 2)
     hidden, _ = model.model(batch.tokens, batch.position_ids, _mask(batch), key=k_model)
-    return _response_log_probs(model.head, hidden, batch, key=k_head)
+    return _response_log_probs(gathered(model.head), hidden, batch, key=k_head)
 
 
 def policy_and_reference_log_probs(
@@ -40,17 +40,28 @@ def policy_and_reference_log_probs(
 
     Both pass through each layer together, so weights that are split over devices are gathered once for both.
     """
-    k_model, k_head = hax.jax_utils.maybe_rng_split(key, 2)
+    k_model, k_head = split_key(_token_key(key, batch), 2)
     adapters = None if reference is None else reference.model
     hidden, reference_hidden = model.model.with_reference(
         adapters, batch.tokens, batch.position_ids, _mask(batch), key=k_model
     )
-    policy = _response_log_probs(model.head, hidden, batch, key=k_head)
-    return policy, _response_log_probs(reference_model(model, reference).head, reference_hidden, batch)
+    head = gathered(model.head)  # by itself, XLA would gather it for each block of targets
+    reference_head = reference_model(head, None if reference is None else reference.lm_head)
+    policy = _response_log_probs(head, hidden, batch, key=k_head)
+    return policy, _response_log_probs(reference_head, reference_hidden, batch)
 
 
 def _mask(batch: PreferenceBatch) -> PackedMask:
     return PackedMask(batch.segment_ids, batch.branch_ids, batch.position_ids)
+
+
+def _token_key(key, batch: PreferenceBatch) -> TokenKey | None:
+    """Tells tokens apart by their pair in the data, and by what they are in it."""
+    if key is None:
+        return None
+    slot = jnp.maximum(batch.segment_ids.array - 1, 0)
+    pair = hax.named(jnp.take_along_axis(batch.pair_ids.array, slot, axis=-1), batch.segment_ids.axes)
+    return TokenKey(key, (pair, 3 * batch.position_ids + batch.branch_ids))
 
 
 def _response_log_probs(head: Any, hidden: NamedArray, batch: PreferenceBatch, *, key=None) -> PairLogProbs:
@@ -75,12 +86,19 @@ def _sum_rounded_once(per_token: NamedArray) -> NamedArray:
 
 
 def target_log_probs(
-    head: Any, hidden: NamedArray, source: NamedArray, target_ids: NamedArray, is_target: NamedArray, *, key=None
+    head: Any,
+    hidden: NamedArray,
+    source: NamedArray,
+    target_ids: NamedArray,
+    is_target: NamedArray,
+    *,
+    key: TokenKey | None = None,
 ) -> NamedArray:
     """log p(target | hidden state at source), float32 {row, target}; 0 where `is_target` is false.
 
-    `head` is a Linear or LoraLinear to {vocab}; `hidden` is {row, position, embed}; the other three are
-    {row, target}, with true targets first. A head without adapters gets no gradient at all, not even a zero one.
+    `head` is a Linear or LoraLinear to {vocab}; `hidden` is {row, position, embed}; the next three are {row, target},
+    with true targets first; the tokens of `key`, for dropout, are {row, position}. A head without adapters gets no
+    gradient at all, not even a zero one.
     """
     adapters, weights = eqx.partition(head, trainable_filter(head))
     return _target_log_probs(adapters, hidden, weights, (source, target_ids, is_target), key)
@@ -122,8 +140,8 @@ def _forward(adapters, hidden, weights, targets, key, *, keep_gradients: bool):
     def one_block(index, carry):
         log_probs, gradients = carry
         at = index * Block.size
-        states, targets_here = _take_block(hidden, targets, at, Block)
-        block_log_probs, pull = _block_log_probs(head, states, targets_here, key, index, keep_gradients)
+        states, targets_here, key_here = _take_block(hidden, targets, key, at, Block)
+        block_log_probs, pull = _block_log_probs(head, states, targets_here, key_here, keep_gradients)
         log_probs = log_probs.updated_slice({TARGET: at}, block_log_probs)
         if keep_gradients:
             gradients = gradients.updated_slice({TARGET: at}, pull)
@@ -134,11 +152,14 @@ def _forward(adapters, hidden, weights, targets, key, *, keep_gradients: bool):
     return jax.lax.fori_loop(0, num_blocks, one_block, (log_probs, gradients))
 
 
-def _block_log_probs(head, states, targets, key, index, keep_gradients: bool):
+def _block_log_probs(head, states, targets, key, keep_gradients: bool):
     """log p of a block {row, target} and, if asked for, its gradient with respect to `states`."""
     _, target_ids, is_target = targets
     Vocab = head_output(head)
-    logits_of = functools.partial(_logits, head, key=key, index=index)
+
+    def logits_of(states):
+        return head(states, key=key).astype(jnp.float32)
+
     if keep_gradients:
         logits, pullback = jax.vjp(logits_of, states)
     else:
@@ -161,11 +182,11 @@ def _recompute_gradients(adapters, hidden, weights, targets, key, cotangent):
     def one_block(index, carry):
         d_adapters, d_hidden = carry
         at = index * Block.size
-        states, targets_here = _take_block(hidden, targets, at, Block)
+        states, targets_here, key_here = _take_block(hidden, targets, key, at, Block)
 
         def log_probs_of(adapters, states):
             head = eqx.combine(adapters, weights)
-            return _block_log_probs(head, states, targets_here, key, index, keep_gradients=False)[0]
+            return _block_log_probs(head, states, targets_here, key_here, keep_gradients=False)[0]
 
         _, pullback = jax.vjp(log_probs_of, adapters, states)
         more_adapters, d_states = pullback(cotangent[{TARGET: hax.ds(at, Block)}])
@@ -176,14 +197,10 @@ def _recompute_gradients(adapters, hidden, weights, targets, key, cotangent):
     return jax.lax.fori_loop(0, num_blocks, one_block, zeros)
 
 
-def _logits(head, states: NamedArray, *, key, index) -> NamedArray:
-    """Float32 logits; a block has its own dropout."""
-    return head(states, key=None if key is None else jax.random.fold_in(key, index)).astype(jnp.float32)
-
-
 def _blocks(head, is_target: NamedArray) -> tuple[Axis, jax.Array]:
     """The axis of a block of targets, and how many blocks hold a target in any row."""
-    Target, rows = is_target.resolve_axis(TARGET), is_target.resolve_axis(ROW).size
+    Target, Row = is_target.resolve_axis(TARGET), is_target.resolve_axis(ROW)
+    rows = Row.size // _row_shards(Row)
     size = max(64, BLOCK_LOGITS_BYTES // (4 * head_output(head).size * rows))
     # Blocks of equal size, so that the last one does not reach beyond the targets.
     size = next(size for size in range(min(size, Target.size), 0, -1) if Target.size % size == 0)
@@ -191,10 +208,23 @@ def _blocks(head, is_target: NamedArray) -> tuple[Axis, jax.Array]:
     return Target.resize(size), -(-longest.scalar() // size)
 
 
-def _take_block(hidden: NamedArray, targets, at, Block: Axis):
-    """The hidden states that predict targets `at` to `at + Block.size`, {row, target, embed}, and these targets."""
+def _row_shards(Row: Axis) -> int:
+    """How many groups of devices share the rows among them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else hax.partitioning.physical_axis_size(Row) or 1
+
+
+def _take_block(hidden: NamedArray, targets, key: TokenKey | None, at, Block: Axis):
+    """The hidden states that predict targets `at` to `at + Block.size`, {row, target, embed}, and these targets.
+
+    Of `key`, that of the tokens with these states.
+    """
     here = tuple(x[{TARGET: hax.ds(at, Block)}] for x in targets)
-    return _gather(hidden, here[0]), here
+    source = here[0]
+    if key is not None:
+        taken = (jnp.take_along_axis(number.array, source.array, axis=-1) for number in key.token)
+        key = TokenKey(key.key, tuple(hax.named(number, source.axes) for number in taken))
+    return _gather(hidden, source), here, key
 
 
 def _gather(hidden: NamedArray, source: NamedArray) -> NamedArray:
@@ -207,10 +237,14 @@ def _gather(hidden: NamedArray, source: NamedArray) -> NamedArray:
 
 def _scatter(values: NamedArray, source: NamedArray, like: NamedArray) -> NamedArray:
     """The transpose of `_gather`: adds values {row, target, embed} up at their sources, in the axes of `like`."""
-    values = values.rearrange((ROW, TARGET, like.axes[-1]))
-    row = jnp.arange(values.axes[0].size)[:, None]
-    zeros = jnp.zeros([axis.size for axis in like.axes], dtype=like.dtype)
-    return hax.named(zeros.at[row, source.array].add(values.array.astype(like.dtype)), like.axes)
+    Row, Pos, Embed = like.axes
+    values = values.rearrange((ROW, TARGET, Embed)).astype(like.dtype)
+
+    # Row by row, so that XLA sees that devices with other rows have nothing to add.
+    def add_up(values: jax.Array, source: jax.Array) -> jax.Array:
+        return jnp.zeros((Pos.size, Embed.size), like.dtype).at[source].add(values)
+
+    return hax.named(jax.vmap(add_up)(values.array, source.array), (Row, Pos, Embed))
 
 
 def head_input(head) -> Axis:

@@ -12,9 +12,10 @@ Nothing is flagged or mutated: the reference is another tree, `unwrap_lora(model
 """
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
@@ -59,6 +60,33 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
+class TokenKey(eqx.Module):
+    """A key for dropout by which a token is treated alike in whatever row, micro-batch and device it lies."""
+
+    key: jax.Array
+    token: tuple[NamedArray, ...]  # int32, axes alike: numbers that together tell a token from all others
+
+    def split(self, count: int) -> list["TokenKey"]:
+        return [TokenKey(key, self.token) for key in jax.random.split(self.key, count)]
+
+    def bernoulli(self, shape: tuple[Axis, ...], p: float) -> NamedArray:
+        """bool {shape}; the axes that `token` has not are drawn for each token by itself."""
+        tokens = self.token[0].axes
+        features = tuple(axis for axis in shape if axis not in tokens)
+
+        def draw(*numbers: jax.Array) -> jax.Array:
+            key = functools.reduce(jax.random.fold_in, numbers, self.key)
+            return jax.random.bernoulli(key, p, tuple(axis.size for axis in features))
+
+        draw_all = functools.reduce(lambda draw, _: jax.vmap(draw), tokens, draw)
+        drawn = hax.named(draw_all(*(number.array for number in self.token)), (*tokens, *features))
+        return hax.auto_sharded(drawn.rearrange(shape))
+
+
+def split_key(key: TokenKey | None, count: int) -> Sequence[TokenKey | None]:
+    return [None] * count if key is None else key.split(count)
+
+
 class LoraLinear(eqx.Module):
     """y = wrapped(x) + scaling * B A dropout(x)."""
 
@@ -71,13 +99,13 @@ class LoraLinear(eqx.Module):
     active: NamedArray | None = None
 
     def __call__(self, x: NamedArray, *, key=None) -> NamedArray:
-        """`key` switches dropout on."""
+        """`key`, JAX's or a `TokenKey`, switches dropout on."""
         return self.wrapped(x) + self.delta(x, key=key)
 
     def delta(self, x: NamedArray, *, key=None) -> NamedArray:
         """What the adapters add to the wrapped layer's output, in the dtype of `x`."""
         if key is not None and self.dropout > 0.0:
-            x = hnn.dropout(x, self.dropout, inference=False, key=key)
+            x = _dropout(x, self.dropout, key)
         scale = self.scaling if self.active is None else self.scaling * self.active
         return hax.auto_sharded(_low_rank(x, self.lora_A, self.lora_B * scale))
 
@@ -89,6 +117,11 @@ class LoraLinear(eqx.Module):
         weight = self.wrapped.weight
         total = (weight.astype(jnp.float32) + delta.rearrange(weight.axes)).astype(weight.dtype)
         return dataclasses.replace(self.wrapped, weight=total)
+
+
+def _dropout(x: NamedArray, rate: float, key: Any) -> NamedArray:
+    draw = key.bernoulli if isinstance(key, TokenKey) else functools.partial(hax.random.bernoulli, key)
+    return hax.where(draw(p=1 - rate, shape=x.axes), x / x.dtype.type(1 - rate), 0)
 
 
 @jax.custom_vjp

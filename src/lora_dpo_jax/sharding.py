@@ -1,18 +1,22 @@
 """Which mesh axis each array axis is split over. Layers never mention devices; these mappings do."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import haliax as hax
 import jax
-import numpy as np
-from haliax import NamedArray
+from haliax import Axis, NamedArray
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AxisMapping = Mapping[str, Any]
+
+
+# Axes of a model's arrays and of batches that may be split. Within a head or along a row, attention would be cut.
+SPLITTABLE = {"row", "embed", "mlp", "kv_head", "q_heads_per_group", "vocab", "lora_rank"}
 
 
 @dataclass(frozen=True)
@@ -20,45 +24,130 @@ class MeshConfig:
     """A mesh of devices, and the array axes that its axes split.
 
     `replica` and `data` split the rows of a batch; `data` splits the weights too (fully sharded data parallelism) and
-    `model` splits the inside of each layer (tensor parallelism).
+    `model` splits the inside of each layer (tensor parallelism). `replica_dcn` is `replica` across slices.
     """
 
-    # Sizes; -1 takes the devices that are left.
+    # Sizes within a slice: devices that a fast network joins. -1 takes the devices that are left.
     axes: dict[str, int] = field(default_factory=lambda: {"replica": 1, "data": -1, "model": 1})
-    shared_mapping: dict[str, str] = field(default_factory=lambda: {"mlp": "model", "kv_head": "model"})
-    compute_mapping: dict[str, Any] = field(default_factory=lambda: {"row": ["replica", "data"]})
+    # Sizes across slices, of axes of their own or of those above, which are then that many times longer.
+    dcn_axes: dict[str, int] = field(default_factory=lambda: {"replica_dcn": -1})
+    shared_mapping: dict[str, Any] = field(default_factory=lambda: {"mlp": "model", "kv_head": "model"})
+    compute_mapping: dict[str, Any] = field(default_factory=lambda: {"row": ["replica_dcn", "replica", "data"]})
     param_mapping: dict[str, Any] = field(default_factory=lambda: {"embed": "data"})
 
     def __post_init__(self):
-        named = {"replica": 1, "data": -1, "model": 1} | self.axes
-        if sum(size == -1 for size in named.values()) > 1 and self.axes.get("data") != -1:
-            named["data"] = self.axes.get("data", 1)
-        object.__setattr__(self, "axes", named)
-        if any(size < 1 and size != -1 for size in named.values()) or sum(s == -1 for s in named.values()) > 1:
-            raise ValueError(f"trainer.mesh.axes={named}: sizes are positive, and at most one is -1 (the rest)")
+        object.__setattr__(self, "axes", _with_defaults("axes", self.axes, {"replica": 1, "data": -1, "model": 1}))
+        object.__setattr__(self, "dcn_axes", _with_defaults("dcn_axes", self.dcn_axes, {"replica_dcn": -1}))
         for name in ("shared_mapping", "compute_mapping", "param_mapping"):
             mapping = getattr(self, name)
-            if unknown := {axis for value in mapping.values() for axis in _as_tuple(value)} - named.keys():
-                raise ValueError(f"trainer.mesh.{name}={mapping}: the mesh has {sorted(named)}, no {sorted(unknown)}")
+            if unknown := {axis for value in mapping.values() for axis in _as_tuple(value)} - set(self._names):
+                raise ValueError(
+                    f"trainer.mesh.{name}={mapping}: the mesh has {sorted(self._names)}, no {sorted(unknown)}"
+                )
+            if unknown := mapping.keys() - SPLITTABLE:
+                raise ValueError(
+                    f"trainer.mesh.{name}={mapping}: {sorted(unknown)} cannot be split, only {sorted(SPLITTABLE)}"
+                )
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*self.dcn_axes, *self.axes]))
 
     def mesh(self, devices: list | None = None) -> Mesh:
-        """Raises ValueError if the devices do not fill the mesh."""
+        """Neighbours in the mesh are so in the network. Raises ValueError if the devices do not fill the mesh."""
         devices = devices if devices is not None else jax.devices()
-        given = math.prod(size for size in self.axes.values() if size != -1)
-        sizes = [len(devices) // given if size == -1 else size for size in self.axes.values()]
-        if math.prod(sizes) != len(devices):
-            raise ValueError(f"trainer.mesh.axes={self.axes} cannot be filled by {len(devices)} devices")
-        return Mesh(np.array(devices).reshape(sizes), tuple(self.axes))
+        num_slices = len({_slice_of(device) for device in devices})
+        dcn = _filled("dcn_axes", self.dcn_axes, num_slices, f"{num_slices} slices")
+        where = f"{len(devices)} devices" + (f" in {num_slices} slices" if num_slices > 1 else "")
+        inner = _filled("axes", self.axes, len(devices) / num_slices, where)
+        sizes = [inner.get(name, 1) for name in self._names]
+        if num_slices > 1:
+            across = [dcn.get(name, 1) for name in self._names]
+            arranged = mesh_utils.create_hybrid_device_mesh(sizes, across, devices, allow_split_physical_axes=True)
+        else:
+            arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(arranged, self._names)
 
     @property
     def compute(self) -> AxisMapping:
         """For activations."""
-        return self.shared_mapping | {k: _mesh_axes(v) for k, v in self.compute_mapping.items()}
+        return self._mapping(self.compute_mapping)
 
     @property
     def parameters(self) -> AxisMapping:
         """For weights and adapters."""
-        return self.shared_mapping | {k: _mesh_axes(v) for k, v in self.param_mapping.items()}
+        return self._mapping(self.param_mapping)
+
+    def _mapping(self, own: dict[str, Any]) -> AxisMapping:
+        return {name: _mesh_axes(axes) for name, axes in (self.shared_mapping | own).items()}
+
+
+def split_evenly(axes: Sequence[Axis], mapping: AxisMapping, mesh: Mesh | None = None) -> NamedSharding:
+    """How an array with `axes` is split, by default over the mesh in scope.
+
+    Raises ValueError if an axis cannot be cut into equal parts, or if two would be split over the same devices.
+    """
+    sizes = hax.partitioning.sharding_for_axis((), mapping, mesh).mesh.shape
+    shape = ", ".join(f"{axis.name}: {axis.size}" for axis in axes)
+    taken: dict[str, str] = {}
+    for axis in axes:
+        names = _as_tuple(mapping.get(axis.name))
+        for name in names:
+            if name in taken:
+                raise ValueError(
+                    f"trainer.mesh splits both {taken[name]} and {axis.name} over {name}, but an array has both "
+                    f"({{{shape}}}): leave one of them out of trainer.mesh's mappings"
+                )
+            taken[name] = axis.name
+        if axis.size % math.prod(sizes[name] for name in names):
+            over = " x ".join(f"{name} ({sizes[name]})" for name in names)
+            raise ValueError(
+                f"trainer.mesh splits {axis.name} over {over}, which does not divide the {axis.size} of an array "
+                f"{{{shape}}}. Change trainer.mesh.axes, or leave {axis.name} out of trainer.mesh's mappings: it is "
+                "then whole on every device."
+            )
+    return hax.partitioning.sharding_for_axis(tuple(axes), mapping, mesh)
+
+
+def gathered(tree: Any) -> Any:
+    """Weights as a computation needs them, made so here, once, and not wherever XLA finds it best.
+
+    Without a mesh in scope, the tree itself.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+
+    def constrain(leaf: Any) -> Any:
+        if not isinstance(leaf, NamedArray) or leaf.array is None:
+            return leaf
+        # hax.auto_sharded asks for nothing where the array is to be whole on every device.
+        whole = jax.lax.with_sharding_constraint(leaf.array, hax.partitioning.pspec_for_axis(leaf.axes))
+        return NamedArray(jax.lax.optimization_barrier(whole), leaf.axis_names)
+
+    return jax.tree.map(constrain, tree, is_leaf=lambda leaf: isinstance(leaf, NamedArray))
+
+
+def _with_defaults(setting: str, given: dict[str, int], default: dict[str, int]) -> dict[str, int]:
+    """The axes that are not given too; what is left goes to the default's -1 only if no other axis takes it."""
+    if -1 in given.values():
+        default = {name: 1 for name in default}
+    axes = default | given
+    if any(size < 1 and size != -1 for size in axes.values()) or list(axes.values()).count(-1) > 1:
+        raise ValueError(f"trainer.mesh.{setting}={axes}: sizes are positive, and at most one is -1 (the rest)")
+    return axes
+
+
+def _filled(setting: str, axes: dict[str, int], count: float, what: str) -> dict[str, int]:
+    """Sizes whose product is `count`."""
+    rest = int(count) // math.prod(size for size in axes.values() if size != -1)
+    sizes = {name: rest if size == -1 else size for name, size in axes.items()}
+    if math.prod(sizes.values()) != count:
+        raise ValueError(f"trainer.mesh.{setting}={axes} cannot be filled by {what}")
+    return sizes
+
+
+def _slice_of(device: Any) -> int:
+    return getattr(device, "slice_index", 0) or 0
 
 
 def _mesh_axes(value: Any) -> Any:
@@ -107,8 +196,7 @@ class Placement:
             if isinstance(leaf, NamedArray):
                 if leaf.array is None:  # the other part of a partitioned tree
                     return leaf
-                sharding = hax.partitioning.sharding_for_axis(leaf.axes, mapping, self.mesh)
-                return NamedArray(place(leaf.array, sharding), leaf.axis_names)
+                return NamedArray(place(leaf.array, split_evenly(leaf.axes, mapping, self.mesh)), leaf.axis_names)
             return place(leaf, NamedSharding(self.mesh, PartitionSpec()))
 
         return jax.tree.map(put, tree, is_leaf=lambda leaf: isinstance(leaf, NamedArray))

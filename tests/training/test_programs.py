@@ -48,6 +48,50 @@ def test_exchanges_count_as_often_as_their_loop_turns():
     assert collective_bytes(unknown, unknown_trips=3) == {"all-gather": 3 * gathered, "all-reduce": 6 * summed}
 
 
+# As libtpu writes a gathering that goes on while something else is computed, in two turns of a loop.
+OVERLAPPED = """
+%fused_start (p: bf16[8,4]) -> (bf16[8,4], bf16[64,4]) {
+  %p = bf16[8,4]{1,0} parameter(0)
+  %all-gather.1 = bf16[64,4]{1,0} all-gather(%p), channel_id=7, dimensions={0}
+  ROOT %t = (bf16[8,4]{1,0}, bf16[64,4]{1,0}) tuple(%p, %all-gather.1)
+}
+
+%async_collective_fusion.2 (p: bf16[8,4]) -> bf16[64,4] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[64,4]{1,0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%fused_done (p: bf16[8,4]) -> bf16[64,4] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  ROOT %all-gather.3 = bf16[64,4]{1,0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%body (p: (u32[], bf16[8,4])) -> (u32[], bf16[8,4]) {
+  %p = (u32[], bf16[8,4]{1,0}) parameter(0)
+  %shard = bf16[8,4]{1,0} get-tuple-element(%p), index=1
+  %async-collective-start = (bf16[8,4]{1,0}, bf16[64,4]{1,0}) fusion(%shard), kind=kCustom, calls=%fused_start
+  %fusion.2 = bf16[64,4]{1,0} fusion(%shard), kind=kCustom, calls=%async_collective_fusion.2
+  %async-collective-done = bf16[64,4]{1,0} fusion(%shard), kind=kCustom, calls=%fused_done
+}
+
+%condition (p: (u32[], bf16[8,4])) -> pred[] {
+  %p = (u32[], bf16[8,4]{1,0}) parameter(0)
+  %turns = u32[]{:T(128)} constant(2)
+  %turn = u32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%turn, %turns), direction=LT
+}
+
+ENTRY %main (p: (u32[], bf16[8,4])) -> (u32[], bf16[8,4]) {
+  %p = (u32[], bf16[8,4]{1,0}) parameter(0)
+  ROOT %while = (u32[], bf16[8,4]{1,0}) while(%p), condition=%condition, body=%body
+}
+"""
+
+
+def test_an_exchange_that_overlaps_with_arithmetic_counts_once():
+    assert collective_bytes(OVERLAPPED, unknown_trips=100) == {"all-gather": 2 * 64 * 4 * 2}
+
+
 def test_a_program_on_one_device_exchanges_nothing():
     compiled = jax.jit(lambda x: jnp.sin(x) @ x).lower(jnp.zeros((8, 8))).compile()
     assert collective_bytes(compiled.as_text()) == {}

@@ -318,6 +318,23 @@ def test_dropout_is_for_the_policy_alone_and_new_in_every_step():
     assert len({run["dpo_margin_ref"] for run in (*one, *other)}) == 1
 
 
+def test_dropout_is_the_same_however_the_pairs_are_laid_out():
+    def run(layout: Layout, rows_of) -> tuple[list[float], dict[str, np.ndarray]]:
+        step, state = TrainStep(Dpo(), DESCENT), state_of(with_dropout(moved(new_adapters()), 0.5), DESCENT)
+        losses = []
+        for ids in BATCHES:
+            state, metrics = step(state, jax.tree.map(jnp.asarray, pack(PAIRS, rows_of(ids), layout)))
+            losses.append(float(metrics.values["loss"]))
+        return losses, adapters_of(state.model)
+
+    wanted, wanted_adapters = run(LAYOUT, rows_and_pairs_reversed)
+    found, adapters = run(dataclasses.replace(LAYOUT, micro_batches=4, rows=2), one_pair_a_row)
+    assert abs(wanted[0] - expected()["losses"][0]) > 1e-3
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)  # as without dropout
+    for path, adapter in wanted_adapters.items():
+        np.testing.assert_allclose(adapters[path], adapter, rtol=1e-4, atol=1e-6, err_msg=path)
+
+
 def test_metrics_say_what_was_in_the_batch():
     state = state_of(moved(new_adapters()), DESCENT)
     state = eqx.tree_at(lambda state: state.step, state, jnp.asarray(3, jnp.int32))

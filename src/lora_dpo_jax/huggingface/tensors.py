@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import haliax as hax
 import jax
 import numpy as np
 from haliax import Axis
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from lora_dpo_jax.sharding import split_evenly
 
 METADATA = {"format": "pt"}  # transformers refuses files that do not say they hold PyTorch's layout
 
@@ -146,7 +147,7 @@ def array_sharding(axes: tuple[Axis, ...], mapping: Any) -> jax.sharding.Shardin
     """`mapping` goes from axis name to mesh axis; None means all of it on the first device."""
     if mapping is None:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return hax.partitioning.sharding_for_axis(axes, mapping)
+    return split_evenly(axes, mapping)
 
 
 def abridged(names: list[str]) -> str:

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 from haliax import Axis, NamedArray
 from haliax.axis import AxisSpec
-from haliax.jax_utils import maybe_rng_split
 from haliax.nn.scan import ScanCheckpointPolicy
 
-from lora_dpo_jax.lora import LOW_RANK, reference_model
+from lora_dpo_jax.lora import LOW_RANK, TokenKey, reference_model, split_key
 from lora_dpo_jax.models.attention import KEY_POSITION, AttentionMask, as_keys, attend
 from lora_dpo_jax.models.config import DecoderConfig
 from lora_dpo_jax.models.packed_blocks import ATTENDED
@@ -140,7 +139,7 @@ class Attention(eqx.Module):
     def __call__(self, x: NamedArray, tokens: Tokens, window, cache: KeyValueCache | None, *, key=None):
         """x {row, position, embed} -> (the same axes, the cache with these tokens' keys and values)."""
         HeadSize = self.config.HeadSize
-        k_q, k_k, k_v, k_o = maybe_rng_split(key, 4)
+        k_q, k_k, k_v, k_o = split_key(key, 4)
         q, k, v = (product(p, x, key=k) for p, k in ((self.q_proj, k_q), (self.k_proj, k_k), (self.v_proj, k_v)))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -173,7 +172,7 @@ class Mlp(eqx.Module):
         )
 
     def __call__(self, x: NamedArray, *, key=None) -> NamedArray:
-        k_gate, k_up, k_down = maybe_rng_split(key, 3)
+        k_gate, k_up, k_down = split_key(key, 3)
         gate = ACTIVATIONS[self.activation](product(self.gate_proj, x, key=k_gate))
         return product(self.down_proj, gate * product(self.up_proj, x, key=k_up), key=k_down)
 
@@ -193,7 +192,7 @@ class DecoderLayer(eqx.Module):
         return DecoderLayer(norm, Attention.init(config, key=k_attention), norm, Mlp.init(config, key=k_mlp))
 
     def __call__(self, x: NamedArray, tokens: Tokens, window, cache: KeyValueCache | None = None, *, key=None):
-        k_attention, k_mlp = maybe_rng_split(key, 2)
+        k_attention, k_mlp = split_key(key, 2)
         attended, cache = self.self_attn(self.input_layernorm(x), tokens, window, cache, key=k_attention)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x), key=k_mlp), cache
@@ -268,8 +267,9 @@ class Decoder(eqx.Module):
         cos, sin = rotary_angles(self.config.rope, position_ids, self.config.HeadSize)
         return Tokens(cos, sin, mask, slot)
 
-    def _layer_keys(self, key):
-        return None if key is None else jax.random.split(key, self.config.num_layers)
+    def _layer_keys(self, key: TokenKey | None) -> TokenKey | None:
+        """A key for each layer, which the loop over layers takes one by one."""
+        return None if key is None else TokenKey(jax.random.split(key.key, self.config.num_layers), key.token)
 
     def _windows(self) -> NamedArray | None:
         """int32 {layers}, a layer with full attention having a window that nothing exceeds; None if all are full."""

@@ -89,7 +89,7 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
         return int(noted[1])
     condition = re.search(r"condition=%?([\w.-]+)", line)
     lines = computations.get(condition[1], []) if condition else []
-    bounds = [found[1] for line in lines if (found := re.search(r"= s32\[\]\S* constant\((\d+)\)", line))]
+    bounds = [found[1] for line in lines if (found := re.search(r"= [su]32\[\]\S* constant\((\d+)\)", line))]
     return int(bounds[0]) if len(bounds) == 1 else None
 
 
@@ -110,8 +110,13 @@ def _of_line(line: str, of: Any) -> dict[str, float]:
         branches = names[1].split(", ") if names else re.findall(r"(?:true|false)_computation=(%?[\w.-]+)", line)
         return max((of(name.lstrip("%")) for name in branches), key=lambda found: sum(found.values()), default={})
     if called := re.search(r"(?:calls|to_apply)=%?([\w.-]+)", line):
-        return of(called[1])
+        return {} if _goes_on_with_an_exchange(line, called[1]) else of(called[1])
     return {}
+
+
+def _goes_on_with_an_exchange(line: str, called: str) -> bool:
+    """On a TPU, an exchange is written down once more in all that is computed meanwhile, and where it ends."""
+    return called.startswith("async_collective_fusion") or re.match(r"\s+%?async-collective-done", line) is not None
 
 
 def _num_bytes(shape: str) -> int:

@@ -129,7 +129,7 @@ class TrainStep:
         """Gradients of the mean loss, sums of the metrics, and each pair's loss, one micro-batch after the other."""
         key = jax.random.fold_in(weights.key, step)
 
-        def micro_loss(adapters, micro: PreferenceBatch, key):
+        def micro_loss(adapters, micro: PreferenceBatch):
             model = eqx.combine(adapters, weights.model)
             reference = None if self.loss.reference_free else _known_reference(micro)
             if self.loss.reference_free or reference is not None:
@@ -141,13 +141,11 @@ class TrainStep:
             sums = {name: value.scalar() for name, value in sums.items()}
             return sums["dpo_loss"] / num_pairs, (sums, losses.loss)
 
-        def add_part(totals, part: PreferenceBatch, key):
+        def add_part(totals, part: PreferenceBatch):
             def add_micro_batch(index, carry):
                 gradients, sums, pair_loss = carry
                 micro = part.micro_batch(index)
-                (_, (more_sums, micro_pair_loss)), more = jax.value_and_grad(micro_loss, has_aux=True)(
-                    adapters, micro, jax.random.fold_in(key, index)
-                )
+                (_, (more_sums, micro_pair_loss)), more = jax.value_and_grad(micro_loss, has_aux=True)(adapters, micro)
                 gradients, sums = jax.tree.map(jnp.add, (gradients, sums), (more, more_sums))
                 return gradients, sums, pair_loss.updated_slice({MICRO: index}, micro_pair_loss)
 
@@ -161,12 +159,12 @@ class TrainStep:
             # No loop: what is the same in each turn, here everything, XLA computes before it even if there is no turn.
             return jax.lax.cond(used > 0, lambda carry: add_micro_batch(0, carry), lambda carry: carry, start)
 
-        shapes = jax.eval_shape(lambda: micro_loss(adapters, parts[0].micro_batch(0), key)[1][0])
+        shapes = jax.eval_shape(lambda: micro_loss(adapters, parts[0].micro_batch(0))[1][0])
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (adapters, shapes))
         gradients, sums = zeros
         pair_losses = []
-        for index, part in enumerate(parts):
-            gradients, sums, pair_loss = add_part((gradients, sums), part, jax.random.fold_in(key, index))
+        for part in parts:
+            gradients, sums, pair_loss = add_part((gradients, sums), part)
             pair_losses.append(pair_loss)
         return gradients, sums, tuple(pair_losses)
 

@@ -1,0 +1,49 @@
+"""Runs on any mesh end as on one device."""
+
+import dataclasses
+import functools
+
+import equinox as eqx
+import jax
+import optax
+import pytest
+
+from bench.meshes import DECODER, EVERYWHERE, MESHES, ONE_DEVICE, Outcome, adapters_of, train, wire
+from lora_dpo_jax.lora import LoraConfig
+from lora_dpo_jax.training.programs import collective_bytes
+
+# With all that a mesh could change: weights quantized in blocks, a head with adapters, dropout, rows laid out for it.
+SETTINGS = {"quantization": "nf4", "lora": dataclasses.replace(EVERYWHERE, dropout=0.1)}
+
+
+@functools.cache
+def on_one_device() -> Outcome:
+    return train(ONE_DEVICE, devices=jax.devices()[:1], **SETTINGS)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_twenty_steps_on_a_mesh_end_as_on_one_device(name):
+    """`python -m bench.meshes` shows the same without quantization and without dropout."""
+    loss, adapter = train(MESHES[name], **SETTINGS).apart(on_one_device())
+    assert on_one_device().losses[-1] < on_one_device().losses[0] - 0.01
+    assert loss < 1e-5
+    assert adapter < 1e-4
+
+
+def test_devices_exchange_weights_and_gradients_but_no_activations():
+    """Of rows, which devices share among them, none needs to know what the others compute."""
+    step, state, batches = wire(MESHES["data 8"], optax.sgd(0.1), steps=1, lora=LoraConfig(r=4))
+    batch = next(batches)
+    found = collective_bytes(step.lower(state, batch).compile().as_text())
+    adapters = adapters_of(state)
+    num_bytes = {
+        "adapters": sum(leaf.nbytes for leaf in jax.tree.leaves(adapters)),
+        "everything": sum(leaf.nbytes for leaf in jax.tree.leaves(eqx.filter(state.model, eqx.is_array))),
+    }
+    hidden = sum(part.tokens.array[0].size for part in batch) * DECODER.hidden_size * 4
+    # A sum is handed to all after it was made. The rest are sums of metrics.
+    assert found.pop("all-reduce") < 2 * num_bytes["adapters"] + 0.1 * hidden
+    # There and back; what the backward pass computes again it gathers but once more.
+    assert found.pop("all-gather") < 2.1 * num_bytes["everything"]
+    # The embeddings of each device's own tokens, of which others hold some features.
+    assert sum(found.values()) < 1.1 * hidden / 8
