@@ -8,13 +8,13 @@ import equinox as eqx
 import haliax as hax
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from lora_dpo_jax.data.loader import PairTable, packed_rows
 from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.log_probs import pair_log_probs
 from lora_dpo_jax.losses import PairLogProbs, PreferenceLoss, preference_metrics
 from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.sharding import on_host
 
 FIELDS = tuple(field.name for field in dataclasses.fields(PairLogProbs))
 
@@ -52,15 +52,8 @@ class PairScorer:
             micro: PreferenceBatch = batch.micro_batch(0)
             with self.scope():
                 log_probs = self._compiled(model, micro)
-            ids = _on_host(micro.pair_ids.array)
-            yield ids[ids >= 0], {name: _on_host(getattr(log_probs, name).array)[ids >= 0] for name in FIELDS}
-
-
-def _on_host(array: jax.Array) -> np.ndarray:
-    """Rows that lie with other processes are fetched: all processes must call this."""
-    if not array.is_fully_addressable:
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
+            ids = on_host(micro.pair_ids.array)
+            yield ids[ids >= 0], {name: on_host(getattr(log_probs, name).array)[ids >= 0] for name in FIELDS}
 
 
 def summarize(loss: PreferenceLoss, policy: PairLogProbs, reference: PairLogProbs | None) -> dict[str, float]:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from haliax import Axis
 from jax import Array
-from jax.experimental import multihost_utils
 
 from lora_dpo_jax.models import CachedMask, CausalLM, KeyValueCache
+from lora_dpo_jax.sharding import on_host
 
 logger = logging.getLogger(__name__)
 
@@ -126,9 +126,7 @@ def generate(
     completions: list[list[int]] = []
     for batch in _batches(prompts, batch_size):
         new_ids = _generate_batch(model, batch, seed, stop_array, program)
-        if not new_ids.is_fully_addressable:
-            new_ids = multihost_utils.process_allgather(new_ids, tiled=True)
-        completions += [_until(row, stop_ids) for row in np.asarray(new_ids).tolist()]
+        completions += [_until(row, stop_ids) for row in on_host(new_ids).tolist()]
     return completions[: len(prompts)]
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import haliax as hax
 import jax
+import jax.numpy as jnp
+import numpy as np
 from haliax import Axis, NamedArray
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AxisMapping = Mapping[str, Any]
@@ -177,10 +179,11 @@ class Placement:
             yield
 
     def put_batch(self, batch: Any) -> Any:
-        return self._place(batch, self.compute, jax.device_put)
+        """Of several processes, each must have the whole batch, and gives its devices their rows of it."""
+        return self._place(batch, self.compute, _put)
 
     def put_parameters(self, tree: Any) -> Any:
-        return self._place(tree, self.parameters, jax.device_put)
+        return self._place(tree, self.parameters, _put)
 
     def describe_batch(self, batch: Any) -> Any:
         """What `put_batch` would give, as ShapeDtypeStructs: for compiling without arrays, or without the devices."""
@@ -200,6 +203,24 @@ class Placement:
             return place(leaf, NamedSharding(self.mesh, PartitionSpec()))
 
         return jax.tree.map(put, tree, is_leaf=lambda leaf: isinstance(leaf, NamedArray))
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """All of an array. What lies with other processes is fetched: all of them must call this."""
+    if not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+    is_here = not isinstance(array, jax.Array) or array.is_fully_addressable
+    if sharding.is_fully_addressable or not is_here:
+        return jax.device_put(array, sharding)
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(array), sharding), impl=jax.random.key_impl(array))
+    # Not device_put, which lets all processes compare what they give, and waits for them.
+    values = np.asarray(array)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 def _described(array: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from haliax import Axis, NamedArray
-from jax.experimental import multihost_utils
 
 from lora_dpo_jax.huggingface.folders import export_folder
 from lora_dpo_jax.huggingface.tensors import TensorFiles, abridged, sharded_array, write_tensors
@@ -30,6 +29,7 @@ from lora_dpo_jax.lora import (
     matching_names,
 )
 from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.sharding import on_host
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
 # PEFT stores the whole frozen head beside the adapter of a head.
@@ -127,11 +127,11 @@ def layer_adapters(model: CausalLM) -> list[LayerAdapter]:
     for linear, names in linear_layers(model):
         if not isinstance(linear, LoraLinear):
             continue
-        active = [True] * len(names) if linear.active is None else list(_on_host(linear.active.array) != 0)
+        active = [True] * len(names) if linear.active is None else list(on_host(linear.active.array) != 0)
         In, Out = axes_of(linear.wrapped.In), axes_of(linear.wrapped.Out)
         r = linear.lora_A.resolve_axis(RANK).size
-        lora_A = _on_host(linear.lora_A.rearrange((..., RANK, *In)).array).reshape(len(names), r, -1)
-        lora_B = _on_host(linear.lora_B.rearrange((..., *Out, RANK)).array).reshape(len(names), -1, r)
+        lora_A = on_host(linear.lora_A.rearrange((..., RANK, *In)).array).astype(np.float32).reshape(len(names), r, -1)
+        lora_B = on_host(linear.lora_B.rearrange((..., *Out, RANK)).array).astype(np.float32).reshape(len(names), -1, r)
         layers = zip(names, lora_A, lora_B, active, strict=True)
         found += [LayerAdapter(name, A, B, linear.scaling) for name, A, B, is_active in layers if is_active]
     return found
@@ -143,12 +143,6 @@ def explicit_targets(targets: list[str], names: list[str]) -> list[str]:
     if set(matching_names(names, LoraConfig(target_modules=suffixes))) == set(targets):
         return suffixes
     return targets
-
-
-def _on_host(array: jax.Array) -> np.ndarray:
-    if not array.is_fully_addressable:
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array, dtype=np.float32)
 
 
 def _layer_names(model: CausalLM) -> list[str]:

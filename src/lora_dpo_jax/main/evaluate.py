@@ -16,7 +16,8 @@ from tqdm import tqdm
 from lora_dpo_jax.data.loader import PairTable
 from lora_dpo_jax.evaluation import summarize
 from lora_dpo_jax.losses import PairLogProbs
-from lora_dpo_jax.main.errors import told_in_a_line
+from lora_dpo_jax.main.command import command
+from lora_dpo_jax.main.identity import refuse_other_settings
 from lora_dpo_jax.main.reference import ReferenceLogProbs
 from lora_dpo_jax.main.setup import (
     TrainConfig,
@@ -30,6 +31,7 @@ from lora_dpo_jax.main.setup import (
     scorer,
 )
 from lora_dpo_jax.sharding import Placement
+from lora_dpo_jax.training.distributed import is_first_process
 
 logger = logging.getLogger("lora_dpo_jax")
 
@@ -50,6 +52,7 @@ class EvaluateConfig(TrainConfig):
 
 def main(config: EvaluateConfig) -> dict[str, float]:
     """Writes the scores, prints the summary, and returns it."""
+    refuse_other_settings(config)
     keep_programs(config)
     tokenizer = load_tokenizer(config)
     train, validation = load_tables(config, tokenizer)
@@ -64,7 +67,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     score = scorer(config, pairs, placement)
 
     def progress(batches, total: int):
-        return tqdm(batches, "policy", total=total, unit=" batches")
+        return tqdm(batches, "policy", total=total, unit=" batches", disable=not is_first_process())
 
     reference_model = policy_model = base.model
     if config.initialize_from_peft is not None:
@@ -77,9 +80,10 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     reference = ReferenceLogProbs(config, base, reference_model, placement).of_table(score)
     policy = reference if policy_model is reference_model else score(policy_model, progress)
 
-    _write(Path(config.output), policy, reference, pairs)
     summary = summarize(config.preference_loss, policy, reference)
-    _print(config, summary, len(pairs))
+    if is_first_process():
+        _write(Path(config.output), policy, reference, pairs)
+        _print(config, summary, len(pairs))
     return summary
 
 
@@ -119,5 +123,5 @@ def _print(config: EvaluateConfig, summary: dict[str, float], num_pairs: int) ->
 
 
 if __name__ == "__main__":
-    with told_in_a_line():
-        main(parse_arguments(EvaluateConfig))
+    with command(lambda: parse_arguments(EvaluateConfig), lambda config: config.trainer.distributed) as config:
+        main(config)

@@ -23,8 +23,9 @@ from lora_dpo_jax.generation import GenerationConfig, complete, read_stop_ids
 from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.weights import load_model, read_config
-from lora_dpo_jax.main.errors import told_in_a_line
+from lora_dpo_jax.main.command import command
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
+from lora_dpo_jax.training.distributed import DistributedConfig, is_first_process
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ def main(config: GenerateConfig) -> list[str]:
         chat=config.chat,
         **_template_kwargs(config),
     )
+    if not is_first_process():  # each has computed the same, on a device of its own
+        return completions
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
         print(f"=== prompt {number}\n{_readable(prompt)}\n--- completion\n{completion}\n", flush=True)
     if config.output is not None:
@@ -223,5 +226,5 @@ def parse(args: Sequence[str]) -> GenerateConfig:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    with told_in_a_line():
-        main(parse(sys.argv[1:]))
+    with command(lambda: parse(sys.argv[1:]), lambda config: DistributedConfig()) as config:
+        main(config)

@@ -1,17 +1,26 @@
 """What tells one run from another: the weights it starts from, the pairs it trains on, and in which order."""
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import draccus
 import jax
+import numpy as np
 
+import lora_dpo_jax
+from lora_dpo_jax.data.cache import TokenizedPairs
 from lora_dpo_jax.data.loader import PairTable
+from lora_dpo_jax.data.planning import RunLayout
 from lora_dpo_jax.data.preferences import default_cache_dir
 from lora_dpo_jax.huggingface.digests import tensor_digests
 from lora_dpo_jax.lora import LoraConfig
 from lora_dpo_jax.main.setup import Base, TrainConfig, folder_of
+from lora_dpo_jax.training.checkpoint import flat_settings
+from lora_dpo_jax.training.distributed import refuse_differences
 
 # Settings of `lora` that a checkpoint's adapters mean nothing without.
 SHAPE_ADAPTERS = ("r", "alpha", "use_rslora", "target_modules", "exclude_modules")
@@ -43,8 +52,7 @@ def run_identity(config: TrainConfig, lora: LoraConfig, base: Base, pairs: PairT
     weights = weights_identity(config, base)
     adapter = weights.pop("adapter")
     components = {
-        name: {"pairs": len(component), **component.checksums}
-        for name, (component, _) in zip(pairs.names, pairs.components, strict=True)
+        name: {"pairs": len(component), **component.checksums} for name, component in _components(pairs).items()
     }
     return {
         "initialize_from_hf": weights,
@@ -62,6 +70,28 @@ def run_identity(config: TrainConfig, lora: LoraConfig, base: Base, pairs: PairT
         "validation_split_fraction": config.validation_split_fraction,
         "trainer": {"seed": config.trainer.seed, "train_batch_size": config.trainer.train_batch_size},
     }
+
+
+def refuse_other_settings(config: TrainConfig) -> None:
+    """Raises ValueError unless all processes of the run were started alike; all must call this."""
+    settings = flat_settings(draccus.encode(config))  # pyright: ignore[reportArgumentType]
+    refuse_differences(
+        {name: value for name, value in settings.items() if not name.startswith("trainer.distributed.")}
+        | {"lora_dpo_jax": lora_dpo_jax.__version__, "jax": jax.__version__}
+    )
+
+
+def refuse_other_plans(pairs: PairTable, batch_ids: Sequence[np.ndarray], layout: RunLayout) -> None:
+    """Raises ValueError unless all processes have the same pairs, and the same steps to make of them."""
+    refuse_differences(
+        {f"data.components.{name}": component.checksums for name, component in _components(pairs).items()}
+        | {"the pairs of the steps": hashlib.sha256(np.concatenate(batch_ids).tobytes()).hexdigest()}
+        | {"the shapes of the batches": repr(layout)}
+    )
+
+
+def _components(pairs: PairTable) -> dict[str, TokenizedPairs]:
+    return {name: component for name, (component, _) in zip(pairs.names, pairs.components, strict=True)}
 
 
 def dtypes_of(tree: Any) -> list[str]:

@@ -30,6 +30,7 @@ from lora_dpo_jax.models.attention import IMPLEMENTATIONS, PLATFORMS
 from lora_dpo_jax.models.decoder import CHECKPOINT_POLICIES
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
 from lora_dpo_jax.sharding import Placement
+from lora_dpo_jax.training.distributed import in_turns
 from lora_dpo_jax.training.optimizer import OptimizerConfig
 from lora_dpo_jax.training.trainer import TrainerConfig
 
@@ -205,12 +206,15 @@ def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base
 
 
 def load_tables(config: TrainConfig, tokenizer: Any) -> tuple[PairTable, PairTable]:
-    """(train, validation): validation files where a component has some, else a part of the training pairs."""
+    """(train, validation): validation files where a component has some, else a part of the training pairs.
+
+    The first process of each host tokenizes, unless it finds what the very first one has; the others only read.
+    """
 
     def load(split) -> dict[str, TokenizedPairs]:
         return load_pairs(config.data, tokenizer, split=split, train_seq_len=config.train_seq_len)
 
-    train, validation = load("train"), load("validation")
+    train, validation = in_turns(lambda: (load("train"), load("validation")))
     if validation or not train:
         return whole_table(train), whole_table(validation)
     return split_by_prompt(train, config.validation_split_fraction, config.trainer.seed)

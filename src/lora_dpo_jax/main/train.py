@@ -23,7 +23,7 @@ from lora_dpo_jax.huggingface.folders import check_export_target
 from lora_dpo_jax.huggingface.weights import save_merged
 from lora_dpo_jax.lora import LoraConfig, frozen_copy, loraize, reference_model, trainable_filter, with_dropout
 from lora_dpo_jax.losses import PairLogProbs
-from lora_dpo_jax.main.identity import run_identity
+from lora_dpo_jax.main.identity import refuse_other_plans, refuse_other_settings, run_identity
 from lora_dpo_jax.main.reference import ReferenceLogProbs
 from lora_dpo_jax.main.setup import (
     Base,
@@ -39,10 +39,11 @@ from lora_dpo_jax.main.setup import (
 )
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import parameter_count
-from lora_dpo_jax.sharding import Placement
+from lora_dpo_jax.sharding import Placement, on_host
 from lora_dpo_jax.tracking import Tracker, cut_metrics, start_trackers
 from lora_dpo_jax.training.checkpoint import Checkpoints
 from lora_dpo_jax.training.devices import peak_flops
+from lora_dpo_jax.training.distributed import is_first_process
 from lora_dpo_jax.training.interruption import StopSignals
 from lora_dpo_jax.training.step import StepMetrics, TrainState, TrainStep
 from lora_dpo_jax.training.trainer import Hook, NonFiniteLossError, StepInfo, train
@@ -59,11 +60,13 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
     """
     began = time.perf_counter() if began is None else began
     config = _with_zero_init(config)
+    refuse_other_settings(config)
     keep_programs(config)
     tokenizer = load_tokenizer(config)
     pairs, held_out = load_tables(config, tokenizer)
     if config.preview:
-        preview(pairs, tokenizer, config.preview)
+        if is_first_process():
+            preview(pairs, tokenizer, config.preview)
         return None
     if not len(pairs):
         raise ValueError("data.components: no training pair is left; see the counts above")
@@ -91,19 +94,22 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
         pair_layout=config.layout,
     )
 
+    refuse_other_plans(pairs, batch_ids, layout)
+
     run_id = trainer.run_id()
     run_dir = trainer.run_dir(run_id)
     resolved: Any = draccus.encode(config)
     checkpoints = Checkpoints(
         trainer.checkpointer.folder(run_dir, run_id),
         trainer.checkpointer,
-        identity=run_identity(config, lora, base, pairs) if jax.process_index() == 0 else {},
+        identity=run_identity(config, lora, base, pairs) if is_first_process() else {},
         settings=resolved,
     )
     state, first_step, notes = _restore(checkpoints, state, num_steps, wanted=trainer.load_checkpoint)
     earlier = cut_metrics(run_dir, first_step)
     with start_trackers(trainer.tracker, run_dir=run_dir, run_id=run_id, resolved_config=resolved) as tracker:
-        (run_dir / "config.yaml").write_text(str(draccus.dump(config)))
+        if is_first_process():
+            (run_dir / "config.yaml").write_text(str(draccus.dump(config)))
         if first_step == 0:
             tracker.log_summary(_parameter_counts(model))
         _announce(config, pairs, held_out, model, num_steps, layout, run_dir)
@@ -143,7 +149,8 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
                 stop=stop,
                 began=began,
             )
-    report.print(run_dir)
+    if is_first_process():
+        report.print(run_dir)
     return state
 
 
@@ -252,8 +259,8 @@ class _Guard:
             )
 
     def _explain(self, step: int, metrics: StepMetrics, values: dict[str, float]) -> str:
-        ids = np.concatenate([np.ravel(part.array) for part in metrics.pair_ids])
-        losses = np.concatenate([np.ravel(part.array) for part in metrics.pair_losses])
+        ids = np.concatenate([np.ravel(on_host(part.array)) for part in metrics.pair_ids])
+        losses = np.concatenate([np.ravel(on_host(part.array)) for part in metrics.pair_losses])
         is_pair = ids >= 0
         bad = ids[is_pair & ~np.isfinite(losses)]
         which, ids = ("pairs with such a loss", bad) if len(bad) else ("pairs of the batch", ids[is_pair])

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import time
+import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +17,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from lora_dpo_jax.training.checkpoint_files import DamagedCheckpointError, check_files, read_description
+from lora_dpo_jax.training.distributed import (
+    from_each_process,
+    from_first_process,
+    is_first_process,
+    wait_for_all,
+)
 
 logger = logging.getLogger("lora_dpo_jax")
 
@@ -24,6 +31,7 @@ STEP_FOLDER = re.compile(r"step-(\d+)")
 UNFINISHED_FOLDER = re.compile(r"step-\d+\.orbax-checkpoint-tmp.*")  # what Orbax writes into
 UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 LOOKS = 20  # how often in an interval several processes compare their clocks
+SECONDS_TO_SEE = 10.0  # how long a network file system may take to show one host what another wrote
 NONE_FOUND, REFUSED = -1, -2  # what the first process tells the others instead of a step
 SHOWN_DIFFERENCES = 12
 
@@ -127,6 +135,7 @@ class Checkpoints:
             raise error
         if step == REFUSED:
             raise ValueError(f"{self.folder}: the first process refused it; its log says why")
+        self._refuse_unshared_folder()
         if step == NONE_FOUND:
             return None
         path = self._path(step)
@@ -237,6 +246,25 @@ class Checkpoints:
                 "trainer.log_dir, to a place where they can"
             ) from error
 
+    def _refuse_unshared_folder(self) -> None:
+        """Every process writes what its devices hold, and all of that is one checkpoint."""
+        probe = self.folder / from_first_process(f".seen-by-all-{uuid.uuid4().hex}")
+        if is_first_process():
+            probe.write_text("")
+        wait_for_all()
+        deadline = time.monotonic() + SECONDS_TO_SEE
+        while not (is_seen := probe.exists()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        seen = from_each_process("seen" if is_seen else "")
+        if is_first_process():
+            probe.unlink()
+        if not all(seen):
+            raise ValueError(
+                f"{self.folder} is not the same folder on all processes: {[i for i, x in enumerate(seen) if not x]} do "
+                "not see what process 0 writes there. Set trainer.checkpointer.base_path to one that all see, such as "
+                "a gs:// URL"
+            )
+
     def _finish(self, step: int) -> None:
         """In the background: waits until the checkpoint is whole, then deletes the temporary ones before it."""
         try:
@@ -331,7 +359,7 @@ def _as_json(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """A line for each setting, by its dotted name, that is not the same."""
-    there, here = _flat(theirs), _flat(ours)
+    there, here = flat_settings(theirs), flat_settings(ours)
     return [
         f"{name}: {_shown(there, name)} in the checkpoint, {_shown(here, name)} in this run"
         for name in dict.fromkeys([*there, *here])
@@ -339,11 +367,12 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str
     ]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= flat_settings(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat

@@ -17,6 +17,7 @@ import jmp
 from lora_dpo_jax.sharding import MeshConfig
 from lora_dpo_jax.tracking import NoTrackerConfig, ProgressBar, Tracker, TrackerConfigs
 from lora_dpo_jax.training.checkpoint import CheckpointerConfig
+from lora_dpo_jax.training.distributed import DistributedConfig, from_first_process
 from lora_dpo_jax.training.interruption import InterruptedTrainingError
 
 logger = logging.getLogger("lora_dpo_jax")
@@ -43,6 +44,7 @@ class TrainerConfig:
     seed: int = 0
     mp: str | None = None  # "f32", "bf16", "p=f32,c=bfloat16", ...; null computes in bfloat16 on accelerators
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     tracker: TrackerConfigs = field(default_factory=lambda: [NoTrackerConfig()])
     log_dir: str = "logs"
     # The run's folder in log_dir; null generates a name. A run of an id that was here before goes on where it was.
@@ -70,9 +72,10 @@ class TrainerConfig:
     @property
     def precision(self) -> jmp.Policy:
         """Dtypes of adapters (param) and of computation (compute)."""
-        default = "f32" if jax.default_backend() == "cpu" else "p=f32,c=bfloat16"
+        # Not asked unless it must be: the devices are not there before the processes of a run have met.
+        mp = self.mp or ("f32" if jax.default_backend() == "cpu" else "p=f32,c=bfloat16")
         try:
-            return jmp.get_policy(self.mp or default)
+            return jmp.get_policy(mp)
         except Exception as error:
             raise ValueError(f"trainer.mp={self.mp!r} is no precision; for example f32 or p=f32,c=bfloat16") from error
 
@@ -83,7 +86,8 @@ class TrainerConfig:
         return math.ceil((self.num_train_epochs or 1) * num_pairs / self.train_batch_size)
 
     def run_id(self) -> str:
-        return self.id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        """The same on all processes, each of which must call this."""
+        return from_first_process(self.id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
 
     def run_dir(self, run_id: str) -> Path:
         return Path(self.log_dir).expanduser() / run_id
