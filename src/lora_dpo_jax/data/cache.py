@@ -41,6 +41,7 @@ from lora_dpo_jax.data.preferences import (
     read_pair,
 )
 from lora_dpo_jax.data.sources import RowError, RowTable, Split, attempt
+from lora_dpo_jax.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def tokenize_component(
         try:
             with _Writer(building) as writer:
                 report = _tokenize(component, tables, tokenizer, train_seq_len, writer, f"{name} ({split})")
-            writer.finish(fingerprint=fingerprint, tables=[table.name for table in tables], report=report)
+            writer.finish(fingerprint=fingerprint, tables=[redact(table.name) for table in tables], report=report)
             pairs = _publish(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
