@@ -156,7 +156,10 @@ def cut_metrics(run_dir: Path, step: int) -> list[dict[str, Any]]:
         return []
     _drop_torn_line(path)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    read = [json.loads(line) for line in lines]
+    try:
+        read = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{path} has a line that is not JSON ({error}); remove it to go on with this run") from error
     stays = [entry["step"] < step for entry in read]
     if not all(stays):
         logger.info("%s: %d lines from step %d on are taken out", path, stays.count(False), step)

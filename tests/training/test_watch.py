@@ -1,6 +1,7 @@
 """What a run waits for is told while it waits, and slow steps afterwards; nothing else is told."""
 
 import logging
+import re
 import threading
 import time
 from pathlib import Path
@@ -47,31 +48,32 @@ def test_a_stalled_input_is_told_with_where_the_packing_is(caplog):
     batches = prefetch((lambda number=number: stalled_at_three(number) for number in range(5)), ahead=1)
     run(5, batches=batches, watch=Watch(0.1, helpers=["packing"]))
     first, *_, last = messages(caplog)
-    assert first.startswith("step 3: waiting for the input, for 0 s so far; 0.0 s is the median. The next batch is not")
+    assert re.match(
+        r"step 3: waiting for the input, for . s so far; 0\.. s is the median\. The next batch is not", first
+    )
     assert "thread MainThread:" in first and "in prefetch: item, error = results.get()" in first
     assert "thread packing:" in first and "in stalled_at_three: time.sleep(0.5 if number == 3" in first
-    assert last.startswith("step 3: waited 0.5 s for the input; it is over")
+    assert re.fullmatch(r"step 3: waited \d\.\d s for the input; it is over", last)
 
 
 def test_a_step_that_hangs_is_told(caplog):
     run(5, finish_seconds=lambda step: 0.5 if step == 2 else 0.0, watch=Watch(0.1))
     first = messages(caplog)[0]
-    assert first.startswith("step 2: waiting for the devices to finish the step, for 0 s so far; 0.0 s is the median.")
+    assert re.match(r"step 2: waiting for the devices to finish the step, for . s so far; 0\.. s is the median", first)
     assert "another process" in first and "in __float__: time.sleep(self.seconds)" in first
 
 
 def test_a_first_step_that_compiles_is_told_as_such(caplog):
     run(2, step_seconds=lambda step: 0.3 if step == 0 else 0.0, watch=Watch(0.1))
     first = messages(caplog)[0]
-    assert first.startswith(
-        "step 0: waiting for the step to be compiled and sent to the devices, for 0 s so far; it is"
-    )
+    start = "step 0: waiting for the step to be compiled and sent to the devices, for . s so far; it is the first of"
+    assert re.match(start, first)
 
 
 def test_a_hook_that_hangs_is_told_by_its_name(caplog):
     hook = Hook(lambda info: time.sleep(0.4 if info.step == 2 else 0.0), "export", every=1)
     run(3, hooks=[hook], watch=Watch(0.1))
-    assert messages(caplog)[0].startswith("step 2: waiting for the hook export, for 0 s so far; 0.0 s is the median.")
+    assert re.match(r"step 2: waiting for the hook export, for . s so far; 0\.. s is the median", messages(caplog)[0])
 
 
 def test_a_long_wait_is_told_ever_more_rarely(caplog):
@@ -86,9 +88,8 @@ def test_a_step_far_slower_than_the_median_is_told_with_what_it_waited_for(caplo
     slow = {12: 0.4}
     run(15, step_seconds=lambda step: 0.02 + slow.get(step, 0.0), watch=watch)
     (told,) = messages(caplog)
-    assert told.startswith(
-        "step 12 took 0.4 s, and 0.0 s is the median; it waited 0.0 s for the input, 0.4 s for the step"
-    )
+    parts = r"it waited \d\.\d s for the input, \d\.\d s for the step to be compiled .*, \d\.\d s for the devices"
+    assert re.match(rf"step 12 took \d\.\d s, and 0\.\d s is the median; {parts}", told)
 
 
 @pytest.mark.parametrize("seconds", [None, 60.0])

@@ -17,6 +17,8 @@ from lora_dpo_jax.data.loader import PairTable
 from lora_dpo_jax.evaluation import summarize
 from lora_dpo_jax.losses import PairLogProbs
 from lora_dpo_jax.main.errors import told_in_a_line
+from lora_dpo_jax.main.identity import cache_folder
+from lora_dpo_jax.main.outputs import check_writable
 from lora_dpo_jax.main.reference import ReferenceLogProbs
 from lora_dpo_jax.main.setup import (
     TrainConfig,
@@ -50,6 +52,8 @@ class EvaluateConfig(TrainConfig):
 
 def main(config: EvaluateConfig) -> dict[str, float]:
     """Writes the scores, prints the summary, and returns it."""
+    check_writable("data.cache_dir", cache_folder(config))
+    check_writable("output", Path(config.output).parent)
     keep_programs(config)
     tokenizer = load_tokenizer(config)
     train, validation = load_tables(config, tokenizer)

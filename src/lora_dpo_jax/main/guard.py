@@ -58,7 +58,7 @@ class Guard:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > (most := self.trainer.max_skips_in_a_row):
             raise NonFiniteLossError(
-                f"{told} It is the {self.skipped_in_a_row}th such step in a row, more than "
+                f"{told} Of such steps it is number {self.skipped_in_a_row} in a row, more than "
                 f"trainer.max_skips_in_a_row={most}, and the run stops. Look at these rows, or lower "
                 "optimizer.learning_rate."
             )

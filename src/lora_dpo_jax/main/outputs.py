@@ -21,9 +21,11 @@ PROBE_BYTES = 4096
 def check_outputs(config: TrainConfig) -> None:
     """Raises OSError that names the setting, for the first place of a training run where nothing can be written.
 
-    What is tried leaves nothing behind.
+    What is tried leaves nothing behind. A preview writes to the cache alone.
     """
-    check_cache(config)
+    check_writable("data.cache_dir", cache_folder(config))
+    if config.preview:
+        return
     trainer = config.trainer
     # A run without an id gets a folder of its own later; the one above it says enough.
     run_dir = trainer.run_dir(trainer.id or "")
@@ -38,10 +40,6 @@ def check_outputs(config: TrainConfig) -> None:
             check_export_target(path)
         except FileExistsError as error:
             raise FileExistsError(f"{setting}: {error}") from error
-
-
-def check_cache(config: TrainConfig) -> None:
-    check_writable("data.cache_dir", cache_folder(config))
 
 
 def exports_of(config: TrainConfig) -> list[tuple[str, str]]:

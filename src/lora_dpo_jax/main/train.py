@@ -17,7 +17,7 @@ from lora_dpo_jax.lora import LoraConfig, frozen_copy, loraize, reference_model,
 from lora_dpo_jax.main.exports import Exports
 from lora_dpo_jax.main.guard import Guard
 from lora_dpo_jax.main.identity import run_identity
-from lora_dpo_jax.main.outputs import check_cache, check_outputs
+from lora_dpo_jax.main.outputs import check_outputs
 from lora_dpo_jax.main.reference import ReferenceLogProbs
 from lora_dpo_jax.main.report import Report
 from lora_dpo_jax.main.setup import (
@@ -57,7 +57,7 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
     began = time.perf_counter() if began is None else began
     config = _with_zero_init(config)
     if jax.process_index() == 0:
-        check_cache(config) if config.preview else check_outputs(config)
+        check_outputs(config)
     keep_programs(config)
     tokenizer = load_tokenizer(config)
     pairs, held_out = load_tables(config, tokenizer)
