@@ -1,10 +1,12 @@
-"""Kills runs at random moments until they are done, and compares them with one that was left in peace.
+"""Kills runs again and again until they are done, and compares them with one that was left in peace.
 
-    python -m bench.interruptions --config_path config/quickstart.yaml --kills 20 --trainer.num_train_steps 30
+    python -m bench.interruptions --config_path config/quickstart.yaml --kills 20 --trainer.num_train_steps 24
 
-Further arguments go to all runs. SIGKILL comes at any moment: while modules are imported, caches are filled, steps are
-made, checkpoints are written or models are exported. After each one, everything that looks whole must be whole; in the
-end metrics, adapter and merged model must equal those of the other run, bit for bit. Exits with status 1 if not.
+Further arguments go to all runs. SIGKILL comes at any moment, or while a run tokenizes, computes the reference's
+log-probs, makes a step, writes a checkpoint or exports a model, each in turn; what was on its way is read from what is
+left behind. After each kill, every checkpoint, export and cache in its final place must be whole, and the same as that
+of the run left in peace; in the end metrics, adapters and merged models must be the same too, bit for bit. Exits with
+status 1 if not.
 """
 
 import argparse
@@ -16,15 +18,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from etils import epath
-from safetensors import safe_open
 
 from lora_dpo_jax.data.cache import TokenizedPairs
+from lora_dpo_jax.reference import RECORD
 from lora_dpo_jax.training.checkpoint_files import DESCRIPTION, check_files
 
-EXPORTS = {"adapter_config.json": "adapter_model*.safetensors", "config.json": "model*.safetensors"}
+MARKERS = ("config.json", "adapter_config.json")  # what makes a folder an export to its readers
+# What to wait for, in the order in which a run comes there.
+MOMENTS = ("tokenizing", "reference", "any", "checkpoint", "step", "export", "checkpoint", "any", "step", "export")
+LOOK_SECONDS = 0.0005
+LONGEST_DELAY = 0.03  # seconds between seeing what was waited for and the kill
 
 
 class Run:
@@ -32,10 +39,11 @@ class Run:
 
     def __init__(self, work: Path, name: str, args: list[str]):
         self.folder, self.logs = work / name, work / name / "logs" / name
+        self.cache = self.folder / "cache"
         places = {
             "trainer.id": name,
             "trainer.log_dir": self.logs.parent,
-            "data.cache_dir": self.folder / "cache",
+            "data.cache_dir": self.cache,
             "peft_save_path": self.folder / "adapter",
             "merged_hf_save_path": self.folder / "merged",
             # Compiled programs are shared: they are no part of what is tried.
@@ -57,56 +65,102 @@ class Run:
             sys.exit(f"{' '.join(self.command)}\nended with status {status}; see {self.folder / 'log.txt'}")
         return time.monotonic() - began
 
-    def kill_after(self, seconds: float) -> bool:
-        """False if it was done before."""
-        process = self.start()
-        try:
-            process.wait(seconds)
-            return False
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return True
+    def kill_at(self, moment: str, randomness: random.Random, seconds: float) -> str | None:
+        """Starts it and kills it at a moment, within `seconds` if that is any. What it did then; None: it was done."""
+        left, steps, records = set(self.on_its_way()), self.steps(), self.records()
+        process, until = self.start(), time.monotonic() + randomness.uniform(0.0, seconds)
+        steps_to_wait = randomness.randint(1, 4)
+        while process.poll() is None:
+            left &= set(self.on_its_way())  # a name that is gone may come again
+            if moment == "any":
+                is_there = time.monotonic() >= until
+            elif moment == "step":
+                is_there = self.steps() >= steps + steps_to_wait and not self.kinds(left)
+            elif moment == "reference":
+                is_there = self.records() > records
+            else:
+                is_there = moment in self.kinds(left)
+            if is_there:
+                time.sleep(0.0 if moment == "any" else randomness.uniform(0.0, LONGEST_DELAY))
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return self.was_at(left, steps, records)
+            time.sleep(LOOK_SECONDS)
+        if process.returncode:
+            sys.exit(f"ended with status {process.returncode}; see {self.folder / 'log.txt'}")
+        return None
+
+    def was_at(self, left: set[Path], steps: int, records: int) -> str:
+        """What the run was doing when it was killed, from what there is beside what there was before it started."""
+        if kinds := self.kinds(left):
+            return " and ".join(kinds)
+        if self.steps() > steps:
+            return "step"
+        # A plan is there until all that it names is computed.
+        if self.records() > records and list((self.cache / "reference").glob("*.plan")):
+            return "reference"
+        return "start or between"
+
+    def on_its_way(self) -> list[Path]:
+        """What has not got its final name yet."""
+        folders = {self.cache / "pairs": ".building-*", self.logs / "checkpoints": "*.orbax-checkpoint-tmp*"}
+        found = [path for folder, pattern in folders.items() for path in folder.glob(pattern)]
+        exports = [self.folder, self.folder / "adapter", self.folder / "merged"]
+        return found + [path for folder in exports for path in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]]
+
+    def kinds(self, left: set[Path]) -> list[str]:
+        """Of what is on its way, but for what an earlier kill left."""
+        kinds = set()
+        for path in set(self.on_its_way()) - left:
+            if path.name.startswith(".building-"):
+                kinds.add("tokenizing")
+            else:
+                kinds.add("checkpoint" if "orbax-checkpoint-tmp" in path.name else "export")
+        return sorted(kinds)
 
     def steps(self) -> int:
         """Of which metrics are logged."""
         path = self.logs / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return sum('"train/loss"' in line for line in lines)
+        return path.read_text().count('"train/loss"') if path.exists() else 0
 
-    def check_what_looks_whole(self) -> int:
-        """Reads each checkpoint, export and cache that a reader would take; returns how many. Raises if one is not."""
+    def records(self) -> int:
+        """Of the reference's log-probs."""
+        return sum(path.stat().st_size // RECORD.itemsize for path in self.cache.glob("reference/*/records.bin"))
+
+    def exports(self) -> dict[str, dict[str, bytes]]:
+        """The files of each folder that a reader would take for an export."""
+        found = {}
+        for marker in (path for name in ("adapter", "merged") for path in (self.folder / name).rglob("*config.json")):
+            folder = marker.parent.relative_to(self.folder)
+            if marker.name in MARKERS and not any(part.startswith(".") for part in folder.parts):
+                files = (path for path in marker.parent.iterdir() if path.is_file())
+                found[str(folder)] = {path.name: path.read_bytes() for path in files}
+        return found
+
+    def caches(self) -> dict[str, dict[str, bytes]]:
+        """The files of each folder of tokenized pairs, opened as a run opens it."""
+        folders = [path for path in (self.cache / "pairs").glob("[0-9a-f]*") if TokenizedPairs(path)]
+        return {path.name: {file.name: file.read_bytes() for file in path.iterdir()} for path in folders}
+
+    def check_what_looks_whole(self, other: "Run") -> int:
+        """Returns how many checkpoints, exports and caches are in their places; exits if one is not as in `other`."""
         count = 0
-        for marker, tensors in EXPORTS.items():
-            for found in self.folder.rglob(marker):
-                if any(part.startswith(".") for part in found.parts):
-                    continue  # of a name that no reader looks for
-                files = list(found.parent.glob(tensors))
-                assert files, f"{found.parent} has no tensors"
-                for path in files:
-                    with safe_open(path, "numpy") as file:
-                        for name in file.keys():
-                            file.get_tensor(name)
+        for ours, theirs in ((self.exports(), other.exports()), (self.caches(), other.caches())):
+            for name, files in ours.items():
                 count += 1
-        for found in self.folder.rglob(DESCRIPTION):
+                if files != theirs.get(name):
+                    sys.exit(f"{self.folder}: {name} looks whole, but is not that of {other.folder}")
+        for found in self.logs.rglob(DESCRIPTION):
             if found.parent.name.removeprefix("step-").isdigit():
                 check_files(epath.Path(found.parent))
                 count += 1
-        for folder in (self.folder / "cache" / "pairs").glob("[0-9a-f]*"):
-            TokenizedPairs(folder)
-            count += 1
         return count
 
     def outcome(self) -> dict[str, object]:
         """All that must be the same, but for what the clock decides."""
         lines = [json.loads(line) for line in (self.logs / "metrics.jsonl").read_text().splitlines()]
         metrics = [{k: v for k, v in line.items() if "second" not in k and k != "train/mfu"} for line in lines]
-        exports = {
-            str(path.relative_to(self.folder)): path.read_bytes()
-            for name in ("adapter", "merged")
-            for path in sorted((self.folder / name).rglob("*.safetensors"))
-        }
-        return {"metrics.jsonl": [line for line in metrics if len(line) > 1], **exports}
+        return {"metrics.jsonl": [line for line in metrics if len(line) > 1], **self.exports()}
 
 
 def main() -> None:
@@ -121,17 +175,21 @@ def main() -> None:
     seconds = whole.finish()
     print(f"left in peace: {seconds:.0f} s, {whole.steps()} steps logged; all is in {work}", flush=True)
 
-    moments, kills, rounds = random.Random(options.seed), 0, 0
-    while kills < options.kills:
+    randomness, counts, rounds = random.Random(options.seed), Counter(), 0
+    while counts.total() < options.kills:
         rounds += 1
         killed = Run(work, f"killed-{rounds}", args)
-        while kills < options.kills and killed.kill_after(moment := moments.uniform(0.0, seconds)):
-            kills += 1
-            count = killed.check_what_looks_whole()
-            told = f"run {rounds} killed after {moment:.1f} s, {killed.steps()} steps logged; {count} whole things"
-            print(f"{kills:3} {told}", flush=True)
+        for moment in MOMENTS[: options.kills - counts.total()]:
+            was_at = killed.kill_at(moment, randomness, seconds)
+            if was_at is None:
+                break
+            counts[was_at] += 1
+            count = killed.check_what_looks_whole(whole)
+            told = f"run {rounds}, waited for {moment}, killed at: {was_at}; {killed.steps()} steps logged"
+            print(f"{counts.total():3} {told}; {count} whole things", flush=True)
         killed.finish()
         compare(whole.outcome(), killed.outcome(), f"run {rounds}")
+    print(f"{counts.total()} kills at: " + ", ".join(f"{what} {count}" for what, count in counts.most_common()))
 
 
 def compare(theirs: dict[str, object], ours: dict[str, object], name: str) -> None:

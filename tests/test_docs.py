@@ -34,6 +34,14 @@ def test_the_code_of_the_library_page_runs(monkeypatch, tmp_path, capsys):
     assert float(metrics.values["loss"]) == pytest.approx(0.693, abs=0.05)
 
 
+def test_every_test_that_the_table_of_faults_names_is_there():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    assert len(named) > 20
+    missing = [f"{file}::{test}" for file, test in named if f"def {test}(" not in (ROOT / file).read_text()]
+    assert not missing
+
+
 def settings(config: type) -> list[str]:
     return [field.name for field in dataclasses.fields(config)]
 

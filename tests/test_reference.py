@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_disks import no_file_larger_than
 from tiny_pairs import MemoryPairs, new_adapters, random_pairs
 
 from lora_dpo_jax.data.loader import PairTable
@@ -106,11 +107,11 @@ class Interrupted(Exception):
 
 
 class InterruptedScorer(PairScorer):
-    """Breaks after three batches."""
+    after = 3  # batches
 
-    def in_batches(self, model, *args):
-        for number, batch in enumerate(super().in_batches(model, *args)):
-            if number == 3:
+    def in_batches(self, model, *args, **kwargs):
+        for number, batch in enumerate(super().in_batches(model, *args, **kwargs)):
+            if number == self.after:
                 raise Interrupted
             yield batch
 
@@ -123,6 +124,45 @@ def test_interrupted_filling_resumes_with_the_rest(cache, reference, truth):
     assert fill(cache, reference) == left
     assert_right(cache.find(ALL), truth)
     assert sum(record_files(cache)) == 22, "nothing was computed twice"
+
+
+class SoonInterruptedScorer(InterruptedScorer):
+    after = 1
+
+
+def test_interrupted_filling_ends_with_the_same_bits(tmp_path, reference):
+    """The rest is packed with what was there before, or the order of sums would be another."""
+
+    def find_all(name: str, scorers: list[type[PairScorer]]) -> np.ndarray:
+        cache = ReferenceCache(tmp_path / name, {"weights": "abc"})
+        fill(cache, reference, table([4, 7], [1]))  # a run before, that is done
+        for scorer in scorers:
+            known = cache.find(ALL)
+            planned = cache.plan(ALL, np.flatnonzero(np.isnan(known).any(axis=1)))
+            assert planned.tolist() == [i for i in range(22) if i not in (4, 7, 14)]
+            try:
+                cache.compute(reference, scorer(ALL.subset(planned), rows=1), known[planned])
+            except Interrupted:
+                continue
+            cache.end_plan(ALL)
+        assert sum(record_files(cache)) == 22, "nothing was computed twice for the cache"
+        assert not list(cache.folder.glob("*.plan"))
+        return cache.find(ALL)
+
+    in_peace = find_all("in_peace", [PairScorer])
+    interrupted = find_all("interrupted", [SoonInterruptedScorer, SoonInterruptedScorer, PairScorer])
+    np.testing.assert_array_equal(interrupted, in_peace)
+
+
+@pytest.mark.parametrize("content", [None, "[]", "[99, 3]", '{"a": 1}', "half of", "[[1]]"])
+def test_a_plan_that_does_not_hold_what_is_missing_is_made_anew(cache, content):
+    missing = np.array([2, 3, 5])
+    cache.plan(ALL, np.array([1]))
+    (path,) = cache.folder.glob("*.plan")
+    path.unlink() if content is None else path.write_text(content)
+    assert cache.plan(ALL, missing).tolist() == [2, 3, 5]
+    assert cache.plan(ALL, missing[:1]).tolist() == [2, 3, 5]
+    assert cache.plan(table(range(13)), missing[:1]).tolist() == [2], "that of another table is another"
 
 
 def flip_a_byte(path: Path) -> None:
@@ -191,6 +231,21 @@ def test_records_added_after_a_torn_one_are_found(cache, reference, truth):
         file.write(b"torn off")
     cache.compute(reference, PairScorer(table(range(6, 13)), rows=1))
     assert_right(cache.find(ALL)[:13], truth[:13])
+
+
+def test_a_full_disk_is_told_and_what_was_written_is_kept(cache, reference, truth):
+    with (
+        no_file_larger_than(5 * SIZE + 3),
+        pytest.raises(
+            OSError, match="^data.cache_dir: the reference's log-probs could not be written to .*records.bin"
+        ),
+    ):
+        cache.compute(reference, PairScorer(table(range(13)), rows=1))
+    known = ~np.isnan(cache.find(ALL)).any(axis=1)
+    assert known.sum() <= 5
+    assert_right(cache.find(ALL)[known], truth[known])
+    fill(cache, reference)
+    assert_right(cache.find(ALL), truth)
 
 
 def test_what_is_not_finite_is_not_kept(cache, reference):

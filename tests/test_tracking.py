@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_disks import no_file_larger_than
 from wandb.proto import wandb_internal_pb2
 
 from lora_dpo_jax.tracking import (
@@ -101,6 +102,17 @@ def test_metrics_are_json_lines_as_soon_as_they_are_logged(tmp_path):
         {"step": 10, "train/loss": 0.25, "eval/loss": 0.75},
     ]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.jsonl"]
+
+
+def test_a_full_disk_is_told_by_the_file(tmp_path):
+    told = "metrics.jsonl: (the metrics of step 3 could not be written: .*|only a part of a line could be written)"
+    with start(tmp_path) as tracker:
+        tracker.log({"train/loss": 0.5}, step=2)
+        with no_file_larger_than(40), pytest.raises(OSError, match=told):
+            tracker.log({"train/loss": 0.25}, step=3)
+    with start(tmp_path) as tracker:
+        tracker.log({"train/loss": 0.25}, step=3)
+    assert read_metrics(tmp_path) == [{"step": 2, "train/loss": 0.5}, {"step": 3, "train/loss": 0.25}]
 
 
 def test_what_is_not_finite_is_null(tmp_path):

@@ -44,15 +44,24 @@ class PairScorer:
         return PairLogProbs(**{name: hax.named(values, Pair) for name, values in scores.items()})
 
     def in_batches(
-        self, model: CausalLM, progress: Callable = lambda batches, total: batches
+        self,
+        model: CausalLM,
+        progress: Callable = lambda batches, total: batches,
+        *,
+        wanted: np.ndarray | None = None,
     ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """The same as it comes: the numbers of some pairs, and the arrays of their `PairLogProbs` by name."""
+        """The same as it comes: the numbers of some pairs, and the arrays of their `PairLogProbs` by name.
+
+        Batches without any pair that is `wanted` (bool [pair]; None: all are) are left out.
+        """
         total, batches = packed_rows(self.pairs, rows=self.rows, place=self.put_batch)
         for batch in progress(batches, total):
             micro: PreferenceBatch = batch.micro_batch(0)
+            ids = on_host(micro.pair_ids.array)
+            if wanted is not None and not wanted[ids[ids >= 0]].any():
+                continue
             with self.scope():
                 log_probs = self._compiled(model, micro)
-            ids = on_host(micro.pair_ids.array)
             yield ids[ids >= 0], {name: on_host(getattr(log_probs, name).array)[ids >= 0] for name in FIELDS}
 
 

@@ -4,6 +4,8 @@
       records.bin    16 bytes for each pair that is known: its index in its component, log p of the chosen and of the
                      rejected response (float32, nats), a checksum
       meta.json      what the key was made of; for people, nothing reads it
+    <cache_dir>/reference/<key of a table of pairs>.plan
+                     which of its pairs a run is computing, for when it is interrupted; gone when it is done
 
 A key stands for one reference model and one tokenized component, whatever part of it a run uses and whatever it does
 with it. Runs append records, several at once if they like; a pair recorded twice is harmless. Checksums are salted with
@@ -53,24 +55,56 @@ class ReferenceCache:
             values = np.concatenate([values[:0], *known])
         return np.array(multihost_utils.broadcast_one_to_all(values))
 
-    def compute(self, model: CausalLM, score: PairScorer) -> np.ndarray:
+    def compute(self, model: CausalLM, score: PairScorer, known: np.ndarray | None = None) -> np.ndarray:
         """The log-probs of the pairs of `score` under the reference `model`, as `find` gives them.
 
-        Each batch is on disk before the next one is computed, so that little is lost when this is interrupted.
+        Of what is `known`, as `find` gave it, nothing is changed. Each batch is on disk before the next one is
+        computed, so that little is lost when this is interrupted.
         """
         pairs = score.pairs
-        values = np.full((len(pairs), 2), np.nan, np.float32)
+        values = np.full((len(pairs), 2), np.nan, np.float32) if known is None else known.copy()
+        is_missing = np.asarray(np.isnan(values).any(axis=1))
         is_first = jax.process_index() == 0
+        batches = score.in_batches(model) if is_missing.all() else score.in_batches(model, wanted=is_missing)
         # None shows the bar on a terminal alone.
         disable = None if is_first else True
-        with tqdm(total=len(pairs), desc="reference log-probs", unit=" pairs", disable=disable) as progress:
-            for ids, found in score.in_batches(model):
-                values[ids] = np.stack([found["chosen"], found["rejected"]], axis=-1)
-                ids = np.sort(ids)
+        with tqdm(total=int(is_missing.sum()), desc="reference log-probs", unit=" pairs", disable=disable) as progress:
+            for ids, found in batches:
+                computed, new = np.stack([found["chosen"], found["rejected"]], axis=-1), is_missing[ids]
+                values[ids[new]] = computed[new]
+                ids = np.sort(ids[new])
                 if is_first:
                     self._add(pairs.subset(ids), values[ids])
                 progress.update(len(ids))
         return values
+
+    def plan(self, pairs: PairTable, missing: np.ndarray) -> np.ndarray:
+        """The pairs to give to `compute` together: `missing`, and what else an interrupted run set out to compute.
+
+        Pairs get the same bits when the same pairs are packed together. So a run that goes on ends as if it had never
+        been interrupted.
+        """
+        is_planned = np.zeros(len(pairs), bool)
+        if jax.process_index() == 0:
+            path = self._plan_path(pairs)
+            planned = _read_plan(path, len(pairs))
+            if not np.isin(missing, planned).all():
+                planned = missing
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _replace(path, json.dumps(planned.tolist()).encode())
+            is_planned[planned] = True
+        return np.flatnonzero(multihost_utils.broadcast_one_to_all(is_planned))
+
+    def end_plan(self, pairs: PairTable) -> None:
+        """Nothing that `plan` gave is missing any more."""
+        if jax.process_index() == 0:
+            self._plan_path(pairs).unlink(missing_ok=True)
+
+    def _plan_path(self, pairs: PairTable) -> Path:
+        key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode())
+        for component, indices in pairs.components:
+            key.update(component.fingerprint.encode() + np.asarray(indices, np.int64).tobytes())
+        return self.folder / f"{key.hexdigest()}.plan"
 
     def _add(self, pairs: PairTable, values: np.ndarray) -> None:
         parts = np.split(values, np.cumsum(pairs.sizes)[:-1])
@@ -112,16 +146,25 @@ class _Records:
         records["pair"] = indices[is_finite]
         records["chosen"], records["rejected"] = values[is_finite].T
         records["checksum"] = self._checksums(records)
+        try:
+            self._write(records.tobytes())
+        except OSError as error:
+            raise OSError(
+                f"data.cache_dir: the reference's log-probs could not be written to {self.path} ({error}). What is "
+                "there is kept. Make room, or set it to another folder"
+            ) from error
+
+    def _write(self, records: bytes) -> None:
         if not self.folder.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._replace(self.folder / "meta.json", self.description.encode())
+            _replace(self.folder / "meta.json", self.description.encode())
         # Opened anew each time, as another run may have put a file without damage in its place; whole records in one
         # write, so that those of several runs do not mix.
         with open(self.path, "ab", buffering=0) as file:
             # A run that was killed while writing may have left a part of a record.
-            content = bytes(-file.tell() % RECORD.itemsize) + records.tobytes()
+            content = bytes(-file.tell() % RECORD.itemsize) + records
             if file.write(content) != len(content):
-                raise OSError(f"{self.path}: only a part of {len(content)} bytes could be written; is the disk full?")
+                raise OSError(f"only a part of {len(content)} bytes was; is the disk full?")
 
     def _are_sound(self, records: np.ndarray) -> np.ndarray:
         in_range = (records["pair"] >= 0) & (records["pair"] < self.num_pairs)
@@ -147,9 +190,19 @@ class _Records:
             size % RECORD.itemsize,
             first,
         )
-        self._replace(self.path, records[is_sound].tobytes())
+        _replace(self.path, records[is_sound].tobytes())
 
-    def _replace(self, path: Path, content: bytes) -> None:
-        temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+
+def _read_plan(path: Path, num_pairs: int) -> np.ndarray:
+    """None of the pairs if there is no plan that can be read. A wrong one only means other last bits."""
+    try:
+        planned = np.array(json.loads(path.read_bytes()), np.int64)
+    except (OSError, ValueError, TypeError):
+        return np.zeros(0, np.int64)
+    return planned[(planned >= 0) & (planned < num_pairs)]
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -11,8 +11,8 @@ import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, List, Literal, TextIO  # noqa: UP035
@@ -22,6 +22,8 @@ import jax
 from draccus.parsers.decoding import get_decoding_fn
 from draccus.utils import DecodingError
 from tqdm import tqdm
+
+from lora_dpo_jax.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -80,20 +82,21 @@ class WandbConfig(TrackerConfig):
     def start(self, *, run_dir: Path, run_id: str, resolved_config: dict) -> Tracker:
         import wandb
 
-        run = wandb.init(
-            project=self.project,
-            entity=self.entity,
-            name=self.name or run_id,
-            group=self.group,
-            tags=self.tags,
-            mode=self.mode,
-            id=self.id or run_id,
-            # An offline run cannot be looked up; wandb warns when asked to. Syncing it later continues it by its id.
-            resume=None if self.mode == "offline" else "allow",
-            dir=str(run_dir),
-            config=resolved_config,
-            allow_val_change=True,  # a resumed run may come with other settings
-        )
+        with _redacted_arguments():
+            run = wandb.init(
+                project=self.project,
+                entity=self.entity,
+                name=self.name or run_id,
+                group=self.group,
+                tags=self.tags,
+                mode=self.mode,
+                id=self.id or run_id,
+                # An offline run cannot be looked up; wandb warns when asked to. Syncing it later continues it by id.
+                resume=None if self.mode == "offline" else "allow",
+                dir=str(run_dir),
+                config=resolved_config,
+                allow_val_change=True,  # a resumed run may come with other settings
+            )
         return _WandbTracker(run)
 
 
@@ -153,7 +156,10 @@ def cut_metrics(run_dir: Path, step: int) -> list[dict[str, Any]]:
         return []
     _drop_torn_line(path)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    read = [json.loads(line) for line in lines]
+    try:
+        read = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{path} has a line that is not JSON ({error}); remove it to go on with this run") from error
     stays = [entry["step"] < step for entry in read]
     if not all(stays):
         logger.info("%s: %d lines from step %d on are taken out", path, stays.count(False), step)
@@ -253,12 +259,17 @@ class _JsonLines(Tracker):
 
     def __init__(self, path: Path):
         _drop_torn_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self._file.flush()
+        line = (json.dumps({"step": step, **finite}, allow_nan=False) + "\n").encode()
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise OSError(f"{self._file.name}: the metrics of step {step} could not be written: {error}") from error
+        if written != len(line):
+            raise OSError(f"{self._file.name}: only a part of a line could be written; is the disk full?")
 
     def log_summary(self, metrics: Mapping[str, float]) -> None:
         self.log(metrics, step=0)
@@ -275,6 +286,17 @@ def _drop_torn_line(path: Path) -> None:
     if path.exists():
         with path.open("rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
+
+
+@contextmanager
+def _redacted_arguments() -> Iterator[None]:
+    """While wandb starts: it notes down the command line."""
+    arguments = sys.argv
+    sys.argv = [redact(argument) for argument in arguments]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
 
 
 class _WandbTracker(Tracker):

@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+from tiny_disks import no_file_larger_than
 from transformers import AutoTokenizer
 
 from lora_dpo_jax.data import cache
@@ -171,6 +172,14 @@ def test_a_failure_leaves_nothing_in_the_cache(write, load, tmp_path):
     with pytest.raises(RowError):
         load(write(FAULTY))
     assert list((tmp_path / "cache" / "pairs").iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing_in_the_cache(write, load, tmp_path):
+    path = write(ROWS)
+    with no_file_larger_than(2000), pytest.raises(OSError, match="^data.cache_dir: the tokenized pairs could not be"):
+        load(path)
+    assert list((tmp_path / "cache" / "pairs").iterdir()) == []
+    assert len(load(path)) == len(ROWS)
 
 
 def test_the_slower_of_two_processes_takes_what_the_faster_made(write, load, tmp_path, monkeypatch):

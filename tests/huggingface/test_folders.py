@@ -67,6 +67,46 @@ with export_folder({str(tmp_path / "out")!r}) as folder:
     assert all(path.name.startswith(".tmp-out-") for path in tmp_path.iterdir())
 
 
+MOMENTS = ["after the former one was moved", "after the new one was moved", "after a subfolder was moved"]
+
+
+@pytest.mark.parametrize("moves", range(len(MOMENTS)), ids=MOMENTS)
+def test_an_export_that_was_killed_while_it_was_put_in_place_is_mended_by_the_next(moves, tmp_path):
+    target = tmp_path / "out"
+    for place, text in ((target, "old"), (target / "step-2", "old"), (target / "step-4", "old")):
+        with export_folder(place) as folder:
+            write_export(folder, config__json=text)
+    program = f"""
+import os
+from lora_dpo_jax.huggingface import folders
+replace, moved = os.replace, []
+def replace_and_die(*paths):
+    replace(*paths)
+    moved.append(paths)
+    if len(moved) == {moves + 1}:
+        os._exit(9)
+os.replace = replace_and_die
+with folders.export_folder({str(target)!r}) as folder:
+    (folder / "config.json").write_text("new")
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 9
+    assert target.exists() == (moves > 0)
+    with export_folder(target) as folder:
+        write_export(folder, config__json="newer")
+    assert tree(target) == {"config.json": "newer", "step-2/config.json": "old", "step-4/config.json": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_to_its_target_alone(tmp_path):
+    left = [tmp_path / f".tmp-{name}-0123abcd" for name in ("out", "out-2")]
+    for folder in left:
+        folder.mkdir()
+        write_export(folder, config__json="half")
+    with export_folder(tmp_path / "out") as folder:
+        write_export(folder, config__json="new")
+    assert [folder.exists() for folder in left] == [False, True]
+
+
 def test_an_upload_ends_with_the_file_that_makes_it_whole(bucket, monkeypatch):
     written, removed = [], []
     put, rm = type(bucket).put_file, type(bucket).rm_file

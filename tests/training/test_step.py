@@ -289,7 +289,8 @@ def test_a_batch_that_is_not_finite_moves_nothing_and_is_told_by_its_pairs():
     assert np.isnan(metrics.values["loss"])
     ids, losses = np.asarray(metrics.pair_ids[0].array), np.asarray(metrics.pair_losses[0].array)
     assert ids[np.isnan(losses) & (ids >= 0)].tolist() == [2]
-    assert int(state.step) == 1
+    assert (int(state.step), int(state.skipped)) == (1, 1)
+    assert float(metrics.values["skipped_steps"]) == 1
     for path, value in adapters_of(state.model).items():
         np.testing.assert_array_equal(value, before[path])
     for leaf, old in zip(jax.tree.leaves(state.opt_state), opt_state, strict=True):
@@ -298,7 +299,26 @@ def test_a_batch_that_is_not_finite_moves_nothing_and_is_told_by_its_pairs():
     others = packed(table_of(MemoryPairs(pairs)), LAYOUT, [[i] for i in range(8) if i != 2])
     state, metrics = ADAM(state, others)
     assert float(metrics.values["loss"]) == pytest.approx(math.log(2), abs=1e-6)
+    assert (int(state.step), int(state.skipped)) == (2, 1)
     assert any(np.any(value != before[path]) for path, value in adapters_of(state.model).items())
+
+
+def test_schedules_go_by_the_updates_that_were_made():
+    """The metric says what the optimizer takes: its own count does not move in a step that makes no update."""
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup=4)
+    step = TrainStep(Dpo(), optimizer.build(8), schedule=optimizer.schedule(8))
+    state = state_of(fresh(new_adapters()), optimizer.build(8))
+    rates = []
+    for is_finite in (True, False, True, True):
+        given = state
+        if not is_finite:  # a weight is spoiled, for this step alone
+            given = eqx.tree_at(lambda s: s.model.model.norm.weight, state, state.model.model.norm.weight * jnp.nan)
+        after, metrics = step(given, batch_of(BATCHES[0]))
+        rates.append(float(metrics.values["learning_rate"]))
+        state = state.with_trained(after.trained)
+    assert rates == pytest.approx([0.0, 2.5e-4, 2.5e-4, 5e-4])
+    assert {int(leaf) for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == ()} == {3}
+    assert (int(state.step), int(state.skipped)) == (4, 1)
 
 
 def test_dropout_is_for_the_policy_alone_and_new_in_every_step():

@@ -41,6 +41,7 @@ from lora_dpo_jax.data.preferences import (
     read_pair,
 )
 from lora_dpo_jax.data.sources import RowError, RowTable, Split, attempt
+from lora_dpo_jax.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -132,12 +133,17 @@ def tokenize_component(
     pairs = _open(folder)
     if pairs is None:
         building = folder.parent / f".building-{uuid.uuid4().hex}"
-        building.mkdir(parents=True)
         try:
+            building.mkdir(parents=True)
             with _Writer(building) as writer:
                 report = _tokenize(component, tables, tokenizer, train_seq_len, writer, f"{name} ({split})")
-            writer.finish(fingerprint=fingerprint, tables=[table.name for table in tables], report=report)
+            writer.finish(fingerprint=fingerprint, tables=[redact(table.name) for table in tables], report=report)
             pairs = _publish(building, folder)
+        except OSError as error:  # those of sources have become ValueErrors
+            raise OSError(
+                f"data.cache_dir: the tokenized pairs could not be written to {folder.parent} ({error}). Make room, or "
+                "set it to another folder"
+            ) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
     as_is = pairs.report["kept"] == pairs.report["rows"] and not pairs.report["template"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -60,8 +61,10 @@ def export_folder(target: str | Path) -> Iterator[Path]:
     """Yields a local folder to write an export into; it is put at `target`, a path or a URL, when the block ends.
 
     A former export at `target` is replaced, subfolders stay. Raises FileExistsError if files of another kind are there.
+    Only one process may export to a target at a time.
     """
     if not is_url(target):
+        _clear_leftovers(Path(target).expanduser().absolute())
         with atomic_folder(Path(target)) as folder:
             yield folder
         return
@@ -75,8 +78,8 @@ def export_folder(target: str | Path) -> Iterator[Path]:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yields a new folder to write into; it takes `target`'s name only when the block ends without an error.
 
-    A killed run leaves a `.tmp-*` folder beside the target, never half an export. What was at `target` is treated as
-    `export_folder` says.
+    A killed run leaves a `.tmp-*` or `.old-*` folder beside the target, never half an export. What was at `target` is
+    treated as `export_folder` says.
     """
     target = target.expanduser().absolute()
     check_export_target(target)
@@ -89,13 +92,32 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     former = target.parent / f".old-{target.name}-{uuid.uuid4().hex[:8]}"
-    for child in _children(target):
-        if child.is_dir() and not (temporary / child.name).exists():
-            os.replace(child, temporary / child.name)
     if target.exists():
         os.replace(target, former)
     os.replace(temporary, target)
+    _give_subfolders(former, target)
+
+
+def _give_subfolders(former: Path, target: Path) -> None:
+    """Those of a former export go to the one that took its place; the rest of it is removed."""
+    for child in _children(former):
+        if child.is_dir() and not child.name.startswith((".tmp-", ".old-")) and not (target / child.name).exists():
+            os.replace(child, target / child.name)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Of exports that were killed: what they had written goes, what they had moved away comes back."""
+    for path in _children(target.parent):
+        kind = re.fullmatch(rf"\.(tmp|old)-{re.escape(target.name)}-[0-9a-f]{{8}}", path.name)
+        if kind is None:
+            continue
+        if kind[1] == "tmp":
+            shutil.rmtree(path, ignore_errors=True)
+        elif target.exists():
+            _give_subfolders(path, target)
+        else:
+            os.replace(path, target)
 
 
 def is_url(name_or_path: str | Path) -> bool:

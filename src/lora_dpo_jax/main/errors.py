@@ -6,10 +6,12 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import draccus
 from draccus.utils import DecodingError, ParsingError
 
+from lora_dpo_jax.redaction import redact
 from lora_dpo_jax.training.interruption import InterruptedTrainingError
 
 TRACEBACK = "LORA_DPO_JAX_TRACEBACK"  # set it to see where an error comes from
@@ -21,8 +23,9 @@ FOR_USERS = (Path(__file__).parents[1], Path(draccus.__file__).parent)
 def told_in_a_line() -> Iterator[None]:
     """Around a whole command: prints what users can mend, and exits with status 1.
 
-    A run that a signal stopped exits with InterruptedTrainingError.exit_code.
+    A run that a signal stopped exits with InterruptedTrainingError.exit_code. Secrets are left out of traces too.
     """
+    sys.excepthook = _print_redacted
     try:
         yield
     except InterruptedTrainingError as interruption:
@@ -31,8 +34,12 @@ def told_in_a_line() -> Iterator[None]:
     except (ValueError, OSError, ImportError, RuntimeError, ParsingError) as error:
         if os.environ.get(TRACEBACK) or not _is_for_users(error):
             raise
-        print(f"error: {_message(error)}\n({TRACEBACK}=1 shows where it comes from)", file=sys.stderr)
+        print(f"error: {redact(_message(error))}\n({TRACEBACK}=1 shows where it comes from)", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def _print_redacted(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _is_for_users(error: BaseException) -> bool:

@@ -17,7 +17,8 @@ from lora_dpo_jax.data.loader import PairTable
 from lora_dpo_jax.evaluation import summarize
 from lora_dpo_jax.losses import PairLogProbs
 from lora_dpo_jax.main.command import command
-from lora_dpo_jax.main.identity import refuse_other_settings
+from lora_dpo_jax.main.identity import cache_folder, refuse_other_settings
+from lora_dpo_jax.main.outputs import check_writable
 from lora_dpo_jax.main.reference import ReferenceLogProbs
 from lora_dpo_jax.main.setup import (
     TrainConfig,
@@ -53,6 +54,9 @@ class EvaluateConfig(TrainConfig):
 def main(config: EvaluateConfig) -> dict[str, float]:
     """Writes the scores, prints the summary, and returns it."""
     refuse_other_settings(config)
+    if is_first_process():
+        check_writable("data.cache_dir", cache_folder(config))
+        check_writable("output", Path(config.output).parent)
     keep_programs(config)
     tokenizer = load_tokenizer(config)
     train, validation = load_tables(config, tokenizer)

@@ -79,7 +79,10 @@ class ReferenceLogProbs:
 
     def _fill(self, cache: ReferenceCache, pairs: PairTable, values: np.ndarray, missing: np.ndarray) -> None:
         if len(missing):
-            values[missing] = cache.compute(self.model, scorer(self.config, pairs.subset(missing), self.placement))
+            planned = cache.plan(pairs, missing)
+            score = scorer(self.config, pairs.subset(planned), self.placement)
+            values[planned] = cache.compute(self.model, score, values[planned])
+            cache.end_plan(pairs)
 
     def _tell(self, wanted: int, missing: int, why: str) -> None:
         found = f"{wanted - missing:,} of {wanted:,} pairs found in {self.cache and self.cache.folder}"

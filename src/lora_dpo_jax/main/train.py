@@ -2,29 +2,24 @@
 
 import dataclasses
 import logging
-import math
 import time
-from pathlib import Path
 from typing import Any
 
 import draccus
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from lora_dpo_jax.data.loader import PairOrder, PairTable, packed_batches
 from lora_dpo_jax.data.planning import plan_layout
 from lora_dpo_jax.data.preview import preview
-from lora_dpo_jax.evaluation import PairScorer, summarize
-from lora_dpo_jax.generation import complete, read_stop_ids
-from lora_dpo_jax.huggingface.adapters import read_adapter_config, save_adapter
-from lora_dpo_jax.huggingface.folders import check_export_target
-from lora_dpo_jax.huggingface.weights import save_merged
+from lora_dpo_jax.huggingface.adapters import read_adapter_config
 from lora_dpo_jax.lora import LoraConfig, frozen_copy, loraize, reference_model, trainable_filter, with_dropout
-from lora_dpo_jax.losses import PairLogProbs
+from lora_dpo_jax.main.exports import Exports
+from lora_dpo_jax.main.guard import Guard
 from lora_dpo_jax.main.identity import refuse_other_plans, refuse_other_settings, run_identity
+from lora_dpo_jax.main.outputs import check_outputs
 from lora_dpo_jax.main.reference import ReferenceLogProbs
+from lora_dpo_jax.main.report import Report
 from lora_dpo_jax.main.setup import (
     Base,
     TrainConfig,
@@ -39,14 +34,16 @@ from lora_dpo_jax.main.setup import (
 )
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import parameter_count
-from lora_dpo_jax.sharding import Placement, on_host
-from lora_dpo_jax.tracking import Tracker, cut_metrics, start_trackers
+from lora_dpo_jax.redaction import redacted
+from lora_dpo_jax.sharding import Placement
+from lora_dpo_jax.tracking import cut_metrics, start_trackers
 from lora_dpo_jax.training.checkpoint import Checkpoints
 from lora_dpo_jax.training.devices import peak_flops
 from lora_dpo_jax.training.distributed import is_first_process
 from lora_dpo_jax.training.interruption import StopSignals
-from lora_dpo_jax.training.step import StepMetrics, TrainState, TrainStep
-from lora_dpo_jax.training.trainer import Hook, NonFiniteLossError, StepInfo, train
+from lora_dpo_jax.training.step import TrainState, TrainStep
+from lora_dpo_jax.training.trainer import Hook, StepInfo, train
+from lora_dpo_jax.training.watch import Watch
 
 logger = logging.getLogger("lora_dpo_jax")
 
@@ -61,6 +58,8 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
     began = time.perf_counter() if began is None else began
     config = _with_zero_init(config)
     refuse_other_settings(config)
+    if is_first_process():
+        check_outputs(config)
     keep_programs(config)
     tokenizer = load_tokenizer(config)
     pairs, held_out = load_tables(config, tokenizer)
@@ -98,7 +97,7 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
 
     run_id = trainer.run_id()
     run_dir = trainer.run_dir(run_id)
-    resolved: Any = draccus.encode(config)
+    resolved: Any = redacted(draccus.encode(config))
     checkpoints = Checkpoints(
         trainer.checkpointer.folder(run_dir, run_id),
         trainer.checkpointer,
@@ -109,7 +108,7 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
     earlier = cut_metrics(run_dir, first_step)
     with start_trackers(trainer.tracker, run_dir=run_dir, run_id=run_id, resolved_config=resolved) as tracker:
         if is_first_process():
-            (run_dir / "config.yaml").write_text(str(draccus.dump(config)))
+            (run_dir / "config.yaml").write_text(str(draccus.dump(resolved)))
         if first_step == 0:
             tracker.log_summary(_parameter_counts(model))
         _announce(config, pairs, held_out, model, num_steps, layout, run_dir)
@@ -117,18 +116,19 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
         log_probs = None
         if not config.loss.reference_free:
             log_probs = ReferenceLogProbs(config, base, reference_model(model, reference), placement)
-        report = _Report(config, base, tracker, scorer(config, held_out, placement), log_probs, starts_equal, earlier)
-        guard = _Guard(config, pairs, starts_equal)
+        report = Report(config, base, tracker, scorer(config, held_out, placement), log_probs, starts_equal, earlier)
+        exports = Exports(config, lora, base, num_steps, first_step)
 
         def save(info: StepInfo[TrainState]) -> None:
             checkpoints.save(info.step, info.state.trained, notes=notes, is_last=info.step == num_steps)
 
         hooks = [
-            # First, so that the state is safe when a later one fails; those are called again by a run that goes on.
-            Hook(save, when=checkpoints.is_due, at_stop=True),
-            Hook(report.evaluate, every=trainer.steps_per_eval, at_start=trainer.eval_at_start),
-            Hook(report.sample, at_start=True),
-            Hook(_Exports(config, lora, base, num_steps), every=config.hf_save_steps),
+            # First, and before each export, so that the state is safe when a later one fails; those are called again by
+            # a run that goes on.
+            Hook(save, "checkpoint", every=config.hf_save_steps, when=checkpoints.is_due, at_stop=True),
+            Hook(report.evaluate, "evaluation", every=trainer.steps_per_eval, at_start=trainer.eval_at_start),
+            Hook(report.sample, "sample_prompts", at_start=True),
+            Hook(exports, "export", every=config.hf_save_steps),
         ]
         known = None
         if log_probs is not None:
@@ -145,9 +145,10 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
                 hooks=hooks,
                 log_every=trainer.log_every,
                 peak_flops=peak_flops(list(placement.mesh.devices.flat)),
-                check=guard,
+                check=Guard(config, pairs, starts_equal),
                 stop=stop,
                 began=began,
+                watch=Watch(trainer.stall_seconds, helpers=("packing",)),
             )
     if is_first_process():
         report.print(run_dir)
@@ -233,148 +234,3 @@ def _announce(config, pairs, held_out, model, num_steps, layout, run_dir) -> Non
         " or ".join(f"{part.rows} x {part.row_length}" for part in layout.parts),
         run_dir,
     )
-
-
-class _Guard:
-    """Looks at every step's metrics and stops a run that cannot be right."""
-
-    def __init__(self, config: TrainConfig, pairs: PairTable, starts_equal: bool):
-        # Dropout moves the policy away from an adapter that is not zero.
-        is_fresh = config.initialize_from_peft is None
-        self.expects_ln2 = starts_equal and not config.loss.reference_free and (is_fresh or config.lora.dropout == 0.0)
-        # An accelerator's products of float32 numbers are by default of fewer bits too.
-        low_precision = config.trainer.precision.compute_dtype != jnp.float32 or jax.default_backend() != "cpu"
-        # In bfloat16 two sums of a few hundred log-probs differ by some tenths of a nat; beta is about 0.1.
-        self.tolerance = 0.05 if low_precision else 1e-4
-        self.pairs = pairs
-
-    def __call__(self, step: int, metrics: StepMetrics, values: dict[str, float]) -> None:
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            raise NonFiniteLossError(self._explain(step, metrics, values))
-        if step == 0 and self.expects_ln2 and abs(values["loss"] - math.log(2)) > self.tolerance:
-            raise RuntimeError(
-                f"the loss of step 0 is {values['loss']:.6f}, but policy and reference should be equal before the "
-                f"first update, which makes it ln 2 = {math.log(2):.6f} (tolerance {self.tolerance}). Either the "
-                "adapters' product is not zero, or the two are computed differently: please report this."
-            )
-
-    def _explain(self, step: int, metrics: StepMetrics, values: dict[str, float]) -> str:
-        ids = np.concatenate([np.ravel(on_host(part.array)) for part in metrics.pair_ids])
-        losses = np.concatenate([np.ravel(on_host(part.array)) for part in metrics.pair_losses])
-        is_pair = ids >= 0
-        bad = ids[is_pair & ~np.isfinite(losses)]
-        which, ids = ("pairs with such a loss", bad) if len(bad) else ("pairs of the batch", ids[is_pair])
-        names = ", ".join(self.pairs.origin(int(i)) for i in ids[:8]) + (", ..." if len(ids) > 8 else "")
-        return (
-            f"step {step}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}; the update was "
-            f"not made and the run stops. {which.capitalize()}: {names}. Look at these rows, or lower "
-            "optimizer.learning_rate."
-        )
-
-
-class _Report:
-    """Held-out scores and sample completions, before, during and after training."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        base: Base,
-        tracker: Tracker,
-        score: PairScorer,
-        reference: ReferenceLogProbs | None,
-        starts_equal: bool,
-        earlier: list[dict[str, Any]],
-    ):
-        """`starts_equal`: the policy is the reference before the first step, so its scores are known then.
-
-        `earlier`: what a run that goes on has logged so far.
-        """
-        self.config, self.base, self.tracker, self.score = config, base, tracker, score
-        self.reference, self.starts_equal = reference, starts_equal
-        self.reference_scores: PairLogProbs | None = None
-        self.scores = [(line["step"], _scores(line)) for line in earlier if "eval/loss" in line]
-        self.samples: list[list[str]] = []
-
-    def evaluate(self, info: StepInfo[TrainState]) -> None:
-        if not len(self.score.pairs):
-            return
-        loss = self.config.preference_loss
-        if self.reference_scores is None and self.reference is not None:
-            # The reference never moves: its scores serve every evaluation of the run.
-            self.reference_scores = self.reference.of_table(self.score)
-        is_reference = info.step == 0 and self.starts_equal
-        policy_scores = (self.reference_scores if is_reference else None) or self.score(info.state.model)
-        scores = summarize(loss, policy_scores, self.reference_scores)
-        self.scores.append((info.step, scores))
-        self.tracker.log({f"eval/{name}": value for name, value in scores.items()}, step=info.step)
-        logger.info(
-            "held-out after %d steps: loss %.4f, accuracy %.3f, margin %.3f",
-            info.step,
-            scores["loss"],
-            scores["dpo_accuracy"],
-            scores["rewards/margins"],
-        )
-
-    def sample(self, info: StepInfo[TrainState]) -> None:
-        prompts = self.config.sample_prompts
-        if not prompts:
-            return
-        stop_ids = read_stop_ids(self.base.folder)
-        self.samples.append(
-            complete(info.state.model, self.base.tokenizer, prompts, self.config.generation, stop_ids=stop_ids)
-        )
-
-    def print(self, run_dir: Path) -> None:
-        """For the person at the terminal: what changed, and where everything is."""
-        for index, prompt in enumerate(self.config.sample_prompts):
-            print(f"\n{prompt}")
-            # A run that goes on has no completions of before the first step.
-            for title, samples in zip(("after:", "before:"), reversed(self.samples), strict=False):
-                print(f"  {title:<7} {samples[index]}")
-        if self.scores:
-            print(f"\n{'held-out pairs':<16}" + "".join(f"{'after step ' + str(s):>18}" for s, _ in self._ends()))
-            rows = {"accuracy": "dpo_accuracy", "reward margin": "rewards/margins", "loss": "loss"}
-            for title, name in rows.items():
-                cells = [f"{v[name]:.1%}" if title == "accuracy" else f"{v[name]:.4f}" for _, v in self._ends()]
-                print(f"{title:<16}" + "".join(f"{cell:>18}" for cell in cells))
-        print()
-        for title, path in {
-            "adapter": self.config.peft_save_path,
-            "merged model": self.config.merged_hf_save_path,
-            "metrics": run_dir / "metrics.jsonl",
-            "config": run_dir / "config.yaml",
-        }.items():
-            if path is not None:
-                print(f"{title:<14}{path}")
-
-    def _ends(self) -> list[tuple[int, dict[str, float]]]:
-        return self.scores[:1] + self.scores[1:][-1:]
-
-
-def _scores(line: dict[str, Any]) -> dict[str, float]:
-    """Of a line of metrics.jsonl, where null stands for what is not finite."""
-    return {name.removeprefix("eval/"): math.nan if x is None else x for name, x in line.items() if name != "step"}
-
-
-class _Exports:
-    """Writes the adapter and the merged model to the paths that are set: at the end, and on the way under step-<n>."""
-
-    def __init__(self, config: TrainConfig, lora: LoraConfig, base: Base, num_steps: int):
-        self.config, self.lora, self.base, self.num_steps = config, lora, base, num_steps
-        paths = (config.peft_save_path, config.merged_hf_save_path)
-        if config.hf_save_steps is not None and paths == (None, None):
-            raise ValueError("hf_save_steps is set, but neither peft_save_path nor merged_hf_save_path is")
-        for path in paths:
-            if path is not None:
-                check_export_target(path)
-
-    def __call__(self, info: StepInfo[TrainState]) -> None:
-        def target(path: str) -> str:
-            return path if info.step == self.num_steps else f"{path.rstrip('/')}/step-{info.step}"
-
-        if path := self.config.peft_save_path:
-            save_adapter(info.state.model, target(path), base_model=self.config.initialize_from_hf, config=self.lora)
-        if path := self.config.merged_hf_save_path:
-            # A tokenizer of the user's choice brings its own chat template; the base's files stay as they are.
-            tokenizer = self.base.tokenizer if self.config.data.tokenizer else None
-            save_merged(info.state.model, self.base.folder, target(path), tokenizer=tokenizer)

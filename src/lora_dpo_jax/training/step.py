@@ -23,7 +23,8 @@ from lora_dpo_jax.training.flops import useful_flops
 class TrainState(eqx.Module):
     """What a step takes and gives. Of `model`, only the adapters change; the weights stay the same arrays."""
 
-    step: jax.Array  # int32: updates made so far
+    step: jax.Array  # int32: steps so far
+    skipped: jax.Array  # int32: those among them whose update was not made, as a number was not finite
     model: CausalLM
     opt_state: optax.OptState
     key: jax.Array  # for dropout
@@ -34,18 +35,19 @@ class TrainState(eqx.Module):
     def init(model: CausalLM, optimizer: optax.GradientTransformation, *, key, reference: Any = None) -> "TrainState":
         """`model` has adapters already. `reference`: see `lora.frozen_copy`."""
         adapters = eqx.filter(model, trainable_filter(model))
-        return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(adapters), key, reference)
+        none, no_skips = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two, as both are donated
+        return TrainState(none, no_skips, model, optimizer.init(adapters), key, reference)
 
     @property
     def trained(self) -> dict[str, Any]:
         """All that steps change: with the seed and the weights, it is what a run needs to go on."""
         adapters = eqx.filter(self.model, trainable_filter(self.model))
-        return {"step": self.step, "adapters": adapters, "optimizer": self.opt_state}
+        return {"step": self.step, "skipped": self.skipped, "adapters": adapters, "optimizer": self.opt_state}
 
     def with_trained(self, trained: dict[str, Any]) -> "TrainState":
         """The state of which `trained` is the trained part; the rest is this one's."""
         model = eqx.combine(trained["adapters"], self.model)
-        return TrainState(trained["step"], model, trained["optimizer"], self.key, self.reference)
+        return TrainState(trained["step"], trained["skipped"], model, trained["optimizer"], self.key, self.reference)
 
 
 class StepMetrics(eqx.Module):
@@ -61,7 +63,7 @@ class TrainStep:
 
     A batch is one PreferenceBatch, or several of different shapes whose pairs count together. The adapters and the
     optimizer state are donated: use the returned state. The metrics are the means over the pairs of the batch. Where
-    the loss or a gradient is not finite, the update is not made.
+    the loss or a gradient is not finite, the update is not made and counts as skipped; schedules go by those made.
     """
 
     def __init__(
@@ -81,9 +83,9 @@ class TrainStep:
     ) -> tuple[TrainState, StepMetrics]:
         moving, weights = self._split(state)
         with self.scope():
-            (step, adapters, opt_state), metrics = self._program(moving)(moving, weights, _parts(batch))
+            (step, skipped, adapters, opt_state), metrics = self._program(moving)(moving, weights, _parts(batch))
         model = eqx.combine(adapters, weights.model)
-        return TrainState(step, model, opt_state, state.key, state.reference), metrics
+        return TrainState(step, skipped, model, opt_state, state.key, state.reference), metrics
 
     def lower(self, state: TrainState, batch: PreferenceBatch | tuple[PreferenceBatch, ...]):
         """The lowered step, to compile and ask for its memory and cost; arrays may be ShapeDtypeStructs."""
@@ -105,10 +107,10 @@ class TrainStep:
 
     def _split(self, state: TrainState) -> tuple[tuple, "_Weights"]:
         adapters, weights = eqx.partition(state.model, trainable_filter(state.model))
-        return (state.step, adapters, state.opt_state), _Weights(weights, state.reference, state.key)
+        return (state.step, state.skipped, adapters, state.opt_state), _Weights(weights, state.reference, state.key)
 
     def _update(self, moving: tuple, weights: "_Weights", parts: tuple[PreferenceBatch, ...]):
-        step, adapters, opt_state = moving
+        step, skipped, adapters, opt_state = moving
         counts = _counts(parts)
         gradients, sums, pair_losses = self._accumulate(step, adapters, weights, parts, counts["pairs"])
         updates, new_opt_state = self.optimizer.update(gradients, opt_state, adapters)
@@ -117,13 +119,16 @@ class TrainStep:
         new = optax.apply_updates(adapters, updates), new_opt_state
         adapters, opt_state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, (adapters, opt_state))
         values = {name: value / counts["pairs"] for name, value in sums.items()}
-        values |= {"loss": values["dpo_loss"], "grad_norm": grad_norm, **counts}
+        updates_before = step - skipped
+        skipped = skipped + (~is_finite).astype(jnp.int32)
+        values |= {"loss": values["dpo_loss"], "grad_norm": grad_norm, "skipped_steps": skipped, **counts}
         model = eqx.combine(adapters, weights.model)
         computes_reference = not self.loss.reference_free and parts[0].reference_chosen is None
         values["flops"] = sum(useful_flops(model, part, with_reference=computes_reference) for part in parts)
         if self.schedule is not None:
-            values["learning_rate"] = self.schedule(step)
-        return (step + 1, adapters, opt_state), StepMetrics(values, pair_losses, tuple(part.pair_ids for part in parts))
+            values["learning_rate"] = self.schedule(updates_before)
+        moved = step + 1, skipped, adapters, opt_state
+        return moved, StepMetrics(values, pair_losses, tuple(part.pair_ids for part in parts))
 
     def _accumulate(self, step, adapters, weights: "_Weights", parts: tuple[PreferenceBatch, ...], num_pairs):
         """Gradients of the mean loss, sums of the metrics, and each pair's loss, one micro-batch after the other."""

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import jmp
@@ -19,6 +19,7 @@ from lora_dpo_jax.tracking import NoTrackerConfig, ProgressBar, Tracker, Tracker
 from lora_dpo_jax.training.checkpoint import CheckpointerConfig
 from lora_dpo_jax.training.distributed import DistributedConfig, from_first_process
 from lora_dpo_jax.training.interruption import InterruptedTrainingError
+from lora_dpo_jax.training.watch import FINISHING, INPUT, SENDING, Watch
 
 logger = logging.getLogger("lora_dpo_jax")
 
@@ -51,12 +52,19 @@ class TrainerConfig:
     id: str | None = None
     checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
     load_checkpoint: bool | None = None  # null: go on from a checkpoint if there is one; true: there must be one
+    # A step whose loss or gradient is not finite makes no update. stop: the run ends there. skip: it goes on, until
+    # more than max_skips_in_a_row come one after the other.
+    non_finite: Literal["stop", "skip"] = "stop"
+    max_skips_in_a_row: int = 10
+    # How long the run waits for its input, its devices or a hook before the log says so; null: it never does.
+    stall_seconds: float | None = 120.0
     # Where compiled programs are kept for the next run, a folder or a URL; null: what JAX is told elsewhere
     # ($JAX_COMPILATION_CACHE_DIR), or `programs` where the run keeps its other caches.
     jax_compilation_cache_dir: str | None = None
 
     def __post_init__(self):
-        for name in ("train_batch_size", "log_every", "steps_per_eval", "num_train_steps", "num_train_epochs"):
+        positive = ("train_batch_size", "log_every", "steps_per_eval", "num_train_steps", "num_train_epochs")
+        for name in (*positive, "max_skips_in_a_row", "stall_seconds"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"trainer.{name}={value} must be positive")
@@ -64,6 +72,8 @@ class TrainerConfig:
             value = getattr(self, name)
             if value < 1 and value != -1:
                 raise ValueError(f"trainer.{name}={value} must be positive, or -1 for all rows at once")
+        if self.non_finite not in ("stop", "skip"):
+            raise ValueError(f"trainer.non_finite={self.non_finite!r} must be stop or skip")
         if self.num_train_steps is not None and self.num_train_epochs is not None:
             raise ValueError("trainer.num_train_steps and trainer.num_train_epochs exclude each other; set one to null")
         if self.mp is not None:
@@ -110,6 +120,7 @@ class Hook:
     """
 
     function: Callable[[StepInfo], None]
+    name: str = "hook"  # for the log
     every: int | None = None
     at_start: bool = False
     at_end: bool = True
@@ -125,7 +136,7 @@ class Hook:
 
 
 class NonFiniteLossError(RuntimeError):
-    """Training stopped because a loss was not a number; the message names the step and what was in its batch."""
+    """Training stopped as a loss or gradient was not a number; the message names the step and what was in its batch."""
 
 
 def train(
@@ -142,6 +153,7 @@ def train(
     check: Callable[[int, Any, dict[str, float]], None] = lambda step, metrics, values: None,
     stop: Callable[[int], signal.Signals | None] = lambda step: None,
     began: float | None = None,
+    watch: Watch | None = None,
 ) -> S:
     """Runs `step_fn` over `batches` and returns the last state. Raises ValueError if there are too few batches.
 
@@ -152,17 +164,20 @@ def train(
     `check(step, metrics, values)` sees those of every step and may raise. `mfu` is logged if the devices' `peak_flops`
     (FLOP/s) are given. How long the first step was in coming is counted from `began` (of time.perf_counter), or from
     this call. When `stop`, asked after each step but the last, names a signal, hooks that are `at_stop` are called and
-    InterruptedTrainingError is raised.
+    InterruptedTrainingError is raised. `watch` is told what the loop waits for.
     """
     began = time.perf_counter() if began is None else began
     pending: deque[tuple[int, Any]] = deque()
-    with ProgressBar(num_steps, initial=first_step) as progress:
-        log = _MetricsLog(tracker, progress, log_every, num_steps, peak_flops, check)
-        _run([hook for hook in hooks if hook.is_due(first_step, num_steps)], StepInfo(first_step, state))
+    with ProgressBar(num_steps, initial=first_step) as progress, watch or Watch(None) as watch:
+        log = _MetricsLog(tracker, progress, log_every, num_steps, peak_flops, check, watch)
+        _run([hook for hook in hooks if hook.is_due(first_step, num_steps)], StepInfo(first_step, state), watch)
         log.start_clock()
         batches = iter(batches)
         for step in range(first_step, num_steps):
-            state, metrics = step_fn(state, _next(batches, step, num_steps))
+            with watch.waiting_for(INPUT, step):
+                batch = _next(batches, step, num_steps)
+            with watch.waiting_for(SENDING, step):
+                state, metrics = step_fn(state, batch)
             pending.append((step, metrics))
             if step == first_step:
                 log.take(*pending.popleft())
@@ -179,7 +194,8 @@ def train(
                 while pending:
                     log.take(*pending.popleft())
                 with log.paused_clock():
-                    _run(due, StepInfo(done, state))
+                    _run(due, StepInfo(done, state), watch)
+            watch.end_step(step)
             if stopped_by:
                 raise InterruptedTrainingError(stopped_by, done, num_steps)
         while pending:
@@ -194,9 +210,10 @@ def _next(batches: Iterator[Any], step: int, num_steps: int) -> Any:
         raise ValueError(f"the batches ended after {step} of {num_steps} steps") from None
 
 
-def _run(hooks: Sequence[Hook], info: StepInfo) -> None:
+def _run(hooks: Sequence[Hook], info: StepInfo, watch: Watch) -> None:
     for hook in hooks:
-        hook.function(info)
+        with watch.waiting_for(f"the hook {hook.name}", info.step, is_step=False):
+            hook.function(info)
 
 
 class _MetricsLog:
@@ -210,8 +227,9 @@ class _MetricsLog:
         num_steps: int,
         peak_flops: float | None,
         check: Callable,
+        watch: Watch,
     ):
-        self.tracker, self.progress, self.check = tracker, progress, check
+        self.tracker, self.progress, self.check, self.watch = tracker, progress, check, watch
         self.log_every, self.num_steps, self.peak_flops = log_every, num_steps, peak_flops
         self.counts = dict.fromkeys(COUNTS, 0.0)
         self.since = time.perf_counter()
@@ -223,7 +241,8 @@ class _MetricsLog:
         return _PausedClock(self)
 
     def take(self, step: int, metrics: Any) -> None:
-        values = {name: float(value) for name, value in jax.device_get(metrics.values).items()}
+        with self.watch.waiting_for(FINISHING, step):
+            values = {name: float(value) for name, value in jax.device_get(metrics.values).items()}
         self.check(step, metrics, values)
         for name in COUNTS:
             self.counts[name] += values.pop(name, 0.0)
