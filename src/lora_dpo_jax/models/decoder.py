@@ -1,5 +1,6 @@
 """The decoder: embeddings, a stack of blocks, a final norm and a head. Modules are named as in Hugging Face."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -66,10 +67,8 @@ class Linear(hnn.Linear):
         return out if self.bias is None else hax.auto_sharded(out + self.bias)
 
 
-def linear(
-    In: AxisSpec, Out: AxisSpec, *, key, use_bias: bool, out_first: bool = True, dot_general: Any = None
-) -> Linear:
-    made = hnn.Linear.init(In, Out, key=key, use_bias=use_bias, out_first=out_first, dot_general=dot_general)
+def linear(In: AxisSpec, Out: AxisSpec, *, key, use_bias: bool, dot_general: Any = None) -> Linear:
+    made = hnn.Linear.init(In, Out, key=key, use_bias=use_bias, dot_general=dot_general)
     return Linear(made.weight, made.bias, In, Out, dot_general=made.dot_general)
 
 
@@ -125,13 +124,14 @@ class Attention(eqx.Module):
         Q, KV = (config.KVHeads, config.QHeadsPerGroup, HeadSize), (config.KVHeads, HeadSize)
         keys = jax.random.split(key, 4)
         norm = rms_norm(HeadSize, config) if config.qk_norm else None
+        o_proj = linear(Q, Embed, key=keys[3], use_bias=config.attention_out_bias)
+        # o_proj in the order that a TPU computes with: of any other, XLA would make a copy of all layers' weights.
         return Attention(
             config,
             q_proj=linear(Embed, Q, key=keys[0], use_bias=config.qkv_bias),
             k_proj=linear(Embed, KV, key=keys[1], use_bias=config.qkv_bias),
             v_proj=linear(Embed, KV, key=keys[2], use_bias=config.qkv_bias),
-            # With `embed` last as well: a TPU's tiles would be half empty of the heads' axes, and XLA makes a copy.
-            o_proj=linear(Q, Embed, key=keys[3], use_bias=config.attention_out_bias, out_first=False),
+            o_proj=dataclasses.replace(o_proj, weight=o_proj.weight.rearrange((*Q[:-1], Embed, HeadSize))),
             q_norm=norm,
             k_norm=norm,
         )
