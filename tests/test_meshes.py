@@ -33,7 +33,7 @@ def test_twenty_steps_on_a_mesh_end_as_on_one_device(name):
 def test_devices_exchange_weights_and_gradients_but_no_activations():
     """Of rows, which devices share among them, none needs to know what the others compute."""
     step, state, batches = wire(MESHES["data 8"], optax.sgd(0.1), steps=1, lora=LoraConfig(r=4))
-    batch = next(batches)
+    (batch,) = batches
     found = collective_bytes(step.lower(state, batch).compile().as_text())
     adapters = adapters_of(state)
     num_bytes = {

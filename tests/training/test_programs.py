@@ -92,6 +92,12 @@ def test_an_exchange_that_overlaps_with_arithmetic_counts_once():
     assert collective_bytes(OVERLAPPED, unknown_trips=100) == {"all-gather": 2 * 64 * 4 * 2}
 
 
+def test_exchanges_that_were_combined_count_together():
+    line = "  %all-reduce.1 = (f32[4,2]{1,0}, /*index=1*/bf16[8]{0}) all-reduce(%a, %b), channel_id=1, to_apply=%add"
+    program = "ENTRY %main (a: f32[4,2], b: bf16[8]) -> (f32[4,2], bf16[8]) {\n" + line + "\n}"
+    assert collective_bytes(program) == {"all-reduce": 2 * (4 * 2 * 4 + 8 * 2)}
+
+
 def test_a_program_on_one_device_exchanges_nothing():
     compiled = jax.jit(lambda x: jnp.sin(x) @ x).lower(jnp.zeros((8, 8))).compile()
     assert collective_bytes(compiled.as_text()) == {}

@@ -100,9 +100,11 @@ def _of_line(line: str, of: Any) -> dict[str, float]:
     result, operation = found.groups()
     kind = operation.removesuffix("-start")
     if kind in COLLECTIVES:
-        largest = max((_num_bytes(shape) for shape in re.findall(r"\w+\[[\d,]*\]", result)), default=0)
+        sizes = [_num_bytes(shape) for shape in re.findall(r"\w+\[[\d,]*\]", result)]
+        # What has but begun names its operand too, which is no larger than the result; else all are results.
+        total = max(sizes) if operation in ("all-gather-start", "collective-permute-start") else sum(sizes)
         # All devices' parts are added up and then handed to all.
-        return {kind: (2.0 if kind == "all-reduce" else 1.0) * largest}
+        return {kind: (2.0 if kind == "all-reduce" else 1.0) * total}
     if operation == "while" and (body := re.search(r"body=%?([\w.-]+)", line)):
         return of(body[1])
     if operation == "conditional":
