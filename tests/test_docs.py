@@ -48,12 +48,21 @@ def test_every_setting_is_in_the_configuration_reference():
     from lora_dpo_jax.sharding import MeshConfig
     from lora_dpo_jax.tracking import TensorboardConfig, WandbConfig
     from lora_dpo_jax.training.checkpoint import CheckpointerConfig, CheckpointInterval
+    from lora_dpo_jax.training.distributed import DistributedConfig
     from lora_dpo_jax.training.optimizer import OptimizerConfig
     from lora_dpo_jax.training.trainer import TrainerConfig
 
     page = (ROOT / "docs" / "configuration.md").read_text()
     configs = [TrainConfig, ModelConfig, LoraConfig, Dpo, LengthNormalizedDpo, OptimizerConfig, TrainerConfig]
-    configs += [MeshConfig, PreferenceDataConfig, ComponentConfig, FormatConfig, UrlSource, HubSource]
+    configs += [
+        DistributedConfig,
+        MeshConfig,
+        PreferenceDataConfig,
+        ComponentConfig,
+        FormatConfig,
+        UrlSource,
+        HubSource,
+    ]
     configs += [GenerationConfig, WandbConfig, TensorboardConfig, CheckpointerConfig, CheckpointInterval]
     missing = {
         f"{config.__name__}.{name}" for config in configs for name in settings(config) if f"`{name}`" not in page

@@ -1,7 +1,7 @@
 """One run on many processes: how they find each other, agree on what they compute, and take turns.
 
-A process is one Python interpreter: one for each host of a TPU pod, one for each host or each GPU elsewhere. All of them
-run the same program on the same settings. With one process nothing here does anything.
+A process is one Python interpreter: one on each host of a TPU slice, one for each host or each GPU elsewhere. All run
+the same program on the same settings. With one process nothing here does anything.
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """Ends all processes of a run when one of them has ended, in words and soon, where they would wait for it for ever.
 
-Each process gives a sign of life every second to the service that JAX keeps on process 0, and listens there for the news
-that the run has ended. That news is given by a process that ends with an error, or by process 0 of one that has been
+Each process gives a sign of life every second to the service that JAX keeps on process 0, and listens there for news of
+the end. That news is given by a process that ends with an error, or by process 0 of one that has been
 silent for too long; process 0 is gone when the service does not answer.
 """
 
@@ -120,7 +120,7 @@ class Liveness:
 
 
 def _may_be_anothers(error: BaseException | None) -> bool:
-    """Whether JAX's services or collectives have raised it, or what led to it: Gloo's errors have no type of their own."""
+    """Whether JAX's services or collectives raised it, or what led to it: Gloo's errors have no type of their own."""
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
             return True

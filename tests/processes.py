@@ -1,0 +1,47 @@
+"""Commands on several processes of this machine, that find each other by torchrun's variables."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import jax
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def start(arguments: Sequence[str], *, count: int, **environment: str) -> list[subprocess.Popen]:
+    """`python <arguments>` on `count` processes of one CPU device each."""
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(count),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # most of a tiny run is compilation
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir or ""),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env=os.environ | shared | {"RANK": str(rank)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def ended(processes: Sequence[subprocess.Popen], *, seconds: float = 500) -> list[tuple[int, str, str]]:
+    """Their exit statuses and what they wrote, to stdout and to stderr. None is left behind."""
+    try:
+        told = [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
