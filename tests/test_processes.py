@@ -174,7 +174,7 @@ def test_sigterm_to_one_process_stops_all_and_the_run_goes_on_exactly(folder, on
 def test_when_one_process_is_killed_the_other_ends_in_words(folder):
     config = config_of(folder, "killed", trainer__id="killed")
     other, victim = processes = signalled(config, signal.SIGKILL, victim=1)
-    victim.wait(timeout=500)
+    victim.wait(timeout=900)
     began = time.monotonic()
     other.wait(timeout=60)
     seconds = time.monotonic() - began
