@@ -37,7 +37,7 @@ def start(arguments: Sequence[str], *, count: int, **environment: str) -> list[s
     ]
 
 
-def ended(processes: Sequence[subprocess.Popen], *, seconds: float = 500) -> list[tuple[int, str, str]]:
+def ended(processes: Sequence[subprocess.Popen], *, seconds: float = 900) -> list[tuple[int, str, str]]:
     """Their exit statuses and what they wrote, to stdout and to stderr. None is left behind."""
     try:
         told = [process.communicate(timeout=seconds) for process in processes]

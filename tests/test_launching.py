@@ -40,10 +40,11 @@ def printed(*arguments: str, **environment: str) -> list[list[str]]:
     """The commands of a dry run, each as its words."""
     command = [SCRIPTS / "tpu_pod.sh", "--dry-run", *arguments]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
-    lines = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("#"))
-    words = subprocess.run(["bash", "-c", "show() { printf '%s\\0' \"$@\" $'\\n'; }\n"
-                            + re.sub("^", "show ", lines, flags=re.MULTILINE)], capture_output=True, text=True)  # fmt: skip
-    return [line.strip("\0").split("\0") for line in words.stdout.split("\n\0") if line]
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("#")]
+    # bash reads what bash has quoted.
+    show = ["set -f", "show() { printf '%s\\0' \"$@\" $'\\n'; }", *(f"show {line}" for line in lines)]
+    words = subprocess.run(["bash", "-c", "\n".join(show)], capture_output=True, text=True, check=True)
+    return [line.split("\0") for line in words.stdout.split("\0\n\0") if line]
 
 
 def test_the_tpu_commands_are_one_gcloud_command_each():

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def config_of(folder: Path, name: str, **settings) -> TrainConfig:
         reference_log_probs="cached",
         trainer__num_train_steps=STEPS,
         trainer__train_batch_size=8,
-        trainer__distributed={"heartbeat_timeout_seconds": 20},
+        trainer__distributed={"heartbeat_timeout_seconds": 30},
         **settings,
     )
 
@@ -83,9 +84,8 @@ def assert_same_run(config: TrainConfig, other: TrainConfig) -> None:
     theirs = adapters_of(other)
     for name, tensor in adapters_of(config).items():
         assert np.linalg.norm(tensor - theirs[name]) <= 1e-4 * np.linalg.norm(theirs[name]), name
-    files = [sorted(p.relative_to(c.peft_save_path).as_posix() for p in Path(c.peft_save_path or "").rglob("*"))
-             for c in (config, other)]  # fmt: skip
-    assert files[0] == files[1]
+    exports = [Path(c.peft_save_path or "") for c in (config, other)]
+    assert sorted(path.name for path in exports[0].iterdir()) == sorted(path.name for path in exports[1].iterdir())
     merged = [load_file(Path(c.merged_hf_save_path or "") / "model.safetensors") for c in (config, other)]
     for name, tensor in merged[0].items():
         np.testing.assert_allclose(tensor, merged[1][name], rtol=0, atol=1e-5, err_msg=name)
@@ -152,14 +152,13 @@ runpy.run_module("lora_dpo_jax.main", run_name="__main__", alter_sys=True)
 """
 
 
-def signalled(config: TrainConfig, signum: signal.Signals, *, victim: int) -> list[tuple[int, str, str]]:
-    arguments = ["-c", SIGNALLED, str(int(signum)), str(victim), "1", "--config_path", written(config)]
-    return ended(start(arguments, count=2))
+def signalled(config: TrainConfig, signum: signal.Signals, *, victim: int) -> list[subprocess.Popen]:
+    return start(["-c", SIGNALLED, str(int(signum)), str(victim), "1", "--config_path", written(config)], count=2)
 
 
 def test_sigterm_to_one_process_stops_all_and_the_run_goes_on_exactly(folder, on_two):
     config = config_of(folder, "stopped", trainer__id="stopped")
-    outcomes = signalled(config, signal.SIGTERM, victim=1)
+    outcomes = ended(signalled(config, signal.SIGTERM, victim=1))
     assert [status for status, _, _ in outcomes] == [RESTART_ME] * 2, [told[-2000:] for _, _, told in outcomes]
     stopped = [re.findall(r"stopped by SIGTERM after (\d) of 6 steps", told) for _, _, told in outcomes]
     assert stopped[0] == stopped[1] and len(stopped[0]) == 1
@@ -174,10 +173,14 @@ def test_sigterm_to_one_process_stops_all_and_the_run_goes_on_exactly(folder, on
 
 def test_when_one_process_is_killed_the_other_ends_in_words(folder):
     config = config_of(folder, "killed", trainer__id="killed")
+    other, victim = processes = signalled(config, signal.SIGKILL, victim=1)
+    victim.wait(timeout=900)
     began = time.monotonic()
-    (status, _, told), (killed, _, _) = signalled(config, signal.SIGKILL, victim=1)
+    other.wait(timeout=60)
+    seconds = time.monotonic() - began
+    (status, _, told), (killed, _, _) = ended(processes)
     assert killed == -signal.SIGKILL
     assert status == RESTART_ME, told[-3000:]
-    assert re.search(r"process 1 of 2 \(.+\) has given no sign of life for 20 s: it was killed", told)
+    assert re.search(r"process 1 of 2 \(.+\) has given no sign of life for 30 s: it was killed", told)
     assert "Start the same command again on all machines" in told and "Traceback" not in told
-    assert time.monotonic() - began < 500
+    assert seconds < 60

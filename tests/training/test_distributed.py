@@ -22,13 +22,13 @@ def started(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
 
-    def start(config: DistributedConfig = DistributedConfig(), **environment: str):
+    def start(config: DistributedConfig | None = None, **environment: str):
         for name in (*TORCH, *SLURM, "LOCAL_RANK", "TORCHELASTIC_USE_AGENT_STORE"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         calls.clear()
-        assert start_processes(config) == bool(calls)
+        start_processes(config or DistributedConfig())
         return calls[0] if calls else None
 
     return start

@@ -21,6 +21,7 @@ from lora_dpo_jax.training.distributed import wait_for_all
 from lora_dpo_jax.training.interruption import RESTART_ME
 
 SIGNS, NEWS = "lora_dpo_jax/alive", "lora_dpo_jax/ended"
+ALL_IS_DONE = "all is done"
 SECONDS_BETWEEN_SIGNS = 1.0
 SECONDS_TO_HEAR = 2.0  # how long the service outlives an error of process 0
 GONE = (
@@ -49,14 +50,14 @@ class Liveness:
         wait_for_all()
         self._is_over.set()
         if self.me == 0:
-            self._tell("", 0)
+            self._tell(ALL_IS_DONE)
         self._thread.join()
         jax.distributed.shutdown()
 
     def fail(self, reason: str, status: int) -> None:
         """Tells the others why this process ends, and ends it: JAX's own way to end would wait for them."""
         self._is_over.set()
-        self._tell(f"{self.name} {reason}", status)
+        self._tell(_news(f"{self.name} {reason}", status))
         sys.stdout.flush()
         sys.stderr.flush()
         if self.me == 0:
@@ -86,7 +87,7 @@ class Liveness:
                 if not self._is_over.is_set():
                     self._leave(f"process 0 does not answer any more: {GONE}", RESTART_ME)
                 return
-            if not self._is_over.is_set():
+            if news != ALL_IS_DONE and not self._is_over.is_set():
                 self._leave(**json.loads(news))
             return
 
@@ -99,15 +100,13 @@ class Liveness:
                 self._heard[process] = (sign, now)
             elif now - self._heard[process][1] > self.silence_seconds:
                 host = sign.partition(" ")[0] or "it never came up"
-                self._tell(
-                    f"process {process} of {self.count} ({host}) has given no sign of life for "
-                    f"{self.silence_seconds:.0f} s: {GONE}",
-                    RESTART_ME,
-                )
+                name = f"process {process} of {self.count} ({host})"
+                silence = f"has given no sign of life for {self.silence_seconds:.0f} s"
+                self._tell(_news(f"{name} {silence}: {GONE}", RESTART_ME))
 
-    def _tell(self, text: str, status: int) -> None:
+    def _tell(self, news: str) -> None:
         try:
-            self.client.key_value_set(NEWS, json.dumps({"text": text, "status": status}))
+            self.client.key_value_set(NEWS, news)
         except jax.errors.JaxRuntimeError:
             pass  # another was faster, or there is nobody left to tell
 
@@ -117,6 +116,10 @@ class Liveness:
         if self.me == 0:
             time.sleep(SECONDS_TO_HEAR)
         os._exit(status)
+
+
+def _news(text: str, status: int) -> str:
+    return json.dumps({"text": text, "status": status})
 
 
 def _may_be_anothers(error: BaseException | None) -> bool:
