@@ -59,3 +59,12 @@ def test_a_run_from_an_object_store_to_an_object_store_is_the_run_on_disk(store,
     for disk, stored in (adapters, merged):
         assert disk.keys() == stored.keys()
         assert all((disk[name] == stored[name]).all() for name in disk)
+
+
+def test_a_missing_bucket_is_known_before_anything_is_computed_and_not_made(store, tmp_path):
+    rows = write_rows(tmp_path / "train.jsonl", preference_rows(8))
+    config = run_config(tmp_path, rows, peft_save_path="s3://no-such-bucket/adapter")
+    with pytest.raises(OSError, match="^peft_save_path: .*s3://no-such-bucket/adapter"):
+        main(config)
+    assert not (tmp_path / "logs").exists()
+    assert not store.exists("s3://no-such-bucket")
