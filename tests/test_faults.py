@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("faults")
 
 
-def config_of(folder: Path, name: str, **settings) -> TrainConfig:
+def config_of(folder: Path, name: str, *, checkpoint_every: int = 1, **settings) -> TrainConfig:
     return run_config(
         folder,
         write_rows(folder / "train.jsonl", preference_rows(8)),
@@ -38,7 +38,7 @@ def config_of(folder: Path, name: str, **settings) -> TrainConfig:
         hf_save_steps=3,
         trainer__id=name,
         trainer__num_train_steps=STEPS,
-        trainer__checkpointer={"keep": [{"every": 1}]},
+        trainer__checkpointer={"keep": [{"every": checkpoint_every}]},
         **settings,
     )
 
@@ -114,7 +114,7 @@ def test_a_compiled_program_that_was_cut_short_is_compiled_again(folder, whole):
 
 
 def test_a_disk_that_is_full_at_an_export_costs_no_training(folder, whole):
-    config = config_of(folder, "full_at_export")
+    config = config_of(folder, "full_at_export", checkpoint_every=100)
     size = (Path(whole.merged_hf_save_path or "") / "model.safetensors").stat().st_size
     told = (
         f"merged_hf_save_path: {folder}/full_at_export/merged/step-3 could not be written after 3 steps: .*"
