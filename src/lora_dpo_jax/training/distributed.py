@@ -133,6 +133,11 @@ def _is_found_by_jax() -> bool:
     return False
 
 
+def service() -> Any:
+    """Through it processes exchange texts, without their devices; process 0 hosts it."""
+    return global_state.client
+
+
 def is_first_process() -> bool:
     return jax.process_index() == 0
 
@@ -146,9 +151,9 @@ def from_first_process(text: str) -> str:
         return text
     key = f"lora_dpo_jax/exchange/{next(_exchange_numbers)}"
     if is_first_process():
-        global_state.client.key_value_set(key, text)
+        service().key_value_set(key, text)
         return text
-    return global_state.client.blocking_key_value_get(key, PATIENCE_MS)
+    return service().blocking_key_value_get(key, PATIENCE_MS)
 
 
 def from_each_process(text: str) -> list[str]:
@@ -156,14 +161,14 @@ def from_each_process(text: str) -> list[str]:
     if jax.process_count() == 1:
         return [text]
     key = f"lora_dpo_jax/exchange/{next(_exchange_numbers)}"
-    global_state.client.key_value_set(f"{key}/{jax.process_index()}", text)
-    return [global_state.client.blocking_key_value_get(f"{key}/{i}", PATIENCE_MS) for i in range(jax.process_count())]
+    service().key_value_set(f"{key}/{jax.process_index()}", text)
+    return [service().blocking_key_value_get(f"{key}/{i}", PATIENCE_MS) for i in range(jax.process_count())]
 
 
 def wait_for_all() -> None:
     """Until all processes have called this. No device takes part, so that none gives up waiting."""
     if jax.process_count() > 1:
-        global_state.client.wait_at_barrier(f"lora_dpo_jax/barrier/{next(_exchange_numbers)}", PATIENCE_MS)
+        service().wait_at_barrier(f"lora_dpo_jax/barrier/{next(_exchange_numbers)}", PATIENCE_MS)
 
 
 def in_turns(work: Callable[[], T]) -> T:

@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
-from jax._src.distributed import global_state
 
-from lora_dpo_jax.training.distributed import wait_for_all
+from lora_dpo_jax.training.distributed import service, wait_for_all
 from lora_dpo_jax.training.interruption import RESTART_ME
 
 SIGNS, NEWS = "lora_dpo_jax/alive", "lora_dpo_jax/ended"
@@ -35,7 +34,7 @@ class Liveness:
     """Watches over the processes of a run from `start` to `end` or `fail`, in a thread."""
 
     def __init__(self, *, silence_seconds: float):
-        self.client, self.silence_seconds = global_state.client, silence_seconds
+        self.client, self.silence_seconds = service(), silence_seconds
         self.me, self.count = jax.process_index(), jax.process_count()
         self.name = f"process {self.me} of {self.count} ({socket.gethostname()})"
         self._heard: dict[int, tuple[str, float]] = {}  # the last sign of each process, and when it was seen first
