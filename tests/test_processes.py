@@ -158,7 +158,7 @@ def test_scores_and_completions_of_two_processes_are_those_of_one(folder, on_two
     (scored, *_), (first, second) = ended(scoring), ended(completing)
     assert scored[0] == first[0] == second[0] == 0, scored[2] + first[2] + second[2]
     assert completed in first[1] and "completion" not in second[1]
-    ours, theirs = ([json.loads(line) for line in open(c.output)] for c in (by_two, by_one))
+    ours, theirs = ([json.loads(line) for line in Path(c.output).read_text().splitlines()] for c in (by_two, by_one))
     for one, other in zip(ours, theirs, strict=True):
         assert one == pytest.approx(other, abs=1e-3), "summed log-probs of some tens of nats"
 
