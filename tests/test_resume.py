@@ -145,8 +145,9 @@ def test_a_run_may_go_on_on_another_mesh(folder, rows, whole, monkeypatch):
     main(dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, mesh=whole.trainer.mesh)))
 
     for found, wanted in zip(read_metrics(config), read_metrics(whole), strict=True):
-        for name in ("step", "train/loss", "train/dpo_accuracy", "eval/loss", "eval/dpo_chosen_reward"):
-            # Sums in another order; a reward is a tenth of a difference of sums of some 50 nats.
+        # Sums in another order; a reward is a tenth of a difference of sums of some 50 nats. Accuracies are no measure:
+        # in the first steps margins are rounding alone, or zero.
+        for name in ("step", "train/loss", "train/rewards/margins", "eval/loss", "eval/dpo_chosen_reward"):
             assert found.get(name) == pytest.approx(wanted.get(name), abs=1e-5), (name, wanted["step"])
     files = (Path(c.peft_save_path or "") / "adapter_model.safetensors" for c in (config, whole))
     found, wanted = (load_file(file) for file in files)

@@ -188,7 +188,7 @@ def report(config: PlanConfig, found: Plan) -> str:
         "",
         f"a step, a device   {found.flops / 1e12:.2f} TFLOP, {found.memory_traffic / 1e9:.1f} GB of weights read, "
         f"{sum(found.collectives.values()) / 1e9:.2f} GB from other devices",
-        *(f"  {name:<17}{num_bytes / 1e9:.2f} GB" for name, num_bytes in sorted(found.collectives.items())),
+        *(f"  {name:<18} {num_bytes / 1e9:.2f} GB" for name, num_bytes in sorted(found.collectives.items())),
         "at best            "
         + ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items())
         + f": bound by {bound}, {slowest:.2f} s a step, "
