@@ -18,10 +18,10 @@ from bench import models
 from bench import pairs as benchmark_pairs
 from bench.measure import emit
 from bench.wiring import Lora, Subject, Trainer
-from lora_dpo_jax.data import Layout, PreferenceBatch, plan_layout
+from lora_dpo_jax.data import Layout, PreferenceBatch
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.losses import Dpo
-from lora_dpo_jax.main.setup import ModelConfig, longest_row
+from lora_dpo_jax.main.setup import ModelConfig, layout_of_run
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.described import describe_state
 from lora_dpo_jax.training.devices import described_devices
@@ -133,13 +133,8 @@ def batches(options: Options, placement: Placement) -> list[tuple[PreferenceBatc
         pairs = benchmark_pairs.load(
             options.data, count, vocab_size=vocab_size, tokenizer=options.tokenizer, cap=options.train_seq_len
         )
-        layout = plan_layout(
-            [np.arange(count)],
-            pairs.lengths,
-            row_multiple=placement.row_shards,
-            longest_row=longest_row(options.trainer.per_device_parallelism, options.layout, pairs),
-            pair_layout=options.layout,
-        )
+        parallelism = options.trainer.per_device_parallelism
+        layout = layout_of_run(pairs, [np.arange(count)], parallelism, options.layout, row_shards=placement.row_shards)
         layouts = [layout.parts]
     return [tuple(_empty(layout, options.reference) for layout in parts) for parts in layouts]
 

@@ -12,9 +12,9 @@ import draccus
 
 from bench import pairs as benchmark_pairs
 from bench.measure import emit
-from lora_dpo_jax.data import PairLayout, plan_layout
+from lora_dpo_jax.data import PairLayout
 from lora_dpo_jax.data.loader import PairOrder, PairTable
-from lora_dpo_jax.main.setup import longest_row
+from lora_dpo_jax.main.setup import layout_of_run
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,8 @@ def measure(pairs: PairTable, options: Options, batch_size: int) -> dict[str, An
     """One epoch, without the last step if it is not full."""
     order = PairOrder(tuple(pairs.sizes), seed=0)
     batches = [order.batch(step, batch_size) for step in range(len(pairs) // batch_size)]
-    layout = plan_layout(
-        batches,
-        pairs.lengths,
-        row_multiple=options.devices,
-        longest_row=longest_row(options.per_device_parallelism, options.layout, pairs),
-        pair_layout=options.layout,
-    )
+    parallelism = options.per_device_parallelism
+    layout = layout_of_run(pairs, batches, parallelism, options.layout, row_shards=options.devices)
     real = computed = 0
     for ids in batches:
         real += int(pairs.lengths[ids].sum())

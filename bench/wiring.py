@@ -16,12 +16,12 @@ import numpy as np
 import optax
 
 from bench import models
-from lora_dpo_jax.data import PairLayout, PairOrder, PairTable, PreferenceBatch, RunLayout, packed_batches, plan_layout
+from lora_dpo_jax.data import PairLayout, PairOrder, PairTable, PreferenceBatch, RunLayout, packed_batches
 from lora_dpo_jax.evaluation import PairScorer
 from lora_dpo_jax.huggingface.weights import load_model
 from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter, unwrap_lora
 from lora_dpo_jax.losses import Dpo
-from lora_dpo_jax.main.setup import ModelConfig, longest_row
+from lora_dpo_jax.main.setup import ModelConfig, layout_of_run
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import quantize
 from lora_dpo_jax.sharding import Placement
@@ -119,13 +119,8 @@ def wire(options: Options, pairs: PairTable, devices: list | None = None) -> Wir
 
     order = PairOrder(tuple(pairs.sizes), trainer.seed, shuffle=False)
     batch_ids = [order.batch(n, trainer.train_batch_size) for n in range(num_steps)]
-    layout = plan_layout(
-        batch_ids,
-        pairs.lengths,
-        row_multiple=placement.row_shards,
-        longest_row=longest_row(trainer.per_device_parallelism, options.layout, pairs),
-        pair_layout=options.layout,
-    )
+    parallelism = trainer.per_device_parallelism
+    layout = layout_of_run(pairs, batch_ids, parallelism, options.layout, row_shards=placement.row_shards)
     reference, reference_seconds = None, None
     if options.reference == "cached":
         began = time.perf_counter()

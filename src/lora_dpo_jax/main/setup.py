@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +13,12 @@ from typing import Any, Literal
 import draccus
 import jax
 import jmp
+import numpy as np
 from transformers import AutoTokenizer
 
 from lora_dpo_jax.data.cache import TokenizedPairs, load_pairs
 from lora_dpo_jax.data.loader import PairTable, split_by_prompt, whole_table
-from lora_dpo_jax.data.planning import PairLayout
+from lora_dpo_jax.data.planning import PairLayout, RunLayout, plan_layout
 from lora_dpo_jax.data.preferences import PreferenceDataConfig, default_cache_dir
 from lora_dpo_jax.evaluation import PairScorer
 from lora_dpo_jax.generation import GenerationConfig
@@ -232,13 +234,16 @@ def scorer(config: TrainConfig, pairs: PairTable, placement: Placement) -> PairS
     return PairScorer(pairs, rows=rows, put_batch=placement.put_batch, scope=placement.scope)
 
 
-def longest_row(parallelism: int, layout: PairLayout, pairs: PairTable) -> int:
-    """Tokens that a device computes at once, from trainer.per_device_parallelism."""
-    return row_bound(parallelism, layout.shortest_row(pairs.lengths))
+def layout_of_run(
+    pairs: PairTable, batch_ids: Sequence[np.ndarray], parallelism: int, layout: PairLayout, *, row_shards: int
+) -> RunLayout:
+    """How the pairs of each step are laid into rows; `parallelism` is trainer.per_device_parallelism."""
+    bound = row_bound(parallelism, layout.shortest_row(pairs.lengths))
+    return plan_layout(batch_ids, pairs.lengths, row_multiple=row_shards, longest_row=bound, pair_layout=layout)
 
 
 def row_bound(parallelism: int, longest_pair: int) -> int:
-    """The same where the longest pair (tokens) is all that is known of them."""
+    """Tokens that a device computes at once."""
     return max(longest_pair, TOKENS_AT_ONCE) if parallelism == -1 else parallelism * longest_pair
 
 

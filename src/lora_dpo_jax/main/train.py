@@ -10,7 +10,6 @@ import equinox as eqx
 import jax
 
 from lora_dpo_jax.data.loader import PairOrder, PairTable, packed_batches
-from lora_dpo_jax.data.planning import plan_layout
 from lora_dpo_jax.data.preview import preview
 from lora_dpo_jax.huggingface.adapters import read_adapter_config
 from lora_dpo_jax.lora import LoraConfig, frozen_copy, loraize, reference_model, trainable_filter, with_dropout
@@ -25,11 +24,11 @@ from lora_dpo_jax.main.setup import (
     TrainConfig,
     folder_of,
     keep_programs,
+    layout_of_run,
     load_base,
     load_peft_adapter,
     load_tables,
     load_tokenizer,
-    longest_row,
     scorer,
 )
 from lora_dpo_jax.models import CausalLM
@@ -85,14 +84,8 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
 
     order = PairOrder(tuple(pairs.sizes), trainer.seed, config.data.shuffle, _weights(config, pairs))
     batch_ids = [order.batch(n, trainer.train_batch_size) for n in range(num_steps)]
-    layout = plan_layout(
-        batch_ids,
-        pairs.lengths,
-        row_multiple=placement.row_shards,
-        longest_row=longest_row(trainer.per_device_parallelism, config.layout, pairs),
-        pair_layout=config.layout,
-    )
-
+    parallelism = trainer.per_device_parallelism
+    layout = layout_of_run(pairs, batch_ids, parallelism, config.layout, row_shards=placement.row_shards)
     refuse_other_plans(pairs, batch_ids, layout)
 
     run_id = trainer.run_id()
