@@ -193,13 +193,21 @@ def report(config: PlanConfig, found: Plan) -> str:
         + ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items())
         + f": bound by {bound}, {slowest:.2f} s a step, "
         f"{config.trainer.train_batch_size / slowest:,.0f} pairs/s",
-        f"per_device_parallelism fits up to {found.parallelism}" if found.parallelism else "",
+        _told_parallelism(found),
     ]
     if not kind.is_tpu:
         lines.append(f"The step was compiled for TPU chips in the place of {kind.name}: memory is an estimate.")
     if not found.fits:
         lines.append(f"DOES NOT FIT. {_suggestion(config, found)}")
     return "\n".join(lines)
+
+
+def _told_parallelism(found: Plan) -> str:
+    if found.parallelism is None:
+        return ""
+    if found.fits and found.rows.startswith("1 x"):
+        return "all pairs of a step are computed at once; a larger per_device_parallelism would change nothing"
+    return f"per_device_parallelism fits up to {found.parallelism}"
 
 
 def _suggestion(config: PlanConfig, found: Plan) -> str:
