@@ -95,7 +95,7 @@ def _trained(
         adapters = jax.tree.map(np.asarray, optax.apply_updates(adapters, updates))
         placed = jax.device_put(adapters, shardings)
         weights = eqx.filter(state.model, trainable_filter(state.model), inverse=True)
-        state = TrainState(state.step, eqx.combine(placed, weights), state.opt_state, state.key)
+        state = dataclasses.replace(state, model=eqx.combine(placed, weights))
     yield _flat(gradients), _flat(adapters), loss
 
 
