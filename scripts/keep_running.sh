@@ -10,6 +10,7 @@ for ((restart = 0; restart <= most; restart++)); do
         exit "$status" # done, a mistake to mend, or Ctrl-C
     fi
     echo "$(date '+%F %T') it ended with status $status and is started again" >&2
-    sleep "${KEEP_RUNNING_PAUSE:-10}"
+    # Longer than trainer.distributed.heartbeat_timeout_seconds: the others are to end before this one is back.
+    sleep "${KEEP_RUNNING_PAUSE:-40}"
 done
 exit "$status"

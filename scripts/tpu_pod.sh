@@ -80,7 +80,8 @@ logs() {
 }
 
 stop() {
-    on all "pkill -f '[k]eep_running.sh'; pkill -TERM -f '[l]ora_dpo_jax.main'" # brackets: not this command itself
+    # Brackets: not this command itself. finished: so that keep ends too.
+    on all "pkill -f '[k]eep_running.sh'; pkill -TERM -f '[l]ora_dpo_jax.main'; echo 75 > finished"
 }
 
 state() {
