@@ -3,7 +3,8 @@
     python -m bench.initialization
 
 The model, pairs and steps of `bench.meshes` on eight CPU devices, arranged in several ways that differ in nothing but
-the order in which gradients are summed. What differs in the end is what that order decided.
+the order in which gradients are summed. What differs in the end is what that order decided. Weights and computation are
+in float32 or bfloat16; adapters, their gradients' sums and the optimizer in float32 always, as in a run.
 """
 
 import argparse
@@ -23,12 +24,14 @@ from lora_dpo_jax.sharding import MeshConfig
 from lora_dpo_jax.training.optimizer import OptimizerConfig
 from lora_dpo_jax.training.step import TrainState, TrainStep
 
-# Name -> the mesh, and the devices in their order.
-ARRANGEMENTS: dict[str, tuple[MeshConfig, list[int]]] = {
-    "data 8": (MESHES["data 8"], [0, 1, 2, 3, 4, 5, 6, 7]),
-    "data 8, devices permuted": (MESHES["data 8"], [5, 2, 7, 0, 3, 6, 1, 4]),
-    "model 8": (MESHES["model 8"], [0, 1, 2, 3, 4, 5, 6, 7]),
-    "data 2, model 4": (MESHES["data 2, model 4"], [0, 1, 2, 3, 4, 5, 6, 7]),
+IN_ORDER, PERMUTED = [0, 1, 2, 3, 4, 5, 6, 7], [5, 2, 7, 0, 3, 6, 1, 4]
+# Name -> the mesh, its devices, and the order in which rows are dealt to these, if it is another than their own.
+ARRANGEMENTS: dict[str, tuple[MeshConfig, list[int], list[int] | None]] = {
+    "data 8": (MESHES["data 8"], IN_ORDER, None),
+    "data 8, devices permuted": (MESHES["data 8"], PERMUTED, None),
+    "data 8, rows permuted": (MESHES["data 8"], IN_ORDER, PERMUTED),
+    "model 8": (MESHES["model 8"], IN_ORDER, None),
+    "data 2, model 4": (MESHES["data 2, model 4"], IN_ORDER, None),
 }
 DEFAULT = OptimizerConfig(learning_rate=1e-3, lr_schedule="constant")
 # Name -> what starts at zero, and the optimizer.
@@ -54,16 +57,18 @@ class Arrangement:
     """A step compiled once for all settings: it gives the gradients, and the optimizer is applied outside of it."""
 
     def __init__(self, name: str, dtype: str, steps: int):
-        mesh, order = ARRANGEMENTS[name]
-        self.mesh, self.dtype, self.steps = mesh, dtype, steps
-        self.devices = [jax.devices()[index] for index in order]
+        self.mesh, devices, row_order = ARRANGEMENTS[name]
+        self.steps = steps
+        self.settings = {
+            "devices": [jax.devices()[index] for index in devices],
+            "row_order": row_order,
+            "dtype": dtype,
+        }
         self.step: TrainStep | None = None
 
     def run(self, a_init: Any, config: OptimizerConfig) -> Run:
         lora = dataclasses.replace(EVERYWHERE, a_init=a_init)
-        step, state, batches = wire(
-            self.mesh, RECORD, steps=self.steps, devices=self.devices, lora=lora, dtype=self.dtype
-        )
+        step, state, batches = wire(self.mesh, RECORD, steps=self.steps, lora=lora, **self.settings)
         self.step = self.step or step
         return _summary(list(_trained(self.step, state, batches, config.build(self.steps))))
 
@@ -110,22 +115,21 @@ def _summary(steps: list[tuple[np.ndarray, np.ndarray, float]]) -> Run:
     return Run(gradients[0], first_move, adapters[-1] - adapters[0], np.array(losses[:-1]))
 
 
-def compare(runs: list[Run]) -> dict[str, float]:
-    """The largest differences from the first run."""
+def compare(run: Run, first: Run) -> dict[str, float]:
+    """How far a run is from the first: norms of differences relative to norms, but for losses."""
 
     def apart(of: str) -> float:
-        first, *others = (getattr(run, of) for run in runs)
-        return max(float(np.linalg.norm(other - first) / np.linalg.norm(first)) for other in others)
+        ours, theirs = getattr(run, of), getattr(first, of)
+        return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
-    first, *others = (run.first_gradient for run in runs)
-    moved = first != 0
+    moved = first.first_gradient != 0
+    signs = np.sign(run.first_gradient[moved]) != np.sign(first.first_gradient[moved])
     return {
         "first gradient": apart("first_gradient"),
-        "other signs in it": max(float(np.mean(np.sign(o[moved]) != np.sign(first[moved]))) for o in others),
+        "of other sign": float(np.mean(signs)),
         "first update": apart("first_move"),
         "adapters in the end": apart("last"),
-        "losses": max(float(np.max(np.abs(run.losses - runs[0].losses))) for run in runs[1:]),
-        "last loss": float(runs[0].losses[-1]),
+        "losses": float(np.max(np.abs(run.losses - first.losses))),
     }
 
 
@@ -136,14 +140,18 @@ def main() -> None:
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    header = ["computed in", "init, optimizer", "first gradient", "other signs in it", "first update"]
+    header = ["computed in", "init, optimizer", "arrangement", "first gradient", "of other sign", "first update"]
     header += ["adapters in the end", "losses", "last loss"]
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     for dtype in arguments.dtypes:
-        arrangements = [Arrangement(name, dtype, arguments.steps) for name in ARRANGEMENTS]
-        for name, (a_init, config) in SETTINGS.items():
-            found = compare([arrangement.run(a_init, config) for arrangement in arrangements])
-            print(f"| {dtype} | {name} | " + " | ".join(f"{value:.2g}" for value in found.values()) + " |", flush=True)
+        arrangements = {name: Arrangement(name, dtype, arguments.steps) for name in ARRANGEMENTS}
+        for setting, (a_init, config) in SETTINGS.items():
+            runs = {name: arrangement.run(a_init, config) for name, arrangement in arrangements.items()}
+            first, *others = runs
+            for name in others:
+                found = [*compare(runs[name], runs[first]).values(), runs[name].losses[-1]]
+                figures = " | ".join(f"{value:.2g}" for value in found)
+                print(f"| {dtype} | {setting} | {name} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

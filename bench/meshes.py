@@ -18,7 +18,15 @@ import jax
 import numpy as np
 import optax
 
-from lora_dpo_jax.data import PairLayout, PairTable, TokenizedPair, packed_batches, plan_layout, whole_table
+from lora_dpo_jax.data import (
+    MemoryPairs,
+    PairLayout,
+    PairTable,
+    PreferenceBatch,
+    packed_batches,
+    plan_layout,
+    whole_table,
+)
 from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter
 from lora_dpo_jax.losses import Dpo
 from lora_dpo_jax.models import CausalLM, DecoderConfig
@@ -86,8 +94,12 @@ def wire(
     lora: LoraConfig = EVERYWHERE,
     quantization: str = "none",
     dtype: str = "float32",
+    row_order: list[int] | None = None,
 ) -> tuple[TrainStep, TrainState, Iterator]:
-    """A train step, the state to begin with, and the batches; `dtype` is that of the weights and of computation."""
+    """A train step, the state to begin with, and the batches.
+
+    `dtype` is that of the weights and of computation, `row_order` the one in which rows are dealt to the devices.
+    """
     placement = Placement(config, devices)
     make = functools.partial(_new_state, lora, optimizer, quantization, dtype)
     state = placement.put_parameters(jax.jit(make)())
@@ -96,7 +108,13 @@ def wire(
     layout = plan_layout(
         batch_ids, pairs.lengths, row_multiple=placement.row_shards, longest_row=128, pair_layout=PairLayout()
     )
-    batches = packed_batches(pairs, batch_ids, layout, place=placement.put_batch)
+
+    def place(batch: tuple[PreferenceBatch, ...]) -> tuple[PreferenceBatch, ...]:
+        if row_order is not None:
+            batch = jax.tree.map(lambda leaf: leaf[:, row_order], batch)  # [micro-batch, row, ...]
+        return placement.put_batch(batch)
+
+    batches = packed_batches(pairs, batch_ids, layout, place=place)
     return TrainStep(Dpo(), optimizer, scope=placement.scope), state, batches
 
 
@@ -108,24 +126,9 @@ def random_pairs(count: int, *, seed: int = 0) -> PairTable:
     rng = np.random.default_rng(seed)
 
     def tokens(longest: int) -> np.ndarray:
-        return rng.integers(0, DECODER.vocab_size, rng.integers(2, longest + 1)).astype(np.int32)
+        return rng.integers(0, DECODER.vocab_size, rng.integers(2, longest + 1))
 
-    pairs = _Pairs(TokenizedPair(tokens(24), tokens(32), tokens(32)) for _ in range(count))
-    return whole_table({"random": pairs})  # pyright: ignore[reportArgumentType]
-
-
-class _Pairs(list[TokenizedPair]):
-    """What `TokenizedPairs` offers, without a disk."""
-
-    name = "random"
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([[len(tokens) for tokens in pair] for pair in self], np.int32)
-
-    @property
-    def prompt_hashes(self) -> np.ndarray:
-        return np.arange(len(self), dtype=np.uint64)
+    return whole_table({"random": MemoryPairs((tokens(24), tokens(32), tokens(32)) for _ in range(count))})
 
 
 def _new_state(lora: LoraConfig, optimizer: Any, quantization: str, dtype: str) -> TrainState:

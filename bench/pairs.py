@@ -8,28 +8,18 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from bench.profiles import PROFILES, Length, LengthProfile
-from lora_dpo_jax.data import ComponentConfig, FormatConfig, PairTable, TokenizedPair, UrlSource, tokenize_component
-from lora_dpo_jax.data.loader import whole_table
+from lora_dpo_jax.data import (
+    ComponentConfig,
+    FormatConfig,
+    MemoryPairs,
+    PairTable,
+    TokenizedPair,
+    UrlSource,
+    tokenize_component,
+    whole_table,
+)
 
 BOS, EOS, FIRST_ID, LAST_ID = 1, 2, 3, 32000  # drawn ids are in [FIRST_ID, LAST_ID)
-
-
-class MemoryPairs(Sequence[TokenizedPair]):
-    """What a `TokenizedPairs` offers, in memory."""
-
-    def __init__(self, pairs: Sequence[TokenizedPair], name: str):
-        self.pairs, self.name = list(pairs), name
-        self.lengths = np.array([[len(tokens) for tokens in pair] for pair in pairs], np.int32).reshape(-1, 3)
-        self.prompt_hashes = np.arange(len(self.pairs), dtype=np.uint64)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index):
-        return self.pairs[index]
-
-    def origin(self, index: int) -> str:
-        return f"{self.name}, row {index}"
 
 
 def load(data: str, count: int, *, vocab_size: int, tokenizer: str | None = None, cap: int | None = None) -> PairTable:
@@ -47,7 +37,7 @@ def load(data: str, count: int, *, vocab_size: int, tokenizer: str | None = None
         pairs = from_file(data, count, tokenizer, cap or 1024)
     if (highest := max(int(tokens.max()) for pair in pairs for tokens in pair)) >= vocab_size:
         raise ValueError(f"{data} holds token {highest}, but the model embeds only {vocab_size}; use another tokenizer")
-    return _table(pairs, data)
+    return whole_table({data: MemoryPairs(pairs, data)})
 
 
 def synthetic(profile: LengthProfile, count: int, *, vocab_size: int, seed: int = 0) -> list[TokenizedPair]:
@@ -106,9 +96,5 @@ def load_jsonl(path: Path, count: int) -> PairTable:
         rows = [json.loads(line) for line in file][:count]
     if len(rows) < count:
         raise ValueError(f"{path} holds {len(rows)} pairs; {count} were asked for")
-    pairs = [TokenizedPair(*(np.array(row[f"{name}_ids"], np.int32) for name in TokenizedPair._fields)) for row in rows]
-    return _table(pairs, path.name)
-
-
-def _table(pairs: Sequence[TokenizedPair], name: str) -> PairTable:
-    return whole_table({name: MemoryPairs(pairs, name)})  # type: ignore[arg-type]
+    pairs = [[row[f"{part}_ids"] for part in TokenizedPair._fields] for row in rows]
+    return whole_table({path.name: MemoryPairs(pairs, path.name)})

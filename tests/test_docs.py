@@ -16,12 +16,15 @@ def code_blocks(page: str) -> list[str]:
 def test_the_code_of_the_library_page_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("LORA_DPO_JAX_CACHE", str(tmp_path))
-    train, hinge, mesh = code_blocks("library.md")
+    train, own_pairs, hinge, mesh = code_blocks("library.md")
     names: dict = {}
     exec(train, names)
     losses = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()]
     assert losses[0] == pytest.approx(0.6931, abs=1e-4)
     assert losses[-1] < losses[0]
+    mine = dict(names)
+    exec(own_pairs, mine)
+    assert mine["pairs"].lengths.tolist() == [[3, 3, 2]]
     exec(hinge, names)
     exec(mesh, names)
     state = names["TrainState"].init(

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from tiny_pairs import MemoryPairs, moved, new_adapters, plain_sequences, random_pairs, response_log_probs, table_of
+from tiny_pairs import moved, new_adapters, plain_sequences, random_pairs, response_log_probs, table_of
 
+from lora_dpo_jax.data.memory import MemoryPairs
 from lora_dpo_jax.evaluation import PairScorer, summarize
 from lora_dpo_jax.lora import unwrap_lora
 from lora_dpo_jax.losses import Dpo

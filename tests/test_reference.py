@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_disks import no_file_larger_than
-from tiny_pairs import MemoryPairs, new_adapters, random_pairs
+from tiny_pairs import new_adapters, random_pairs
 
 from lora_dpo_jax.data.loader import PairTable
 from lora_dpo_jax.evaluation import PairScorer
@@ -18,19 +18,12 @@ from lora_dpo_jax.reference import RECORD, ReferenceCache
 SIZE = RECORD.itemsize
 
 
-def component(count: int, seed: int, fingerprint: str) -> MemoryPairs:
-    pairs = random_pairs(count, seed=seed)
-    pairs.fingerprint = fingerprint  # pyright: ignore[reportAttributeAccessIssue]
-    return pairs
-
-
-ONE, TWO = component(13, 1, "one"), component(9, 2, "two")
+ONE, TWO = random_pairs(13, seed=1), random_pairs(9, seed=2)
 
 
 def table(one, two=()) -> PairTable:
     """Of the pairs with these indices."""
-    chosen = {"one": (ONE, np.array(one, int)), "two": (TWO, np.array(two, int))}
-    return PairTable(chosen)  # pyright: ignore[reportArgumentType]
+    return PairTable({"one": (ONE, np.array(one, int)), "two": (TWO, np.array(two, int))})
 
 
 ALL = table(range(13), range(9))
@@ -91,7 +84,7 @@ def test_computing_gives_what_is_found_later(cache, reference):
 def test_another_identity_or_other_pairs_find_nothing(cache, reference, tmp_path):
     fill(cache, reference)
     assert np.isnan(ReferenceCache(tmp_path, {"weights": "abd"}).find(ALL)).all()
-    other = PairTable({"one": (component(13, 1, "another"), np.arange(13))})  # pyright: ignore[reportArgumentType]
+    other = PairTable({"one": (random_pairs(13, seed=3), np.arange(13))})
     assert np.isnan(cache.find(other)).all()
     assert not np.isnan(ReferenceCache(tmp_path, {"weights": "abc"}).find(ALL)).any()
 
@@ -99,7 +92,7 @@ def test_another_identity_or_other_pairs_find_nothing(cache, reference, tmp_path
 def test_a_folder_says_what_it_is_of(cache, reference):
     fill(cache, reference)
     (meta,) = (path.with_name("meta.json") for count, path in record_files(cache).items() if count == 9)
-    assert '"pairs": "two"' in meta.read_text() and '"weights": "abc"' in meta.read_text()
+    assert f'"pairs": "{TWO.fingerprint}"' in meta.read_text() and '"weights": "abc"' in meta.read_text()
 
 
 class Interrupted(Exception):

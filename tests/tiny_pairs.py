@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_dpo_jax.data.chat import TokenizedPair
 from lora_dpo_jax.data.loader import PairTable, whole_table
+from lora_dpo_jax.data.memory import MemoryPairs
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
 from lora_dpo_jax.data.planning import Layout, plan_rows
 from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter
@@ -44,27 +45,6 @@ ADAPTERS = {
     "everywhere": LoraConfig(r=4, alpha=8.0),  # but in the head
     "some layers and lm_head": LoraConfig(r=4, alpha=8.0, target_modules=SOME_LAYERS),
 }
-
-
-class MemoryPairs(Sequence[TokenizedPair]):
-    """What `TokenizedPairs` offers, without a disk."""
-
-    def __init__(
-        self, pairs: Sequence[TokenizedPair], prompt_hashes: Sequence[int] | None = None, name: str = "memory"
-    ):
-        self.pairs, self.name = list(pairs), name
-        self.lengths = np.array([[len(tokens) for tokens in pair] for pair in pairs], np.int32).reshape(-1, 3)
-        hashes = prompt_hashes if prompt_hashes is not None else range(len(self.pairs))
-        self.prompt_hashes = np.array(hashes, np.uint64)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index):
-        return self.pairs[index]
-
-    def origin(self, index: int) -> str:
-        return f"{self.name}, row {index}"
 
 
 def tiny_decoder(name: str = "llama", attention: str = "auto") -> CausalLM:
@@ -132,7 +112,7 @@ def random_pairs(
 
 
 def table_of(pairs: MemoryPairs) -> PairTable:
-    return whole_table({"pairs": pairs})  # pyright: ignore[reportArgumentType]
+    return whole_table({"pairs": pairs})
 
 
 def packed(

@@ -28,8 +28,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from lora_dpo_jax.data.cache import TokenizedPairs
-from lora_dpo_jax.data.loader import PairTable
+from lora_dpo_jax.data.loader import PairSource, PairTable
 from lora_dpo_jax.evaluation import PairScorer
 from lora_dpo_jax.models import CausalLM
 
@@ -112,7 +111,7 @@ class ReferenceCache:
             if len(indices):
                 self._records(component).append(indices, part)
 
-    def _records(self, component: TokenizedPairs) -> "_Records":
+    def _records(self, component: PairSource) -> "_Records":
         return _Records(self.folder, {**self.identity, "pairs": component.fingerprint}, len(component))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_pairs import MemoryPairs, random_pairs, table_of
+from tiny_pairs import random_pairs, table_of
 
 from lora_dpo_jax.data.loader import (
     BLOCK,
@@ -19,6 +19,7 @@ from lora_dpo_jax.data.loader import (
     split_by_prompt,
     whole_table,
 )
+from lora_dpo_jax.data.memory import MemoryPairs
 from lora_dpo_jax.data.planning import plan_layout
 
 ORDERS = {
@@ -90,11 +91,9 @@ def test_impossible_orders_are_errors(sizes, weights, message):
 def components_sharing_prompts() -> dict[str, MemoryPairs]:
     """Prompts with one pair and with many, some of them in both components."""
     rng = np.random.default_rng(0)
-    pairs = random_pairs(500).pairs
-    return {
-        "one": MemoryPairs(pairs[:300], rng.integers(0, 150, 300), name="one"),
-        "two": MemoryPairs(pairs[300:], rng.integers(100, 400, 200), name="two"),
-    }
+    prompts = np.concatenate([rng.integers(0, 150, 300), rng.integers(100, 400, 200)])
+    pairs = [([prompt], *responses) for prompt, (_, *responses) in zip(prompts, random_pairs(500), strict=True)]
+    return {"one": MemoryPairs(pairs[:300], "one"), "two": MemoryPairs(pairs[300:], "two")}
 
 
 def prompts_of(table: PairTable, components: dict[str, MemoryPairs]) -> list[int]:

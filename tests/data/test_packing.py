@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_pairs import (
-    MemoryPairs,
     moved,
     new_adapters,
     packed,
@@ -18,6 +17,7 @@ from tiny_pairs import (
 
 from lora_dpo_jax.data import packing
 from lora_dpo_jax.data.chat import TokenizedPair
+from lora_dpo_jax.data.memory import MemoryPairs
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
 from lora_dpo_jax.data.planning import Layout
 from lora_dpo_jax.log_probs import pair_log_probs

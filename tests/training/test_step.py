@@ -12,7 +12,6 @@ import numpy as np
 import optax
 import pytest
 from tiny_pairs import (
-    MemoryPairs,
     adapters_of,
     fresh,
     intermediates,
@@ -26,6 +25,7 @@ from tiny_pairs import (
 
 from lora_dpo_jax.data.chat import TokenizedPair
 from lora_dpo_jax.data.loader import packed_batches
+from lora_dpo_jax.data.memory import MemoryPairs
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
 from lora_dpo_jax.data.planning import Layout, RunLayout, plan_rows
 from lora_dpo_jax.evaluation import PairScorer

@@ -2,7 +2,16 @@
 
 from lora_dpo_jax.data.cache import TokenizedPairs, load_pairs, tokenize_component
 from lora_dpo_jax.data.chat import PairTokenizer, TokenizedPair
-from lora_dpo_jax.data.loader import PairOrder, PairTable, packed_batches, packed_rows, split_by_prompt, whole_table
+from lora_dpo_jax.data.loader import (
+    PairOrder,
+    PairSource,
+    PairTable,
+    packed_batches,
+    packed_rows,
+    split_by_prompt,
+    whole_table,
+)
+from lora_dpo_jax.data.memory import MemoryPairs
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
 from lora_dpo_jax.data.planning import Layout, PairLayout, RunLayout, plan_layout, plan_rows
 from lora_dpo_jax.data.preferences import ComponentConfig, FormatConfig, PreferenceDataConfig, PreferencePair
@@ -13,8 +22,10 @@ __all__ = [
     "FormatConfig",
     "HubSource",
     "Layout",
+    "MemoryPairs",
     "PairLayout",
     "PairOrder",
+    "PairSource",
     "PairTable",
     "PairTokenizer",
     "PreferenceBatch",

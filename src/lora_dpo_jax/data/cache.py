@@ -194,7 +194,7 @@ def _tokenize(
                 counts[result.reason] += 1
                 continue
             counts.update(kept=1, truncated=int(result.size < whole.size), **{boundary: 1})
-            writer.add(result, index, number, _hash(whole.prompt))
+            writer.add(result, index, number, whole.prompt_hash)
     _check_columns(format, columns, name)
     if not counts["kept"]:
         raise ValueError(f"No pair is left in data.components.{describe(counts, name)}")
@@ -301,10 +301,6 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "split_special_tokens": tokenizer.split_special_tokens,
         "chat_template": tokenizer.chat_template,
     }
-
-
-def _hash(tokens: np.ndarray) -> int:
-    return int.from_bytes(hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=8).digest(), "little")
 
 
 def _checksum(path: Path) -> int:

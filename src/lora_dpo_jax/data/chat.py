@@ -12,6 +12,7 @@ begin both conversations, and the rest of these is scored, token for token as in
 - the template renders the prompt's own messages differently when a response follows: the row is refused.
 """
 
+import hashlib
 import itertools
 from collections.abc import Iterable
 from os.path import commonprefix
@@ -43,6 +44,12 @@ class TokenizedPair(NamedTuple):
     def length(self) -> int:
         """Tokens of the prompt and the longer response: what train_seq_len bounds."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+    @property
+    def prompt_hash(self) -> int:
+        """64 bits, of the prompt's tokens: pairs with the same belong together when a table is split."""
+        digest = hashlib.blake2b(self.prompt.astype("<i4").tobytes(), digest_size=8).digest()
+        return int.from_bytes(digest, "little")
 
 
 class _Texts(NamedTuple):

@@ -5,11 +5,10 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from lora_dpo_jax.data.cache import TokenizedPairs
 from lora_dpo_jax.data.chat import TokenizedPair
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
 from lora_dpo_jax.data.planning import PairLayout, RunLayout, layout_of_rows, plan_rows
@@ -18,10 +17,27 @@ T = TypeVar("T")
 BLOCK = 1024  # positions over which mixture weights hold exactly, to rounding
 
 
+class PairSource(Protocol):
+    """The pairs of one component: `TokenizedPairs` on disk, `MemoryPairs` in memory."""
+
+    fingerprint: str  # hex; other pairs have another one
+    lengths: np.ndarray  # int32 [n, 3]: tokens of prompt, chosen, rejected
+    prompt_hashes: np.ndarray  # uint64 [n]
+    checksums: dict[str, int]  # the same for the same pairs, wherever they came from
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> TokenizedPair: ...
+
+    def origin(self, index: int, /) -> str:
+        """Where the pair comes from, in words."""
+        ...
+
+
 class PairTable(Sequence[TokenizedPair]):
     """Chosen pairs of one or more components, numbered through."""
 
-    def __init__(self, components: Mapping[str, tuple[TokenizedPairs, np.ndarray]]):
+    def __init__(self, components: Mapping[str, tuple[PairSource, np.ndarray]]):
         """Each component comes with the indices of its pairs that belong to this table."""
         self.names = list(components)
         self._pairs = [pairs for pairs, _ in components.values()]
@@ -45,7 +61,7 @@ class PairTable(Sequence[TokenizedPair]):
         return pairs.origin(inner)
 
     @property
-    def components(self) -> list[tuple[TokenizedPairs, np.ndarray]]:
+    def components(self) -> list[tuple[PairSource, np.ndarray]]:
         """In the table's order: the pairs of each component, and the indices of those that belong to this table."""
         return list(zip(self._pairs, self._indices, strict=True))
 
@@ -58,18 +74,16 @@ class PairTable(Sequence[TokenizedPair]):
         ]
         return PairTable(dict(zip(self.names, zip(self._pairs, inner, strict=True), strict=True)))
 
-    def _locate(self, index: int) -> tuple[TokenizedPairs, int]:
+    def _locate(self, index: int) -> tuple[PairSource, int]:
         component = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._pairs[component], int(self._indices[component][index - self._starts[component]])
 
 
-def whole_table(components: Mapping[str, TokenizedPairs]) -> PairTable:
+def whole_table(components: Mapping[str, PairSource]) -> PairTable:
     return PairTable({name: (pairs, np.arange(len(pairs))) for name, pairs in components.items()})
 
 
-def split_by_prompt(
-    components: Mapping[str, TokenizedPairs], fraction: float, seed: int
-) -> tuple[PairTable, PairTable]:
+def split_by_prompt(components: Mapping[str, PairSource], fraction: float, seed: int) -> tuple[PairTable, PairTable]:
     """(train, validation), the latter holding about `fraction` of the pairs. No prompt is in both, of any component."""
     hashes = [np.asarray(pairs.prompt_hashes) for pairs in components.values()]
     prompts, prompt_of = np.unique(np.concatenate(hashes), return_inverse=True)

@@ -12,8 +12,7 @@ import jax
 import numpy as np
 
 import lora_dpo_jax
-from lora_dpo_jax.data.cache import TokenizedPairs
-from lora_dpo_jax.data.loader import PairTable
+from lora_dpo_jax.data.loader import PairSource, PairTable
 from lora_dpo_jax.data.planning import RunLayout
 from lora_dpo_jax.data.preferences import default_cache_dir
 from lora_dpo_jax.huggingface.digests import tensor_digests
@@ -90,7 +89,7 @@ def refuse_other_plans(pairs: PairTable, batch_ids: Sequence[np.ndarray], layout
     )
 
 
-def _components(pairs: PairTable) -> dict[str, TokenizedPairs]:
+def _components(pairs: PairTable) -> dict[str, PairSource]:
     return {name: component for name, (component, _) in zip(pairs.names, pairs.components, strict=True)}
 
 
