@@ -1,5 +1,7 @@
 import gzip
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -172,6 +174,18 @@ def test_a_failure_leaves_nothing_in_the_cache(write, load, tmp_path):
     with pytest.raises(RowError):
         load(write(FAULTY))
     assert list((tmp_path / "cache" / "pairs").iterdir()) == []
+
+
+def test_what_was_killed_while_it_wrote_is_removed_a_day_later(write, load, tmp_path):
+    folder, now, day = tmp_path / "cache" / "pairs", time.time(), 24 * 3600
+    for name, age in {"killed": day + 60, "writing": day - 60}.items():
+        building = folder / f".building-{name}"
+        building.mkdir(parents=True)
+        (building / "tokens.bin").write_bytes(b"1234")
+        for path in (building / "tokens.bin", building):
+            os.utime(path, (now - age, now - age))
+    pairs = load(write(ROWS[:10]))
+    assert sorted(path.name for path in folder.iterdir()) == [".building-writing", pairs.fingerprint]
 
 
 def test_a_full_disk_leaves_nothing_in_the_cache(write, load, tmp_path):

@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import uuid
 import zlib
 from array import array
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1  # raise it when the same rows would become other tokens, or the files another layout
 ROWS_PER_BATCH = 256
+LITTER_SECONDS = 24 * 3600
 # What a report counts beside `rows`, `kept` and `exact`, in words.
 NOTES = {
     "empty": "empty",
@@ -132,6 +134,7 @@ def tokenize_component(
     folder = Path(cache_dir or default_cache_dir()).expanduser() / "pairs" / fingerprint
     pairs = _open(folder)
     if pairs is None:
+        _remove_litter(folder.parent)
         building = folder.parent / f".building-{uuid.uuid4().hex}"
         try:
             building.mkdir(parents=True)
@@ -260,6 +263,17 @@ def _open(folder: Path) -> TokenizedPairs | None:
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         logger.warning("The tokenized pairs in %s are damaged (%s) and are made again", folder, error)
         return None
+
+
+def _remove_litter(folder: Path) -> None:
+    """What processes left that were killed while they wrote it. One that still writes does so within a day."""
+    for building in folder.glob(".building-*"):
+        try:
+            last_write = max(path.stat().st_mtime for path in [building, *building.iterdir()])
+        except OSError:  # its process has just put it in its place, or removed it
+            continue
+        if time.time() - last_write > LITTER_SECONDS:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def _publish(building: Path, folder: Path) -> TokenizedPairs:

@@ -8,8 +8,10 @@ from typing import Any
 import draccus
 import equinox as eqx
 import jax
+import numpy as np
 
 from lora_dpo_jax.data.loader import PairOrder, PairTable, packed_batches
+from lora_dpo_jax.data.planning import RunLayout
 from lora_dpo_jax.data.preview import preview
 from lora_dpo_jax.huggingface.adapters import read_adapter_config
 from lora_dpo_jax.lora import LoraConfig, frozen_copy, loraize, reference_model, trainable_filter, with_dropout
@@ -82,11 +84,7 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
     state = placement.put_parameters(TrainState.init(model, optimizer, key=k_dropout, reference=reference))
     step = TrainStep(config.preference_loss, optimizer, schedule=schedule, scope=placement.scope)
 
-    order = PairOrder(tuple(pairs.sizes), trainer.seed, config.data.shuffle, _weights(config, pairs))
-    batch_ids = [order.batch(n, trainer.train_batch_size) for n in range(num_steps)]
-    parallelism = trainer.per_device_parallelism
-    layout = layout_of_run(pairs, batch_ids, parallelism, config.layout, row_shards=placement.row_shards)
-    refuse_other_plans(pairs, batch_ids, layout)
+    batch_ids, layout = _plan(config, pairs, num_steps, placement)
 
     run_id = trainer.run_id()
     run_dir = trainer.run_dir(run_id)
@@ -148,6 +146,20 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
     return state
 
 
+def _plan(
+    config: TrainConfig, pairs: PairTable, num_steps: int, placement: Placement
+) -> tuple[list[np.ndarray], RunLayout]:
+    """The ids of the pairs of each step, and how they are laid into rows; the same on every process."""
+    trainer, weights = config.trainer, config.data.train_weights
+    of_components = None if weights is None else tuple(weights[name] for name in pairs.names)
+    order = PairOrder(tuple(pairs.sizes), trainer.seed, config.data.shuffle, of_components)
+    batch_ids = [order.batch(step, trainer.train_batch_size) for step in range(num_steps)]
+    parallelism = trainer.per_device_parallelism
+    layout = layout_of_run(pairs, batch_ids, parallelism, config.layout, row_shards=placement.row_shards)
+    refuse_other_plans(pairs, batch_ids, layout)
+    return batch_ids, layout
+
+
 def _restore(
     checkpoints: Checkpoints, state: TrainState, num_steps: int, *, wanted: bool | None
 ) -> tuple[TrainState, int, dict[str, Any]]:
@@ -190,11 +202,6 @@ def _adapted(config: TrainConfig, lora: LoraConfig, base: Base, placement: Place
     dtype = config.trainer.precision.param_dtype
     adapters = placement.put_parameters(jax.tree.map(lambda x: x.astype(dtype), adapters))
     return eqx.combine(adapters, weights)
-
-
-def _weights(config: TrainConfig, pairs: PairTable) -> tuple[float, ...] | None:
-    weights = config.data.train_weights
-    return None if weights is None else tuple(weights[name] for name in pairs.names)
 
 
 def _parameter_counts(model: CausalLM) -> dict[str, float]:
