@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,26 @@ def test_keep_running_starts_again_what_asks_for_it(tmp_path, statuses, restarts
     assert (tmp_path / "seen").read_text().splitlines() == ["an argument"] * (restarts + 1)
 
 
+@pytest.mark.parametrize("moment", ["at work", "in the pause"])
+def test_sigterm_to_keep_running_reaches_the_command_and_ends_both(tmp_path, moment):
+    told = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print(1, flush=True); "
+    code = told + ("time.sleep(60)" if moment == "at work" else "sys.exit(75)")
+    keep = [SCRIPTS / "keep_running.sh", sys.executable, "-c", code]
+    with subprocess.Popen(keep, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.readline()
+        if moment == "in the pause":
+            assert "started again" in process.stderr.readline()
+        process.terminate()
+        assert process.wait(timeout=30) == 75
+        assert process.stdout.read() == "", "not started again"
+
+
+def test_keep_running_without_a_command_says_how_it_is_used():
+    done = subprocess.run([SCRIPTS / "keep_running.sh"], capture_output=True, text=True)
+    assert done.returncode == 2 and "usage" in done.stderr
+
+
 def printed(*arguments: str, **environment: str) -> list[list[str]]:
     """The commands of a dry run, each as its words."""
     command = [SCRIPTS / "tpu_pod.sh", "--dry-run", *arguments]
@@ -49,6 +70,7 @@ def printed(*arguments: str, **environment: str) -> list[list[str]]:
 
 def test_the_tpu_commands_are_one_gcloud_command_each():
     (create,) = printed("create", TPU_NAME="pod", ZONE="europe-west4-b", TPU_TYPE="v5litepod-64", SPOT="1")
+    assert "--spot" not in printed("create", SPOT="0")[0]
     assert create[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "create", "pod"]
     assert {"--zone=europe-west4-b", "--accelerator-type=v5litepod-64", "--spot"} <= set(create)
     (logs,) = printed("logs")
@@ -81,6 +103,65 @@ def test_what_runs_on_the_hosts_gets_its_arguments_whole(tmp_path):
     assert (tmp_path / "finished").read_text().strip() == "0"
 
 
+# Tells what the files beside it say, a line each time, and notes what it is asked.
+GCLOUD = """#!/bin/bash
+cd "$(dirname "$0")"
+next() { head -n 1 "$1"; sed -i 1d "$1"; }
+case "$*" in
+*\\ describe\\ *)
+    state=$(next states)
+    case "$state" in
+    NOT_FOUND | "") echo "ERROR: ${state:-no network}" >&2; exit 1 ;;
+    *) echo "$state"; exit ;;
+    esac ;;
+*"cat finished"*) next looks; exit ;;
+*keep_running*) echo run >> seen ;;
+*) echo "$4" >> seen ;;
+esac
+[ "$4" != "${FAILS:-}" ]
+"""
+
+
+@pytest.mark.parametrize(
+    "states, looks, verbs, last",
+    [
+        ("NOT_FOUND READY READY READY", "idle running 0", "create scp ssh run", 0),
+        ("READY READY", "running 3", "", 3),  # begun by an earlier keep
+        ("READY READY READY", "0 running 1", "scp ssh run", 1),  # of an earlier run
+        ("READY  PREEMPTED READY READY", "running idle 0", "delete create scp ssh run", 0),
+        ("READY CREATING READY READY", "running idle 0", "scp ssh run", 0),  # its hosts were started again
+        ("   READY", "", "", 1),  # no network, no project, no login: nothing is made or deleted
+    ],
+)
+def test_keep_begins_a_run_once_on_each_slice(tmp_path, states, looks, verbs, last):
+    done = keep(tmp_path, states, looks)
+    assert (tmp_path / "seen").read_text().split() == verbs.split()
+    assert done.returncode == last, done.stderr
+
+
+def test_keep_begins_no_run_where_the_install_failed(tmp_path):
+    done = keep(tmp_path, "READY READY READY READY", "idle idle idle", FAILS="scp")
+    assert (tmp_path / "seen").read_text().split() == ["scp", "scp", "scp"]
+    assert done.returncode == 1 and "3 failures in a row" in done.stderr
+
+
+def keep(folder: Path, states: str, looks: str, **environment: str) -> subprocess.CompletedProcess:
+    for name, lines in {"states": states, "looks": looks, "seen": ""}.items():
+        (folder / name).write_text("".join(f"{line}\n" for line in lines.split(" ")) if lines else "")
+    (folder / "gcloud").write_text(GCLOUD)
+    (folder / "gcloud").chmod(0o755)
+    environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "KEEP_PAUSE": "0", "KEEP_FAILURES": "3"}
+    command = [SCRIPTS / "tpu_pod.sh", "keep", "--config_path", "my.yaml"]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+
+
+def test_nothing_is_done_for_words_after_a_verb_that_takes_none():
+    """`create --dry-run` would make a slice."""
+    for words in (["create", "--dry-run"], ["delete", "it"], ["run"], ["keep"], []):
+        done = subprocess.run([SCRIPTS / "tpu_pod.sh", *words], capture_output=True, text=True)
+        assert done.returncode == 2 and "tpu_pod.sh [--dry-run] create" in done.stderr
+
+
 @pytest.mark.parametrize("status, is_queued_again", [(0, False), (1, False), (75, True), (137, True)])
 def test_a_slurm_job_is_queued_again_when_the_run_asks_for_it(tmp_path, status, is_queued_again):
     for name, does in {
@@ -108,7 +189,7 @@ def test_the_job_of_gke_fails_on_mistakes_and_restarts_on_all_else():
     assert pod["restartPolicy"] == "Never", "else Kubernetes takes no podFailurePolicy"
     (container,) = pod["containers"]
     (rule,) = spec["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [1]}
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [1, 2, 126, 127]}
     assert job["spec"]["failurePolicy"]["rules"] == [
         {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     ]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -101,7 +102,7 @@ def assert_same_run(config: TrainConfig, other: TrainConfig) -> None:
 
 @pytest.fixture(scope="module")
 def alone(folder) -> TrainConfig:
-    """The run on one process, of one device."""
+    """The run on one process, of eight devices."""
     config = config_of(folder, "alone")
     main(config)
     return config
@@ -187,7 +188,7 @@ def signalled(config: TrainConfig, signum: signal.Signals, *, victim: int) -> li
     return start(["-c", SIGNALLED, str(int(signum)), str(victim), "1", "--config_path", written(config)], count=2)
 
 
-def test_sigterm_to_one_process_stops_all_and_the_run_goes_on_exactly(folder, on_two):
+def test_sigterm_to_one_process_stops_all_and_the_run_goes_on_exactly(folder, on_two, alone, caplog):
     config = config_of(folder, "stopped", trainer__id="stopped")
     outcomes = ended(signalled(config, signal.SIGTERM, victim=1))
     assert [status for status, _, _ in outcomes] == [RESTART_ME] * 2, [told[-2000:] for _, _, told in outcomes]
@@ -195,11 +196,18 @@ def test_sigterm_to_one_process_stops_all_and_the_run_goes_on_exactly(folder, on
     assert stopped[0] == stopped[1] and len(stopped[0]) == 1
     assert (run_folder(config) / "checkpoints" / f"step-{stopped[0][0]}").is_dir()
 
+    fewer = config_of(folder, "fewer", trainer__id="stopped")
+    shutil.copytree(config.trainer.log_dir, fewer.trainer.log_dir)
     outcomes = run_on(2, config)
     assert "going on from" in outcomes[0][2]
     assert metrics_of(config) == metrics_of(on_two[0])
     theirs = adapters_of(on_two[0])
     assert all(np.array_equal(tensor, theirs[name]) for name, tensor in adapters_of(config).items())
+
+    with caplog.at_level("INFO", "lora_dpo_jax"):
+        main(fewer)  # on one process
+    assert f"step-{stopped[0][0]}" in caplog.text and "going on from" in caplog.text
+    assert_same_run(fewer, alone)
 
 
 def test_when_one_process_is_killed_the_other_ends_in_words(folder):

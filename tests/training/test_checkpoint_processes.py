@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_dpo_jax.training.checkpoint import CheckpointerConfig, Checkpoints
 
-# Goes on until the first process is sent SIGTERM. Only that one knows what run it is, as in main/train.py.
+# Goes on until the first process is sent SIGTERM: after 150 steps, or before the first one of a run that goes on. Only
+# that process knows what run it is, as in main/train.py.
 PROCESS = """
 import os, signal, sys, time
 import jax, numpy as np
@@ -35,13 +37,18 @@ checkpoints = Checkpoints(
     epath.Path(folder), CheckpointerConfig(save_interval="0.5s", keep=[]), identity=identity, settings={}
 )
 with StopSignals() as stop, checkpoints:
-    assert checkpoints.restore({"x": state}) is None
-    for step in range(1, 2000):
+    found = checkpoints.restore({"x": state})
+    first = found.step if found else 0
+    state = found.arrays["x"] if found else state
+    if found and process == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(2.0)  # until JAX has noticed
+    for step in range(first + 1, first + 2000):
         state = train_step(state)
         time.sleep(0.01)
         if step == 150 and process == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        stopped_by = stop(step)
+        stopped_by = stop()
         if stopped_by or checkpoints.is_due(step):
             checkpoints.save(step, {"x": state}, notes={})
         if stopped_by:
@@ -56,8 +63,9 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def test_processes_save_together_and_stop_after_the_same_step(tmp_path):
-    folder, port = tmp_path / "checkpoints", free_port()
+def stopped_after(folder: Path) -> int:
+    """The last step of both processes."""
+    port = free_port()
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     processes = [
         subprocess.Popen(
@@ -73,7 +81,15 @@ def test_processes_save_together_and_stop_after_the_same_step(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], told
     stopped = [re.findall(r"stopped after (\d+)", out) for out, _ in told]
     assert stopped[0] == stopped[1] and len(stopped[0]) == 1
-    step = int(stopped[0][0])
+    return int(stopped[0][0])
+
+
+def test_processes_save_together_and_stop_after_the_same_step(tmp_path):
+    folder = tmp_path / "checkpoints"
+    first = stopped_after(folder)
+    assert first >= 150
+    step = stopped_after(folder)
+    assert first < step < first + 1000, "a signal that comes before the first step of a run that goes on is heard"
     assert [path.name for path in folder.iterdir()] == [f"step-{step}"], "those by the clock have gone"
 
     # Here it is one process, with both devices.

@@ -15,14 +15,24 @@ def test_the_first_signal_is_noted_and_the_second_one_acts(signum):
     former = signal.signal(signum, lambda *_: seen.append("former"))
     try:
         with StopSignals() as stop:
-            assert stop(1) is None
+            assert stop() is None
             os.kill(os.getpid(), signum)
-            assert stop(2) == stop(3) == signum
+            assert stop() == stop() == signum
             assert seen == []
             os.kill(os.getpid(), signum)
             assert seen == ["former"]
     finally:
         signal.signal(signum, former)
+
+
+def test_a_signal_that_comes_twice_at_once_is_one():
+    """From whoever ends all processes of a group, and passed on by a launcher that is one of them."""
+    with StopSignals() as stop:
+        again = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+        again.start()
+        os.kill(os.getpid(), signal.SIGTERM)
+        again.join()
+        assert stop() == signal.SIGTERM
 
 
 def test_handlers_are_put_back():
@@ -39,7 +49,7 @@ def test_off_the_main_thread_handlers_are_left_alone():
     def work():
         with StopSignals() as stop:
             inside.append(signal.getsignal(signal.SIGTERM))
-            stops.append(stop(1))
+            stops.append(stop())
 
     thread = threading.Thread(target=work)
     thread.start()

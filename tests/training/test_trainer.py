@@ -1,5 +1,6 @@
 """The loop: when hooks run, which metrics are logged and when they are fetched, and what a run may be told."""
 
+import itertools
 import signal
 from types import SimpleNamespace
 
@@ -51,6 +52,12 @@ def run(num_steps: int, step=None, batches=None, **kwargs):
     kwargs.setdefault("tracker", Recorder())
     batches = range(100, 100 + num_steps) if batches is None else batches
     return train(0, step or counting_step(), batches, num_steps=num_steps, **kwargs), kwargs["tracker"]
+
+
+def signalled(step: int):
+    """Asks to stop from the end of the step-th step on."""
+    asked = itertools.count(1)
+    return lambda: signal.SIGTERM if next(asked) >= step else None
 
 
 @pytest.mark.parametrize(
@@ -180,13 +187,13 @@ def test_a_run_that_is_asked_to_stop_calls_the_hooks_meant_for_it_and_ends():
     ]
     tracker = Recorder()
     with pytest.raises(InterruptedTrainingError, match="stopped by SIGTERM after 3 of 9 steps"):
-        run(9, tracker=tracker, hooks=hooks, stop=lambda step: signal.SIGTERM if step >= 3 else None)
+        run(9, tracker=tracker, hooks=hooks, stop=signalled(3))
     assert events == [("evaluate", 1, 1), ("evaluate", 2, 2), ("save", 3, 3)]
     assert [step for step, _ in tracker.logged] == [0, 1, 2], "all that was done is logged before it is saved"
 
 
 def test_a_run_at_its_last_step_is_not_stopped():
-    assert run(3, stop=lambda step: signal.SIGTERM if step >= 3 else None)[0] == 3
+    assert run(3, stop=signalled(3))[0] == 3
 
 
 def test_no_batch_is_taken_that_is_not_trained_on():

@@ -3,12 +3,15 @@
 import os
 import signal
 import threading
+import time
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 RESTART_ME = 75  # the exit status after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
+# Who ends a group of processes signals each of them, and a launcher among them passes its signal on: that is one.
+SAME_SIGNAL_SECONDS = 0.5
 
 
 class InterruptedTrainingError(RuntimeError):
@@ -34,10 +37,13 @@ class StopSignals:
     def __init__(self):
         self._received: signal.Signals | None = None
         self._former: dict[signal.Signals, Any] = {}
+        self._times_asked = 0
 
-    def __call__(self, step: int) -> signal.Signals | None:
-        """What asks the run to stop after `step` updates, if anything does. To be asked once a step."""
-        if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step):
+    def __call__(self) -> signal.Signals | None:
+        """What asks the run to stop here, if anything does. To be asked once a step, on all processes."""
+        # Not the number of the step: of a signal that came before it was asked, JAX makes a stop at the first time.
+        self._times_asked += 1
+        if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(self._times_asked):
             return signal.SIGTERM
         return self._received
 
@@ -52,9 +58,12 @@ class StopSignals:
 
     def _note(self, signum: int, frame: Any) -> None:
         self._received = signal.Signals(signum)
-        self._restore()  # the next one acts at once
+        for caught in self._former:
+            signal.signal(caught, lambda *_: None)
         text = f"{self._received.name}: the step at hand ends, then the state is saved; a second one stops at once\n"
         os.write(2, text.encode())  # a handler may come in the middle of a write to sys.stderr, which cannot be nested
+        time.sleep(SAME_SIGNAL_SECONDS)
+        self._restore()  # the next one acts at once
 
     def _restore(self) -> None:
         while self._former:

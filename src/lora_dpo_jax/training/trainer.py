@@ -151,7 +151,7 @@ def train(
     log_every: int = 1,
     peak_flops: float | None = None,
     check: Callable[[int, Any, dict[str, float]], None] = lambda step, metrics, values: None,
-    stop: Callable[[int], signal.Signals | None] = lambda step: None,
+    stop: Callable[[], signal.Signals | None] = lambda: None,
     began: float | None = None,
     watch: Watch | None = None,
 ) -> S:
@@ -188,7 +188,7 @@ def train(
             if len(pending) > METRICS_LAG:
                 log.take(*pending.popleft())
             done = step + 1
-            stopped_by = stop(done) if done < num_steps else None
+            stopped_by = stop() if done < num_steps else None
             due = [hook for hook in hooks if (hook.at_stop if stopped_by else hook.is_due(done, num_steps))]
             if due:
                 while pending:
