@@ -30,8 +30,9 @@ await() { # await COMMAND...: waits for it, whatever signals come
 for ((restart = 0; ; restart++)); do
     await "$@"
     status=$?
-    if [ -n "$stopped" ] || [ $status -ne 75 ] && [ $status -le 128 ] || [ $status -eq 130 ]; then
-        exit "$status" # told to stop; or done, a mistake to mend, or Ctrl-C
+    [ -z "$stopped" ] || exit "$status"
+    if [ $status -ne 75 ] && [ $status -le 128 ] || [ $status -eq 130 ]; then
+        exit "$status" # done, a mistake to mend, or Ctrl-C
     fi
     if [ "$restart" -ge "$most" ]; then
         echo "$(date '+%F %T') it ended with status $status, and was started again $restart times: enough" >&2

@@ -37,10 +37,11 @@ def test_keep_running_starts_again_what_asks_for_it(tmp_path, statuses, restarts
     assert (tmp_path / "seen").read_text().splitlines() == ["an argument"] * (restarts + 1)
 
 
-@pytest.mark.parametrize("moment", ["at work", "in the pause"])
-def test_sigterm_to_keep_running_reaches_the_command_and_ends_both(tmp_path, moment):
-    told = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print(1, flush=True); "
-    code = told + ("time.sleep(60)" if moment == "at work" else "sys.exit(75)")
+@pytest.mark.parametrize("moment, status", [("at work", 75), ("at work", 134), ("in the pause", 75)])
+def test_sigterm_to_keep_running_reaches_the_command_and_ends_both(moment, status):
+    leave = f"os._exit({status})"
+    told = f"import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: {leave}); print(1, flush=True); "
+    code = told + ("time.sleep(60)" if moment == "at work" else leave)
     keep = [SCRIPTS / "keep_running.sh", sys.executable, "-c", code]
     with subprocess.Popen(keep, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stderr
@@ -48,8 +49,9 @@ def test_sigterm_to_keep_running_reaches_the_command_and_ends_both(tmp_path, mom
         if moment == "in the pause":
             assert "started again" in process.stderr.readline()
         process.terminate()
-        assert process.wait(timeout=30) == 75
+        assert process.wait(timeout=30) == status
         assert process.stdout.read() == "", "not started again"
+        assert "started again" not in process.stderr.read()
 
 
 def test_keep_running_without_a_command_says_how_it_is_used():
