@@ -104,7 +104,7 @@ def test_described_arrays_take_what_real_ones_do(axes, config_alone):
         ({"topology": "v9:2x2"}, "topology='v9:2x2'"),
         ({"topology": "v5e"}, "topology='v5e'"),
         ({"topology": "h100:3"}, "topology='h100:3'"),
-        ({"pair_tokens": [200, 100, 90]}, "train_seq_len=256"),
+        ({"pair_tokens": [200, 100, 90]}, "--pair_tokens .* exceeds train_seq_len=256"),
     ],
 )
 def test_mistakes_are_named(settings, named, config_alone):

@@ -130,8 +130,8 @@ def expected_batch(config: PlanConfig, row_shards: int, parallelism: int) -> Pre
     prompt, chosen, rejected = config.pair_tokens
     if prompt + max(chosen, rejected) > config.train_seq_len:
         raise ValueError(
-            f"--pair_tokens {config.pair_tokens}: the longer sequence exceeds train_seq_len={config.train_seq_len}. Give "
-            "the mean tokens of your prompts, chosen and rejected responses"
+            f"--pair_tokens {config.pair_tokens}: the longer sequence exceeds train_seq_len={config.train_seq_len}. "
+            "Give the mean tokens of your prompts, chosen and rejected responses"
         )
     longest_pair = round_up(2 * config.train_seq_len, LENGTH_MULTIPLE)
     at_once = row_bound(parallelism, longest_pair)
