@@ -8,6 +8,8 @@ import jax
 import optax
 import pytest
 
+from bench import initialization
+from bench.initialization import DEFAULT
 from bench.meshes import DECODER, EVERYWHERE, MESHES, ONE_DEVICE, Outcome, adapters_of, train, wire
 from lora_dpo_jax.lora import LoraConfig
 from lora_dpo_jax.training.programs import collective_bytes
@@ -28,6 +30,17 @@ def test_twenty_steps_on_a_mesh_end_as_on_one_device(name):
     assert on_one_device().losses[-1] < on_one_device().losses[0] - 0.01
     assert loss < 1e-5
     assert adapter < 1e-4
+
+
+def test_the_order_of_a_sum_moves_the_last_digits_alone():
+    """In float32; `python -m bench.initialization` shows what else it decides in bfloat16."""
+    names = ["data 8", "data 8, rows permuted"]
+    first, other = (initialization.Arrangement(name, "float32", 3).run("random", DEFAULT) for name in names)
+    found = initialization.compare(other, first)
+    assert 0 < found["first gradient"] < 1e-6
+    assert found["of other sign"] == 0
+    assert found["first update"] < 1e-4 and found["adapters in the end"] < 1e-4 and found["losses"] < 1e-6
+    assert first.losses[2] < first.losses[0]
 
 
 def test_devices_exchange_weights_and_gradients_but_no_activations():
