@@ -58,6 +58,11 @@ class CheckpointerConfig:
     keep: list[CheckpointInterval] = field(default_factory=lambda: [CheckpointInterval(every=10_000)])
 
     def __post_init__(self):
+        if "://" in (self.base_path or "") and not str(self.base_path).startswith("gs://"):
+            raise ValueError(
+                f"trainer.checkpointer.base_path={self.base_path!r}: checkpoints go to a folder or to gs://, the only "
+                "object store that Orbax writes to. Elsewhere, mount the bucket as a folder"
+            )
         if any(rule.every < 1 for rule in self.keep):
             raise ValueError(f"trainer.checkpointer.keep={self.keep}: every must be at least 1")
         untils = [rule.until for rule in self.keep]
@@ -236,7 +241,7 @@ class Checkpoints:
             probe = self.folder / ".writable"
             probe.write_text("")
             probe.unlink()
-            for path in self.folder.iterdir():
+            for path in self._entries():
                 if UNFINISHED_FOLDER.fullmatch(path.name):
                     logger.warning("the checkpoint %s was not finished and is left out", path)
                     path.rmtree()
@@ -287,8 +292,14 @@ class Checkpoints:
         except DamagedCheckpointError:
             return False
 
+    def _entries(self) -> list[epath.Path]:
+        try:
+            return list(self.folder.iterdir())
+        except FileNotFoundError:  # in an object store, a folder without files is none
+            return []
+
     def _steps(self) -> list[int]:
-        names = (STEP_FOLDER.fullmatch(path.name) for path in self.folder.iterdir())
+        names = (STEP_FOLDER.fullmatch(path.name) for path in self._entries())
         return [int(name[1]) for name in names if name]
 
     def _path(self, step: int) -> epath.Path:

@@ -4,7 +4,8 @@
       checkpoint.json       the description, and the size and CRC-32 of every file below
       _METADATA, d/, ...    the arrays by name: see checkpoint_arrays.py
 
-checkpoint.json is the last file to be written: a folder without it is half a checkpoint.
+checkpoint.json is the last file to be written: a folder without it is half a checkpoint. (In a bucket, where nothing is
+renamed, Orbax writes commit_success.txt after it.)
 """
 
 import json
@@ -12,12 +13,19 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import fsspec
 from etils import epath
 
 DESCRIPTION = "checkpoint.json"
 VERSION = 1  # raise it when the files get another layout
-UNCHECKED = ("_CHECKPOINT_METADATA", "commit_success.txt")  # written by Orbax later still; no array depends on them
+COMMITTED = "commit_success.txt"  # what Orbax takes no checkpoint without that has no folder of another name before
+UNCHECKED = ("_CHECKPOINT_METADATA", COMMITTED)  # written by Orbax later still; no array depends on them
 BLOCK_BYTES = 2**24
+
+
+# Orbax writes arrays past fsspec, which would not see them in the listings that it keeps.
+for protocol in ("gs", "gcs"):
+    fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
 
 
 class DamagedCheckpointError(ValueError):
@@ -42,6 +50,8 @@ def read_description(folder: epath.Path) -> dict[str, Any]:
 
 def check_files(folder: epath.Path) -> None:
     """Reads all files of a checkpoint through. Raises DamagedCheckpointError if one is not as it was written."""
+    if folder.as_posix().startswith("gs://") and not (folder / COMMITTED).exists():
+        raise DamagedCheckpointError(f"it has no {COMMITTED}, so it was not finished")
     for name, (size, checksum) in _read(folder)["files"].items():
         path = folder / name
         if not path.exists():
