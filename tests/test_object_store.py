@@ -5,7 +5,9 @@ from pathlib import Path
 
 import boto3
 import fsspec
+import numpy as np
 import pytest
+from google_storage import google_storage
 from moto.server import ThreadedMotoServer
 from safetensors.numpy import load_file
 from tiny_runs import instruct_folder, preference_rows, read_metrics, run_config, write_rows
@@ -68,3 +70,53 @@ def test_a_missing_bucket_is_known_before_anything_is_computed_and_not_made(stor
         main(config)
     assert not (tmp_path / "logs").exists()
     assert not store.exists("s3://no-such-bucket")
+
+
+@pytest.fixture
+def bucket() -> Iterator[fsspec.AbstractFileSystem]:
+    """An empty one of Google's."""
+    with google_storage("runs") as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        # One that has seen nothing of what the run's own does.
+        yield fsspec.filesystem("gs", skip_instance_cache=True, use_listings_cache=False)
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_in_a_bucket(bucket, tmp_path, caplog):
+    rows = write_rows(tmp_path / "train.jsonl", preference_rows(8))
+
+    def run(name: str, base_path: str | None) -> dict[str, np.ndarray]:
+        (tmp_path / name).mkdir()
+        config = run_config(
+            tmp_path / name,
+            rows,
+            trainer__num_train_steps=4,
+            trainer__checkpointer={"base_path": base_path, "keep": [{"every": 2}]},
+            peft_save_path=str(tmp_path / name / "adapter"),
+        )
+        with caplog.at_level("INFO", "lora_dpo_jax"):
+            main(config)
+        return load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+
+    def went_on(name: str) -> str:
+        caplog.clear()
+        adapter = run(name, "gs://runs/checkpoints")
+        assert all((adapter[tensor] == on_disk[tensor]).all() for tensor in on_disk)
+        return caplog.text
+
+    on_disk = run("on disk", None)
+    folder = "runs/checkpoints/run"
+    assert "going on from" not in went_on("whole")
+    assert {path.split("/")[3] for path in bucket.find(folder)} == {"step-2", "step-4"}
+
+    flipped = next(path for path in bucket.find(f"{folder}/step-4/d"))
+    content = bucket.cat(flipped)
+    bucket.pipe(flipped, bytes([content[0] ^ 1]) + content[1:])
+    told = went_on("flipped")
+    assert "the content of its file d/" in told and "going on from gs://runs/checkpoints/run/step-2" in told
+
+    # Killed just before the last thing that Orbax writes.
+    bucket.rm(f"{folder}/step-4/commit_success.txt")
+    told = went_on("not finished")
+    assert "it has no commit_success.txt" in told and "going on from gs://runs/checkpoints/run/step-2" in told
+    assert "going on from gs://runs/checkpoints/run/step-4" in went_on("done")

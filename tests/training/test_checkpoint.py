@@ -318,6 +318,7 @@ def test_intervals_are_read(text, seconds):
         (dict(save_interval="soon"), "trainer.checkpointer.save_interval='soon' is no time; for example 10m"),
         (dict(save_interval="10x"), "'10x' is no time"),
         (dict(save_interval="0m"), "'0m' is no time"),
+        (dict(base_path="s3://bucket/runs"), "base_path='s3://bucket/runs': checkpoints go to a folder or to gs://"),
         (dict(keep=[CheckpointInterval(0)]), "every must be at least 1"),
         (dict(keep=[CheckpointInterval(1), CheckpointInterval(2)]), r"until=\[None, None\] must rise"),
         (dict(keep=[CheckpointInterval(1, 9), CheckpointInterval(2, 9)]), r"until=\[9, 9\] must rise"),

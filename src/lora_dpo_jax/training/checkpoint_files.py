@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import fsspec
 from etils import epath
+from fsspec.config import conf as fsspec_settings
 
 DESCRIPTION = "checkpoint.json"
 VERSION = 1  # raise it when the files get another layout
@@ -25,7 +25,7 @@ BLOCK_BYTES = 2**24
 
 # Orbax writes arrays past fsspec, which would not see them in the listings that it keeps.
 for protocol in ("gs", "gcs"):
-    fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+    fsspec_settings.setdefault(protocol, {}).setdefault("use_listings_cache", False)
 
 
 class DamagedCheckpointError(ValueError):
