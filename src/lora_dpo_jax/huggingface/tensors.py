@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from haliax import Axis
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,19 @@ from safetensors.numpy import save_file
 
 from lora_dpo_jax.sharding import split_evenly
 
+DTYPES = {
+    "F64": "f8",
+    "F32": "f4",
+    "F16": "f2",
+    "I64": "i8",
+    "I32": "i4",
+    "I16": "i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}
+DTYPES |= {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+BLOCK_BYTES = 2**24  # of whole rows, of which some columns are taken
 METADATA = {"format": "pt"}  # transformers refuses files that do not say they hold PyTorch's layout
 
 
@@ -36,17 +50,58 @@ class TensorInfo:
         return math.prod(self.shape) * self.item_bytes
 
 
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file. Index it with slices, one for each of its first dimensions, to read that part.
+
+    The file is read and not mapped: of a part that is some columns of each row, all pages would be this process's.
+    """
+
+    path: Path
+    info: TensorInfo
+    offset: int  # bytes before it
+
+    @property
+    def dtype(self) -> np.dtype:
+        named = DTYPES.get(self.info.dtype)
+        if named is None:
+            raise ValueError(f"{self.path}: tensors of dtype {self.info.dtype} cannot be read, only {sorted(DTYPES)}")
+        return np.dtype(named)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        if not self.info.shape:
+            return self._rows(0, 1)[0]
+        count, *inner = self.info.shape
+        rows, *cuts = index or (slice(None),)
+        start, stop, _ = rows.indices(count)
+        sizes = [len(range(size)[cut]) for size, cut in zip(inner, cuts, strict=False)] + inner[len(cuts) :]
+        if sizes == inner:
+            return self._rows(start, stop)
+        part = np.empty([stop - start, *sizes], self.dtype)
+        step = max(1, BLOCK_BYTES // max(1, self.info.item_bytes * math.prod(inner)))
+        for first in range(start, stop, step):
+            block = self._rows(first, min(first + step, stop))
+            part[first - start : first - start + len(block)] = block[(slice(None), *cuts)]
+        return part
+
+    def _rows(self, start: int, stop: int) -> np.ndarray:
+        inner = self.info.shape[1:]
+        num_bytes = self.info.item_bytes * math.prod(inner)
+        content = np.fromfile(self.path, np.uint8, (stop - start) * num_bytes, offset=self.offset + start * num_bytes)
+        return content.view(self.dtype).reshape(stop - start, *inner)
+
+
 class TensorFiles:
     """The tensors of a folder, in one file `stem`.safetensors or in several with an index. Nothing is read yet."""
 
     def __init__(self, folder: Path, stem: str = "model"):
         self.folder = folder
         self._single, self._index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
-        self._opened: dict[str, Any] = {}
+        self._opened: dict[str, dict[str, LazyTensor]] = {}
         if (folder / self._index).exists():
             self._file_of: dict[str, str] = json.loads((folder / self._index).read_text())["weight_map"]
         elif (folder / self._single).exists():
-            self._file_of = dict.fromkeys(self._file(self._single).keys(), self._single)
+            self._file_of = dict.fromkeys(self._tensors_of(self._single), self._single)
         else:
             found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
             raise FileNotFoundError(
@@ -64,33 +119,31 @@ class TensorFiles:
         return [self.folder / name for name in [*index, *sorted(set(self._file_of.values()))]]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.view(name).get_shape())
+        return self.info(name).shape
 
     def info(self, name: str) -> TensorInfo:
-        return TensorInfo(self.view(name).get_dtype(), self.shape(name))
+        return self.view(name).info
 
-    def view(self, name: str) -> Any:
-        """A lazy tensor: index it to read just that part."""
-        file = self._file(self._file_of[name])
-        try:
-            return file.get_slice(name)
-        except SafetensorError as error:
+    def view(self, name: str) -> LazyTensor:
+        tensors = self._tensors_of(self._file_of[name])
+        if name not in tensors:
             raise ValueError(
                 f"{self.folder / self._file_of[name]}: tensor {name} is missing, though {self._index} names it"
-            ) from error
+            )
+        return tensors[name]
 
     def read(self, name: str) -> np.ndarray:
         """The whole tensor, in the file's dtype."""
-        self.view(name)
-        return self._file(self._file_of[name]).get_tensor(name)
+        return self.view(name)[()]
 
-    def _file(self, name: str) -> Any:
+    def _tensors_of(self, name: str) -> dict[str, LazyTensor]:
         if name not in self._opened:
             path = self.folder / name
             if not path.exists():
                 raise FileNotFoundError(f"{path} is missing, though {self._index} names it")
             try:
-                self._opened[name] = safe_open(path, framework="numpy").__enter__()
+                with safe_open(path, framework="numpy"):  # which looks whether the file is as its header says
+                    self._opened[name] = _tensors_in(path)
             except SafetensorError as error:
                 raise ValueError(f"{path} is no safetensors file, or only part of one: {error}") from error
         return self._opened[name]
@@ -170,6 +223,18 @@ def _read_part(
     part = view[tuple(on_disk)].reshape(shape)[tuple(in_memory)]
     order = [axis for side in sides for axis in side]
     return part.transpose([order.index(axis) for axis in axes])
+
+
+def _tensors_in(path: Path) -> dict[str, LazyTensor]:
+    """By https://github.com/huggingface/safetensors: the header's size, 8 bytes, the header in JSON, the tensors."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {
+        name: LazyTensor(path, TensorInfo(found["dtype"], tuple(found["shape"])), 8 + size + found["data_offsets"][0])
+        for name, found in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _stream(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]) -> None:
