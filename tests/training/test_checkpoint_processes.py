@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from processes import free_port
 
 from lora_dpo_jax.training.checkpoint import CheckpointerConfig, Checkpoints
 
@@ -55,12 +55,6 @@ with StopSignals() as stop, checkpoints:
             print(f"stopped after {step}", flush=True)
             break
 """
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 def stopped_after(folder: Path) -> int:
