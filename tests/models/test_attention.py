@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from haliax import Axis
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from lora_dpo_jax.models.attention import KEY_POSITION, PackedMask, attend
 from lora_dpo_jax.models.blocked_attention import BlockedKernels
@@ -182,8 +183,8 @@ def test_what_is_computed_grows_with_the_pairs_and_not_with_their_square():
     assert [computed(pairs) for pairs in (8, 16, 32, 64)] == [4, 8, 16, 32]
 
 
-def compiled_gradient(implementation: str, length: int):
-    """Forward and backward over one row of short pairs."""
+def lowered_gradient(implementation: str, length: int, target: AbstractDevice | None = None):
+    """Forward and backward over one row of short pairs, for this machine or for a device that it lacks."""
     case = Case((((40, 50, 38),) * (length // 128),), length, group=2)
     HeadSize = Axis("head_size", case.head_size)
 
@@ -191,8 +192,11 @@ def compiled_gradient(implementation: str, length: int):
         _, pullback = jax.vjp(lambda arrays: attend(*arrays, mask, None, HeadSize, implementation), arrays)
         return pullback(d_out)
 
-    arrays, d_out = case.arrays()
-    return jax.jit(gradients).trace(arrays, case.mask(), d_out)
+    (arrays, d_out), mask = case.arrays(), case.mask()
+    if target is None:
+        return jax.jit(gradients).lower(arrays, mask, d_out)
+    with use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=target)):
+        return jax.jit(gradients).trace(arrays, mask, d_out).lower(lowering_platforms=(target.platform,))
 
 
 def largest_square(text: str, length: int) -> bool:
@@ -202,16 +206,23 @@ def largest_square(text: str, length: int) -> bool:
 
 def test_memory_grows_with_the_row_and_not_with_its_square():
     lengths = [2048, 4096, 8192]
-    programs = [compiled_gradient("auto", length).lower().compile() for length in lengths]
+    programs = [lowered_gradient("auto", length).compile() for length in lengths]
     sizes = [program.memory_analysis().temp_size_in_bytes for program in programs]
     assert sizes[2] - sizes[1] < 2.2 * (sizes[1] - sizes[0]), sizes
     assert not any(largest_square(p.as_text(), n) for p, n in zip(programs, lengths, strict=True))
-    assert largest_square(compiled_gradient("dense", 256).lower().compile().as_text(), 256)
+    assert largest_square(lowered_gradient("dense", 256).compile().as_text(), 256)
 
 
-@pytest.mark.parametrize("platform, call", [("tpu", "tpu_custom_call"), ("cuda", "triton")])
-def test_auto_is_the_kernel_of_the_platform_compiled_for(platform, call):
+@pytest.mark.parametrize(
+    "target, call",
+    [
+        (AbstractDevice("TPU v5 lite", 1, "tpu"), "tpu_custom_call"),
+        (AbstractDevice("NVIDIA H100", None, "cuda"), "triton"),
+    ],
+    ids=lambda value: getattr(value, "platform", value),
+)
+def test_auto_is_the_kernel_of_the_platform_compiled_for(target, call):
     """As far as this machine can follow: to the kernels' own intermediate language."""
-    lowered = compiled_gradient("auto", 256).lower(lowering_platforms=(platform,)).as_text()
+    lowered = lowered_gradient("auto", 256, target).as_text()
     assert lowered.count(call) >= 3, "forward, gradient of queries, gradients of keys and values"
-    assert call not in compiled_gradient("auto", 256).lower().as_text()
+    assert call not in lowered_gradient("auto", 256).as_text()
