@@ -9,7 +9,8 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny_runs import instruct_folder, plain_rows, preference_rows, run_config, summed_log_probs, write_rows
+from tiny_models import summed_log_probs
+from tiny_runs import instruct_folder, plain_rows, preference_rows, run_config, write_rows
 
 from lora_dpo_jax.main.evaluate import EvaluateConfig, main
 

@@ -20,14 +20,13 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 from test_config import LEVANTER_CONFIG
-from tiny_models import load, logits, torch_logits
+from tiny_models import load, logits, summed_log_probs, torch_logits
 from tiny_runs import (
     VOCAB,
     instruct_folder,
     preference_rows,
     read_metrics,
     run_config,
-    summed_log_probs,
     training_metrics,
     write_rows,
 )

@@ -12,8 +12,8 @@ import peft
 import pytest
 import torch
 import transformers
+from chat_templates import CHATML
 from safetensors.numpy import load_file, save_file
-from tiny_models import CHAT_TEMPLATE
 from tiny_runs import instruct_folder, preference_rows, read_metrics, run_config, training_metrics, write_rows
 
 from lora_dpo_jax.data.packing import PreferenceBatch
@@ -249,7 +249,7 @@ NO_MATTER = {
 }
 MATTERS = {
     "truncation": {"train_seq_len": 60, "data__components__prefs__format": {"slice_strategy": "left"}},
-    "template": {"data__components__prefs__format": {"chat_template": CHAT_TEMPLATE.replace("<|im_end|>\n", "\n")}},
+    "template": {"data__components__prefs__format": {"chat_template": CHATML.replace("<|im_end|>\n", "\n")}},
     "dtype of the weights": {"model": {"dtype": "bf16"}},
     "dtype of computation": {"trainer__mp": "p=f32,c=bfloat16"},
     "dtype of computation alone": {"trainer__mp": "p=f32,c=bfloat16", "model": {"dtype": "f32"}},

@@ -22,6 +22,7 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+from chat_templates import CHATML
 from haliax import Axis
 
 from lora_dpo_jax.huggingface.weights import load_model, read_config
@@ -71,11 +72,6 @@ ARCHITECTURES: dict[str, transformers.PreTrainedConfig] = {
     "qwen3": transformers.Qwen3Config(**COMMON, head_dim=16),
 }
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
 
 @functools.cache
 def tiny_folder(architecture: str) -> Path:
@@ -120,7 +116,7 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
         eos_token="</s>",
         additional_special_tokens=special[3:],
     )
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = CHATML
     return fast
 
 
@@ -144,6 +140,15 @@ def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
 def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return model(input_ids=torch.tensor(tokens, dtype=torch.long), use_cache=False).logits.float().numpy()
+
+
+def summed_log_probs(model: Any, prompt: list[int], response: list[int]) -> float:
+    """log p(response | prompt) in nats, by a torch model, one sequence at a time, summed in float64."""
+    ids = torch.tensor([prompt + response])
+    with torch.no_grad():
+        log_probs = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+    at = np.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
+    return float(log_probs[at, response].double().sum())
 
 
 def load(folder: Path, dtype: Any = jnp.float32, **kwargs: Any) -> CausalLM:

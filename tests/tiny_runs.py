@@ -11,10 +11,10 @@ from typing import Any
 import draccus
 import jax
 import numpy as np
+import safetensors.numpy
 import tokenizers
-import torch
 import transformers
-from tiny_models import CHAT_TEMPLATE
+from chat_templates import CHATML
 
 from lora_dpo_jax.main.train import TrainConfig
 
@@ -69,22 +69,23 @@ def instruct_folder() -> Path:
     """A random float32 Llama with its tokenizer and chat template, as users find one. Do not write."""
     folder = Path(SESSION_FOLDER.name) / "instruct"
     tokenizer = _train_tokenizer()
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            initializer_range=0.15,  # large enough that attention and predictions are far from uniform
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = transformers.LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.15,  # large enough that attention and predictions are far from uniform
+        dtype="float32",
+        **ends,
     )
-    model.save_pretrained(folder)
+    config.save_pretrained(folder)
+    transformers.GenerationConfig(**ends).save_pretrained(folder)
+    safetensors.numpy.save_file(_random_weights(config), folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -123,13 +124,30 @@ def training_metrics(config: TrainConfig) -> list[dict[str, float]]:
     return [line for line in read_metrics(config) if "train/loss" in line]
 
 
-def summed_log_probs(model: Any, prompt: list[int], response: list[int]) -> float:
-    """log p(response | prompt) in nats, by a torch model, one sequence at a time, summed in float64."""
-    ids = torch.tensor([prompt + response])
-    with torch.no_grad():
-        log_probs = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-    at = np.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
-    return float(log_probs[at, response].double().sum())
+def _random_weights(config: transformers.LlamaConfig) -> dict[str, np.ndarray]:
+    """Of all tensors, norms included."""
+    hidden, mlp, keys = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    shapes = {"model.embed_tokens": (VOCAB, hidden), "model.norm": (hidden,), "lm_head": (VOCAB, hidden)}
+    for number in range(config.num_hidden_layers):
+        layer = {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (mlp, hidden),
+            "mlp.up_proj": (mlp, hidden),
+            "mlp.down_proj": (hidden, mlp),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }
+        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+    rng = np.random.default_rng(0)
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        mean = 1.0 if "norm" in name else 0.0
+        return rng.normal(mean, config.initializer_range, shape).astype(np.float32)
+
+    return {f"{name}.weight": draw(name, shape) for name, shape in shapes.items()}
 
 
 def _train_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -152,5 +170,5 @@ def _train_tokenizer() -> transformers.PreTrainedTokenizerFast:
         pad_token="</s>",
         additional_special_tokens=SPECIAL[3:],
     )
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = CHATML
     return fast
