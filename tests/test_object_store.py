@@ -82,6 +82,13 @@ def bucket() -> Iterator[fsspec.AbstractFileSystem]:
         yield fsspec.filesystem("gs", skip_instance_cache=True, use_listings_cache=False)
 
 
+def test_a_bucket_gives_back_each_content_whole(bucket):
+    """The emulator dropped a last byte of 0x0d."""
+    for end in (b"", b"\r", b"\n", b"\r\n", b"\r\r\n", b"\n\r", b"\0", b"--"):
+        bucket.pipe("runs/content", b"first\r\nsecond\n" + end)
+        assert bucket.cat("runs/content") == b"first\r\nsecond\n" + end
+
+
 def test_a_run_goes_on_from_the_newest_whole_checkpoint_in_a_bucket(bucket, tmp_path, caplog):
     rows = write_rows(tmp_path / "train.jsonl", preference_rows(8))
 
