@@ -76,7 +76,7 @@ send_checkout() { # send_checkout FOLDER
         # uv brings the Python that the image may not have.
         on all "set -e; mkdir -p lora_dpo_jax; tar -xzf lora_dpo_jax.tar.gz -C lora_dpo_jax
 curl -LsSf https://astral.sh/uv/install.sh | sh
-~/.local/bin/uv venv --python 3.11 --clear env
+~/.local/bin/uv venv --python 3.12 --clear env
 ~/.local/bin/uv pip install --python env/bin/python -e 'lora_dpo_jax[tpu,gcs]'"
 }
 

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ SHELL_SCRIPTS = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch")])
 
 @pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: path.name)
 def test_shell_scripts_have_no_finding_of_shellcheck(script):
-    done = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    shellcheck = Path(sysconfig.get_path("scripts"), "shellcheck")  # of this environment, active or not
+    done = subprocess.run([shellcheck, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -224,3 +226,10 @@ def test_the_page_names_what_there_is():
             if "tpu_pod.sh" in line:
                 verb = next(word for word in shlex.split(line)[1:] if "=" not in word and word != "--dry-run")
                 assert verb in ("create", "install", "run", "logs", "stop", "keep", "delete"), line
+
+
+def test_what_is_launched_takes_a_python_that_the_newest_jax_is_for():
+    """JAX has left 3.11 behind, and with it what TPUs run on."""
+    texts = [PAGE, *(path.read_text() for path in SCRIPTS.iterdir())]
+    named = [version for text in texts for version in re.findall(r"(?:--python |FROM python:)(3\.\d+)", text)]
+    assert len(named) == 3 and set(named) == {"3.12"}
