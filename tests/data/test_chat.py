@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_dpo_jax.data.chat import PairTokenizer, TokenizedPair, fit_to_length
-from lora_dpo_jax.data.preferences import FormatConfig, PreferencePair, read_pair
+from lora_dpo_jax.data.preferences import FormatConfig
+from lora_dpo_jax.data.rows import PreferencePair, read_pair
 from lora_dpo_jax.data.sources import RowError
 
 

@@ -34,19 +34,20 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lora_dpo_jax.data.chat import PairTokenizer, SliceStrategy, TokenizedPair, backend_of, fit_to_length
+from lora_dpo_jax.data.messages import holds_fills
 from lora_dpo_jax.data.preferences import (
     ComponentConfig,
     FormatConfig,
     PreferenceDataConfig,
     default_cache_dir,
-    read_pair,
 )
+from lora_dpo_jax.data.rows import PreferencePair, read_pair
 from lora_dpo_jax.data.sources import RowError, RowTable, Split, attempt
 from lora_dpo_jax.redaction import redact
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # raise it when the same rows would become other tokens, or the files another layout
+VERSION = 2  # raise it when the same rows would become other tokens, or the files another layout
 ROWS_PER_BATCH = 256
 LITTER_SECONDS = 24 * 3600
 # What a report counts beside `rows`, `kept` and `exact`, in words.
@@ -58,8 +59,11 @@ NOTES = {
     "too_long": "too long",
     "truncated": "truncated",
     "merged": "with a response tokenized by itself, as tokens would merge over the end of the prompt",
+    "plain": "of strings, which get no chat template although the tokenizer has one (format.strings: chat or plain)",
+    "filled": "with tools that have null for a parameter, as tables fill them (docs/data.md: Nulls)",
     "template": "whose generation prompt ends in text that the template leaves out of whole conversations",
 }
+WARNED_OF = ("plain", "filled", "template")  # though the rows are kept
 PATHS = ("name_or_path", "vocab_file", "tokenizer_file", "merges_file")
 ARRAYS = ("lengths", "origins", "prompt_hashes")
 
@@ -149,7 +153,7 @@ def tokenize_component(
             ) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
-    as_is = pairs.report["kept"] == pairs.report["rows"] and not pairs.report["template"]
+    as_is = pairs.report["kept"] == pairs.report["rows"] and not any(pairs.report[note] for note in WARNED_OF)
     level = logging.INFO if as_is else logging.WARNING
     logger.log(level, "data.components.%s", describe(pairs.report, f"{name} ({split})"))
     return pairs
@@ -176,6 +180,7 @@ def _tokenize(
     pair_tokenizer = PairTokenizer(tokenizer, format.template_text())
     counts = Counter(dict.fromkeys(("rows", "kept", "exact", *NOTES), 0))
     columns: set[str] = set()
+    warns_of_strings = format.strings == "auto" and tokenizer.chat_template is not None
     rows = ((index, number, row) for index, table in enumerate(tables) for number, row in table.rows())
     progress = iter(tqdm(rows, desc=f"tokenizing {name}", unit=" rows", disable=not sys.stderr.isatty()))
     while batch := list(itertools.islice(progress, ROWS_PER_BATCH)):
@@ -187,7 +192,7 @@ def _tokenize(
             for (_, _, row), origin in zip(batch, origins, strict=True)
         ]
         results = pair_tokenizer.tokenize(pairs)
-        for (index, number, _), origin, result in zip(batch, origins, results, strict=True):
+        for (index, number, _), origin, pair, result in zip(batch, origins, pairs, results, strict=True):
             if not isinstance(result, RowError):
                 whole, boundary = result
                 result = attempt(_usable, whole, train_seq_len, format.slice_strategy, origin, tokenizer.bos_token_id)
@@ -197,6 +202,9 @@ def _tokenize(
                 counts[result.reason] += 1
                 continue
             counts.update(kept=1, truncated=int(result.size < whole.size), **{boundary: 1})
+            if isinstance(pair, PreferencePair):
+                counts["plain"] += warns_of_strings and isinstance(pair.prompt, str)
+                counts["filled"] += holds_fills(pair.tools or [])
             writer.add(result, index, number, whole.prompt_hash)
     _check_columns(format, columns, name)
     if not counts["kept"]:

@@ -176,7 +176,7 @@ class HubTable:
         for batch in self.dataset.with_format(None).iter(ROWS_PER_READ):
             for values in zip(*batch.values(), strict=True):
                 number += 1
-                yield number, _without_none(dict(zip(batch, values, strict=True)))
+                yield number, dict(zip(batch, values, strict=True))
 
 
 def expand_url(url: str) -> list[RowFile]:
@@ -245,14 +245,7 @@ def _read_parquet(file: BinaryIO) -> Iterator[Any]:
 
     seekable = file if file.seekable() else io.BytesIO(file.read())
     for batch in parquet.ParquetFile(seekable).iter_batches(ROWS_PER_READ):
-        yield from map(_without_none, batch.to_pylist())
-
-
-def _without_none(value: Any) -> Any:
-    """Arrow gives every message the keys of all messages, filled with None: templates must not see those."""
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+        yield from batch.to_pylist()
 
 
 READERS = {
