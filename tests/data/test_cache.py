@@ -245,6 +245,36 @@ def test_responses_that_are_alike_once_cut_are_identical(write, load):
     assert pairs.report["identical"] == 1 and len(pairs) == 1
 
 
+STRING_ROWS = [{"prompt": f"The cat {n}", "chosen": " sat there.", "rejected": " is good."} for n in range(3)]
+
+
+def test_plain_strings_beside_a_chat_template_are_warned_of_once(write, load, make_tokenizer, caplog):
+    path = write(STRING_ROWS)
+    plain = load(path)
+    assert plain.report["plain"] == 3
+    [warning] = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "3 of strings, which get no chat template although the tokenizer has one (format.strings" in warning.message
+    caplog.clear()
+    load(path, strings="plain"), load(path, make_tokenizer()), load(path, strings="chat"), load(write(ROWS[:3]))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_strings_are_turns_where_the_config_brings_a_template(write, load, tokenizer):
+    path = write(STRING_ROWS)
+    turns = load(path, strings="chat")
+    assert tokenizer.decode(turns[0].chosen) == " sat there.<|im_end|>\n"
+    brought = load(path, chat_template=tokenizer.chat_template)
+    assert [*map(str, brought)] == [*map(str, turns)]
+    assert brought.report["plain"] == 0
+
+
+def test_tools_that_a_table_has_filled_are_warned_of(write, load, caplog):
+    properties = {"a": {"type": "string"}, "b": None}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}]
+    pairs = load(write([{**ROWS[0], "tools": tools}, ROWS[1]]))
+    assert pairs.report["filled"] == 1 and "1 with tools that have null for a parameter" in caplog.text
+
+
 def test_a_component_without_any_pair_is_an_error(write, load):
     with pytest.raises(ValueError, match=r"No pair is left in data.components.data \(train\): 0 of 1 rows kept"):
         load(write([FAULTY[1]]), invalid_rows="drop")
