@@ -255,7 +255,9 @@ def test_plain_strings_beside_a_chat_template_are_warned_of_once(write, load, ma
     [warning] = [record for record in caplog.records if record.levelname == "WARNING"]
     assert "3 of strings, which get no chat template although the tokenizer has one (format.strings" in warning.message
     caplog.clear()
-    load(path, strings="plain"), load(path, make_tokenizer()), load(path, strings="chat"), load(write(ROWS[:3]))
+    for told in ({"strings": "plain"}, {"strings": "chat"}, {"tokenizer": make_tokenizer()}):
+        load(path, **told)
+    load(write(ROWS[:3]))
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 

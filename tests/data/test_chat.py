@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_dpo_jax.data.chat import PairTokenizer, TokenizedPair, fit_to_length
 from lora_dpo_jax.data.preferences import FormatConfig
 from lora_dpo_jax.data.rows import PreferencePair, read_pair
-from lora_dpo_jax.data.sources import RowError
+from lora_dpo_jax.data.sources import RowError, attempt
 
 
 def user(text):
@@ -370,6 +370,31 @@ def test_a_tokenizer_with_python_code_of_its_own_is_asked_itself(make_tokenizer)
     tokenizer.__class__ = Upper
     pair = one(tokenizer, ROWS["strings"][0])
     assert text(tokenizer, pair.prompt) == "THE CAT SAT"
+
+
+KEYS = ["role", "content", "from", "value", "tool_calls", "function", "arguments", "name", "type", "text", "messages"]
+LEAVES = st.sampled_from([None, True, 5, 0.5, "", "a", "user", "assistant", "human", "gpt", "tool", "text", '{"a": 1}'])
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+COLUMNS = ["prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs", "messages", "question", "images"]
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": LEAVES, "content": VALUES}, optional={"tool_calls": VALUES}), max_size=3
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    row=st.dictionaries(st.sampled_from(COLUMNS), MESSAGES | VALUES), strings=st.sampled_from(["auto", "plain", "chat"])
+)
+def test_any_row_becomes_tokens_or_is_refused_by_name(row, strings, make_tokenizer):
+    pair = attempt(read_pair, row, FormatConfig(strings=strings), "rows.jsonl, row 1")
+    [result] = PairTokenizer(make_tokenizer("llama")).tokenize([pair])
+    assert isinstance(result, RowError) or all(len(part) for part in result[0])
+    if isinstance(result, RowError):
+        assert str(result).startswith("rows.jsonl, row 1: ")
 
 
 def pair_of(prompt, chosen, rejected):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_dpo_jax.data.cache import tokenize_component
-from lora_dpo_jax.data.preferences import ComponentConfig, FormatConfig
+from lora_dpo_jax.data.preferences import ComponentConfig
 from lora_dpo_jax.data.preview import preview
 from lora_dpo_jax.data.sources import UrlSource
 

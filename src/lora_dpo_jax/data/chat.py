@@ -155,15 +155,16 @@ class PairTokenizer:
             )
         if reserved := sorted(self._reserved & set(pair.chat_template_kwargs)):
             raise RowError("malformed", pair.origin, f"its chat_template_kwargs may not set {reserved}")
+        render: Any = self.tokenizer.apply_chat_template
         try:
-            text = self.tokenizer.apply_chat_template(
+            text = render(
                 messages,
                 tools=pair.tools,
                 chat_template=self.chat_template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **pair.chat_template_kwargs,
-            )  # type: ignore
+            )
         except TemplateSyntaxError as error:
             whose = "the tokenizer's chat template" if self.chat_template is None else "format.chat_template"
             raise ValueError(f"{whose} is not valid Jinja: line {error.lineno}: {error.message}") from error
@@ -288,7 +289,7 @@ def _is_plain_fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     )
 
 
-def _run_of(token: int | None, ids: np.ndarray) -> int:
+def _run_of(token: Any, ids: np.ndarray) -> int:
     """How many times `ids` begins with this token."""
     others = np.flatnonzero(ids != token)
     return int(others[0]) if len(others) else len(ids)

@@ -135,20 +135,21 @@ def _split_prompt(
     prompt: _Prompt | None, chosen: list[Message], rejected: list[Message], origin: str
 ) -> tuple[list[Message], list[Message], list[Message]]:
     """Prompt and responses as lists that share no message, from full conversations or from responses alone."""
-    if prompt is not None and isinstance(prompt.value, list):
-        messages, size = prompt.value, len(prompt.value)
-        if min(len(chosen), len(rejected)) > size and chosen[:size] == messages == rejected[:size]:
-            return messages, chosen[size:], rejected[size:]
-        return messages, chosen, rejected
-    if prompt is not None and chosen[0]["role"] not in INPUT_ROLES and rejected[0]["role"] not in INPUT_ROLES:
-        if not prompt.value.strip():
+    text = prompt.value if prompt is not None else None
+    if isinstance(text, list):
+        size = len(text)
+        if min(len(chosen), len(rejected)) > size and chosen[:size] == text == rejected[:size]:
+            return text, chosen[size:], rejected[size:]
+        return text, chosen, rejected
+    if prompt is not None and text is not None and not {chosen[0]["role"], rejected[0]["role"]} & {*INPUT_ROLES}:
+        if not text.strip():
             raise RowError("empty", origin, f"{prompt.column!r} is empty")
-        return [{"role": "user", "content": prompt.value}], chosen, rejected
+        return [{"role": "user", "content": text}], chosen, rejected
     shared = _shared_prefix(chosen, rejected)
     if shared == 0:
         raise RowError("malformed", origin, "has no prompt, and chosen and rejected share no first message")
     # A prompt column beside full conversations only repeats one of their messages.
-    if prompt is not None and prompt.value not in [message.get("content") for message in chosen[:shared]]:
+    if prompt is not None and text not in [message.get("content") for message in chosen[:shared]]:
         raise RowError(
             "malformed",
             origin,
