@@ -84,7 +84,7 @@ def make_tokenizer(trained):
 
 @pytest.fixture(scope="session")
 def trl_pairs(tmp_path_factory):
-    """trl_pairs(rows, tokenizer): (prompt, chosen, rejected) ids of every row (or of a Dataset), by TRL's DPOTrainer."""
+    """trl_pairs(rows or Dataset, tokenizer): (prompt, chosen, rejected) ids of every row, made by TRL's DPOTrainer."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import datasets
