@@ -17,7 +17,8 @@ from lora_dpo_jax.data.preview import preview
 from lora_dpo_jax.data.sources import HubSource, UrlSource
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-BLOCKS = re.findall(r"```json\n(.*?)```", PAGE, flags=re.DOTALL)
+[SECTION] = re.findall(r"\n## Rows\n(.*?)\n## ", PAGE, flags=re.DOTALL)
+BLOCKS = re.findall(r"```json\n(.*?)```", SECTION, flags=re.DOTALL)
 EXAMPLES = [json.loads(row) for block in BLOCKS for row in re.split(r"\n(?=\{)", block)]
 
 

@@ -33,6 +33,7 @@ def parts(row, **format):
         {"prompt": "Hi", "chosen": [USER, YES], "rejected": [USER, NO]},
         {"prompt": None, "chosen": [USER, YES], "rejected": [USER, NO], "system": "", "tools": [], "score": 1.0},
         {"prompt": [USER], "chosen": [{**YES, "tool_calls": None}], "rejected": [NO]},
+        {"prompt": "", "chosen": [USER, YES], "rejected": [USER, NO]},
     ],
 )
 def test_every_shape_of_a_conversation_gives_the_same_pair(row):

@@ -189,10 +189,11 @@ def _responses(row: Mapping, format: FormatConfig, origin: str) -> tuple[Text, T
 
 def _find_prompt(row: Mapping, format: FormatConfig, chosen: Text, rejected: Text, origin: str) -> _Prompt | None:
     """The prompt of its column or, in rows without that column, of the one column that holds it elsewhere."""
-    if _column(row, format.prompt_field) is not None:
-        return _read_prompt(row, str(format.prompt_field), origin)
     firsts = [response[0]["role"] for response in (chosen, rejected) if not isinstance(response, str)]
     in_responses = bool(firsts) and all(role in INPUT_ROLES for role in firsts)
+    given = _column(row, format.prompt_field)
+    if given is not None and not (in_responses and given == ""):
+        return _read_prompt(row, str(format.prompt_field), origin)
     if format.prompt_field != "prompt" or in_responses:
         return None
     columns = [column for column in PROMPT_COLUMNS if row.get(column) is not None]
