@@ -13,7 +13,7 @@ from lora_dpo_jax.data.cache import load_pairs, tokenize_component
 from lora_dpo_jax.data.chat import PairTokenizer
 from lora_dpo_jax.data.preferences import ComponentConfig, FormatConfig, PreferenceDataConfig
 from lora_dpo_jax.data.rows import read_pair
-from lora_dpo_jax.data.sources import RowError, UrlSource
+from lora_dpo_jax.data.sources import RowError, SourceError, UrlSource
 
 
 def row(question, chosen, rejected):
@@ -280,8 +280,24 @@ def test_tools_that_a_table_has_filled_are_warned_of(write, load, caplog):
 def test_a_component_without_any_pair_is_an_error(write, load):
     with pytest.raises(ValueError, match=r"No pair is left in data.components.data \(train\): 0 of 1 rows kept"):
         load(write([FAULTY[1]]), invalid_rows="drop")
-    with pytest.raises(ValueError, match="0 of 0 rows kept"):
-        load(write([]))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rows.jsonl", "rows.jsonl holds no rows"),
+        ("rows.parquet", "rows.parquet: cannot be read: "),
+        ("rows.jsonl.gz", "rows.jsonl.gz: cannot be read beyond row 1: "),
+        ("gone.jsonl", "gone.jsonl does not exist"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_its_component(name, message, load, tmp_path):
+    whole = gzip.compress(json.dumps(ROWS[0]).encode() + b"\n" + json.dumps(ROWS[1]).encode() * 9)
+    (tmp_path / "rows.jsonl").write_bytes(b"")
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    (tmp_path / "rows.jsonl.gz").write_bytes(whole[:-12])
+    with pytest.raises(SourceError, match=f"^data.components.data.source: {tmp_path}/{message}"):
+        load(str(tmp_path / name))
 
 
 def test_a_column_named_in_the_config_must_exist(write, load):

@@ -24,6 +24,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from lora_dpo_jax.data.preferences import (
     default_cache_dir,
 )
 from lora_dpo_jax.data.rows import PreferencePair, read_pair
-from lora_dpo_jax.data.sources import RowError, RowTable, Split, attempt
+from lora_dpo_jax.data.sources import RowError, RowTable, SourceError, Split, attempt, read_tables
 from lora_dpo_jax.redaction import redact
 
 logger = logging.getLogger(__name__)
@@ -132,9 +133,14 @@ def tokenize_component(
     cache_dir: str | os.PathLike | None = None,
     name: str = "data",
 ) -> TokenizedPairs:
-    """From the cache, or read, tokenized and cached. Raises ValueError for rows that the format does not let drop."""
-    tables = component.source.tables(split)
-    fingerprint = _fingerprint(component, tables, tokenizer, train_seq_len)
+    """From the cache, or read, tokenized and cached.
+
+    Raises SourceError for a file that cannot be read, RowError for a row that the format does not let drop, and
+    ValueError if no pair is left.
+    """
+    with _names_component(name):
+        tables = component.source.tables(split)
+        fingerprint = _fingerprint(component, tables, tokenizer, train_seq_len)
     folder = Path(cache_dir or default_cache_dir()).expanduser() / "pairs" / fingerprint
     pairs = _open(folder)
     if pairs is None:
@@ -142,7 +148,7 @@ def tokenize_component(
         building = folder.parent / f".building-{uuid.uuid4().hex}"
         try:
             building.mkdir(parents=True)
-            with _Writer(building) as writer:
+            with _Writer(building) as writer, _names_component(name):
                 report = _tokenize(component, tables, tokenizer, train_seq_len, writer, f"{name} ({split})")
             writer.finish(fingerprint=fingerprint, tables=[redact(table.name) for table in tables], report=report)
             pairs = _publish(building, folder)
@@ -157,6 +163,15 @@ def tokenize_component(
     level = logging.INFO if as_is else logging.WARNING
     logger.log(level, "data.components.%s", describe(pairs.report, f"{name} ({split})"))
     return pairs
+
+
+@contextmanager
+def _names_component(name: str) -> Iterator[None]:
+    """A source knows its files, and not the component that it belongs to."""
+    try:
+        yield
+    except SourceError as error:
+        raise SourceError(f"data.components.{name}.source: {error}") from error
 
 
 def describe(report: dict[str, int], name: str) -> str:
@@ -181,8 +196,7 @@ def _tokenize(
     counts = Counter(dict.fromkeys(("rows", "kept", "exact", *NOTES), 0))
     columns: set[str] = set()
     warns_of_strings = format.strings == "auto" and tokenizer.chat_template is not None
-    rows = ((index, number, row) for index, table in enumerate(tables) for number, row in table.rows())
-    progress = iter(tqdm(rows, desc=f"tokenizing {name}", unit=" rows", disable=not sys.stderr.isatty()))
+    progress = iter(tqdm(read_tables(tables), desc=f"tokenizing {name}", unit=" rows", disable=not sys.stderr.isatty()))
     while batch := list(itertools.islice(progress, ROWS_PER_BATCH)):
         counts["rows"] += len(batch)
         origins = [_origin(tables[index].name, number) for index, number, _ in batch]
