@@ -65,3 +65,17 @@ DEEPSEEK = """
 
 # Marks whatever message is the last, so that a prompt reads differently once a response follows.
 SHIFTING = CHATML.replace("{{ message.content }}", "{{ message.content }}{% if loop.last %} (last){% endif %}")
+
+# Like those of models with tools: takes contents as text or parts, and arguments as objects or JSON of them.
+TOOLS = """
+{%- if tools %}<|start|>tools<|end|>{% for tool in tools %} {{ tool | tojson }}{% endfor %}<|eot|>{% endif -%}
+{%- for message in messages -%}
+<|start|>{{ message.role }}{% if message.name %}={{ message.name }}{% endif %}<|end|>
+{%- if message.content is string %}{{ message.content }}
+{%- elif message.content %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif -%}
+{%- for call in message.tool_calls or [] %}[{{ call.function.name }} {# -#}
+{{ call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}]{% endfor -%}
+<|eot|>
+{%- endfor -%}
+{%- if add_generation_prompt %}<|start|>assistant<|end|>{% endif -%}
+"""

@@ -5,7 +5,7 @@ import logging
 import warnings
 
 import pytest
-from chat_templates import CHATML, DEEPSEEK, LLAMA, QWEN, SHIFTING, THINKING
+from chat_templates import CHATML, DEEPSEEK, LLAMA, QWEN, SHIFTING, THINKING, TOOLS
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -26,6 +26,7 @@ TEMPLATES = {
     "thinking": (THINKING, "<|im_end|>"),
     "deepseek": (DEEPSEEK, "<|eot|>"),
     "shifting": (SHIFTING, "<|im_end|>"),
+    "tools": (TOOLS, "<|eot|>"),
 }
 
 
@@ -83,7 +84,7 @@ def make_tokenizer(trained):
 
 @pytest.fixture(scope="session")
 def trl_pairs(tmp_path_factory):
-    """trl_pairs(rows, tokenizer): (prompt, chosen, rejected) ids of every row, made by TRL's DPOTrainer."""
+    """trl_pairs(rows or Dataset, tokenizer): (prompt, chosen, rejected) ids of every row, made by TRL's DPOTrainer."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import datasets
@@ -103,7 +104,7 @@ def trl_pairs(tmp_path_factory):
                 model,
                 reference,
                 args=DPOConfig(folder, bf16=False, use_cpu=True, report_to="none", max_length=max_length),
-                train_dataset=datasets.Dataset.from_list(rows),
+                train_dataset=rows if isinstance(rows, datasets.Dataset) else datasets.Dataset.from_list(rows),
                 processing_class=tokenizer,
             )
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 from lora_dpo_jax.data import cache
 from lora_dpo_jax.data.cache import load_pairs, tokenize_component
 from lora_dpo_jax.data.chat import PairTokenizer
-from lora_dpo_jax.data.preferences import ComponentConfig, FormatConfig, PreferenceDataConfig, read_pair
-from lora_dpo_jax.data.sources import RowError, UrlSource
+from lora_dpo_jax.data.preferences import ComponentConfig, FormatConfig, PreferenceDataConfig
+from lora_dpo_jax.data.rows import read_pair
+from lora_dpo_jax.data.sources import RowError, SourceError, UrlSource
 
 
 def row(question, chosen, rejected):
@@ -244,11 +245,59 @@ def test_responses_that_are_alike_once_cut_are_identical(write, load):
     assert pairs.report["identical"] == 1 and len(pairs) == 1
 
 
+STRING_ROWS = [{"prompt": f"The cat {n}", "chosen": " sat there.", "rejected": " is good."} for n in range(3)]
+
+
+def test_plain_strings_beside_a_chat_template_are_warned_of_once(write, load, make_tokenizer, caplog):
+    path = write(STRING_ROWS)
+    plain = load(path)
+    assert plain.report["plain"] == 3
+    [warning] = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "3 of strings, which get no chat template although the tokenizer has one (format.strings" in warning.message
+    caplog.clear()
+    for told in ({"strings": "plain"}, {"strings": "chat"}, {"tokenizer": make_tokenizer()}):
+        load(path, **told)
+    load(write(ROWS[:3]))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_strings_are_turns_where_the_config_brings_a_template(write, load, tokenizer):
+    path = write(STRING_ROWS)
+    turns = load(path, strings="chat")
+    assert tokenizer.decode(turns[0].chosen) == " sat there.<|im_end|>\n"
+    brought = load(path, chat_template=tokenizer.chat_template)
+    assert [*map(str, brought)] == [*map(str, turns)]
+    assert brought.report["plain"] == 0
+
+
+def test_tools_that_a_table_has_filled_are_warned_of(write, load, caplog):
+    properties = {"a": {"type": "string"}, "b": None}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}]
+    pairs = load(write([{**ROWS[0], "tools": tools}, ROWS[1]]))
+    assert pairs.report["filled"] == 1 and "1 with tools that have null for a parameter" in caplog.text
+
+
 def test_a_component_without_any_pair_is_an_error(write, load):
     with pytest.raises(ValueError, match=r"No pair is left in data.components.data \(train\): 0 of 1 rows kept"):
         load(write([FAULTY[1]]), invalid_rows="drop")
-    with pytest.raises(ValueError, match="0 of 0 rows kept"):
-        load(write([]))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rows.jsonl", "rows.jsonl holds no rows"),
+        ("rows.parquet", "rows.parquet: cannot be read: "),
+        ("rows.jsonl.gz", "rows.jsonl.gz: cannot be read beyond row 1: "),
+        ("gone.jsonl", "gone.jsonl does not exist"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_its_component(name, message, load, tmp_path):
+    whole = gzip.compress(json.dumps(ROWS[0]).encode() + b"\n" + json.dumps(ROWS[1]).encode() * 9)
+    (tmp_path / "rows.jsonl").write_bytes(b"")
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    (tmp_path / "rows.jsonl.gz").write_bytes(whole[:-12])
+    with pytest.raises(SourceError, match=f"^data.components.data.source: {tmp_path}/{message}"):
+        load(str(tmp_path / name))
 
 
 def test_a_column_named_in_the_config_must_exist(write, load):

@@ -1,11 +1,15 @@
+import inspect
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
 from lora_dpo_jax.data.chat import PairTokenizer, TokenizedPair, fit_to_length
-from lora_dpo_jax.data.preferences import FormatConfig, PreferencePair, read_pair
-from lora_dpo_jax.data.sources import RowError
+from lora_dpo_jax.data.preferences import FormatConfig
+from lora_dpo_jax.data.rows import PreferencePair, read_pair
+from lora_dpo_jax.data.sources import RowError, attempt
 
 
 def user(text):
@@ -226,6 +230,51 @@ def test_messages_that_the_template_refuses_are_malformed(make_tokenizer):
         tokenized(make_tokenizer(), ROWS["messages"][0], template="{{ raise_exception('no cats') }}")
 
 
+def test_a_template_that_does_not_parse_is_no_fault_of_a_row(make_tokenizer):
+    with pytest.raises(ValueError, match="^format.chat_template is not valid Jinja: line 2: ") as caught:
+        tokenized(make_tokenizer("llama"), ROWS["messages"][0], template="{{ messages }}\n{% if %}")
+    assert not isinstance(caught.value, RowError)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for %}"
+    with pytest.raises(ValueError, match="^the tokenizer's chat template is not valid Jinja: line 1: "):
+        tokenized(tokenizer, ROWS["messages"][0])
+
+
+RENDERERS = sorted({*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {"documents"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*RENDERERS, "messages", "conversations", "bos_token", "eos_token", "raise_exception", "strftime_now", "namespace"],
+)
+def test_a_row_may_set_nothing_that_belongs_to_the_renderer(name, make_tokenizer):
+    row = {**ROWS["messages"][0], "chat_template_kwargs": {name: "{% for m in messages %}{{ m.content }}{% endfor %}"}}
+    with pytest.raises(
+        RowError, match=rf"rows.jsonl, row 1: its chat_template_kwargs may not set \['{name}'\]"
+    ) as caught:
+        tokenized(make_tokenizer("llama"), row)
+    assert caught.value.reason == "malformed"
+
+
+def test_a_row_may_bring_documents_and_variables_of_the_template(make_tokenizer):
+    template = "{{ documents[0].text }} {{ mark }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    row = {**ROWS["messages"][0], "chat_template_kwargs": {"documents": [{"text": "The cat"}], "mark": "!"}}
+    tokenizer = make_tokenizer("llama")
+    assert text(tokenizer, one(tokenizer, row, template=template).prompt) == f"The cat ![{QUESTION[0]['content']}]"
+
+
+def test_strings_taken_as_turns_are_the_messages_that_they_stand_for(make_tokenizer):
+    tokenizer = make_tokenizer("llama", add_bos=True)
+    strings = {"prompt": "The cat?", "chosen": "It sat.", "rejected": "No", "system": "Be brief.", "tools": TOOLS}
+    messages = {
+        "prompt": [system("Be brief."), user("The cat?")],
+        "chosen": [assistant("It sat.")],
+        "rejected": [assistant("No")],
+        "tools": TOOLS,
+    }
+    assert as_lists(tokenized(tokenizer, strings)) == as_lists(tokenized(tokenizer, messages))
+
+
 def test_an_overriding_template_decides_the_text(make_tokenizer):
     tokenizer = make_tokenizer("llama")
     pair = one(tokenizer, ROWS["messages"][0], template="{% for m in messages %}[{{ m.content }}]{% endfor %}")
@@ -265,6 +314,45 @@ def test_a_prompt_without_tokens_is_refused_unless_a_bos_stands_for_it(make_toke
     assert one(tokenizer, row).prompt.tolist() == [tokenizer.bos_token_id]
 
 
+# A BOS before each question and an EOS after each answer: where both are one token, two stand together between turns.
+TURNS = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + m.content + '\n' }}{% else %}"
+    "{{ m.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_between_the_turns_of_a_response_every_token_stays(make_tokenizer, trl_pairs):
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token, tokenizer.chat_template = tokenizer.eos_token, TURNS
+    row = {
+        "prompt": QUESTION,
+        "chosen": [assistant("Paris"), user("The cat?"), assistant("It sat.")],
+        "rejected": [assistant("No"), user(""), assistant("<|im_end|>")],
+    }
+    ours = as_lists(tokenized(tokenizer, row))
+    [(prompt, chosen, rejected)] = trl_pairs([row], tokenizer)
+    assert ours == [(prompt, chosen, rejected[:-1])]
+    assert chosen.count(tokenizer.eos_token_id) == 3 and rejected[-2:] == [tokenizer.eos_token_id] * 2
+
+
+def test_a_thousand_bos_are_one(make_tokenizer):
+    tokenizer = make_tokenizer(add_bos=True)
+    row = {"prompt": "<|bos|>" * 2000 + "The", "chosen": " cat" + "<|im_end|>" * 2000, "rejected": " world"}
+    pair = one(tokenizer, row)
+    assert text(tokenizer, pair.prompt) == "<|bos|>The"
+    assert text(tokenizer, pair.chosen) == " cat<|im_end|>"
+
+
+@pytest.mark.parametrize("part", ["prompt", "chosen", "tools"])
+def test_half_a_surrogate_pair_in_a_conversation_is_malformed(part, make_tokenizer):
+    row = {"prompt": QUESTION, "chosen": [assistant("Paris")], "rejected": [assistant("No")]}
+    half = {"prompt": [user("\udc00")], "chosen": [assistant("\udc00")], "tools": [{"name": "\udc00"}]}[part]
+    for template in ("llama", "deepseek"):
+        if (template, part) != ("deepseek", "tools"):
+            with pytest.raises(RowError, match="row 1: holds half of a surrogate pair"):
+                tokenized(make_tokenizer(template), {**row, part: half})
+
+
 def test_half_a_surrogate_pair_is_malformed_and_spoils_no_other_row(make_tokenizer):
     rows = [{"prompt": "The", "chosen": " cat", "rejected": " \ud83d"}, ROWS["strings"][0]]
     bad, good = PairTokenizer(make_tokenizer()).tokenize(pairs_of(rows))
@@ -282,6 +370,31 @@ def test_a_tokenizer_with_python_code_of_its_own_is_asked_itself(make_tokenizer)
     tokenizer.__class__ = Upper
     pair = one(tokenizer, ROWS["strings"][0])
     assert text(tokenizer, pair.prompt) == "THE CAT SAT"
+
+
+KEYS = ["role", "content", "from", "value", "tool_calls", "function", "arguments", "name", "type", "text", "messages"]
+LEAVES = st.sampled_from([None, True, 5, 0.5, "", "a", "user", "assistant", "human", "gpt", "tool", "text", '{"a": 1}'])
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+COLUMNS = ["prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs", "messages", "question", "images"]
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": LEAVES, "content": VALUES}, optional={"tool_calls": VALUES}), max_size=3
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    row=st.dictionaries(st.sampled_from(COLUMNS), MESSAGES | VALUES), strings=st.sampled_from(["auto", "plain", "chat"])
+)
+def test_any_row_becomes_tokens_or_is_refused_by_name(row, strings, make_tokenizer):
+    pair = attempt(read_pair, row, FormatConfig(strings=strings), "rows.jsonl, row 1")
+    [result] = PairTokenizer(make_tokenizer("llama")).tokenize([pair])
+    assert isinstance(result, RowError) or all(len(part) for part in result[0])
+    if isinstance(result, RowError):
+        assert str(result).startswith("rows.jsonl, row 1: ")
 
 
 def pair_of(prompt, chosen, rejected):

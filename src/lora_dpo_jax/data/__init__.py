@@ -14,7 +14,8 @@ from lora_dpo_jax.data.loader import (
 from lora_dpo_jax.data.memory import MemoryPairs
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
 from lora_dpo_jax.data.planning import Layout, PairLayout, RunLayout, plan_layout, plan_rows
-from lora_dpo_jax.data.preferences import ComponentConfig, FormatConfig, PreferenceDataConfig, PreferencePair
+from lora_dpo_jax.data.preferences import ComponentConfig, FormatConfig, PreferenceDataConfig
+from lora_dpo_jax.data.rows import PreferencePair
 from lora_dpo_jax.data.sources import HubSource, UrlSource
 
 __all__ = [

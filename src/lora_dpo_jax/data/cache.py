@@ -24,6 +24,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,20 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lora_dpo_jax.data.chat import PairTokenizer, SliceStrategy, TokenizedPair, backend_of, fit_to_length
+from lora_dpo_jax.data.messages import holds_fills
 from lora_dpo_jax.data.preferences import (
     ComponentConfig,
     FormatConfig,
     PreferenceDataConfig,
     default_cache_dir,
-    read_pair,
 )
-from lora_dpo_jax.data.sources import RowError, RowTable, Split, attempt
+from lora_dpo_jax.data.rows import PreferencePair, read_pair
+from lora_dpo_jax.data.sources import RowError, RowTable, SourceError, Split, attempt, read_tables
 from lora_dpo_jax.redaction import redact
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # raise it when the same rows would become other tokens, or the files another layout
+VERSION = 2  # raise it when the same rows would become other tokens, or the files another layout
 ROWS_PER_BATCH = 256
 LITTER_SECONDS = 24 * 3600
 # What a report counts beside `rows`, `kept` and `exact`, in words.
@@ -58,8 +60,11 @@ NOTES = {
     "too_long": "too long",
     "truncated": "truncated",
     "merged": "with a response tokenized by itself, as tokens would merge over the end of the prompt",
+    "plain": "of strings, which get no chat template although the tokenizer has one (format.strings: chat or plain)",
+    "filled": "with tools that have null for a parameter, as tables fill them (docs/data.md: Nulls)",
     "template": "whose generation prompt ends in text that the template leaves out of whole conversations",
 }
+WARNED_OF = ("plain", "filled", "template")  # though the rows are kept
 PATHS = ("name_or_path", "vocab_file", "tokenizer_file", "merges_file")
 ARRAYS = ("lengths", "origins", "prompt_hashes")
 
@@ -128,9 +133,14 @@ def tokenize_component(
     cache_dir: str | os.PathLike | None = None,
     name: str = "data",
 ) -> TokenizedPairs:
-    """From the cache, or read, tokenized and cached. Raises ValueError for rows that the format does not let drop."""
-    tables = component.source.tables(split)
-    fingerprint = _fingerprint(component, tables, tokenizer, train_seq_len)
+    """From the cache, or read, tokenized and cached.
+
+    Raises SourceError for a file that cannot be read, RowError for a row that the format does not let drop, and
+    ValueError if no pair is left.
+    """
+    with _names_component(name):
+        tables = component.source.tables(split)
+        fingerprint = _fingerprint(component, tables, tokenizer, train_seq_len)
     folder = Path(cache_dir or default_cache_dir()).expanduser() / "pairs" / fingerprint
     pairs = _open(folder)
     if pairs is None:
@@ -138,7 +148,7 @@ def tokenize_component(
         building = folder.parent / f".building-{uuid.uuid4().hex}"
         try:
             building.mkdir(parents=True)
-            with _Writer(building) as writer:
+            with _Writer(building) as writer, _names_component(name):
                 report = _tokenize(component, tables, tokenizer, train_seq_len, writer, f"{name} ({split})")
             writer.finish(fingerprint=fingerprint, tables=[redact(table.name) for table in tables], report=report)
             pairs = _publish(building, folder)
@@ -149,10 +159,19 @@ def tokenize_component(
             ) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
-    as_is = pairs.report["kept"] == pairs.report["rows"] and not pairs.report["template"]
+    as_is = pairs.report["kept"] == pairs.report["rows"] and not any(pairs.report[note] for note in WARNED_OF)
     level = logging.INFO if as_is else logging.WARNING
     logger.log(level, "data.components.%s", describe(pairs.report, f"{name} ({split})"))
     return pairs
+
+
+@contextmanager
+def _names_component(name: str) -> Iterator[None]:
+    """A source knows its files, and not the component that it belongs to."""
+    try:
+        yield
+    except SourceError as error:
+        raise SourceError(f"data.components.{name}.source: {error}") from error
 
 
 def describe(report: dict[str, int], name: str) -> str:
@@ -176,8 +195,8 @@ def _tokenize(
     pair_tokenizer = PairTokenizer(tokenizer, format.template_text())
     counts = Counter(dict.fromkeys(("rows", "kept", "exact", *NOTES), 0))
     columns: set[str] = set()
-    rows = ((index, number, row) for index, table in enumerate(tables) for number, row in table.rows())
-    progress = iter(tqdm(rows, desc=f"tokenizing {name}", unit=" rows", disable=not sys.stderr.isatty()))
+    warns_of_strings = format.strings == "auto" and tokenizer.chat_template is not None
+    progress = iter(tqdm(read_tables(tables), desc=f"tokenizing {name}", unit=" rows", disable=not sys.stderr.isatty()))
     while batch := list(itertools.islice(progress, ROWS_PER_BATCH)):
         counts["rows"] += len(batch)
         origins = [_origin(tables[index].name, number) for index, number, _ in batch]
@@ -187,7 +206,7 @@ def _tokenize(
             for (_, _, row), origin in zip(batch, origins, strict=True)
         ]
         results = pair_tokenizer.tokenize(pairs)
-        for (index, number, _), origin, result in zip(batch, origins, results, strict=True):
+        for (index, number, _), origin, pair, result in zip(batch, origins, pairs, results, strict=True):
             if not isinstance(result, RowError):
                 whole, boundary = result
                 result = attempt(_usable, whole, train_seq_len, format.slice_strategy, origin, tokenizer.bos_token_id)
@@ -197,6 +216,9 @@ def _tokenize(
                 counts[result.reason] += 1
                 continue
             counts.update(kept=1, truncated=int(result.size < whole.size), **{boundary: 1})
+            if isinstance(pair, PreferencePair):
+                counts["plain"] += warns_of_strings and isinstance(pair.prompt, str)
+                counts["filled"] += holds_fills(pair.tools or [])
             writer.add(result, index, number, whole.prompt_hash)
     _check_columns(format, columns, name)
     if not counts["kept"]:

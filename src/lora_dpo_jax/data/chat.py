@@ -13,15 +13,20 @@ begin both conversations, and the rest of these is scored, token for token as in
 """
 
 import hashlib
+import inspect
 import itertools
 from collections.abc import Iterable
 from os.path import commonprefix
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
+from jinja2 import TemplateSyntaxError
+from jinja2.defaults import DEFAULT_NAMESPACE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from lora_dpo_jax.data.preferences import Message, PreferencePair
+from lora_dpo_jax.data.messages import Message
+from lora_dpo_jax.data.rows import PreferencePair
 from lora_dpo_jax.data.sources import RowError, attempt
 
 SliceStrategy = Literal["raise", "drop", "left", "right"]
@@ -68,6 +73,7 @@ class PairTokenizer:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self._leading = _leading_special_tokens(tokenizer)
+        self._reserved = _names_of_the_renderer(tokenizer)
 
     def tokenize(self, pairs: Iterable[PreferencePair | RowError]) -> list[tuple[TokenizedPair, Boundary] | RowError]:
         """In the order of `pairs`. A pair that cannot be tokenized comes as the RowError that says why."""
@@ -93,13 +99,11 @@ class PairTokenizer:
     def _texts(self, pair: PreferencePair) -> _Texts:
         if isinstance(pair.prompt, str):
             texts = self._string_texts(pair.prompt, str(pair.chosen), str(pair.rejected))
+            _refuse_surrogates(texts.chosen + texts.rejected, pair.origin)
         else:
             texts = self._chat_texts(pair)
-        for text in (texts.chosen, texts.rejected):
-            if _is_not_unicode(text):
-                raise RowError("malformed", pair.origin, "holds half of a surrogate pair, which is no character")
-            if len(text) == len(texts.prompt):
-                raise RowError("empty", pair.origin, "the chat template writes nothing for one of the responses")
+        if len(texts.prompt) in (len(texts.chosen), len(texts.rejected)):
+            raise RowError("empty", pair.origin, "the chat template writes nothing for one of the responses")
         return texts
 
     def _string_texts(self, prompt: str, chosen: str, rejected: str) -> _Texts:
@@ -145,15 +149,29 @@ class PairTokenizer:
         return start if all(other[: len(ids)] == ids for other in continued) else None
 
     def _render(self, pair: PreferencePair, messages: Any, add_generation_prompt: bool = False) -> str:
-        options = {"tools": pair.tools, "chat_template": self.chat_template, **pair.chat_template_kwargs}
-        if self.tokenizer.chat_template is None and options["chat_template"] is None:
-            raise ValueError("The tokenizer has no chat template for lists of messages. Set format.chat_template")
+        if self.tokenizer.chat_template is None and self.chat_template is None:
+            raise ValueError(
+                f"{pair.origin}: the tokenizer has no chat template for messages. Set format.chat_template"
+            )
+        if reserved := sorted(self._reserved & set(pair.chat_template_kwargs)):
+            raise RowError("malformed", pair.origin, f"its chat_template_kwargs may not set {reserved}")
+        render: Any = self.tokenizer.apply_chat_template
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
-            )  # type: ignore
+            text = render(
+                messages,
+                tools=pair.tools,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **pair.chat_template_kwargs,
+            )
+        except TemplateSyntaxError as error:
+            whose = "the tokenizer's chat template" if self.chat_template is None else "format.chat_template"
+            raise ValueError(f"{whose} is not valid Jinja: line {error.lineno}: {error.message}") from error
         except Exception as error:  # a template is a program: what it raises over odd messages has no one type
             raise RowError("malformed", pair.origin, f"the chat template refuses it: {error}") from error
+        _refuse_surrogates(text, pair.origin)
+        return text
 
     def _split(
         self, pair: PreferencePair, texts: _Texts, prompt: list[int], chosen: list[int], rejected: list[int]
@@ -201,14 +219,10 @@ class PairTokenizer:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # type: ignore
 
     def _without_second_bos(self, ids: np.ndarray) -> np.ndarray:
-        bos = self.tokenizer.bos_token_id
-        doubled = bos is not None and len(ids) > 1 and ids[0] == bos == ids[1]
-        return self._without_second_bos(ids[1:]) if doubled else ids
+        return ids[max(_run_of(self.tokenizer.bos_token_id, ids) - 1, 0) :]
 
     def _without_second_eos(self, ids: np.ndarray) -> np.ndarray:
-        is_eos = ids == self.tokenizer.eos_token_id
-        repeats = np.flatnonzero(is_eos[1:] & is_eos[:-1]) + 1
-        return np.delete(ids, repeats) if len(repeats) else ids
+        return ids[: len(ids) - max(_run_of(self.tokenizer.eos_token_id, ids[::-1]) - 1, 0)]
 
 
 def fit_to_length(
@@ -256,6 +270,14 @@ def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return full[:start]  # type: ignore
 
 
+def _names_of_the_renderer(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """What a row may not give to the template: what decides how it is rendered, and what the renderer gives itself."""
+    functions = (type(tokenizer).apply_chat_template, render_jinja_template)
+    names = {name for function in functions for name in inspect.signature(function).parameters}
+    given = {"messages", "raise_exception", "strftime_now", *DEFAULT_NAMESPACE, *tokenizer.special_tokens_map}
+    return (names | given) - {"documents"}  # these are data: what a template for retrieval reads
+
+
 def _is_plain_fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether its Rust backend may be called directly (twice as fast): no Python code of its own changes texts."""
     kind = type(tokenizer)
@@ -267,12 +289,17 @@ def _is_plain_fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     )
 
 
-def _is_not_unicode(text: str) -> bool:
+def _run_of(token: Any, ids: np.ndarray) -> int:
+    """How many times `ids` begins with this token."""
+    others = np.flatnonzero(ids != token)
+    return int(others[0]) if len(others) else len(ids)
+
+
+def _refuse_surrogates(text: str, origin: str) -> None:
     try:
         text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+    except UnicodeEncodeError as error:
+        raise RowError("malformed", origin, "holds half of a surrogate pair, which is no character") from error
 
 
 def _excerpt(text: str, start: int) -> str:

@@ -1,20 +1,21 @@
-"""Where preference rows come from: files and URLs of jsonl, json or parquet, and data sets of the hub."""
+"""Where preference rows come from: files and URLs, data sets of the hub, and folders of `save_to_disk`."""
 
 import hashlib
-import io
-import json
+import itertools
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Literal, ParamSpec, Protocol, TypeVar, cast
-from urllib.parse import urlsplit
 
 import draccus
 import fsspec
-import fsspec.compression
 from fsspec.core import has_magic, url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import compressions
+
+from lora_dpo_jax.data.json_rows import Unreadable
+from lora_dpo_jax.data.readers import READERS, ROWS_PER_READ, decompress, read_rows, suffixes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -23,7 +24,10 @@ Reason = Literal["empty", "malformed", "identical", "boundary", "too_long"]
 
 # Local files up to this size are known by their content, so that copying or touching them rebuilds nothing.
 CONTENT_HASH_BYTES = 1 << 30
-ROWS_PER_READ = 1024
+
+
+class SourceError(ValueError):
+    """A file or data set cannot be had or read. The message names it, and not yet the component."""
 
 
 class RowError(ValueError):
@@ -67,6 +71,7 @@ class SourceConfig(draccus.ChoiceRegistry):
         raise NotImplementedError
 
     def tables(self, split: Split) -> Sequence[RowTable]:
+        """Raises SourceError."""
         raise NotImplementedError
 
 
@@ -75,7 +80,7 @@ class SourceConfig(draccus.ChoiceRegistry):
 class UrlSource(SourceConfig):
     """Local paths, globs and whatever fsspec opens (gs://, s3://, https://, hf://...).
 
-    The suffix tells the format (.jsonl, .json, .parquet) and the compression (.gz, .zst, .bz2, .xz).
+    The suffix tells the format (.jsonl, .json, .parquet, .csv, .tsv) and the compression (.gz, .zst, .bz2, .xz).
     """
 
     train_urls: list[str] = field(default_factory=list)
@@ -90,9 +95,9 @@ class UrlSource(SourceConfig):
 
     def tables(self, split: Split) -> Sequence[RowTable]:
         files = [file for url in self._urls(split) for file in expand_url(url)]
-        names = [file.name for file in files]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"source.{split}_urls names these files more than once: {twice}")
+        places = [file.place for file in files]
+        if twice := sorted({file.name for file in files if places.count(file.place) > 1}):
+            raise SourceError(f"{split}_urls names these files more than once: {twice}")
         return files
 
     def _urls(self, split: Split) -> list[str]:
@@ -102,7 +107,7 @@ class UrlSource(SourceConfig):
 @SourceConfig.register_subclass("hf")
 @dataclass(frozen=True)
 class HubSource(SourceConfig):
-    """A data set of the Hugging Face hub, or a local folder laid out like one."""
+    """A data set of the Hugging Face hub, a local folder laid out like one, or a folder of `save_to_disk`."""
 
     id: str
     name: str | None = None  # the configuration, where the data set has several
@@ -114,8 +119,12 @@ class HubSource(SourceConfig):
         return self._split(split) is not None
 
     def tables(self, split: Split) -> Sequence[RowTable]:
-        name = self._split(split)
-        return [] if name is None else [HubTable.load(self, name)]
+        expression = self._split(split)
+        if expression is None:
+            return []
+        with _told_as(f"{self.id} ({split}_split: {expression}): cannot be loaded"):
+            saved = _is_saved(*url_to_fs(self.id))
+            return [_saved_table(self, expression) if saved else _hub_table(self, expression)]
 
     def _split(self, split: Split) -> str | None:
         return self.train_split if split == "train" else self.validation_split
@@ -127,137 +136,168 @@ class RowFile:
     filesystem: fsspec.AbstractFileSystem
     path: str
 
+    @property
+    def place(self) -> str:
+        """The same for all spellings of one file."""
+        local = isinstance(self.filesystem, LocalFileSystem)
+        return os.path.realpath(self.path) if local else self.filesystem.unstrip_protocol(self.path)
+
     def identity(self) -> str:
-        info = self.filesystem.info(self.path)
-        if not isinstance(self.filesystem, LocalFileSystem):
-            return f"{info.get('size')} {self.filesystem.ukey(self.path)}"
-        if info["size"] > CONTENT_HASH_BYTES:
-            return f"{info['size']} {info['mtime']}"
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with _told_as(f"{self.name}: cannot be read"):
+            info = self.filesystem.info(self.path)
+            if not isinstance(self.filesystem, LocalFileSystem):
+                return f"{info.get('size')} {self.filesystem.ukey(self.path)}"
+            if info["size"] > CONTENT_HASH_BYTES:
+                return f"{info['size']} {info['mtime']}"
+            with open(self.path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def check_compressed(self) -> None:
+        """Reads all of a compressed file, as `datasets` takes one that breaks off for whole. Raises SourceError."""
+        compression = suffixes(self.path)[1]
+        if compression is not None:
+            with _told_as(f"{self.name}: cannot be read"), self.filesystem.open(self.path, "rb") as raw:
+                content = decompress(cast(BinaryIO, raw), compression)
+                while content.read(1 << 20):
+                    pass
 
     def rows(self) -> Iterator[tuple[int, Any]]:
-        suffix, compression = suffixes(self.path)
-        read = READERS.get(suffix)
-        if read is None:
-            raise ValueError(
-                f"{self.name}: cannot tell its format from the suffix {suffix!r}. "
-                f"Needed: one of {sorted(READERS)}, then {sorted(compressions)} if it is compressed"
-            )
+        """Raises SourceError where the file is damaged."""
         number = 0
         try:
             with self.filesystem.open(self.path, "rb") as raw:
-                for number, row in enumerate(read(decompress(cast(BinaryIO, raw), compression)), start=1):
-                    if isinstance(row, _Unreadable):
-                        yield number, RowError("malformed", f"{self.name}, row {number}", row.why)
-                    elif row is not None:
-                        yield number, row
-        except (EOFError, OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{self.name}: cannot be read beyond row {number}: {error}") from error
+                for number, row in read_rows(cast(BinaryIO, raw), self.path):
+                    yield number, _or_error(row, self.name, number)
+        except Exception as error:
+            where = f"cannot be read beyond row {number}" if number else "cannot be read"
+            raise SourceError(f"{self.name}: {where}: {_said(error)}") from error
 
 
 @dataclass(frozen=True)
 class HubTable:
     name: str
     dataset: Any
-
-    @classmethod
-    def load(cls, source: HubSource, split: str) -> "HubTable":
-        import datasets  # slow to import, and not needed for files
-
-        dataset = datasets.load_dataset(source.id, source.name, revision=source.revision, split=split)
-        return cls("/".join(filter(None, (source.id, source.name))) + f"[{split}]", dataset)
+    exact: bool  # see read_table
 
     def identity(self) -> str:
         return self.dataset._fingerprint
 
     def rows(self) -> Iterator[tuple[int, Any]]:
-        number = 0
-        for batch in self.dataset.with_format(None).iter(ROWS_PER_READ):
-            for values in zip(*batch.values(), strict=True):
-                number += 1
-                yield number, _without_none(dict(zip(batch, values, strict=True)))
+        """Raises SourceError where the data set is damaged."""
+        from lora_dpo_jax.data.arrow_rows import read_table
+
+        with _told_as(f"{self.name}: cannot be read"):
+            tables = self.dataset.with_format("arrow").iter(ROWS_PER_READ)
+            rows = (row for table in tables for row in read_table(table, exact=self.exact))
+            for number, row in enumerate(rows, start=1):
+                yield number, _or_error(row, self.name, number)
+
+
+def read_tables(tables: Sequence[RowTable]) -> Iterator[tuple[int, int, Any]]:
+    """(table, number of the row in it, row). Raises SourceError for a table without rows, which may be a lost file."""
+    for index, table in enumerate(tables):
+        empty = True
+        for number, row in table.rows():
+            empty = False
+            yield index, number, row
+        if empty:
+            raise SourceError(f"{table.name} holds no rows; leave it out, or replace it")
 
 
 def expand_url(url: str) -> list[RowFile]:
-    """The files of a path, URL or glob, in the order of their names."""
-    filesystem, path = url_to_fs(url)
-    # In a web address a question mark begins the query.
-    pattern = has_magic(path) if not url.startswith(("http:", "https:")) else "*" in path
-    if not pattern or filesystem.isfile(path):
-        if not filesystem.exists(path):
-            raise FileNotFoundError(f"source: {url} does not exist")
-        if filesystem.isdir(path):
-            raise IsADirectoryError(f"source: {url} is a folder; name its files, as in {url.rstrip('/')}/*.jsonl")
-        return [RowFile(url, filesystem, path)]
-    paths = sorted(found for found in filesystem.glob(path) if not filesystem.isdir(found))
+    """The files of a path, URL or glob, in the order of their names. Raises SourceError if there is none."""
+    with _told_as(f"{url}: cannot be opened"):
+        filesystem, path = url_to_fs(url)
+        # In a web address a question mark begins the query.
+        pattern = has_magic(path) if not url.startswith(("http:", "https:")) else "*" in path
+        if not pattern or filesystem.isfile(path):
+            return [RowFile(url, filesystem, _file(filesystem, path, url))]
+        paths = sorted(found for found in filesystem.glob(path) if not filesystem.isdir(found))
     if not paths:
-        raise FileNotFoundError(f"source: no file matches {url}")
+        raise SourceError(f"no file matches {url}")
     local = isinstance(filesystem, LocalFileSystem)
     return [RowFile(found if local else filesystem.unstrip_protocol(found), filesystem, found) for found in paths]
 
 
-def suffixes(path: str) -> tuple[str, str | None]:
-    """('jsonl', 'gzip') for prefs.jsonl.gz; no compression is None."""
-    name = PurePosixPath(urlsplit(path).path if "://" in path else path)
-    compression = compressions.get(name.suffix.removeprefix(".").lower())
-    if compression:
-        name = name.with_suffix("")
-    return name.suffix.removeprefix(".").lower(), compression
+def _file(filesystem: fsspec.AbstractFileSystem, path: str, url: str) -> str:
+    if not filesystem.exists(path):
+        raise SourceError(f"{url} does not exist")
+    if not filesystem.isdir(path):
+        return path
+    if _is_saved(filesystem, path):
+        advice = f"it was written by save_to_disk of datasets; read it with source: {{type: hf, id: {url}}}"
+    elif not filesystem.ls(path):
+        advice = "it is empty"
+    else:
+        advice = f"name its files, as in {url.rstrip('/')}/*.jsonl"
+    raise SourceError(f"{url} is a folder; {advice}")
 
 
-def decompress(file: BinaryIO, compression: str | None) -> BinaryIO:
-    if compression is None:
-        return file
-    if compression == "zstd":
-        import zstandard
-
-        # fsspec would stop, in silence, after the first of several frames.
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))  # type: ignore
-    return fsspec.compression.compr[compression](file, mode="rb")  # type: ignore
+def _is_saved(filesystem: fsspec.AbstractFileSystem, path: str) -> bool:
+    """Whether it is a folder that `save_to_disk` of a Dataset or a DatasetDict wrote."""
+    return any(filesystem.isfile(f"{path}/{name}") for name in ("state.json", "dataset_dict.json"))
 
 
-@dataclass(frozen=True)
-class _Unreadable:
-    why: str
+def _saved_table(source: HubSource, expression: str) -> HubTable:
+    if source.name is not None or source.revision is not None:
+        raise SourceError(f"{source.id} was written by save_to_disk and has no name or revision; unset both")
+    import datasets  # slow to import, and not needed for files
+
+    saved = datasets.load_from_disk(source.id)
+    if isinstance(saved, datasets.Dataset):  # of one split, or a part of it such as train[:1000]
+        saved = {re.sub(r"\W.*", "", str(saved.split or "train")): saved}
+    sizes = {name: len(part) for name, part in saved.items()}
+    taken = datasets.ReadInstruction.from_spec(expression).to_absolute(sizes)
+    parts = [saved[part.splitname].select(range(part.from_, part.to)) for part in taken]
+    return HubTable(f"{source.id}[{expression}]", datasets.concatenate_datasets(parts), exact=False)
 
 
-def _read_json_lines(file: BinaryIO) -> Iterator[Any]:
-    """One item a line, so that rows are numbered as an editor numbers lines; None for a blank line."""
-    for line in file:
-        if not line.strip():
-            yield None
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError as error:  # also of bytes that are not UTF-8
-            yield _Unreadable(f"is not JSON: {error}")
+def _hub_table(source: HubSource, expression: str) -> HubTable:
+    import datasets
+
+    builder = datasets.load_dataset_builder(source.id, source.name, revision=source.revision)
+    paths = itertools.chain(*(builder.config.data_files or {}).values())
+    files = [RowFile(path, *url_to_fs(path)) for path in paths if "://" not in path]
+    for file in files:
+        file.check_compressed()
+    try:
+        builder.download_and_prepare()
+    except Exception as error:
+        if fault := _first_fault(files):
+            raise SourceError(fault) from error
+        raise
+    name = "/".join(filter(None, (source.id, source.name)))
+    return HubTable(f"{name}[{expression}]", builder.as_dataset(expression), exact=builder.info.builder_name == "json")
 
 
-def _read_json(file: BinaryIO) -> Iterator[Any]:
-    """An array of rows, or JSON lines under another suffix."""
-    content = file.read()
-    return iter(json.loads(content)) if content.lstrip().startswith(b"[") else _read_json_lines(io.BytesIO(content))
+def _first_fault(files: Sequence[RowFile]) -> str | None:
+    """`datasets` does not say in which file and row it failed."""
+    known = [file for file in files if suffixes(file.path)[0] in READERS]
+    try:
+        return next((str(row) for _, _, row in read_tables(known) if isinstance(row, RowError)), None)
+    except SourceError as error:
+        return str(error)
 
 
-def _read_parquet(file: BinaryIO) -> Iterator[Any]:
-    import pyarrow.parquet as parquet
-
-    seekable = file if file.seekable() else io.BytesIO(file.read())
-    for batch in parquet.ParquetFile(seekable).iter_batches(ROWS_PER_READ):
-        yield from map(_without_none, batch.to_pylist())
+def _or_error(row: Any, table: str, number: int) -> Any:
+    return RowError("malformed", f"{table}, row {number}", row.why) if isinstance(row, Unreadable) else row
 
 
-def _without_none(value: Any) -> Any:
-    """Arrow gives every message the keys of all messages, filled with None: templates must not see those."""
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+@contextmanager
+def _told_as(what: str) -> Iterator[None]:
+    """Whatever a library raises becomes a SourceError of one line, which begins with what could not be done."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except Exception as error:
+        raise SourceError(f"{what}: {_said(error)}") from error
 
 
-READERS = {
-    "jsonl": _read_json_lines,
-    "ndjson": _read_json_lines,
-    "json": _read_json,
-    "parquet": _read_parquet,
-}
+def _said(error: BaseException) -> str:
+    """In one line, with the cause where the message does not hold it."""
+    message = " ".join(str(error).split())
+    if not message or not isinstance(error, ValueError | OSError | ImportError | EOFError):
+        message = f"{type(error).__name__}: {message}".rstrip(": ")
+    cause = " ".join(str(error.__cause__ or "").split())
+    return message if cause in message else f"{message}: {cause}"

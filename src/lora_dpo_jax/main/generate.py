@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from fsspec.core import url_to_fs
 from transformers import AutoTokenizer
 
-from lora_dpo_jax.data.sources import RowError, RowFile, decompress, suffixes
+from lora_dpo_jax.data.readers import decompress, suffixes
+from lora_dpo_jax.data.sources import RowError, RowFile
 from lora_dpo_jax.generation import GenerationConfig, complete, read_stop_ids
 from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.folders import local_folder

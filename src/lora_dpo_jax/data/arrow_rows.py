@@ -1,0 +1,84 @@
+"""Rows of Arrow tables, as JSON lines would hold them."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import types
+
+from lora_dpo_jax.data.json_rows import Unreadable, parse_json
+
+Reading = Callable[[Any], Any]
+
+
+def read_table(table: pa.Table | pa.RecordBatch, *, exact: bool = False) -> Iterator[Any]:
+    """Rows of Python values, with the columns that they have, and values of type arrow.json decoded.
+
+    An Arrow struct has the keys of all objects, so a null in it is a value, or a key that the object lacks. `exact`: it
+    is a value, as where `datasets` has read JSON, because it keeps objects whose keys differ as arrow.json. A table
+    with such columns is exact too. Otherwise nulls are left out, unless only keys are null that never have a value.
+    """
+    exact = exact or any(_has_json(column.type) for column in table.schema)
+    columns = {column.name: _reading(column.type, exact) for column in table.schema}
+    for row in table.to_pylist(maps_as_pydicts="strict"):
+        try:
+            yield {name: columns[name](value) for name, value in row.items() if value is not None}
+        except ValueError as error:
+            yield Unreadable(f"has a JSON value that {error}")
+
+
+def _reading(kind: pa.DataType, exact: bool) -> Reading:
+    """How a value of this type becomes what JSON would hold. Values are as `to_pylist` gives them, and not None."""
+    if isinstance(kind, pa.JsonType):
+        return parse_json
+    if types.is_struct(kind):
+        return _struct_reading(kind, exact)
+    if types.is_map(kind):
+        item = _or_none(_reading(kind.item_type, exact))
+        return lambda value: {key: item(held) for key, held in value.items()}
+    if _is_list(kind):
+        item = _or_none(_reading(kind.value_type, exact))
+        return lambda value: [item(held) for held in value]
+    return lambda value: value
+
+
+def _struct_reading(kind: pa.StructType, exact: bool) -> Reading:
+    fields = {field.name: _or_none(_reading(field.type, exact)) for field in kind}
+    if "content" in fields and isinstance(kind.field("content").type, pa.JsonType):
+        fields["content"] = _or_none(_content)
+    ever_filled = [field.name for field in kind if not types.is_null(field.type)]
+
+    def read(value: dict[str, Any]) -> dict[str, Any]:
+        whole = exact or all(value[key] is not None for key in ever_filled)
+        return {key: fields[key](held) for key, held in value.items() if held is not None or whole}
+
+    return read
+
+
+def _content(text: str) -> Any:
+    """Text or parts. `datasets` puts no quotes around a text that is JSON by itself, such as 42."""
+    value = parse_json(text)
+    is_parts = isinstance(value, list) and all(isinstance(part, dict) for part in value)
+    return value if is_parts or isinstance(value, str | None) else text
+
+
+def _or_none(reading: Reading) -> Reading:
+    return lambda value: None if value is None else reading(value)
+
+
+def _has_json(kind: pa.DataType) -> bool:
+    if types.is_struct(kind):
+        return any(_has_json(field.type) for field in kind)
+    if types.is_map(kind):
+        return _has_json(kind.item_type)
+    return _has_json(kind.value_type) if _is_list(kind) else isinstance(kind, pa.JsonType)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return (
+        types.is_list(kind)
+        or types.is_large_list(kind)
+        or types.is_fixed_size_list(kind)
+        or types.is_list_view(kind)
+        or types.is_large_list_view(kind)
+    )
