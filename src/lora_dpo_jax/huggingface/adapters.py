@@ -282,11 +282,14 @@ def _targets(
             f"{tensors.folder}: adapts lm_head, which this model ties to the input embedding; that is not supported"
         )
     targets = set(matching_names(_layer_names(model), config))
-    if only_layers is not None:
+    if only_layers not in (None, []):
         numbers = [only_layers] if isinstance(only_layers, int) else only_layers
         targets = {name for name in targets if any(f".layers.{number}." in name for number in numbers)}
     needed = [_key(name, factor) for name in sorted(targets) for factor in ("lora_A", "lora_B")]
-    asked = f"{CONFIG}'s target_modules={config.target_modules!r} names {abridged(sorted(targets)) or 'none'}"
+    settings = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
+    settings |= {"layers_to_transform": only_layers}
+    chosen = ", ".join(f"{key}={value!r}" for key, value in settings.items() if value is not None)
+    asked = f"{CONFIG}'s {chosen or 'target_modules=null'} names {abridged(sorted(targets)) or 'none'}"
     if missing := [key for key in needed if key not in tensors.names]:
         raise MisfitError(f"{tensors.folder}: tensors are missing: {abridged(missing)}; {asked}")
     needed += [HEAD_COPY] if "lm_head" in targets else []

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ class TensorFiles:
     def _tensors_of(self, name: str) -> dict[str, LazyTensor]:
         if name not in self._opened:
             path = self.folder / name
-            if not path.exists():
+            if not os.path.exists(path):  # also where the name is too long to ask for
                 raise FileNotFoundError(f"{path} is missing, though {self._index} names it")
             try:
                 with safe_open(path, framework="numpy"):  # which looks whether the file is as its header says

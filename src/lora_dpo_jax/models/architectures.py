@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transformers import CONFIG_MAPPING, GenerationConfig
+import transformers  # whose names are imported when they are used: torch comes with them, where it is installed
 
 from lora_dpo_jax.json_objects import LARGEST, REQUIRED, JsonObject, brief, is_texts
 from lora_dpo_jax.models.config import DecoderConfig
@@ -54,20 +54,15 @@ MOST_LAYERS = 10_000  # beyond, a number is a mistake, and per-layer lists of it
 # parallelism once split the pretraining. transformers writes them, so they are not worth a word.
 HARMLESS = {
     "architectures",
-    "attention_dropout",
-    "bos_token_id",
     "chunk_size_feed_forward",
     "dtype",
-    "eos_token_id",
     "id2label",
-    "initializer_range",
     "is_decoder",
     "is_encoder_decoder",
     "is_llama_config",
     "label2id",
     "output_attentions",
     "output_hidden_states",
-    "pad_token_id",
     "pretraining_tp",
     "problem_type",
     "return_dict",
@@ -75,12 +70,11 @@ HARMLESS = {
     "torch_dtype",
     "transformers.js_config",
     "transformers_version",
-    "unk_token_id",
     "use_cache",
 }
-# Others that other families have too: special tokens, dropout, initialization.
+# More of them, some of other families: private notes, special tokens, dropout, initialization.
 HARMLESS_KINDS = re.compile(
-    r".*_token_id|.*(dropout|pdrop|layerdrop)(_p|_prob|_rate)?|initializer_.*|(embed_)?init_std|seed"
+    r"_.*|.*_token_id|.*(dropout|pdrop|layerdrop)(_p|_prob|_rate)?|initializer_.*|(embed_)?init_std|seed"
 )
 # Notes of training programs, of tokenizers and of older versions of transformers, that are known to be no settings.
 NOTES = {
@@ -94,24 +88,11 @@ NOTES = {
     "torchscript",
     "unsloth_fixed",
     "unsloth_version",
-    *vars(GenerationConfig()),
 }
 # What transformers reads for every family, beside the settings of each.
-OF_EVERY_FAMILY = {
-    "compression_config",
-    "configuration_files",
-    "fusion_config",
-    "is_causal",
-    "per_layer_config",
-    "quantization",
-    "quantization_config",
-    "transformers_weights",
-}
-QUANTIZED = (
-    "quantization_config",
-    "quantization",
-    "compression_config",
-)  # transformers', MLX's, an older transformers'
+OF_EVERY_FAMILY = {"configuration_files", "fusion_config", "is_causal", "per_layer_config", "transformers_weights"}
+# The same of transformers, MLX and compressed-tensors.
+QUANTIZED = ("quantization_config", "quantization", "compression_config")
 ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -131,10 +112,10 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
     if model_type not in ARCHITECTURES:
         raise given.error("model_type", f"is not supported; known: {sorted(ARCHITECTURES)}")
     architecture = ARCHITECTURES[model_type]
-    _refuse_features(given, model_type)
+    _refuse_features(given)
     _check_kinds(given)
     theirs = _as_transformers_reads(given, model_type)
-    rope, windows = _rope(theirs, given), _windows(architecture, theirs, given)
+    windows = _windows(architecture, theirs, given)
     configured_bias = architecture.biases == "as configured" and theirs.attention_bias
     try:
         return DecoderConfig(
@@ -147,7 +128,7 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
             # Qwen2 has no such field, but its attention reads one that is given.
             head_dim=getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
             max_position_embeddings=theirs.max_position_embeddings,
-            rope=rope,
+            rope=_rope(theirs),
             rms_norm_eps=theirs.rms_norm_eps,
             activation=theirs.hidden_act,
             tie_word_embeddings=theirs.tie_word_embeddings,
@@ -161,29 +142,25 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
         raise ValueError(f"{where}: {error}") from error
 
 
-def _refuse_features(given: JsonObject, model_type: str) -> None:
+def _refuse_features(given: JsonObject) -> None:
     """ValueError for keys that might change a logit; the others that are not used are logged."""
-    known = USED | HARMLESS
-    others = [key for key in given.values if key not in known and key[:1] != "_" and not HARMLESS_KINDS.fullmatch(key)]
-    on = [key for key in others if not _is_off(key, given.values[key])]
+    unused = [key for key in given.values if key not in USED | HARMLESS and not HARMLESS_KINDS.fullmatch(key)]
+    unused = [key for key in unused if not _is_off(key, given.values[key])]
     for key in QUANTIZED:
-        if key in on:
+        if key in unused:
             raise given.error(
                 key,
                 "says that the weights are quantized, and only plain ones are read. Give the checkpoint that it was "
                 "quantized from, and set model.quantization: nf4 to hold that in 4 bits",
             )
-    features = OF_EVERY_FAMILY
-    if not NOTES | OF_EVERY_FAMILY >= set(on):
-        features = features | _settings_of_families()
-    if refused := [key for key in on if key in features - NOTES]:
-        found = ", ".join(f"{brief(key)}: {brief(given.values[key])}" for key in refused)
-        raise ValueError(
-            f"{given.where}: not supported, so the model would be computed wrongly (transformers has these settings, "
-            f"but not for a {model_type}): {found}"
-        )
-    if on:
-        _log_ignored(given.where, ", ".join(map(brief, on)))
+    features = OF_EVERY_FAMILY & {*unused}
+    if unknown := {*unused} - NOTES - {*vars(transformers.GenerationConfig())} - features:
+        features |= unknown & _settings_of_families()
+    if features:
+        found = ", ".join(f"{brief(key)}: {brief(given.values[key])}" for key in sorted(features))
+        raise ValueError(f"{given.where}: not supported, so the model would be computed wrongly: {found}")
+    if unused:
+        _log_ignored(given.where, ", ".join(map(brief, unused)))
 
 
 @functools.cache  # once, however often the file is read
@@ -202,7 +179,7 @@ def _settings_of_families() -> frozenset[str]:
     # Takes seconds where torch is installed, so only an unknown key has it imported.
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    configs = [CONFIG_MAPPING[family] for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    configs = [transformers.CONFIG_MAPPING[family] for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
     return frozenset(name for config in configs for name in inspect.signature(config.__init__).parameters)
 
 
@@ -219,20 +196,36 @@ def _check_kinds(given: JsonObject) -> None:
     given.taken("layer_types", None, is_texts, "a list of texts")
     given.taken("hidden_act", "silu", lambda name: name in [*ACTIVATIONS], f"one of {sorted(ACTIVATIONS)}")
     given.taken("partial_rotary_factor", None, lambda factor: factor == 1, ALL_DIMENSIONS)
-    for key in ("rope_scaling", "rope_parameters"):
-        if (rope := given.object(key)) is not None:
-            rope.text("rope_type", "default")
-            rope.taken("partial_rotary_factor", None, lambda factor: factor == 1, ALL_DIMENSIONS)
+    _check_rope(given)
     hidden_size, num_heads = given.values["hidden_size"], given.values["num_attention_heads"]
     if given.values["model_type"] == "llama" and hidden_size % num_heads:
         raise given.error("hidden_size", f"is not a multiple of num_attention_heads={num_heads}")
+
+
+def _check_rope(given: JsonObject) -> None:
+    scaling, parameters = given.object("rope_scaling"), given.object("rope_parameters")
+    rope = scaling if scaling and scaling.values else parameters  # the older name counts before the newer
+    if rope is None:
+        return
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_NUMBERS:
+        raise ValueError(f"{rope.where}: rope_type={brief(kind)} is not supported; known: {sorted(ROPE_NUMBERS)}")
+    rope.taken("partial_rotary_factor", None, lambda factor: factor == 1, ALL_DIMENSIONS)
+    rope.number("rope_theta", 1.0, above=0.0)
+    for key in ROPE_NUMBERS[kind]:
+        rope.number(key, above=0.0)
+    if kind == "llama3":
+        for settings in (rope, given):
+            settings.whole("original_max_position_embeddings", 1)
+        if rope.values["high_freq_factor"] <= (low := rope.values["low_freq_factor"]):
+            raise rope.error("high_freq_factor", f"must be above low_freq_factor={low}")
 
 
 def _as_transformers_reads(given: JsonObject, model_type: str) -> Any:
     """The object of transformers' config class; ValueError with what it says if it takes no such values."""
     used = {key: copy.deepcopy(value) for key, value in given.values.items() if key in USED - {"model_type"}}
     try:
-        theirs = CONFIG_MAPPING[model_type](**used)
+        theirs = transformers.CONFIG_MAPPING[model_type](**used)
         # As its models do when they are built: only then it sees a top-level original_max_position_embeddings.
         theirs.standardize_rope_params()
     except Exception as error:
@@ -254,17 +247,10 @@ def _windows(architecture: Architecture, theirs: Any, given: JsonObject) -> tupl
     return windows if any(windows) else None
 
 
-def _rope(theirs: Any, given: JsonObject) -> RopeConfig:
-    name = "rope_scaling" if given.values.get("rope_scaling") else "rope_parameters"
-    rope = JsonObject(theirs.rope_parameters, f"{given.where}: {name}")
-    kind = rope.text("rope_type")
-    if kind not in ROPE_NUMBERS:
-        raise rope.error("rope_type", f"is not supported; known: {sorted(ROPE_NUMBERS)}")
-    numbers = {key: rope.number(key, above=0.0) for key in ROPE_NUMBERS[kind]}
-    original = theirs.max_position_embeddings
-    if kind == "llama3":
-        original = rope.whole("original_max_position_embeddings")
-        if numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
-            raise rope.error("high_freq_factor", f"must be above low_freq_factor={numbers['low_freq_factor']}")
-    theta = rope.number("rope_theta", above=0.0)
-    return RopeConfig(theta=theta, type=kind, original_max_position_embeddings=original, **numbers)
+def _rope(theirs: Any) -> RopeConfig:
+    rope = theirs.rope_parameters
+    kind = rope["rope_type"]
+    # `dynamic` counts from max_position_embeddings even where an original length is given.
+    original = rope["original_max_position_embeddings"] if kind == "llama3" else theirs.max_position_embeddings
+    numbers = {key: rope[key] for key in ROPE_NUMBERS[kind]}
+    return RopeConfig(theta=rope["rope_theta"], type=kind, original_max_position_embeddings=original, **numbers)
