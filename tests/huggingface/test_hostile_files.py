@@ -1,4 +1,4 @@
-"""Whatever the files of a model or an adapter hold, reading ends right, or in a line that names the file and the key."""
+"""Whatever files of a model or an adapter hold, reading ends right, or in a line that names the file and the key."""
 
 import json
 import random
