@@ -119,11 +119,7 @@ class TensorFiles:
         if not self._is_sharded:
             file_of = dict.fromkeys(self._tensors_of(self._single), self._single)
         if file_of is None:
-            found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
-            raise FileNotFoundError(
-                f"{folder}: neither {self._single} nor {self._index} (no other format is read). {CONVERSIONS[stem]}; "
-                f"found {found}"
-            )
+            raise FileNotFoundError(f"{folder}: neither {self._single} nor {self._index} {instead(folder, stem)}")
         self._file_of = file_of
         self._name_in_file: dict[str, str] = {}  # where it is another
 
@@ -172,6 +168,12 @@ class TensorFiles:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} is no safetensors file, or only part of one: {error}") from error
         return self._opened[name]
+
+
+def instead(folder: Path, stem: str = "model") -> str:
+    """What to do about a folder that holds something else, for the end of a message."""
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
+    return f"(no other format is read). {CONVERSIONS[stem]}; found {found}"
 
 
 def write_shards(

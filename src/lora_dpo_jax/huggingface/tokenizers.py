@@ -9,8 +9,9 @@ from transformers import AutoTokenizer
 
 from lora_dpo_jax.json_objects import JsonObject, is_number, is_texts, read_json_object
 
-CONFIG, VOCABULARY = "tokenizer_config.json", "tokenizer.json"
-FILES = (CONFIG, VOCABULARY, "special_tokens_map.json", "added_tokens.json", "config.json")
+CHECKED = ("tokenizer_config.json", "special_tokens_map.json")
+ALSO_READ = ("added_tokens.json", "config.json")
+VOCABULARY = "tokenizer.json"  # large, so it is looked into only if nothing loads
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MORE_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces")
@@ -18,13 +19,15 @@ FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokeniz
 
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer in `folder`; ValueError names the file, and the key if it is known, if none loads."""
-    found = {name: read_json_object(folder / name) for name in FILES if (folder / name).exists()}
-    if CONFIG in found:
-        _check(found[CONFIG])
+    for name in (*CHECKED, *ALSO_READ):
+        if (folder / name).exists():
+            settings = read_json_object(folder / name)
+            if name in CHECKED:
+                _check(settings)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # hostile values raise any kind
-        if VOCABULARY in found:
+        if (folder / VOCABULARY).exists():
             _check_vocabulary(folder / VOCABULARY)
         raise ValueError(f"{folder} holds no tokenizer that loads. {type(error).__name__}: {_line(error)}") from error
 

@@ -20,7 +20,14 @@ from haliax import Axis, NamedArray
 from lora_dpo_jax.huggingface.adapters import CONFIG as ADAPTER_CONFIG
 from lora_dpo_jax.huggingface.adapters import LayerAdapter, layer_adapters, read_base_model
 from lora_dpo_jax.huggingface.folders import export_folder
-from lora_dpo_jax.huggingface.tensors import TensorFiles, abridged, array_sharding, sharded_array, write_shards
+from lora_dpo_jax.huggingface.tensors import (
+    TensorFiles,
+    abridged,
+    array_sharding,
+    instead,
+    sharded_array,
+    write_shards,
+)
 from lora_dpo_jax.json_objects import read_json_object
 from lora_dpo_jax.lora import LoraLinear, axes_of, linear_layers
 from lora_dpo_jax.models import CausalLM, DecoderConfig, config_from_hf
@@ -48,12 +55,14 @@ OTHER_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
 
 def read_config(folder: Path) -> DecoderConfig:
     """The architecture in `folder`/config.json; ValueError names the file and what is not supported."""
-    if not (folder / "config.json").exists() and (folder / ADAPTER_CONFIG).exists():
-        raise FileNotFoundError(
-            f"{folder} holds an adapter and no model: give the model that it was made for "
-            f"(base_model_name_or_path={read_base_model(folder)[0]!r}) as initialize_from_hf, and this folder as "
-            "initialize_from_peft"
-        )
+    if not (folder / "config.json").exists():
+        if (folder / ADAPTER_CONFIG).exists():
+            raise FileNotFoundError(
+                f"{folder} holds an adapter and no model: give the model that it was made for "
+                f"(base_model_name_or_path={read_base_model(folder)[0]!r}) as initialize_from_hf, and this folder as "
+                "initialize_from_peft"
+            )
+        raise FileNotFoundError(f"{folder / 'config.json'} is missing {instead(folder)}")
     hf = read_json_object(folder / "config.json")
     return config_from_hf(hf.values, hf.where)
 
