@@ -242,6 +242,13 @@ def test_stop_ids_come_from_the_generation_config(tmp_path, files, expected):
     assert read_stop_ids(tmp_path) == expected
 
 
+@pytest.mark.parametrize("ids", [-1, 2**31, 2.0, True, "2", [2, None], [[2]], {"a": 2}])
+def test_what_is_no_token_id_is_named_with_its_file(tmp_path, ids):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id=.* must be a token id"):
+        read_stop_ids(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def adapter_folder(tmp_path_factory):
     """A PEFT adapter that changes the model."""

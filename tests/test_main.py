@@ -343,6 +343,16 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, rows):
         main(config)
 
 
+def test_models_that_are_not_supported_end_a_run_before_its_data_are_read(tmp_path, given_adapter, monkeypatch):
+    monkeypatch.setattr("lora_dpo_jax.main.train.load_tables", lambda *_: pytest.fail("the data were read"))
+    config = run_config(tmp_path, tmp_path / "no_rows.jsonl", initialize_from_hf=str(given_adapter))
+    with pytest.raises(FileNotFoundError, match="holds an adapter and no model.*initialize_from_peft"):
+        main(config)
+    config = dataclasses.replace(config, initialize_from_hf=str(instruct_folder()), initialize_from_peft=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
+        main(config)
+
+
 @pytest.mark.parametrize("attention, needed", [("pallas_tpu", "tpu"), ("pallas_gpu", "gpu")])
 def test_attention_of_another_platform_is_refused(tmp_path, rows, attention, needed):
     config = run_config(tmp_path, rows, model__attention=attention)

@@ -1,6 +1,5 @@
 """Completions: chat template, key-value cache, greedy and sampled."""
 
-import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import numpy as np
 from haliax import Axis
 from jax import Array
 
+from lora_dpo_jax.json_objects import is_whole, read_json_object
 from lora_dpo_jax.models import CachedMask, CausalLM, KeyValueCache
 from lora_dpo_jax.sharding import on_host
 
@@ -101,12 +101,20 @@ def _encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def read_stop_ids(folder: Path) -> frozenset[int]:
-    """What ends a completion according to `generation_config.json`, or to `config.json` where there is none."""
+    """What ends a completion according to `generation_config.json`, or to `config.json` where there is none.
+
+    ValueError names the file if that is no token id, nor a list of them.
+    """
     for name in ("generation_config.json", "config.json"):
         if (folder / name).exists():
-            ids = json.loads((folder / name).read_text()).get("eos_token_id")
-            return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
+            settings = read_json_object(folder / name)
+            ids = settings.taken("eos_token_id", None, _is_ids, "a token id, a list of them or null")
+            return frozenset([] if ids is None else ids if isinstance(ids, list) else [ids])
     return frozenset()
+
+
+def _is_ids(value: Any) -> bool:
+    return all(is_whole(item, 0) for item in (value if isinstance(value, list) else [value]))
 
 
 def generate(

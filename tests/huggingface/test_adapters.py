@@ -1,5 +1,6 @@
 import functools
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -319,6 +320,50 @@ def test_an_adapter_of_a_tied_head_is_refused(tmp_path):
     save_adapter(with_random_adapters(plain_model("llama2"), config), tmp_path / "a", base_model="base", config=config)
     with pytest.raises(ValueError, match="lm_head, which this model ties"):
         load_adapter(plain_model("smollm2"), tmp_path / "a")
+
+
+def test_an_adapter_of_another_base_says_which_and_what_was_given(saved):
+    change_config(saved, base_model_name_or_path="org/small")
+    with pytest.raises(
+        ValueError, match="made for base_model_name_or_path='org/small'; given is 'org/other', a model of"
+    ):
+        load_adapter(plain_model("mistral"), saved, base_model="org/other")
+    with pytest.raises(ValueError, match="'org/small'; given is a model of 3 layers, hidden_size 32"):
+        load_adapter(plain_model("mistral"), saved)
+
+
+def test_an_adapter_that_fits_a_base_of_another_name_is_put_on_it_with_a_word(saved, caplog):
+    change_config(saved, base_model_name_or_path="org/small")
+    load_adapter(plain_model("llama2"), saved, base_model="/models/small")
+    assert not caplog.records
+    load_adapter(plain_model("llama2"), saved, base_model="org/other")
+    assert "made for 'org/small' and put on 'org/other'" in caplog.text
+
+
+def test_no_layers_to_transform_are_all_layers_as_for_peft(saved):
+    change_config(saved, layers_to_transform=[])
+    theirs = peft_model(tiny_folder("llama2"), saved)
+    ours = load_adapter(plain_model("llama2"), saved)
+    np.testing.assert_allclose(logits(ours, TOKENS), torch_logits(theirs, TOKENS), rtol=0, atol=1e-4)
+
+
+def test_an_adapter_of_whole_numbers_is_refused(saved):
+    change_tensors(saved, lambda t: t.update({A_KEY: t[A_KEY].astype(np.int32)}))
+    with pytest.raises(ValueError, match=f"{A_KEY} holds I32; needed: floating-point"):
+        load_adapter(plain_model("llama2"), saved)
+
+
+def test_a_folder_around_an_adapter_names_the_one_within(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "outer" / "policy")
+    with pytest.raises(
+        FileNotFoundError, match=r"adapter_config\.json is missing; its subfolders policy hold adapters"
+    ):
+        load_adapter(plain_model("llama2"), tmp_path / "outer")
+
+
+def test_a_model_in_the_place_of_an_adapter_says_where_it_belongs():
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing; .* give it as initialize_from_hf"):
+        read_adapter_config(tiny_folder("llama2"))
 
 
 def test_a_model_with_adapters_takes_no_second_ones(saved):

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from hostile_values import how_it_ends
+from huggingface_hub.utils import filter_repo_objects
 
 from lora_dpo_jax.huggingface.folders import export_folder, local_folder
+from lora_dpo_jax.main.setup import TOKENIZER_FILES
 
 
 def write_export(folder: Path, **files: str) -> None:
@@ -142,6 +145,61 @@ def test_a_url_is_downloaded_once_and_again_when_it_changes(bucket, tmp_path, mo
         assert local_folder("memory://model") == first
     bucket.pipe("/model/config.json", b"second")
     assert tree(local_folder("memory://model")) == {"config.json": "second"}
+
+
+REPOSITORY = ["config.json", "model.safetensors", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"]
+NOT_FETCHED = [
+    "onnx/config.json",
+    "additional/x.json",
+    "additional_chat_templates2/x.jinja",
+    "consolidated.safetensors",
+]
+NOT_FETCHED += ["additional_chat_templates/deeper/x.jinja", "pytorch_model.bin", "a/additional_chat_templates/x.jinja"]
+
+
+def test_named_chat_templates_are_fetched_from_the_hub_and_no_other_folder(tmp_path, monkeypatch):
+    fetched = []
+
+    def hub(name, *, allow_patterns, ignore_patterns, **_):
+        files = filter_repo_objects(
+            REPOSITORY + NOT_FETCHED, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        fetched.append([*files])
+        return str(tmp_path)
+
+    monkeypatch.setattr("lora_dpo_jax.huggingface.folders.snapshot_download", hub)
+    local_folder("org/model")
+    local_folder("org/model", patterns=TOKENIZER_FILES)
+    templates = ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"]
+    assert fetched == [REPOSITORY, ["config.json", *templates]]
+
+
+def test_named_chat_templates_are_fetched_from_a_url_and_no_other_folder(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    bucket.pipe({f"/bucket/model/{name}": name.encode() for name in REPOSITORY + NOT_FETCHED})
+    fetched = local_folder("memory://bucket/model")
+    assert tree(fetched) == {name: name for name in REPOSITORY}
+    bucket.pipe("/bucket/model/additional_chat_templates/tool_use.jinja", b"changed")
+    assert (local_folder("memory://bucket/model") / REPOSITORY[-1]).read_text() == "changed"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("", "'' names no folder"),
+        ("  ", "'  ' names no folder"),
+        ("x" * 300, "neither a folder here"),
+        ("a\x00b", "neither a folder here"),
+        ("~no_such_user/x", "no such folder"),
+        ("nothing://x/y", "nothing://x/y: Protocol not known"),
+        ("model.gguf", "model.gguf is a file; needed: a folder with config.json and safetensors"),
+    ],
+)
+def test_a_name_of_no_folder_ends_in_a_line(name, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    line = how_it_ends(lambda: local_folder(name))
+    assert line is not None and says in line
 
 
 def test_a_folder_that_is_here_needs_no_hub(tmp_path, monkeypatch):

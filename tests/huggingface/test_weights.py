@@ -14,7 +14,16 @@ import transformers
 from haliax.partitioning import set_mesh
 from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
-from tiny_models import load, random_tokens, tiny_folder, tiny_model, tiny_tokenizer, torch_logits, with_random_adapters
+from tiny_models import (
+    load,
+    logits,
+    random_tokens,
+    tiny_folder,
+    tiny_model,
+    tiny_tokenizer,
+    torch_logits,
+    with_random_adapters,
+)
 
 from lora_dpo_jax.huggingface import weights
 from lora_dpo_jax.huggingface.adapters import load_adapter, save_adapter
@@ -186,6 +195,91 @@ def test_a_tied_model_may_store_its_head_if_it_is_the_embedding(tmp_path):
         load(folder)
 
 
+def test_a_tied_model_may_store_its_matrix_as_the_head_alone(tmp_path):
+    folder = saved_by_transformers("smollm2", tmp_path / "model")
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    model = load(folder)
+    assert_same_weights(model, load(tiny_folder("smollm2")))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokens = random_tokens(1, 8)
+    np.testing.assert_allclose(logits(model, tokens), torch_logits(theirs, tokens), rtol=0, atol=1e-4)
+
+    adapted = trained(model)
+    save_merged(adapted, folder, tmp_path / "merged")
+    merged, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    np.testing.assert_allclose(logits(adapted, tokens), torch_logits(merged, tokens), rtol=0, atol=1e-4)
+
+
+def test_the_single_file_counts_beside_an_index_as_for_transformers(tmp_path):
+    folder = saved_by_transformers("qwen3", tmp_path, max_shard_size="20KB")
+    single = tensors_in(saved_by_transformers("qwen3", tmp_path / "single"))
+    other = {name: value * np.float32(1.5) for name, value in single.items()}
+    save_file(other, folder / "model.safetensors", metadata={"format": "pt"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    np.testing.assert_array_equal(theirs[Q_PROJ].numpy(), other[Q_PROJ])
+    np.testing.assert_array_equal(TensorFiles(folder).read(Q_PROJ), other[Q_PROJ])
+    assert TensorFiles(folder).files == [folder / "model.safetensors"]
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": null}')
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: weight_map=None must be an object"):
+        TensorFiles(folder)
+
+
+@pytest.mark.parametrize(
+    "file", ["../other/model.safetensors", "/model.safetensors", "a/../../model.safetensors", ".", "x.bin"]
+)
+def test_an_index_leads_to_no_file_but_safetensors_in_its_folder(file, tmp_path):
+    (tmp_path / "other").mkdir()
+    save_file({"w": np.ones(3)}, tmp_path / "other" / "model.safetensors")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": file}}))
+    with pytest.raises(ValueError, match=f"weight_map: w='{file}' must be the path of a .safetensors file within"):
+        TensorFiles(tmp_path / "model")
+
+
+def test_an_index_may_lead_through_a_link_as_in_the_cache_of_the_hub(tmp_path):
+    save_file({"w": np.ones(3)}, tmp_path / "blob")
+    folder = tmp_path / "snapshot"
+    (folder / "shards").mkdir(parents=True)
+    (folder / "shards" / "one.safetensors").symlink_to("../../blob")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w": "shards/one.safetensors"}}')
+    np.testing.assert_array_equal(TensorFiles(folder).read("w"), np.ones(3))
+
+
+def test_quantized_weights_are_refused_though_the_config_does_not_say_so(copied):
+    change_tensors(copied, lambda t: t.update({Q_PROJ: np.ones(t[Q_PROJ].shape, np.int8)}))
+    with pytest.raises(ValueError, match=f"tensor {Q_PROJ} holds I8.*not quantized"):
+        load(copied)
+
+
+@pytest.mark.parametrize("other", ["pytorch_model.bin", "consolidated.00.pth", "model-Q4_K_M.gguf"])
+@pytest.mark.parametrize("with_config", [True, False])
+def test_weights_in_another_format_are_refused_with_what_to_do(other, with_config, copied):
+    (copied / "model.safetensors").rename(copied / other)
+    if not with_config:
+        (copied / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{copied}.*save_pretrained.*\.gguf.*found .*{other}"):
+        load(copied)
+
+
+def test_an_adapter_in_the_place_of_a_model_says_where_both_belong(tmp_path):
+    save_adapter(trained(load(tiny_folder("qwen2"))), tmp_path, base_model="org/base", config=LORA)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds an adapter.*'org/base'.*initialize_from_hf.*_peft"):
+        read_config(tmp_path)
+
+
+def test_a_merged_model_brings_all_named_chat_templates(copied, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(copied)
+    model = trained(load(copied))
+    save_merged(model, copied, tmp_path / "as_it_was")
+    save_merged(model, copied, tmp_path / "given", tokenizer=tokenizer)
+    for name in ("as_it_was", "given"):
+        kept = transformers.AutoTokenizer.from_pretrained(tmp_path / name).chat_template
+        assert kept == tokenizer.chat_template
+
+
 def test_broken_folders_say_which_file(copied):
     whole = (copied / "model.safetensors").read_bytes()
     (copied / "model.safetensors").write_bytes(whole[:-100])
@@ -288,11 +382,11 @@ def test_a_large_merged_model_is_sharded_with_an_index(tmp_path):
     assert [path.name for path in (tmp_path / "one").glob("*.safetensors*")] == ["model.safetensors"]
     assert_same_weights(load(tmp_path / "merged"), load(tmp_path / "one"))
     tokens = random_tokens(1, 8)
-    logits = [
+    theirs = [
         torch_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name), tokens)
         for name in ("merged", "one")
     ]
-    np.testing.assert_array_equal(*logits)
+    np.testing.assert_array_equal(*theirs)
 
 
 def test_tensors_of_several_dtypes_are_written_as_they_are(tmp_path):

@@ -4,10 +4,12 @@ A tensor is called `base_model.model.<path of the layer>.lora_A.weight`, {r, in}
 """
 
 import json
+import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import haliax as hax
@@ -19,6 +21,7 @@ from haliax import Axis, NamedArray
 
 from lora_dpo_jax.huggingface.folders import export_folder
 from lora_dpo_jax.huggingface.tensors import TensorFiles, abridged, sharded_array, write_tensors
+from lora_dpo_jax.json_objects import REQUIRED, JsonObject, is_number, is_texts, is_whole, read_json_object
 from lora_dpo_jax.lora import (
     RANK,
     LoraConfig,
@@ -30,6 +33,8 @@ from lora_dpo_jax.lora import (
 )
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.sharding import on_host
+
+logger = logging.getLogger(__name__)
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
 # PEFT stores the whole frozen head beside the adapter of a head.
@@ -50,6 +55,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 ALL_LINEAR = "all-linear"
 PEFT_DEFAULT_TARGETS = ["q_proj", "v_proj"]  # of every family that is supported here
+TARGETS = "a list of names, or a regular expression that compiles"
 
 
 @dataclass(frozen=True)
@@ -89,36 +95,56 @@ def save_adapter(
         (exported / CONFIG).write_text(json.dumps(_peft_config(base_model, config, targets), indent=2) + "\n")
 
 
-def load_adapter(model: CausalLM, folder: Path, *, mapping: Any = None) -> CausalLM:
+def load_adapter(model: CausalLM, folder: Path, *, mapping: Any = None, base_model: str | None = None) -> CausalLM:
     """The plain `model` with the adapters in `folder`, float32 whatever the file's dtype.
 
-    `mapping` (axis name to mesh axis) says how they are sharded. Raises ValueError naming the folder and the tensor or
-    the setting where the adapter does not fit the model, or computes something else than `LoraLinear` does.
+    `mapping` (axis name to mesh axis) says how they are sharded; `base_model` is what the model is called in messages.
+    Raises ValueError naming the folder and the tensor or the setting where the adapter does not fit the model, or
+    computes something else than `LoraLinear` does.
     """
-    config, tensors = read_adapter_config(folder), TensorFiles(folder, STEM)
-    targets = _targets(model, tensors, config, _read_json(folder).get("layers_to_transform"))
-    if HEAD_COPY in tensors.names:
-        _refuse_another_head(tensors, model)
+    peft, config, tensors = _read(folder), read_adapter_config(folder), TensorFiles(folder, STEM)
+    made_for = peft.text("base_model_name_or_path", None)
+    try:
+        targets = _targets(model, tensors, config, peft.values.get("layers_to_transform"))
+        if HEAD_COPY in tensors.names:
+            _refuse_another_head(tensors, model)
 
-    def adapt(linear: Any, names: list[str]) -> Any:
-        chosen = [name in targets for name in names]
-        return _read_layer(tensors, linear, names, chosen, config, mapping) if any(chosen) else linear
+        def adapt(linear: Any, names: list[str]) -> Any:
+            chosen = [name in targets for name in names]
+            return _read_layer(tensors, linear, names, chosen, config, mapping) if any(chosen) else linear
 
-    return map_linear_layers(adapt, model)
+        adapted = map_linear_layers(adapt, model)
+    except MisfitError as error:
+        given = f"a model of {model.config.num_layers} layers, hidden_size {model.config.hidden_size}"
+        given = f"{base_model!r}, {given}" if base_model else given
+        raise ValueError(f"{error}. It was made for base_model_name_or_path={made_for!r}; given is {given}") from error
+    if made_for and base_model and PurePosixPath(made_for).name != PurePosixPath(base_model).name:
+        logger.warning("%s: made for %r and put on %r, which it fits by its shapes", folder, made_for, base_model)
+    return adapted
+
+
+class MisfitError(ValueError):
+    """An adapter is not for the model that it is put on."""
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
     """The settings in `folder`/adapter_config.json; ValueError names those that are not supported."""
-    peft = _read_json(folder)
-    targets = peft.get("target_modules")
+    peft = _read(folder)
+    targets = peft.taken("target_modules", None, _is_targets, TARGETS)
     return LoraConfig(
-        r=peft.get("r", 8),
-        alpha=float(peft.get("lora_alpha", 8)),
-        dropout=peft.get("lora_dropout", 0.0),
-        use_rslora=peft.get("use_rslora", False),
+        r=peft.whole("r", 8),
+        alpha=float(peft.number("lora_alpha", 8, above=0.0)),
+        dropout=float(peft.taken("lora_dropout", 0.0, lambda p: is_number(p) and 0 <= p < 1, "a number in [0, 1)")),
+        use_rslora=peft.flag("use_rslora", False),
         target_modules=None if targets == ALL_LINEAR else PEFT_DEFAULT_TARGETS if targets is None else targets,
-        exclude_modules=peft.get("exclude_modules"),
+        exclude_modules=peft.taken("exclude_modules", None, _is_targets, TARGETS),
     )
+
+
+def read_base_model(folder: Path) -> tuple[str | None, str | None]:
+    """The base model that an adapter names, a folder or a hub id, and its revision there."""
+    peft = read_json_object(folder / CONFIG)
+    return peft.text("base_model_name_or_path", None), peft.text("revision", None)
 
 
 def layer_adapters(model: CausalLM) -> list[LayerAdapter]:
@@ -208,21 +234,43 @@ LoRA adapter for `{base_model}`, trained by Direct Preference Optimization with 
 """
 
 
-def _read_json(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> JsonObject:
+    """adapter_config.json, once nothing in it says that it computes something else than `LoraLinear` does."""
     path = folder / CONFIG
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing")
-    peft = json.loads(path.read_text())
-    if peft.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type={peft.get('peft_type')!r} is not supported; needed: 'LORA'")
-    for key, value in peft.items():
+        raise FileNotFoundError(f"{path} is missing{_where_else(folder)}")
+    peft = read_json_object(path)
+    peft.taken("peft_type", REQUIRED, lambda kind: kind == "LORA", "'LORA'; no other kind is supported")
+    for key, value in peft.values.items():
         if key in USED | HARMLESS or value in (None, False, [], {}):
             continue
         neutral = NEUTRAL.get(key, ())
         if value not in neutral:
             needed = f"one of {list(neutral)}" if neutral else "null, false or empty"
-            raise ValueError(f"{path}: {key}={value!r} is not supported; needed: {needed}")
+            raise peft.error(key, f"is not supported; needed: {needed}")
+    peft.taken("layers_to_transform", None, _is_layers, "the number of a layer, or a list of them")
     return peft
+
+
+def _where_else(folder: Path) -> str:
+    """Where an adapter may be, for people who gave the folder around it or another one."""
+    if within := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")):
+        return f"; its subfolders {abridged(within)} hold adapters: give the path of one"
+    return "; the folder holds a model: give it as initialize_from_hf" if (folder / "config.json").exists() else ""
+
+
+def _is_targets(value: Any) -> bool:
+    if not isinstance(value, str):
+        return is_texts(value)
+    try:
+        return re.compile(value) is not None
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
+def _is_layers(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return all(is_whole(number, 0) for number in numbers)
 
 
 def _targets(
@@ -230,21 +278,24 @@ def _targets(
 ) -> set[str]:
     """The layers that the settings ask for, after checking that the file holds their factors and nothing else."""
     if model.lm_head is None and any(key.startswith("base_model.model.lm_head.") for key in tensors.names):
-        raise ValueError(
+        raise MisfitError(
             f"{tensors.folder}: adapts lm_head, which this model ties to the input embedding; that is not supported"
         )
     targets = set(matching_names(_layer_names(model), config))
-    if only_layers is not None:
+    if only_layers not in (None, []):
         numbers = [only_layers] if isinstance(only_layers, int) else only_layers
         targets = {name for name in targets if any(f".layers.{number}." in name for number in numbers)}
     needed = [_key(name, factor) for name in sorted(targets) for factor in ("lora_A", "lora_B")]
-    asked = f"{CONFIG}'s target_modules={config.target_modules!r} names {abridged(sorted(targets)) or 'none'}"
+    settings = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
+    settings |= {"layers_to_transform": only_layers}
+    chosen = ", ".join(f"{key}={value!r}" for key, value in settings.items() if value is not None)
+    asked = f"{CONFIG}'s {chosen or 'target_modules=null'} names {abridged(sorted(targets)) or 'none'}"
     if missing := [key for key in needed if key not in tensors.names]:
-        raise ValueError(f"{tensors.folder}: tensors are missing: {abridged(missing)}; {asked}")
+        raise MisfitError(f"{tensors.folder}: tensors are missing: {abridged(missing)}; {asked}")
     needed += [HEAD_COPY] if "lm_head" in targets else []
     surplus = [key for key in tensors.names if key not in needed]
     if surplus or not targets:
-        raise ValueError(f"{tensors.folder}: holds tensors that have no place: {abridged(surplus) or 'none'}; {asked}")
+        raise MisfitError(f"{tensors.folder}: holds tensors that have no place: {abridged(surplus) or 'none'}; {asked}")
     return targets
 
 
@@ -270,10 +321,13 @@ def _read_layer(
 def _factor(tensors: TensorFiles, key: str, sides: Sequence[tuple[Axis, ...]]) -> Any:
     """A lazy tensor."""
     shape = tuple(math.prod(axis.size for axis in side) for side in sides)
-    if tensors.shape(key) != shape:
-        raise ValueError(
-            f"{tensors.folder}: tensor {key} has shape {tensors.shape(key)}; the model and {CONFIG}'s r need {shape}"
+    info = tensors.info(key)
+    if info.shape != shape:
+        raise MisfitError(
+            f"{tensors.folder}: tensor {key} has shape {info.shape}; the model and {CONFIG}'s r need {shape}"
         )
+    if not info.is_float:
+        raise ValueError(f"{tensors.folder}: tensor {key} holds {info.dtype}; needed: floating-point numbers")
     return tensors.view(key)
 
 
@@ -285,6 +339,6 @@ def _refuse_another_head(tensors: TensorFiles, model: CausalLM) -> None:
     ours = head.weight.array
     rounded = theirs.astype(ours.dtype).astype(theirs.dtype)
     if rounded.shape != ours.shape or not bool((ours.astype(rounded.dtype) == rounded).all()):
-        raise ValueError(
+        raise MisfitError(
             f"{tensors.folder}: {HEAD_COPY} is not the model's lm_head, so the adapter was trained on another base"
         )

@@ -14,9 +14,16 @@ from pathlib import Path, PurePosixPath
 import fsspec
 from huggingface_hub import snapshot_download
 
-MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*"]
+TEMPLATES = "additional_chat_templates"  # where tokenizers keep all but the first of their chat templates
 # Repositories hold more than the model in Hugging Face's format: other formats in folders, Mistral's own beside it.
-NOT_MODEL_FILES = ["*/*", "consolidated*"]
+# These patterns are of every folder but TEMPLATES: whose name has another letter, ends before its end, or goes on.
+NOT_MODEL_FILES = [
+    *(f"{TEMPLATES[:i]}[!{letter}]*/*" for i, letter in enumerate(TEMPLATES)),
+    *(f"{TEMPLATES[:i]}/*" for i in range(1, len(TEMPLATES))),
+    f"{TEMPLATES}?*/*",
+    "consolidated*",
+]
 # An export without one of these is not whole: no reader takes it for a model or an adapter.
 MARKERS = ("config.json", "adapter_config.json")
 
@@ -24,21 +31,26 @@ MARKERS = ("config.json", "adapter_config.json")
 def local_folder(name_or_path: str | Path, *, revision: str | None = None, patterns: list[str] | None = None) -> Path:
     """The folder itself if it exists, else a copy of what a URL (gs://...) or a hub id names, downloaded once.
 
-    `patterns` are the file names to fetch. Raises FileNotFoundError if there is no such thing.
+    `patterns` are the file names to fetch, of the folder itself and of its chat templates. Raises FileNotFoundError if
+    there is no such thing.
     """
     name = str(name_or_path)
     if is_url(name):
         return _download(name, patterns or MODEL_FILES)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    if not name.strip():
+        raise FileNotFoundError(f"{name!r} names no folder")
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
         return path
+    if os.path.isfile(path):
+        raise FileNotFoundError(f"{name} is a file; needed: a folder with config.json and safetensors, or a hub id")
     if name.count("/") > 1 or name.startswith((".", "~", "/")):
         raise FileNotFoundError(f"{name}: no such folder")
     try:
         files = snapshot_download(
             name, revision=revision, allow_patterns=patterns or MODEL_FILES, ignore_patterns=NOT_MODEL_FILES
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of its HTTP client too
         raise FileNotFoundError(
             f"{name!r} is neither a folder here nor a repository that the Hugging Face hub gave: {error}"
         ) from error
@@ -138,14 +150,21 @@ def _refuse_foreign_files(target: str | Path, names: list[str]) -> None:
 
 
 def _download(url: str, patterns: list[str]) -> Path:
+    try:
+        return _fetched(url, patterns)
+    except Exception as error:  # whatever the store's own client raises
+        raise FileNotFoundError(f"{url}: {error}") from error
+
+
+def _fetched(url: str, patterns: list[str]) -> Path:
     files, root = fsspec.core.url_to_fs(url)
     if not files.isdir(root):
-        raise FileNotFoundError(f"{url}: no such folder")
-    wanted = {}
-    for entry in files.ls(root, detail=True):
-        name = PurePosixPath(entry["name"]).name
-        if entry["type"] == "file" and any(fnmatch(name, pattern) for pattern in patterns):
-            wanted[name] = entry
+        raise FileNotFoundError("no such folder")
+    entries = {PurePosixPath(entry["name"]).name: entry for entry in files.ls(root, detail=True)}
+    if entries.get(TEMPLATES, {}).get("type") == "directory":
+        templates = files.ls(entries[TEMPLATES]["name"], detail=True)
+        entries |= {f"{TEMPLATES}/{PurePosixPath(entry['name']).name}": entry for entry in templates}
+    wanted = {name: entry for name, entry in entries.items() if entry["type"] == "file" and _is_wanted(name, patterns)}
     # Sizes, times and checksums are in the entries: a changed folder is another one.
     described = [url, *(str(sorted(entry.items())) for _, entry in sorted(wanted.items()))]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -153,8 +172,14 @@ def _download(url: str, patterns: list[str]) -> Path:
     if not target.exists():
         with atomic_folder(target) as folder:
             for name, entry in wanted.items():
+                (folder / name).parent.mkdir(exist_ok=True)
                 files.get_file(entry["name"], str(folder / name))
     return target
+
+
+def _is_wanted(name: str, patterns: list[str]) -> bool:
+    """As the hub's client decides."""
+    return any(fnmatch(name, of) for of in patterns) and not any(fnmatch(name, of) for of in NOT_MODEL_FILES)
 
 
 def _remote_files(url: str) -> list[str]:

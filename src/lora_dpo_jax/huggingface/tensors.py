@@ -1,11 +1,13 @@
 """safetensors files: read part by part, and written tensor by tensor."""
 
+import copy
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from haliax import Axis
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lora_dpo_jax.json_objects import REQUIRED, read_json_object
 from lora_dpo_jax.sharding import split_evenly
 
 DTYPES = {
@@ -31,6 +34,12 @@ DTYPES = {
 DTYPES |= {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 BLOCK_BYTES = 2**24  # of whole rows, of which some columns are taken
 METADATA = {"format": "pt"}  # transformers refuses files that do not say they hold PyTorch's layout
+# How files of other formats (.bin, .pth, .gguf) become the ones that are read, by their stem.
+CONVERSIONS = {
+    "model": "transformers writes them: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER); for "
+    "a .gguf, give the checkpoint that it was made from",
+    "adapter_model": "PEFT writes them: PeftModel.from_pretrained(BASE_MODEL, FOLDER).save_pretrained(NEW_FOLDER)",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,10 @@ class TensorInfo:
     def item_bytes(self) -> int:
         bits = re.search(r"\d+", self.dtype)
         return int(bits.group()) // 8 if bits else 1  # BOOL takes a byte
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in DTYPES and not re.match("[IU]|BOOL", self.dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -92,21 +105,23 @@ class LazyTensor:
 
 
 class TensorFiles:
-    """The tensors of a folder, in one file `stem`.safetensors or in several with an index. Nothing is read yet."""
+    """The tensors of a folder, in one file `stem`.safetensors or in several with an index. Nothing is read yet.
+
+    Where both are there, the one file counts, as it does for transformers. The index must make sense all the same.
+    """
 
     def __init__(self, folder: Path, stem: str = "model"):
         self.folder = folder
         self._single, self._index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
         self._opened: dict[str, dict[str, LazyTensor]] = {}
-        if (folder / self._index).exists():
-            self._file_of: dict[str, str] = json.loads((folder / self._index).read_text())["weight_map"]
-        elif (folder / self._single).exists():
-            self._file_of = dict.fromkeys(self._tensors_of(self._single), self._single)
-        else:
-            found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
-            raise FileNotFoundError(
-                f"{folder}: neither {self._single} nor {self._index} (no other format is read); found {found}"
-            )
+        file_of = _read_index(folder / self._index) if (folder / self._index).exists() else None
+        self._is_sharded = not (folder / self._single).exists()
+        if not self._is_sharded:
+            file_of = dict.fromkeys(self._tensors_of(self._single), self._single)
+        if file_of is None:
+            raise FileNotFoundError(f"{folder}: neither {self._single} nor {self._index} {instead(folder, stem)}")
+        self._file_of = file_of
+        self._name_in_file: dict[str, str] = {}  # where it is another
 
     @property
     def names(self) -> list[str]:
@@ -115,8 +130,15 @@ class TensorFiles:
     @property
     def files(self) -> list[Path]:
         """All that is read to find the tensors."""
-        index = [self._index] if (self.folder / self._index).exists() else []
+        index = [self._index] if self._is_sharded else []
         return [self.folder / name for name in [*index, *sorted(set(self._file_of.values()))]]
+
+    def renamed(self, former: str, name: str) -> "TensorFiles":
+        """The same files, in which the tensor `former` goes by `name`."""
+        other = copy.copy(self)
+        other._file_of = {name if known == former else known: file for known, file in self._file_of.items()}
+        other._name_in_file = {**self._name_in_file, name: former}
+        return other
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.info(name).shape
@@ -125,11 +147,10 @@ class TensorFiles:
         return self.view(name).info
 
     def view(self, name: str) -> LazyTensor:
-        tensors = self._tensors_of(self._file_of[name])
+        file, name = self._file_of[name], self._name_in_file.get(name, name)
+        tensors = self._tensors_of(file)
         if name not in tensors:
-            raise ValueError(
-                f"{self.folder / self._file_of[name]}: tensor {name} is missing, though {self._index} names it"
-            )
+            raise ValueError(f"{self.folder / file}: tensor {name} is missing, though {self._index} names it")
         return tensors[name]
 
     def read(self, name: str) -> np.ndarray:
@@ -139,14 +160,20 @@ class TensorFiles:
     def _tensors_of(self, name: str) -> dict[str, LazyTensor]:
         if name not in self._opened:
             path = self.folder / name
-            if not path.exists():
+            if not os.path.exists(path):  # also where the name is too long to ask for
                 raise FileNotFoundError(f"{path} is missing, though {self._index} names it")
             try:
                 with safe_open(path, framework="numpy"):  # which looks whether the file is as its header says
                     self._opened[name] = _tensors_in(path)
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} is no safetensors file, or only part of one: {error}") from error
         return self._opened[name]
+
+
+def instead(folder: Path, stem: str = "model") -> str:
+    """What to do about a folder that holds something else, for the end of a message."""
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
+    return f"(no other format is read). {CONVERSIONS[stem]}; found {found}"
 
 
 def write_shards(
@@ -223,6 +250,21 @@ def _read_part(
     part = view[tuple(on_disk)].reshape(shape)[tuple(in_memory)]
     order = [axis for side in sides for axis in side]
     return part.transpose([order.index(axis) for axis in axes])
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor."""
+    weight_map = read_json_object(path).object("weight_map", REQUIRED)
+    assert weight_map is not None
+    for name in weight_map.values:
+        weight_map.taken(name, REQUIRED, _is_shard, "the path of a .safetensors file within its folder")
+    return dict(weight_map.values)
+
+
+def _is_shard(file: Any) -> bool:
+    # By its letters alone: in the hub's cache, every file is a link out of its folder.
+    path = PurePosixPath(file) if isinstance(file, str) else PurePosixPath("..")
+    return path.suffix == ".safetensors" and ".." not in path.parts and not path.is_absolute() and "\\" not in str(file)
 
 
 def _tensors_in(path: Path) -> dict[str, LazyTensor]:

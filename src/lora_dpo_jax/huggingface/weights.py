@@ -1,6 +1,5 @@
 """Models in Hugging Face's format: `config.json` and safetensors, read straight to their devices and written back."""
 
-import json
 import logging
 import math
 import re
@@ -18,9 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from haliax import Axis, NamedArray
 
-from lora_dpo_jax.huggingface.adapters import LayerAdapter, layer_adapters
+from lora_dpo_jax.huggingface.adapters import CONFIG as ADAPTER_CONFIG
+from lora_dpo_jax.huggingface.adapters import LayerAdapter, layer_adapters, read_base_model
 from lora_dpo_jax.huggingface.folders import export_folder
-from lora_dpo_jax.huggingface.tensors import TensorFiles, abridged, array_sharding, sharded_array, write_shards
+from lora_dpo_jax.huggingface.tensors import (
+    TensorFiles,
+    abridged,
+    array_sharding,
+    instead,
+    sharded_array,
+    write_shards,
+)
+from lora_dpo_jax.json_objects import read_json_object
 from lora_dpo_jax.lora import LoraLinear, axes_of, linear_layers
 from lora_dpo_jax.models import CausalLM, DecoderConfig, config_from_hf
 from lora_dpo_jax.models.quantization import QuantizedWeight, quantize_weight
@@ -46,14 +54,17 @@ OTHER_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
 
 
 def read_config(folder: Path) -> DecoderConfig:
-    """The architecture in `folder`/config.json; ValueError names the folder and what is not supported."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        return config_from_hf(json.loads(path.read_text()))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+    """The architecture in `folder`/config.json; ValueError names the file and what is not supported."""
+    if not (folder / "config.json").exists():
+        if (folder / ADAPTER_CONFIG).exists():
+            raise FileNotFoundError(
+                f"{folder} holds an adapter and no model: give the model that it was made for "
+                f"(base_model_name_or_path={read_base_model(folder)[0]!r}) as initialize_from_hf, and this folder as "
+                "initialize_from_peft"
+            )
+        raise FileNotFoundError(f"{folder / 'config.json'} is missing {instead(folder)}")
+    hf = read_json_object(folder / "config.json")
+    return config_from_hf(hf.values, hf.where)
 
 
 def load_model(
@@ -69,7 +80,7 @@ def load_model(
     Under a mesh, `mapping` (axis name to mesh axis) says how weights are sharded; each device reads only its part, and
     host memory holds one array's parts at a time. Missing, surplus and misshapen tensors raise ValueError.
     """
-    tensors = TensorFiles(folder)
+    tensors = _weights_in(folder, config)
     template = eqx.filter_eval_shape(CausalLM.init, config, key=jax.random.key(0))
     _refuse_other_tensors(tensors, template)
 
@@ -166,6 +177,14 @@ def _parameter(path: str, layer: Any, field: str) -> Parameter:
     return Parameter(names, axes, bool(is_stacked), tuple(axes_of(side) for side in sides))
 
 
+def _weights_in(folder: Path, config: DecoderConfig) -> TensorFiles:
+    """Under the names of the model's parameters: of a tied matrix, the file may hold either name."""
+    tensors = TensorFiles(folder)
+    if config.tie_word_embeddings and HEAD in tensors.names and EMBEDDING not in tensors.names:
+        return tensors.renamed(HEAD, EMBEDDING)
+    return tensors
+
+
 def _refuse_other_tensors(tensors: TensorFiles, template: CausalLM) -> None:
     """ValueError unless the files hold what the template needs, and nothing else."""
     needed: dict[str, tuple[int, ...]] = {}
@@ -176,7 +195,7 @@ def _refuse_other_tensors(tensors: TensorFiles, template: CausalLM) -> None:
 
     map_parameters(remember, template)
     found = [name for name in tensors.names if not COMPUTED.fullmatch(name)]
-    if template.config.tie_word_embeddings and HEAD in found and EMBEDDING in found:
+    if template.config.tie_word_embeddings and HEAD in found:
         found.remove(HEAD)
         _refuse_another_head(tensors)
     if missing := [name for name in needed if name not in found]:
@@ -186,9 +205,15 @@ def _refuse_other_tensors(tensors: TensorFiles, template: CausalLM) -> None:
             f"{tensors.folder}: holds tensors that config.json's architecture has no place for: {abridged(surplus)}"
         )
     for name, shape in needed.items():
-        if tensors.shape(name) != shape:
+        info = tensors.info(name)
+        if info.shape != shape:
             raise ValueError(
-                f"{tensors.folder}: tensor {name} has shape {tensors.shape(name)}, but config.json asks for {shape}"
+                f"{tensors.folder}: tensor {name} has shape {info.shape}, but config.json asks for {shape}"
+            )
+        if not info.is_float:
+            raise ValueError(
+                f"{tensors.folder}: tensor {name} holds {info.dtype}, and only plain weights are read, not quantized "
+                "ones: give the checkpoint that it was made from, and set model.quantization if it is too large"
             )
 
 

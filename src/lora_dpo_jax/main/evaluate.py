@@ -22,6 +22,7 @@ from lora_dpo_jax.main.outputs import check_writable
 from lora_dpo_jax.main.reference import ReferenceLogProbs
 from lora_dpo_jax.main.setup import (
     TrainConfig,
+    check_models,
     folder_of,
     keep_programs,
     load_base,
@@ -58,6 +59,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         check_writable("data.cache_dir", cache_folder(config))
         check_writable("output", Path(config.output).parent)
     keep_programs(config)
+    check_models(config)
     tokenizer = load_tokenizer(config)
     train, validation = load_tables(config, tokenizer)
     pairs = train if config.split == "train" else validation
@@ -76,11 +78,12 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     reference_model = policy_model = base.model
     if config.initialize_from_peft is not None:
         folder = folder_of("initialize_from_peft", config.initialize_from_peft)
-        policy_model = load_peft_adapter(base.model, folder, placement)
+        policy_model = load_peft_adapter(base.model, folder, placement, base_model=config.initialize_from_hf)
         if config.reference_adapter is not None:
             reference_model = policy_model
     if config.adapter is not None:
-        policy_model = load_peft_adapter(base.model, folder_of("adapter", config.adapter), placement)
+        folder = folder_of("adapter", config.adapter)
+        policy_model = load_peft_adapter(base.model, folder, placement, base_model=config.initialize_from_hf)
     reference = ReferenceLogProbs(config, base, reference_model, placement).of_table(score)
     policy = reference if policy_model is reference_model else score(policy_model, progress)
 

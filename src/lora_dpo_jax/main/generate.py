@@ -16,13 +16,13 @@ import draccus
 import jax
 import jax.numpy as jnp
 from fsspec.core import url_to_fs
-from transformers import AutoTokenizer
 
 from lora_dpo_jax.data.readers import decompress, suffixes
 from lora_dpo_jax.data.sources import RowError, RowFile
 from lora_dpo_jax.generation import GenerationConfig, complete, read_stop_ids
-from lora_dpo_jax.huggingface.adapters import load_adapter
+from lora_dpo_jax.huggingface.adapters import load_adapter, read_base_model
 from lora_dpo_jax.huggingface.folders import local_folder
+from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
 from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
@@ -76,7 +76,7 @@ def main(config: GenerateConfig) -> list[str]:
     dtype = config.dtype or ("f32" if jax.default_backend() == "cpu" else "bf16")
     model = load_model(base, read_config(base), dtype=DTYPES[dtype], quantization=config.quantization)
     if adapter is not None:
-        model = load_adapter(model, adapter)
+        model = load_adapter(model, adapter, base_model=config.model if config.adapter else None)
 
     completions = complete(
         model,
@@ -154,14 +154,13 @@ def _model_folders(config: GenerateConfig) -> tuple[Path, Path | None]:
             f"model={config.model!r} is an adapter itself, and adapter={config.adapter!r} would be a second one: set "
             "model to their base"
         )
-    settings = json.loads((model / "adapter_config.json").read_text())
-    base = settings.get("base_model_name_or_path")
+    base, revision = read_base_model(model)
     found = f"model={config.model!r} is an adapter, and its base_model_name_or_path={base!r}"
     advice = "Set model to the base model's folder or hub id, and adapter to this folder"
     if not base:
         raise ValueError(f"{found} names no base model. {advice}")
     try:
-        return local_folder(base, revision=settings.get("revision")), model
+        return local_folder(base, revision=revision), model
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{found} cannot be had: {error}. {advice}") from error
 
@@ -183,9 +182,9 @@ def _load_tokenizer(config: GenerateConfig, base: Path, adapter: Path | None) ->
     if config.tokenizer is not None:
         folder = _folder("tokenizer", config.tokenizer)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no tokenizer that loads; set tokenizer. {error}") from error
+        tokenizer = read_tokenizer(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}. Mend it, or set tokenizer") from error
     has_template = tokenizer.chat_template or config.chat_template
     if config.system is not None and not has_template:
         raise ValueError(f"system needs a chat template, and the tokenizer of {folder} has none: set chat_template")

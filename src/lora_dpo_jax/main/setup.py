@@ -14,7 +14,6 @@ import draccus
 import jax
 import jmp
 import numpy as np
-from transformers import AutoTokenizer
 
 from lora_dpo_jax.data.cache import TokenizedPairs, load_pairs
 from lora_dpo_jax.data.loader import PairTable, split_by_prompt, whole_table
@@ -22,8 +21,9 @@ from lora_dpo_jax.data.planning import PairLayout, RunLayout, plan_layout
 from lora_dpo_jax.data.preferences import PreferenceDataConfig, default_cache_dir
 from lora_dpo_jax.evaluation import PairScorer
 from lora_dpo_jax.generation import GenerationConfig
-from lora_dpo_jax.huggingface.adapters import load_adapter
+from lora_dpo_jax.huggingface.adapters import load_adapter, read_adapter_config
 from lora_dpo_jax.huggingface.folders import local_folder
+from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
 from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.lora import LoraConfig
 from lora_dpo_jax.losses import Dpo, PreferenceLoss
@@ -172,6 +172,15 @@ class Base:
     tokenizer: Any
 
 
+def check_models(config: TrainConfig) -> None:
+    """Reads the settings of the base and of the adapter that a run begins with, before its data: errors come early."""
+    settings = ["*config.json"]
+    name, revision = config.initialize_from_hf, config.hf_revision
+    read_config(folder_of("initialize_from_hf", name, revision=revision, patterns=settings))
+    if config.initialize_from_peft is not None:
+        read_adapter_config(folder_of("initialize_from_peft", config.initialize_from_peft, patterns=settings))
+
+
 def load_tokenizer(config: TrainConfig) -> Any:
     """The tokenizer of `data.tokenizer`, or the base model's."""
     if config.data.tokenizer:
@@ -180,9 +189,9 @@ def load_tokenizer(config: TrainConfig) -> Any:
         name, revision = config.initialize_from_hf, config.hf_revision
         folder = folder_of("initialize_from_hf", name, revision=revision, patterns=TOKENIZER_FILES)
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no tokenizer that loads; set data.tokenizer. {error}") from error
+        return read_tokenizer(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}. Mend it, or set data.tokenizer") from error
 
 
 def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base:
@@ -247,9 +256,12 @@ def row_bound(parallelism: int, longest_pair: int) -> int:
     return max(longest_pair, TOKENS_AT_ONCE) if parallelism == -1 else parallelism * longest_pair
 
 
-def load_peft_adapter(model: CausalLM, folder: Path, placement: Placement) -> CausalLM:
+def load_peft_adapter(
+    model: CausalLM, folder: Path, placement: Placement, *, base_model: str | None = None
+) -> CausalLM:
+    """`base_model` is what the model is called in messages."""
     with placement.scope():
-        return load_adapter(model, folder, mapping=placement.parameters)
+        return load_adapter(model, folder, mapping=placement.parameters, base_model=base_model)
 
 
 def folder_of(setting: str, name: str, **options: Any) -> Path:

@@ -24,6 +24,7 @@ from lora_dpo_jax.main.report import Report
 from lora_dpo_jax.main.setup import (
     Base,
     TrainConfig,
+    check_models,
     folder_of,
     keep_programs,
     layout_of_run,
@@ -62,6 +63,7 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
     if is_first_process():
         check_outputs(config)
     keep_programs(config)
+    check_models(config)
     tokenizer = load_tokenizer(config)
     pairs, held_out = load_tables(config, tokenizer)
     if config.preview:
@@ -196,7 +198,7 @@ def _adapted(config: TrainConfig, lora: LoraConfig, base: Base, placement: Place
         model = loraize(base.model, lora, key=key)
     else:
         folder = folder_of("initialize_from_peft", config.initialize_from_peft)
-        model = load_peft_adapter(base.model, folder, placement)
+        model = load_peft_adapter(base.model, folder, placement, base_model=config.initialize_from_hf)
         model = with_dropout(model, lora.dropout)
     adapters, weights = eqx.partition(model, trainable_filter(model))
     dtype = config.trainer.precision.param_dtype

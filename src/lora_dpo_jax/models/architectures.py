@@ -1,78 +1,68 @@
 """The table of supported families: how each one's `config.json` becomes a `DecoderConfig`.
 
+transformers' own config class reads the file: it fills in what is silent and brings older spellings into one form. What
+it does not check, such as the kinds of rotary settings, is checked here, so that each mistake names its key.
+
 Tensors need no table: every family here names them alike, and our modules carry those names.
 """
 
+import copy
+import functools
+import inspect
+import logging
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import transformers  # whose names are imported when they are used: torch comes with them, where it is installed
+
+from lora_dpo_jax.json_objects import LARGEST, REQUIRED, JsonObject, brief, is_texts
 from lora_dpo_jax.models.config import DecoderConfig
 from lora_dpo_jax.models.decoder import ACTIVATIONS
 from lora_dpo_jax.models.rope import RopeConfig
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a `model_type` fixes in code, and what transformers assumes where its `config.json` is silent."""
+    """What a `model_type` fixes in code."""
 
     biases: Literal["as configured", "qkv", "none"]
-    window: Literal["never", "every layer", "late layers"]
+    window: Literal["never", "every layer", "as layer_types says"]
     qk_norm: bool = False
-    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("as configured", "never", defaults={"vocab_size": 32000}),
-    "mistral": Architecture("none", "every layer", defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
-    "qwen2": Architecture("qkv", "late layers", defaults={"sliding_window": 4096, "max_window_layers": 28}),
-    "qwen3": Architecture(
-        "as configured",
-        "late layers",
-        qk_norm=True,
-        defaults={"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
-    ),
+    "llama": Architecture("as configured", "never"),
+    "mistral": Architecture("none", "every layer"),
+    "qwen2": Architecture("qkv", "as layer_types says"),
+    "qwen3": Architecture("as configured", "as layer_types says", qk_norm=True),
 }
 
-REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-USED = {
-    *REQUIRED,
-    "model_type",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "hidden_act",
-    "tie_word_embeddings",
-    "attention_bias",
-    "mlp_bias",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "sliding_window",
-    "use_sliding_window",
-    "max_window_layers",
-    "layer_types",
-}
-# Keys that change no logit: initialization, generation, labels, training-time dropout (which TRL turns off as well),
-# and how tensor parallelism once split the pretraining.
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+DERIVED = ("num_key_value_heads", "head_dim", "sliding_window")  # null where transformers knows what follows
+SIZES = (*SHAPE, *DERIVED, "vocab_size", "max_position_embeddings")
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "partial_rotary_factor")
+USED = {*SIZES, *FLAGS, *ROPE, "model_type", "rms_norm_eps", "hidden_act", "max_window_layers", "layer_types"}
+ALL_DIMENSIONS = "1.0: rotary embeddings of some dimensions alone are not supported"
+MOST_LAYERS = 10_000  # beyond, a number is a mistake, and per-layer lists of it fill the memory
+
+# Keys that change no logit: initialization, labels, training-time dropout (which TRL turns off as well), and how tensor
+# parallelism once split the pretraining. transformers writes them, so they are not worth a word.
 HARMLESS = {
     "architectures",
-    "attention_dropout",
-    "auto_map",
-    "bos_token_id",
     "chunk_size_feed_forward",
     "dtype",
-    "eos_token_id",
     "id2label",
-    "initializer_range",
     "is_decoder",
     "is_encoder_decoder",
     "is_llama_config",
     "label2id",
     "output_attentions",
     "output_hidden_states",
-    "pad_token_id",
     "pretraining_tp",
     "problem_type",
     "return_dict",
@@ -80,98 +70,187 @@ HARMLESS = {
     "torch_dtype",
     "transformers.js_config",
     "transformers_version",
-    "unk_token_id",
     "use_cache",
 }
-ROPE_KEYS = {
-    "default": set(),
-    "linear": {"factor"},
-    "dynamic": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+# More of them, some of other families: private notes, special tokens, dropout, initialization.
+HARMLESS_KINDS = re.compile(
+    r"_.*|.*_token_id|.*(dropout|pdrop|layerdrop)(_p|_prob|_rate)?|initializer_.*|(embed_)?init_std|seed"
+)
+# Notes of training programs, of tokenizers and of older versions of transformers, that are known to be no settings.
+NOTES = {
+    "auto_map",
+    "gradient_checkpointing",
+    "keys_to_ignore_at_inference",
+    "model_max_length",
+    "neftune_noise_alpha",
+    "num_labels",
+    "tokenizer_class",
+    "torchscript",
+    "unsloth_fixed",
+    "unsloth_version",
+}
+# What transformers reads for every family, beside the settings of each.
+OF_EVERY_FAMILY = {"configuration_files", "fusion_config", "is_causal", "per_layer_config", "transformers_weights"}
+# The same of transformers, MLX and compressed-tensors.
+QUANTIZED = ("quantization_config", "quantization", "compression_config")
+ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Reads a parsed `config.json`; raises ValueError for a family or a feature that is not supported."""
-    model_type = hf.get("model_type")
+def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
+    """Reads a parsed `config.json` as transformers does; `where` names the file in errors.
+
+    Raises ValueError for a family or a feature that is not supported, and for a value of the wrong kind. Keys that can
+    change no logit are ignored; the log names those that transformers does not write itself.
+    """
+    given = JsonObject(hf, where)
+    model_type = given.text("model_type")
     if model_type not in ARCHITECTURES:
-        raise ValueError(f"config.json: model_type={model_type!r} is not supported; known: {sorted(ARCHITECTURES)}")
+        raise given.error("model_type", f"is not supported; known: {sorted(ARCHITECTURES)}")
     architecture = ARCHITECTURES[model_type]
-    _refuse_unknown_keys(hf)
-    settings = {**architecture.defaults, **{k: v for k, v in hf.items() if v is not None}}
-    if missing := [key for key in REQUIRED if key not in settings]:
-        raise ValueError(f"config.json: missing {missing}")
-
-    num_heads, hidden_size = settings["num_attention_heads"], settings["hidden_size"]
-    max_positions = settings.get("max_position_embeddings", 2048)
-    configured_bias = settings.get("attention_bias", False) if architecture.biases == "as configured" else False
-    return DecoderConfig(
-        vocab_size=settings["vocab_size"],
-        hidden_size=hidden_size,
-        intermediate_size=settings["intermediate_size"],
-        num_layers=settings["num_hidden_layers"],
-        num_heads=num_heads,
-        num_kv_heads=settings.get("num_key_value_heads", num_heads),
-        head_dim=settings.get("head_dim", hidden_size // num_heads),
-        max_position_embeddings=max_positions,
-        rope=_rope(settings, max_positions),
-        rms_norm_eps=settings.get("rms_norm_eps", 1e-6),
-        activation=_activation(settings.get("hidden_act", "silu")),
-        tie_word_embeddings=settings.get("tie_word_embeddings", False),
-        qkv_bias=configured_bias or architecture.biases == "qkv",
-        attention_out_bias=configured_bias,
-        mlp_bias=model_type == "llama" and settings.get("mlp_bias", False),
-        qk_norm=architecture.qk_norm,
-        sliding_windows=_windows(architecture, settings, hf),
-    )
-
-
-def _refuse_unknown_keys(hf: Mapping[str, Any]) -> None:
-    unknown = {key: value for key, value in hf.items() if key not in USED | HARMLESS and not key.startswith("_")}
-    # A feature that is switched off is no feature.
-    unknown = {key: value for key, value in unknown.items() if value not in (None, False, [], {})}
-    if unknown:
-        raise ValueError(f"config.json: not supported, so the model would be computed wrongly: {unknown}")
+    _refuse_features(given)
+    _check_kinds(given)
+    theirs = _as_transformers_reads(given, model_type)
+    windows = _windows(architecture, theirs, given)
+    configured_bias = architecture.biases == "as configured" and theirs.attention_bias
+    try:
+        return DecoderConfig(
+            vocab_size=theirs.vocab_size,
+            hidden_size=theirs.hidden_size,
+            intermediate_size=theirs.intermediate_size,
+            num_layers=theirs.num_hidden_layers,
+            num_heads=theirs.num_attention_heads,
+            num_kv_heads=theirs.num_key_value_heads,
+            # Qwen2 has no such field, but its attention reads one that is given.
+            head_dim=getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
+            max_position_embeddings=theirs.max_position_embeddings,
+            rope=_rope(theirs),
+            rms_norm_eps=theirs.rms_norm_eps,
+            activation=theirs.hidden_act,
+            tie_word_embeddings=theirs.tie_word_embeddings,
+            qkv_bias=configured_bias or architecture.biases == "qkv",
+            attention_out_bias=configured_bias,
+            mlp_bias=model_type == "llama" and theirs.mlp_bias,
+            qk_norm=architecture.qk_norm,
+            sliding_windows=windows,
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
-def _activation(name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"config.json: hidden_act={name!r} is not supported; known: {sorted(ACTIVATIONS)}")
-    return name
+def _refuse_features(given: JsonObject) -> None:
+    """ValueError for keys that might change a logit; the others that are not used are logged."""
+    unused = [key for key in given.values if key not in USED | HARMLESS and not HARMLESS_KINDS.fullmatch(key)]
+    unused = [key for key in unused if not _is_off(key, given.values[key])]
+    for key in QUANTIZED:
+        if key in unused:
+            raise given.error(
+                key,
+                "says that the weights are quantized, and only plain ones are read. Give the checkpoint that it was "
+                "quantized from, and set model.quantization: nf4 to hold that in 4 bits",
+            )
+    features = OF_EVERY_FAMILY & {*unused}
+    if unknown := {*unused} - NOTES - {*vars(transformers.GenerationConfig())} - features:
+        features |= unknown & _settings_of_families()
+    if features:
+        found = ", ".join(f"{brief(key)}: {brief(given.values[key])}" for key in sorted(features))
+        raise ValueError(f"{given.where}: not supported, so the model would be computed wrongly: {found}")
+    if unused:
+        _log_ignored(given.where, ", ".join(map(brief, unused)))
 
 
-def _windows(architecture: Architecture, settings: Mapping[str, Any], hf: Mapping[str, Any]):
-    layers, window = settings["num_hidden_layers"], settings.get("sliding_window")
-    if architecture.window == "every layer":
-        # Only an absent key means the default; an explicit null means full attention.
-        window = window if hf.get("sliding_window", window) is not None else None
-        return (window,) * layers if window is not None else None
-    if architecture.window == "never" or not settings.get("use_sliding_window", False):
-        return None
-    late = ["full_attention" if i < settings["max_window_layers"] else "sliding_attention" for i in range(layers)]
-    layer_types = settings.get("layer_types", late)
-    if unknown := set(layer_types) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"config.json: layer_types holds {sorted(unknown)}, which is not supported")
-    windows = tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+@functools.cache  # once, however often the file is read
+def _log_ignored(where: str, keys: str) -> None:
+    logger.warning("%s: ignored, because no model of transformers reads them: %s", where, keys)
+
+
+def _is_off(key: str, value: Any) -> bool:
+    """A feature that is switched off is no feature."""
+    return value is True if key == "is_causal" else value in (None, False, "", [], {})
+
+
+@functools.cache
+def _settings_of_families() -> frozenset[str]:
+    """Of all families of transformers that generate text: a config with one of them may be meant for another family."""
+    # Takes seconds where torch is installed, so only an unknown key has it imported.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    configs = [transformers.CONFIG_MAPPING[family] for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    return frozenset(name for config in configs for name in inspect.signature(config.__init__).parameters)
+
+
+def _check_kinds(given: JsonObject) -> None:
+    """ValueError that names the first key whose value is of the wrong kind."""
+    for key in SIZES:
+        default = REQUIRED if key in SHAPE else None if key in DERIVED else 1
+        given.whole(key, default, most=MOST_LAYERS if key == "num_hidden_layers" else LARGEST)
+    for key in FLAGS:
+        given.flag(key, False)
+    given.whole("max_window_layers", 0, least=0)
+    given.number("rms_norm_eps", 0.0, least=0.0)
+    given.number("rope_theta", 1.0, above=0.0)
+    given.taken("layer_types", None, is_texts, "a list of texts")
+    given.taken("hidden_act", "silu", lambda name: name in [*ACTIVATIONS], f"one of {sorted(ACTIVATIONS)}")
+    given.taken("partial_rotary_factor", None, lambda factor: factor == 1, ALL_DIMENSIONS)
+    _check_rope(given)
+    hidden_size, num_heads = given.values["hidden_size"], given.values["num_attention_heads"]
+    if given.values["model_type"] == "llama" and hidden_size % num_heads:
+        raise given.error("hidden_size", f"is not a multiple of num_attention_heads={num_heads}")
+
+
+def _check_rope(given: JsonObject) -> None:
+    scaling, parameters = given.object("rope_scaling"), given.object("rope_parameters")
+    rope = scaling if scaling and scaling.values else parameters  # the older name counts before the newer
+    if rope is None:
+        return
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_NUMBERS:
+        raise ValueError(f"{rope.where}: rope_type={brief(kind)} is not supported; known: {sorted(ROPE_NUMBERS)}")
+    rope.taken("partial_rotary_factor", None, lambda factor: factor == 1, ALL_DIMENSIONS)
+    rope.number("rope_theta", 1.0, above=0.0)
+    for key in ROPE_NUMBERS[kind]:
+        rope.number(key, above=0.0)
+    if kind == "llama3":
+        for settings in (rope, given):
+            settings.whole("original_max_position_embeddings", 1)
+        if rope.values["high_freq_factor"] <= (low := rope.values["low_freq_factor"]):
+            raise rope.error("high_freq_factor", f"must be above low_freq_factor={low}")
+
+
+def _as_transformers_reads(given: JsonObject, model_type: str) -> Any:
+    """The object of transformers' config class; ValueError with what it says if it takes no such values."""
+    used = {key: copy.deepcopy(value) for key, value in given.values.items() if key in USED - {"model_type"}}
+    try:
+        theirs = transformers.CONFIG_MAPPING[model_type](**used)
+        # As its models do when they are built: only then it sees a top-level original_max_position_embeddings.
+        theirs.standardize_rope_params()
+    except Exception as error:
+        raise ValueError(f"{given.where}: transformers does not take it: {' '.join(str(error).split())}") from error
+    return theirs
+
+
+def _windows(architecture: Architecture, theirs: Any, given: JsonObject) -> tuple[int | None, ...] | None:
+    """Of each layer, in tokens; None if all see everything."""
+    window, layers = theirs.sliding_window if architecture.window != "never" else None, theirs.num_hidden_layers
+    kinds = ["sliding_attention"] * layers
+    if architecture.window == "as layer_types says":
+        kinds = theirs.layer_types
+        if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+            raise given.error("layer_types", f"holds {sorted(unknown)}, which is not supported")
+        if window is None and "sliding_attention" in kinds:
+            raise given.error("layer_types", "holds sliding_attention, but use_sliding_window is not true")
+    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return windows if any(windows) else None
 
 
-def _rope(settings: Mapping[str, Any], max_positions: int) -> RopeConfig:
-    # transformers 5 writes `rope_parameters`; before, there were `rope_theta` and `rope_scaling`.
-    given = {"rope_theta": settings.get("rope_theta", 10000.0)}
-    given |= settings.get("rope_scaling") or {}
-    given |= settings.get("rope_parameters") or {}
-    kind = given.pop("rope_type", given.pop("type", "default"))
-    given.pop("type", None)
-    if kind not in ROPE_KEYS:
-        raise ValueError(f"config.json: rope_type={kind!r} is not supported; known: {sorted(ROPE_KEYS)}")
-    theta = given.pop("rope_theta")
-    given = {key: value for key, value in given.items() if value is not None}
-    if unknown := set(given) - ROPE_KEYS[kind] - {"original_max_position_embeddings"}:
-        raise ValueError(f"config.json: rope type {kind!r} has settings that are not supported: {sorted(unknown)}")
-    if missing := ROPE_KEYS[kind] - {"original_max_position_embeddings"} - set(given):
-        raise ValueError(f"config.json: rope type {kind!r} needs {sorted(missing)}")
-    # `dynamic` counts from max_position_embeddings even where an original length is given (transformers does).
-    original = max_positions if kind == "dynamic" else given.get("original_max_position_embeddings", max_positions)
-    scaling = {key: given[key] for key in ROPE_KEYS[kind] & given.keys()}
-    return RopeConfig(theta=theta, type=kind, **{**scaling, "original_max_position_embeddings": original})
+def _rope(theirs: Any) -> RopeConfig:
+    rope = theirs.rope_parameters
+    kind = rope["rope_type"]
+    # `dynamic` counts from max_position_embeddings even where an original length is given.
+    original = rope["original_max_position_embeddings"] if kind == "llama3" else theirs.max_position_embeddings
+    numbers = {key: rope[key] for key in ROPE_NUMBERS[kind]}
+    return RopeConfig(theta=rope["rope_theta"], type=kind, original_max_position_embeddings=original, **numbers)

@@ -38,8 +38,12 @@ class DecoderConfig:
             raise ValueError(
                 f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs of dimensions")
+        least = 4 if self.rope.type == "dynamic" else 2  # where the stretched theta divides by head_dim - 2
+        if self.head_dim % 2 or self.head_dim < least:
+            raise ValueError(
+                f"head_dim={self.head_dim} (where it is not given: hidden_size / num_attention_heads) must be even and "
+                f"at least {least}: rotary embeddings turn pairs of dimensions"
+            )
         if self.sliding_windows is not None and len(self.sliding_windows) != self.num_layers:
             raise ValueError(f"{len(self.sliding_windows)} sliding windows for {self.num_layers} layers")
 

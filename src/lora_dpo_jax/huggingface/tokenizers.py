@@ -1,0 +1,81 @@
+"""Tokenizers in Hugging Face's format. No code of a model's folder is run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from lora_dpo_jax.json_objects import JsonObject, is_number, is_texts, read_json_object
+
+CHECKED = ("tokenizer_config.json", "special_tokens_map.json")
+ALSO_READ = ("added_tokens.json", "config.json")
+VOCABULARY = "tokenizer.json"  # large, so it is looked into only if nothing loads
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MORE_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces")
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`; ValueError names the file, and the key if it is known, if none loads."""
+    for name in (*CHECKED, *ALSO_READ):
+        if (folder / name).exists():
+            settings = read_json_object(folder / name)
+            if name in CHECKED:
+                _check(settings)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # hostile values raise any kind
+        if (folder / VOCABULARY).exists():
+            _check_vocabulary(folder / VOCABULARY)
+        raise ValueError(f"{folder} holds no tokenizer that loads. {type(error).__name__}: {_line(error)}") from error
+
+
+def _check(settings: JsonObject) -> None:
+    """ValueError for values of the wrong kind: some would show later, or never, and others without their key."""
+    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "tokenizer_class": (lambda value: isinstance(value, str), "text"),
+        "model_max_length": (lambda length: is_number(length) and length > 0, "a number above 0"),
+        "chat_template": (_is_template, "a template, or several with their names"),
+        **dict.fromkeys(FLAGS, (lambda value: isinstance(value, bool), "true or false")),
+        **dict.fromkeys(SPECIAL_TOKENS, (_is_token, "text, or an object with its content")),
+        **dict.fromkeys(MORE_SPECIAL_TOKENS, (_are_tokens, "a list of tokens, or an object of tokens by name")),
+    }
+    for key, (is_right, needed) in kinds.items():
+        settings.taken(key, None, is_right, needed)
+    for key in ("padding_side", "truncation_side"):
+        settings.taken(key, "right", lambda side: side in ["left", "right"], "left or right")
+    settings.taken("added_tokens_decoder", {}, _are_tokens_by_id, "an object of tokens by id")
+
+
+def _check_vocabulary(path: Path) -> None:
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # the library's are bare Exceptions, which say the line and column
+        raise ValueError(f"{path} is no tokenizer: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _is_template(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(item, dict) and is_texts([item.get("name"), item.get("template")]) for item in value)
+    return is_texts([*value.values()] if isinstance(value, dict) else [value])
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value.get("content") if isinstance(value, dict) else value, str)
+
+
+def _are_tokens(value: Any) -> bool:
+    items = [*value.values()] if isinstance(value, dict) else value
+    return isinstance(items, list) and all(map(_is_token, items))
+
+
+def _are_tokens_by_id(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        number.isdecimal() and isinstance(token, dict) and _is_token(token) for number, token in value.items()
+    )
