@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import quote
@@ -120,6 +121,16 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(redact(super().format(record)))
+
+
+def log_to_stderr(level: int) -> None:
+    """The log of a command, that of the libraries which would write past it included."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactingFormatter("%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+    for library in ("transformers", "huggingface_hub", "datasets"):
+        logging.getLogger(library).handlers.clear()
+        logging.getLogger(library).propagate = True
 
 
 def _without_patterns(text: str) -> str:

@@ -42,7 +42,8 @@ from lora_dpo_jax.data.preferences import (
     read_pair,
 )
 from lora_dpo_jax.data.sources import RowError, RowTable, Split, attempt
-from lora_dpo_jax.redaction import redact
+from lora_dpo_jax.printable import printable
+from lora_dpo_jax.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def tokenize_component(
             building.mkdir(parents=True)
             with _Writer(building) as writer:
                 report = _tokenize(component, tables, tokenizer, train_seq_len, writer, f"{name} ({split})")
-            writer.finish(fingerprint=fingerprint, tables=[redact(table.name) for table in tables], report=report)
+            writer.finish(fingerprint=fingerprint, tables=redacted([table.name for table in tables]), report=report)
             pairs = _publish(building, folder)
         except OSError as error:  # those of sources have become ValueErrors
             raise OSError(
@@ -177,7 +178,7 @@ def _tokenize(
     counts = Counter(dict.fromkeys(("rows", "kept", "exact", *NOTES), 0))
     columns: set[str] = set()
     rows = ((index, number, row) for index, table in enumerate(tables) for number, row in table.rows())
-    progress = iter(tqdm(rows, desc=f"tokenizing {name}", unit=" rows", disable=not sys.stderr.isatty()))
+    progress = iter(tqdm(rows, desc=printable(f"tokenizing {name}"), unit=" rows", disable=not sys.stderr.isatty()))
     while batch := list(itertools.islice(progress, ROWS_PER_BATCH)):
         counts["rows"] += len(batch)
         origins = [_origin(tables[index].name, number) for index, number, _ in batch]

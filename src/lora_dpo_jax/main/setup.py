@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ import draccus
 import jax
 import jmp
 import numpy as np
-from transformers import AutoTokenizer
 
 from lora_dpo_jax.data.cache import TokenizedPairs, load_pairs
 from lora_dpo_jax.data.loader import PairTable, split_by_prompt, whole_table
@@ -24,6 +22,7 @@ from lora_dpo_jax.evaluation import PairScorer
 from lora_dpo_jax.generation import GenerationConfig
 from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.folders import local_folder
+from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
 from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.lora import LoraConfig
 from lora_dpo_jax.losses import Dpo, PreferenceLoss
@@ -31,7 +30,7 @@ from lora_dpo_jax.models import CausalLM, DecoderConfig
 from lora_dpo_jax.models.attention import IMPLEMENTATIONS, PLATFORMS
 from lora_dpo_jax.models.decoder import CHECKPOINT_POLICIES
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
-from lora_dpo_jax.redaction import RedactingFormatter
+from lora_dpo_jax.redaction import log_to_stderr
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.distributed import in_turns
 from lora_dpo_jax.training.optimizer import OptimizerConfig
@@ -134,9 +133,7 @@ class TrainConfig:
 def parse_arguments(config_class: type) -> Any:
     """The configuration from `--config_path` and the command line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(RedactingFormatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    log_to_stderr(logging.INFO)
     for noisy in ("jax", "httpx", "datasets", "fsspec", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return draccus.parse(config_class=config_class)
@@ -180,9 +177,9 @@ def load_tokenizer(config: TrainConfig) -> Any:
         name, revision = config.initialize_from_hf, config.hf_revision
         folder = folder_of("initialize_from_hf", name, revision=revision, patterns=TOKENIZER_FILES)
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no tokenizer that loads; set data.tokenizer. {error}") from error
+        return read_tokenizer(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}. Mend it, or set data.tokenizer") from error
 
 
 def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base:
