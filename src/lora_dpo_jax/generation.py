@@ -89,6 +89,7 @@ def encode_prompt(
     tokenizer: Any, prompt: str | Sequence[Message], *, chat: bool = True, **template_kwargs: Any
 ) -> list[int]:
     """The tokens a completion goes on from; see `complete`. ValueError if the tokenizer or its template cannot."""
+    _refuse_surrogates(prompt)
     has_template = bool(tokenizer.chat_template or template_kwargs.get("chat_template"))
     if isinstance(prompt, str):
         if not (chat and has_template):
@@ -103,6 +104,13 @@ def encode_prompt(
         raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
     except Exception as error:  # a template is a program: what it raises over odd messages has no one type
         raise ValueError(f"the chat template refuses it: {error}") from error
+
+
+def _refuse_surrogates(prompt: str | Sequence[Message]) -> None:
+    try:
+        json.dumps(prompt, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("holds half of a surrogate pair, which is no character") from error
 
 
 def _encode_text(tokenizer: Any, text: str) -> list[int]:

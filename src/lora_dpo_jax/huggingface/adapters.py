@@ -17,7 +17,6 @@ import haliax.nn as hnn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from haliax import Axis, NamedArray
 
@@ -34,9 +33,11 @@ from lora_dpo_jax.lora import (
     matching_names,
 )
 from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.printable import printable
 from lora_dpo_jax.redaction import without_secrets
 from lora_dpo_jax.sharding import on_host
 
+LOCAL_URLS = ("file://", "local://")
 CONFIG, STEM = "adapter_config.json", "adapter_model"
 # PEFT stores the whole frozen head beside the adapter of a head.
 HEAD_COPY = "base_model.model.lm_head.base_layer.weight"
@@ -102,7 +103,7 @@ def save_adapter(
         write_tensors(exported / f"{STEM}.safetensors", tensors)
         if tokenizer is not None:
             save_tokenizer(tokenizer, exported)
-        (exported / "README.md").write_text(_model_card(base, config, targets), encoding="utf-8")
+        (exported / "README.md").write_text(_model_card(printable(base), config, targets), encoding="utf-8")
         (exported / CONFIG).write_text(json.dumps(_peft_config(base, revision, config, targets), indent=2) + "\n")
 
 
@@ -143,9 +144,10 @@ def base_from_anywhere(base_model: str) -> str:
 
     PEFT and servers look for the base from their own working directory; this package reads URLs too.
     """
+    if base_model.startswith(LOCAL_URLS):
+        base_model = LocalFileSystem._strip_protocol(base_model)
     if is_url(base_model):
-        filesystem, path = url_to_fs(base_model)
-        return path if isinstance(filesystem, LocalFileSystem) else without_secrets(base_model)
+        return without_secrets(base_model)
     folder = Path(os.path.expanduser(base_model))
     return str(folder.absolute()) if folder.is_dir() else base_model
 

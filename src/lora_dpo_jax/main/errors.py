@@ -29,9 +29,7 @@ def told_in_a_line() -> Iterator[None]:
     """
     sys.excepthook = print_trace
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # as stderr has it: no completion is lost to a terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a terminal's encoding ends no command
     try:
         yield
     except InterruptedTrainingError as interruption:

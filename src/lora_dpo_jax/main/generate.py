@@ -4,6 +4,7 @@ python -m lora_dpo_jax.main.generate --model <folder or hub id> [--adapter <PEFT
 """
 
 import argparse
+import inspect
 import json
 import logging
 import sys
@@ -16,10 +17,11 @@ import draccus
 import jax
 import jax.numpy as jnp
 from fsspec.core import url_to_fs
+from transformers import PreTrainedTokenizerBase
 
 from lora_dpo_jax.data.preferences import read_template
 from lora_dpo_jax.data.sources import RowError, RowFile, decompress, suffixes
-from lora_dpo_jax.generation import GenerationConfig, complete, read_stop_ids
+from lora_dpo_jax.generation import GenerationConfig, complete, encode_prompt, read_stop_ids
 from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
@@ -34,6 +36,13 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | list[dict[str, Any]]
 TEXTS = ("system", "chat_template")  # settings whose text the command line gives as it stands
+# What a template may be given besides its own variables.
+OPTIONS = {"tools", "documents", "add_generation_prompt", "continue_final_message"}
+TAKEN = {
+    name
+    for function in (complete, encode_prompt, PreTrainedTokenizerBase.apply_chat_template)
+    for name in inspect.signature(function).parameters
+} - OPTIONS
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 
 
@@ -63,6 +72,8 @@ class GenerateConfig(GenerationConfig):
             raise ValueError(f"dtype={self.dtype!r} must be one of {[*DTYPES]}, or null")
         if self.quantization not in QUANTIZATIONS:
             raise ValueError(f"quantization={self.quantization!r} must be one of {[*QUANTIZATIONS]}")
+        if taken := sorted(TAKEN & set(self.chat_template_kwargs)):
+            raise ValueError(f"chat_template_kwargs may not set {taken}: they are no variables of a template")
         if self.system is not None and not self.chat:
             raise ValueError("system needs the chat template, which chat=false leaves out; drop one of the two")
 
@@ -73,7 +84,9 @@ class GenerateConfig(GenerationConfig):
 
 def main(config: GenerateConfig) -> list[str]:
     """Prints each prompt with its completion, writes them to `output` if it is set, and returns the completions."""
-    template = None if config.chat_template is None else read_template("chat_template", config.chat_template)
+    template_kwargs = config.chat_template_kwargs
+    if config.chat_template is not None:
+        template_kwargs = {**template_kwargs, "chat_template": read_template("chat_template", config.chat_template)}
     origins, prompts = _read_prompts(config)
     base, adapter = _model_folders(config)
     tokenizer = _load_tokenizer(config, base, adapter)
@@ -90,8 +103,7 @@ def main(config: GenerateConfig) -> list[str]:
         stop_ids=read_stop_ids(base),
         chat=config.chat,
         origins=origins,
-        **config.chat_template_kwargs,
-        **({} if template is None else {"chat_template": template}),
+        **template_kwargs,
     )
     if not is_first_process():  # each has computed the same, on a device of its own
         return completions
@@ -190,10 +202,11 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _load_tokenizer(config: GenerateConfig, base: Path, adapter: Path | None) -> Any:
-    brings_one = adapter is not None and (adapter / "tokenizer_config.json").exists()
-    folder = adapter if brings_one else base
+    folder = base
     if config.tokenizer is not None:
         folder = _folder("tokenizer", config.tokenizer)
+    elif adapter is not None and (adapter / "tokenizer_config.json").exists():
+        folder = adapter
     try:
         tokenizer = read_tokenizer(folder)
     except ValueError as error:
