@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from lora_dpo_jax.generation import (
     generate,
     read_stop_ids,
 )
+from lora_dpo_jax.huggingface.tokenizers import save_tokenizer
 from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.lora import LoraConfig, loraize, merge_lora, trainable_filter
 from lora_dpo_jax.main import generate as command
@@ -361,3 +363,73 @@ def test_prompt_files_are_refused_by_row(tmp_path, name, content, says):
 def test_a_prompt_is_said_one_way_only():
     with pytest.raises(ValueError, match="--prompt and --prompts"):
         command.parse(["--model", "m", "--prompt", "a", "--prompts", "[b]"])
+
+
+TEMPLATE = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+
+
+@pytest.mark.parametrize("given", [["--chat_template", TEMPLATE], [f"--chat_template={TEMPLATE}"]])
+def test_texts_are_taken_from_the_command_line_as_they_stand(given):
+    config = command.parse(["--model", "m", "--prompt", "a", "--system", "Say: [this]", *given])
+    assert (config.chat_template, config.system) == (TEMPLATE, "Say: [this]")
+    nothing = command.parse(["--model", "m", "--prompt", "a", "--system", "null", "--chat_template", "null"])
+    assert (nothing.chat_template, nothing.system) == (None, None)
+
+
+@pytest.fixture
+def rendered(monkeypatch):
+    """What the command would give the model to complete, as text."""
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: None)
+    monkeypatch.setattr("lora_dpo_jax.generation.generate", lambda model, ids, *_, **__: ids)
+    return lambda **settings: command.main(
+        command.GenerateConfig(**{"model": str(FOLDER), "prompts": ["Hi"], **settings})
+    )
+
+
+def test_a_template_is_a_text_or_the_path_of_one(rendered, tmp_path):
+    (tmp_path / "mine.jinja").write_text(TEMPLATE)
+    assert rendered(chat_template=TEMPLATE) == rendered(chat_template=str(tmp_path / "mine.jinja")) == ["[Hi]"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"chat_template": "gone.jinja"}, "chat_template='gone.jinja' is neither a Jinja template nor a file"),
+        ({"chat_template": "x" * 5000}, "chat_template='xx.* is neither"),
+        ({"chat_template": "BINARY"}, "chat_template=.*cannot be read as UTF-8"),
+        ({"chat_template": "{% for m in messages %}"}, r"prompts\[0\]: the chat template is not valid Jinja: line 1"),
+        ({"chat_template": "{{ raise_exception('no') }}"}, r"prompts\[0\]: the chat template refuses it: no"),
+        ({"prompts": ["a", "b\udcff"]}, r"prompts\[1\]: holds half of a surrogate pair"),
+        (
+            {"prompts": [], "prompts_file": "LINES", "chat_template": "{{ 1 / 0 }}"},
+            "line 2: the chat template refuses it",
+        ),
+        ({"prompts_file": "ROWS"}, "row 3: the chat template refuses it"),
+        ({"prompts_file": "ROWS", "system": "x"}, "row 3"),
+        ({"chat_template_kwargs": {"tokenize": False}}, r"chat_template_kwargs may not set \['tokenize'\]"),
+        ({"chat_template_kwargs": {"chat": False, "origins": 1}}, r"may not set \['chat', 'origins'\]"),
+    ],
+)
+def test_what_a_template_cannot_render_is_named(rendered, tmp_path, settings, says):
+    files = {
+        "BINARY": (tmp_path / "t.jinja", b"{{ \xff }}"),
+        "LINES": (tmp_path / "p.txt", b"\nHi\n"),
+        "ROWS": (tmp_path / "p.jsonl", b'{"prompt": "Hi"}\n\n{"prompt": [{"role": "user", "content": 3}]}\n'),
+    }
+    for path, content in files.values():
+        path.write_bytes(content)
+    settings = {key: str(files[value][0]) if value in [*files] else value for key, value in settings.items()}
+    with pytest.raises((FileNotFoundError, ValueError), match=says):
+        rendered(**settings)
+
+
+def test_an_adapter_brings_the_template_it_was_trained_with(rendered, adapter_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load_adapter", lambda model, *_, **__: model)
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter_folder, folder)
+    assert rendered(model=str(folder)) == rendered()
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    save_tokenizer(tokenizer, folder)
+    assert rendered(model=str(folder)) == rendered(adapter=str(folder)) == ["[Hi]"]
+    assert rendered(model=str(folder), tokenizer=str(FOLDER)) == rendered()

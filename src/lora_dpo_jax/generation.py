@@ -1,5 +1,6 @@
 """Completions: chat template, key-value cache, greedy and sampled."""
 
+import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from haliax import Axis
 from jax import Array
+from jinja2 import TemplateSyntaxError
 
 from lora_dpo_jax.json_objects import is_whole, read_json_object
 from lora_dpo_jax.models import CachedMask, CausalLM, KeyValueCache
@@ -64,15 +66,21 @@ def complete(
     *,
     stop_ids: Collection[int] = (),
     chat: bool = True,
+    origins: Sequence[str] | None = None,
     **template_kwargs: Any,
 ) -> list[str]:
     """The completion of each prompt, without special tokens.
 
     A list of messages goes through the tokenizer's chat template, with `template_kwargs`; so does a string, as the only
     user message, if there is a template and `chat` is true; any other string is raw text. `stop_ids` end a completion
-    as the tokenizer's own end of sequence does.
+    as the tokenizer's own end of sequence does. `origins` say where each prompt stands, for errors.
     """
-    token_ids = [encode_prompt(tokenizer, prompt, chat=chat, **template_kwargs) for prompt in prompts]
+    token_ids = []
+    for index, prompt in enumerate(prompts):
+        try:
+            token_ids.append(encode_prompt(tokenizer, prompt, chat=chat, **template_kwargs))
+        except ValueError as error:
+            raise ValueError(f"{origins[index] if origins else f'prompts[{index}]'}: {error}") from error
     stop_ids = {*stop_ids} | ({tokenizer.eos_token_id} - {None})
     completions = generate(model, token_ids, config, stop_ids=stop_ids)
     return [tokenizer.decode(completion, skip_special_tokens=True) for completion in completions]
@@ -81,7 +89,8 @@ def complete(
 def encode_prompt(
     tokenizer: Any, prompt: str | Sequence[Message], *, chat: bool = True, **template_kwargs: Any
 ) -> list[int]:
-    """The tokens a completion goes on from; see `complete`."""
+    """The tokens a completion goes on from; see `complete`. ValueError if the tokenizer or its template cannot."""
+    _refuse_surrogates(prompt)
     has_template = bool(tokenizer.chat_template or template_kwargs.get("chat_template"))
     if isinstance(prompt, str):
         if not (chat and has_template):
@@ -90,7 +99,19 @@ def encode_prompt(
     if not has_template:
         raise ValueError("the prompt is a list of messages, but the tokenizer has no chat template: give a string")
     template_kwargs = {"add_generation_prompt": True, **template_kwargs}
-    return tokenizer.apply_chat_template(list(prompt), tokenize=True, return_dict=False, **template_kwargs)
+    try:
+        return tokenizer.apply_chat_template(list(prompt), tokenize=True, return_dict=False, **template_kwargs)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
+    except Exception as error:  # a template is a program: what it raises over odd messages has no one type
+        raise ValueError(f"the chat template refuses it: {error}") from error
+
+
+def _refuse_surrogates(prompt: str | Sequence[Message]) -> None:
+    try:
+        json.dumps(prompt, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("holds half of a surrogate pair, which is no character") from error
 
 
 def _encode_text(tokenizer: Any, text: str) -> list[int]:

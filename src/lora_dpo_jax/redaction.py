@@ -1,51 +1,230 @@
-"""Secrets in texts that others may read: logs, config.yaml, checkpoints, exports, trackers."""
+"""Secrets in texts that others may read: logs, config.yaml, checkpoints, exports, trackers.
 
+What a secret looks like is known in three ways: by the name it stands under (`?token=`, `api_key: ...`, HF_TOKEN in the
+environment), by its place (`https://user:password@host`, an Authorization header), and by its shape (hf_..., a private
+key). Hashes, run ids and paths look alike, so what merely looks random is no secret.
+"""
+
+import functools
 import logging
 import os
 import re
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import quote
+
+from lora_dpo_jax.printable import printable
 
 HIDDEN = "***"
 SHORTEST = 8  # characters of an environment variable's value; shorter ones would be found in innocent words
+SHORTEST_KEY = 16  # of what looks random in the value of a variable such as SORT_KEY, which most often is no secret
 
-_NAMES = r"token|key|secret|password|passwd|signature|sig|credential|auth"
-_SECRET_NAME = re.compile(rf"(?i)(?:^|[_.-]|api|access)(?:{_NAMES})$")
-_PATTERNS = (
-    # https://user:password@host and https://token@host. Elsewhere what has no colon is a name: abfss://container@account
-    (re.compile(r"(?i)(https?://)[^/\s@?#'\"]+@"), rf"\1{HIDDEN}@"),
-    (re.compile(r"(?i)(\b[a-z][a-z0-9+.-]*://)[^/\s@?#'\":]+:[^/\s@?#'\"]*@"), rf"\1{HIDDEN}@"),
-    # ?access_token=..., &X-Amz-Signature=..., &sig=...
-    (re.compile(rf"(?i)([?&;][\w.-]*(?:{_NAMES})=)[^&;#\s'\"]+"), rf"\1{HIDDEN}"),
-    (re.compile(r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
-    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), HIDDEN),  # the Hugging Face hub's
+# Of names in lower case, with underscores between their words. A secret, whatever its value is...
+_SECRET_NAME = re.compile(
+    r"(?:password|passwd|passphrase|secret|token|signature|credentials?|(?:^|_)(?:pwd|pass|sig|sas|jwt)"
+    r"|(?:api|access|secret|private|account|shared|auth|encryption|signing|subscription|storage)_?key)$"
 )
+_PASSWORD_NAME = re.compile(r"(?:password|passwd|passphrase|(?:^|_)(?:pwd|pass))$")
+# ...unless it is a tokenizer's token or a count of them.
+_TOKEN_OF_A_TEXT = re.compile(
+    r"(?:^|_)(?:pad|eos|bos|unk|sep|cls|mask|stop|start|end|image|special|max|min|per)_token$"
+)
+# A secret if the value looks like one.
+_DOUBTFUL_NAME = re.compile(r"(?:^|_)(?:key|auth|authorization|cookie)$")
+_CREDENTIAL = ("key", "auth")  # a secret when it is all of the name of a setting or of a part of a query
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_NAMED_NUMBER = re.compile(r"[A-Za-z]+\d{1,4}|\d{1,4}[A-Za-z]+")
+_PLACEHOLDER = re.compile(r"(?i)none|null|true|false|\d{1,5}|\*{3}.*|\W*|\$.*|<.*>")
+_PATH_OR_ID = re.compile(r"[\w.~@:+=,*-]*(?:/[\w.~@+=,*-]*)+")  # of a file here or a repository of the hub; no URL
+
+# Each bounds what it repeats, so that no text takes long.
+_USER_OF_URL = re.compile(
+    r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]{0,20}://)(?:"
+    # user:password@host, up to the last @ before a query, and no host:port/path@version
+    r"[^/\s@:?#'\"<>,\[\]]{0,200}:(?!\d{1,5}(?:[/?#\s,;)'\"]|$))(?:(?!://|[?&][\w.-]{1,40}=)[^\s'\"<>]){0,1000}@"
+    # token@host; where it is not the web, what has no colon is a name: abfss://container@account
+    r"|(?<=http://)[^/\s@?#'\"]{1,500}@|(?<=https://)[^/\s@?#'\"]{1,500}@)"
+)
+_OF_QUERY = re.compile(r"([?&;#])([\w.%-]{1,64})=([^&;#\s'\"]+)")
+_ASSIGNED = re.compile(
+    r"(?<![\w.-])(?P<flag>--)?(?=[\w.-]{0,60}(?i:pass|pwd|secret|token|signature|credential|key|sig|sas|jwt))"
+    r"(?P<name>[A-Za-z][\w.-]{0,63})(?P<sign>['\"]?\s{0,2}[=:]\s{0,2}|(?(flag)\s|(?!)))"
+    r"(?:b?(?P<quote>['\"])(?P<quoted>(?:(?!(?P=quote)).){1,2000})"
+    # what is assigned is no assignment itself
+    r"|(?P<bare>(?![\w.-]{1,64}(?:=[^=\s]|:\s))[^\s'\",;&)}\]]{4,2000}))"
+)
+_HEADER = re.compile(
+    r"(?i)(authorization['\"]?\s{0,2}[=:]\s{0,2}b?['\"]?)"
+    r"(?:((?:basic|bearer|token|key|apikey|negotiate)\s{1,3})([^\s'\",;]+)"
+    r"|((?:digest|hmac|aws4-hmac-sha256|sharedkey|sharedkeylite|sharedaccesssignature)\s{1,3})[^\r\n'\"]+"
+    r"|([^\s'\",;]+))"
+)
+_BEARER = re.compile(r"(?i)(?<![\w-])(bearer\s{1,3}|basic\s{1,3})([\w.~+/=-]{8,})")
+_PRIVATE_KEY = re.compile(
+    r"(-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----).*?(-----END [A-Z0-9 ]{0,40}KEY(?: BLOCK)?-----|\Z)",
+    re.DOTALL,
+)
+_SHAPES = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    + "|".join(
+        (
+            r"hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}",  # Hugging Face
+            r"wandb_v\d_[A-Za-z0-9_]{20,}",
+            r"(?=sk-[\w-]{0,40}\d)sk-[\w-]{0,40}?[A-Za-z0-9]{16}[\w-]*",  # OpenAI, Anthropic, OpenRouter
+            r"gsk_[A-Za-z0-9]{30,}|nvapi-[\w-]{40,}|xai-[A-Za-z0-9]{40,}|r8_[A-Za-z0-9]{30,}",  # other model servers
+            r"gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{22,}|gl[a-z]{2,5}-[\w-]{20,}",  # GitHub, GitLab
+            r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}(?![A-Za-z0-9])",  # Amazon
+            r"AIza[\w-]{35,}|ya29\.[\w-]{20,}|GOCSPX-[\w-]{20,}|GOOG[A-Z0-9]{20,}",  # Google
+            r"xox[a-z]-[\w-]{10,}|xapp-[\w-]{10,}",  # Slack
+            r"(?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{16,}|SG\.[\w-]{16,}\.[\w-]{16,}|dckr_pat_[\w-]{20,}",
+            r"npm_[A-Za-z0-9]{30,}|pypi-AgEI[\w-]{20,}|dapi[0-9a-f]{32}(?![0-9a-z])",
+            r"eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*",  # a JSON web token
+        )
+    )
+    + ")"
+)
+_HOOK = re.compile(r"(hooks\.slack\.com/(?:services|workflows)/)[\w/-]{8,}")
+# Keys of Weights & Biases were 40 hexadecimal digits, as commits are: only their surroundings tell them apart.
+_WANDB_KEY = re.compile(r"(?i)((?:password|api[ _-]?key|wandb login(?: --\w+)?)['\"]?\W{1,3})[0-9a-f]{40}(?![0-9a-z])")
 
 
 def redact(text: str) -> str:
-    """`text` without tokens, keys and passwords, in the forms in which they are in URLs and environment variables."""
-    for name, value in os.environ.items():
-        if len(value) >= SHORTEST and _SECRET_NAME.search(name):
-            text = text.replace(value, HIDDEN)
-    for pattern, instead in _PATTERNS:
-        text = pattern.sub(instead, text)
-    return text
+    """`text` without tokens, keys and passwords: those in URLs, headers, settings and environment variables."""
+    variables = _pattern_of(_secret_variables())
+    return _without_patterns(text if variables is None else variables.sub(HIDDEN, text))
 
 
 def redacted(tree: Any) -> Any:
-    """The same for nested mappings and lists; what is under the name of a secret is hidden whatever it is."""
+    """The same for nested mappings and lists; what is under the name of a secret is hidden whatever it is.
+
+    Values of environment variables stay in paths and ids of repositories, which would lead nowhere without them.
+    """
     if isinstance(tree, Mapping):
-        return {
-            name: HIDDEN if isinstance(value, str) and _SECRET_NAME.search(str(name)) else redacted(value)
-            for name, value in tree.items()
-        }
+        return {name: HIDDEN if _is_secret(str(name), value) else redacted(value) for name, value in tree.items()}
     if isinstance(tree, list | tuple):
         return type(tree)(map(redacted, tree))
-    return redact(tree) if isinstance(tree, str) else tree
+    if not isinstance(tree, str):
+        return tree
+    is_place = _PATH_OR_ID.fullmatch(tree) and all(tree != value for value, _ in _secret_variables())
+    return _without_patterns(tree) if is_place else redact(tree)
+
+
+def without_secrets(url: str) -> str:
+    """`url` without user and password, and without its query if there is a secret in it: for those who go there."""
+    shown = _without_patterns(url).replace(f"{HIDDEN}@", "")
+    return re.split(r"[?#]", shown)[0] if HIDDEN in shown else shown
 
 
 class RedactingFormatter(logging.Formatter):
-    """Messages and tracebacks alike."""
+    """Messages and tracebacks alike, without secrets and without what a terminal would obey."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        return printable(redact(super().format(record)))
+
+
+def log_to_stderr(level: int) -> None:
+    """The log of a command, that of the libraries which would write past it included."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactingFormatter("%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+    for library in ("transformers", "huggingface_hub", "datasets"):
+        logging.getLogger(library).handlers.clear()
+        logging.getLogger(library).propagate = True
+
+
+def _without_patterns(text: str) -> str:
+    text = _PRIVATE_KEY.sub(rf"\1{HIDDEN}\2", text)
+    text = _USER_OF_URL.sub(rf"\1{HIDDEN}@", text)
+    text = _OF_QUERY.sub(_hide_in_query, text)
+    text = _HEADER.sub(_hide_in_header, text)
+    text = _BEARER.sub(lambda m: m[1] + (HIDDEN if _is_no_word(m[2]) else m[2]), text)
+    text = _WANDB_KEY.sub(rf"\1{HIDDEN}", text)
+    text = _ASSIGNED.sub(_hide_assigned, text)
+    text = _HOOK.sub(rf"\1{HIDDEN}", text)
+    return _SHAPES.sub(HIDDEN, text)
+
+
+def _hide_in_query(found: re.Match) -> str:
+    mark, name, value = found.groups()
+    return f"{mark}{name}={HIDDEN if _is_secret(name, value) else value}"
+
+
+def _hide_in_header(found: re.Match) -> str:
+    header, scheme, _, long_scheme, bare = found.groups()
+    if bare is not None:
+        return header + (HIDDEN if _looks_secret(bare, SHORTEST) else bare)
+    return f"{header}{scheme or long_scheme}{HIDDEN}"
+
+
+def _hide_assigned(found: re.Match) -> str:
+    part = "bare" if found["quoted"] is None else "quoted"
+    name, value = found["name"], found[part]
+    if _kind(name) != "secret" or _PLACEHOLDER.fullmatch(value):
+        return found[0]
+    # Prose and source code have names of secrets too: "token: the one of ...", f(token=self.token).
+    is_code = _words(value).endswith(_words(name).rpartition("_")[2])
+    is_meant = part == "quoted" or found["flag"] or (found["sign"] == "=" and not is_code)
+    if not is_meant and not _looks_secret(value, SHORTEST):
+        return found[0]
+    start, end = (position - found.start() for position in found.span(part))
+    return found[0][:start] + HIDDEN + found[0][end:]
+
+
+@functools.lru_cache(4096)
+def _words(name: str) -> str:
+    """accessToken, X-Access-Token and ACCESS_TOKEN: all are ..access_token."""
+    return "_".join(_WORDS.findall(name)).lower()
+
+
+@functools.lru_cache(4096)
+def _kind(name: str) -> Literal["secret", "doubtful", "innocent"]:
+    words = _words(name)
+    if _SECRET_NAME.search(words):
+        return "innocent" if _TOKEN_OF_A_TEXT.search(words) else "secret"
+    return "doubtful" if _DOUBTFUL_NAME.search(words) else "innocent"
+
+
+def _is_secret(name: str, value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    kind = _kind(name)
+    return kind == "secret" or name in _CREDENTIAL or (kind == "doubtful" and _looks_secret(value, SHORTEST))
+
+
+def _looks_secret(value: str, shortest: int) -> bool:
+    """Whether so many characters in a row mix letters and digits otherwise than words with numbers do."""
+    return any(
+        len(run) >= 2 * SHORTEST_KEY
+        or (len(run) >= shortest and not run.isdigit() and not run.isalpha() and not _NAMED_NUMBER.fullmatch(run))
+        for run in re.findall(r"[A-Za-z0-9]+", value)
+    )
+
+
+def _is_no_word(text: str) -> bool:
+    return len(text) >= 20 or not text.isalpha()
+
+
+def _secret_variables() -> frozenset[tuple[str, bool]]:
+    """Values of environment variables that are secrets, and whether they may be plain words, as passwords may."""
+    found = set()
+    for name, value in os.environ.items():
+        kind = _kind(name)
+        if kind == "innocent" or len(value) < SHORTEST or value.startswith(("/", "~", "./", "../")) or "://" in value:
+            continue
+        if _looks_secret(value, SHORTEST if kind == "secret" else SHORTEST_KEY):
+            found.add((value, False))
+        elif _PASSWORD_NAME.search(_words(name)):
+            found.add((value, True))
+    return frozenset(found)
+
+
+@functools.lru_cache(16)
+def _pattern_of(variables: frozenset[tuple[str, bool]]) -> re.Pattern | None:
+    """Finds the values, as they are or percent-encoded; those that may be words only where they are a whole word."""
+    forms = {(form, is_word) for value, is_word in variables for form in (value, quote(value, safe=""))}
+    each = [
+        rf"(?<![A-Za-z0-9]){re.escape(form)}(?![A-Za-z0-9])" if is_word else re.escape(form)
+        for form, is_word in sorted(forms, key=lambda form: -len(form[0]))
+    ]
+    return re.compile("|".join(each)) if each else None

@@ -4,6 +4,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
 import peft
@@ -11,9 +12,24 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
-from tiny_models import LENGTH, load, logits, random_tokens, tiny_folder, torch_logits, with_random_adapters
+from tiny_models import (
+    LENGTH,
+    load,
+    logits,
+    random_tokens,
+    tiny_folder,
+    tiny_tokenizer,
+    torch_logits,
+    with_random_adapters,
+)
 
-from lora_dpo_jax.huggingface.adapters import layer_adapters, load_adapter, read_adapter_config, save_adapter
+from lora_dpo_jax.huggingface.adapters import (
+    base_from_anywhere,
+    layer_adapters,
+    load_adapter,
+    read_adapter_config,
+    save_adapter,
+)
 from lora_dpo_jax.huggingface.weights import save_merged
 from lora_dpo_jax.lora import LoraConfig, LoraLinear, linear_layers, merge_lora
 from lora_dpo_jax.models import CausalLM
@@ -174,6 +190,64 @@ def test_the_settings_are_those_of_peft(tmp_path):
     assert (read.r, read.lora_alpha, read.use_rslora, read.base_model_name_or_path) == (4, 6, True, "org/base")
     assert isinstance(read.lora_alpha, int)
     assert (read.task_type, read.bias, read.inference_mode) == ("CAUSAL_LM", "none", True)
+
+
+def test_the_revision_of_the_base_is_that_of_peft(tmp_path):
+    architecture, config = CASES["rslora"]
+    model = with_random_adapters(plain_model(architecture), config)
+    save_adapter(model, tmp_path, base_model="org/base", revision="v1", config=config)
+    read = peft.PeftConfig.from_pretrained(tmp_path)
+    assert (read.base_model_name_or_path, read.revision) == ("org/base", "v1")
+
+
+def test_peft_finds_the_base_and_the_tokenizer_from_another_folder(tmp_path, monkeypatch):
+    architecture, config = CASES["rslora"]
+    shutil.copytree(tiny_folder(architecture), tmp_path / "models" / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }} [trained]"
+    model = with_random_adapters(plain_model(architecture), config)
+    monkeypatch.chdir(tmp_path / "models")
+    monkeypatch.setenv("SOME_TOKEN", str(tmp_path.name) + "a1b2c3d4")
+    save_adapter(model, "adapter", base_model="base", config=config, tokenizer=tokenizer)
+    monkeypatch.chdir("/")
+    found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "models" / "adapter")
+    np.testing.assert_allclose(logits(model, TOKENS), torch_logits(found.eval(), TOKENS), rtol=0, atol=1e-4)
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path / "models" / "adapter")
+    assert read.chat_template == tokenizer.chat_template
+    assert read("a b\nc")["input_ids"] == tokenizer("a b\nc")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "base, named",
+    [
+        ("org/base", "org/base"),
+        ("here", "FOLDER/here"),
+        ("./here/../here", "FOLDER/here/../here"),
+        ("token=a1b2c3d4", "FOLDER/token=a1b2c3d4"),
+        ("a1b2c3d4e5f6", "FOLDER/a1b2c3d4e5f6"),
+        ("file://FOLDER/here", "FOLDER/here"),
+        ("gs://bucket/base", "gs://bucket/base"),
+        ("https://me:pa55word@host/base?sig=abc", "https://host/base"),
+    ],
+)
+def test_a_base_is_named_so_that_it_is_found_from_anywhere(base, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SOME_TOKEN", "a1b2c3d4e5f6")
+    for folder in ("here", "token=a1b2c3d4", "a1b2c3d4e5f6"):
+        (tmp_path / folder).mkdir()
+    assert base_from_anywhere(base.replace("FOLDER", str(tmp_path))) == named.replace("FOLDER", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "base, is_id", [("org/base", True), ("gpt2", True), ("/models/base", False), ("gs://b/c", False)]
+)
+def test_a_model_card_names_a_base_that_the_hub_knows(base, is_id, tmp_path):
+    """The hub rejects a card whose base_model is no id."""
+    architecture, config = CASES["rslora"]
+    save_adapter(with_random_adapters(plain_model(architecture), config), tmp_path, base_model=base, config=config)
+    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == (base if is_id else None)
+    assert f"`{base}`" in card.text
 
 
 def test_an_adapter_can_be_written_in_another_dtype(tmp_path):

@@ -44,7 +44,8 @@ from lora_dpo_jax.data.preferences import (
 )
 from lora_dpo_jax.data.rows import PreferencePair, read_pair
 from lora_dpo_jax.data.sources import RowError, RowTable, SourceError, Split, attempt, read_tables
-from lora_dpo_jax.redaction import redact
+from lora_dpo_jax.printable import printable
+from lora_dpo_jax.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ def tokenize_component(
             building.mkdir(parents=True)
             with _Writer(building) as writer, _names_component(name):
                 report = _tokenize(component, tables, tokenizer, train_seq_len, writer, f"{name} ({split})")
-            writer.finish(fingerprint=fingerprint, tables=[redact(table.name) for table in tables], report=report)
+            writer.finish(fingerprint=fingerprint, tables=redacted([table.name for table in tables]), report=report)
             pairs = _publish(building, folder)
         except OSError as error:  # those of sources have become ValueErrors
             raise OSError(
@@ -196,7 +197,8 @@ def _tokenize(
     counts = Counter(dict.fromkeys(("rows", "kept", "exact", *NOTES), 0))
     columns: set[str] = set()
     warns_of_strings = format.strings == "auto" and tokenizer.chat_template is not None
-    progress = iter(tqdm(read_tables(tables), desc=f"tokenizing {name}", unit=" rows", disable=not sys.stderr.isatty()))
+    description = printable(f"tokenizing {name}")
+    progress = iter(tqdm(read_tables(tables), desc=description, unit=" rows", disable=not sys.stderr.isatty()))
     while batch := list(itertools.islice(progress, ROWS_PER_BATCH)):
         counts["rows"] += len(batch)
         origins = [_origin(tables[index].name, number) for index, number, _ in batch]

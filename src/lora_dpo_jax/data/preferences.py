@@ -54,16 +54,7 @@ class FormatConfig:
 
     def template_text(self) -> str | None:
         """The overriding template, read from its file if a path was given."""
-        template = self.chat_template
-        if template is None or "{{" in template or "{%" in template:
-            return template
-        path = Path(template).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"format.chat_template={template!r} is neither a Jinja template nor a file")
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"format.chat_template={template!r} cannot be read as UTF-8 text: {error}") from error
+        return None if self.chat_template is None else read_template("format.chat_template", self.chat_template)
 
 
 @dataclass(frozen=True)
@@ -104,6 +95,19 @@ class PreferenceDataConfig:
         for name, weight in weights.items():
             if weight > 0 and not self.components[name].source.has_split("train"):
                 raise ValueError(f"data.train_weights.{name}={weight}, but {name} has no training rows (train_urls)")
+
+
+def read_template(setting: str, template: str) -> str:
+    """A chat template, given as its Jinja text or as the path of a file; errors name the setting."""
+    if "{{" in template or "{%" in template:
+        return template
+    path = os.path.expanduser(template)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{setting}={template!r} is neither a Jinja template nor a file")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{setting}={template!r} cannot be read as UTF-8 text: {error}") from error
 
 
 def default_cache_dir() -> Path:

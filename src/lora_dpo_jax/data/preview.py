@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_dpo_jax.data.cache import TokenizedPairs
 from lora_dpo_jax.data.loader import PairTable
+from lora_dpo_jax.printable import printable
 
 RESET = "\x1b[0m"
 # Two shades for each role, token by token in turn, so that the ends of tokens can be seen.
@@ -32,7 +33,7 @@ def preview(
         color = out.isatty() and "NO_COLOR" not in os.environ
     for index in range(min(count, len(pairs))):
         pair = pairs[index]
-        print(f"=== pair {index + 1} of {len(pairs):,}: {pairs.origin(index)}", file=out)
+        print(f"=== pair {index + 1} of {len(pairs):,}: {printable(pairs.origin(index))}", file=out)
         for role, ids in pair._asdict().items():
             scored = "not scored" if role == "prompt" else "scored"
             print(f"--- {role} ({len(ids):,} tokens, {scored})", file=out)
@@ -61,8 +62,7 @@ def _pieces(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def _visible(text: str) -> str:
     """Line ends marked, so that those at the end of the prompt can be seen; no control character reaches a terminal."""
-    lines = text.replace("\n", "\u21b5\n")
-    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in lines)
+    return printable(text.replace("\n", "\u21b5\n"))
 
 
 def _decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:

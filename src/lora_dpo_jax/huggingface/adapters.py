@@ -6,6 +6,7 @@ A tensor is called `base_model.model.<path of the layer>.lora_A.weight`, {r, in}
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ import haliax.nn as hnn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 from haliax import Axis, NamedArray
 
-from lora_dpo_jax.huggingface.folders import export_folder
+from lora_dpo_jax.huggingface.folders import export_folder, is_url
 from lora_dpo_jax.huggingface.tensors import TensorFiles, abridged, sharded_array, write_tensors
+from lora_dpo_jax.huggingface.tokenizers import save_tokenizer
 from lora_dpo_jax.json_objects import REQUIRED, JsonObject, is_number, is_texts, is_whole, read_json_object
 from lora_dpo_jax.lora import (
     RANK,
@@ -32,10 +35,13 @@ from lora_dpo_jax.lora import (
     matching_names,
 )
 from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.printable import printable
+from lora_dpo_jax.redaction import without_secrets
 from lora_dpo_jax.sharding import on_host
 
 logger = logging.getLogger(__name__)
 
+LOCAL_URLS = ("file://", "local://")
 CONFIG, STEM = "adapter_config.json", "adapter_model"
 # PEFT stores the whole frozen head beside the adapter of a head.
 HEAD_COPY = "base_model.model.lm_head.base_layer.weight"
@@ -73,12 +79,20 @@ class LayerAdapter:
 
 
 def save_adapter(
-    model: CausalLM, folder: str | Path, *, base_model: str, config: LoraConfig, dtype: Any = np.float32
+    model: CausalLM,
+    folder: str | Path,
+    *,
+    base_model: str,
+    config: LoraConfig,
+    revision: str | None = None,
+    tokenizer: Any = None,
+    dtype: Any = np.float32,
 ) -> None:
     """Writes the adapters for `peft.PeftModel.from_pretrained`, to a path or a URL.
 
-    `base_model` is the folder or hub id that readers take the base from; `config` is that of the adapters, of which
-    the target modules are not used: those of the model are. Every process of a run must call this; the first writes.
+    `base_model` is the folder, URL or hub id that readers take the base from, `revision` the hub's; `tokenizer`, if
+    given, is saved beside the adapters with its chat template. `config` is that of the adapters, of which the target
+    modules are not used: those of the model are. Every process of a run must call this; the first writes.
     """
     adapters = layer_adapters(model)
     _refuse_another_config(adapters, config)
@@ -89,10 +103,13 @@ def save_adapter(
     for adapter in adapters:
         tensors[_key(adapter.name, "lora_A")] = adapter.lora_A.astype(dtype)
         tensors[_key(adapter.name, "lora_B")] = adapter.lora_B.astype(dtype)
+    base = base_from_anywhere(base_model)
     with export_folder(folder) as exported:
         write_tensors(exported / f"{STEM}.safetensors", tensors)
-        (exported / "README.md").write_text(_model_card(base_model, config, targets))
-        (exported / CONFIG).write_text(json.dumps(_peft_config(base_model, config, targets), indent=2) + "\n")
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, exported)
+        (exported / "README.md").write_text(_model_card(printable(base), config, targets), encoding="utf-8")
+        (exported / CONFIG).write_text(json.dumps(_peft_config(base, revision, config, targets), indent=2) + "\n")
 
 
 def load_adapter(model: CausalLM, folder: Path, *, mapping: Any = None, base_model: str | None = None) -> CausalLM:
@@ -147,6 +164,19 @@ def read_base_model(folder: Path) -> tuple[str | None, str | None]:
     return peft.text("base_model_name_or_path", None), peft.text("revision", None)
 
 
+def base_from_anywhere(base_model: str) -> str:
+    """A hub id as it is, the absolute path of a folder here, a URL without the secrets in it.
+
+    PEFT and servers look for the base from their own working directory; this package reads URLs too.
+    """
+    if base_model.startswith(LOCAL_URLS):
+        base_model = LocalFileSystem._strip_protocol(base_model)
+    if is_url(base_model):
+        return without_secrets(base_model)
+    folder = Path(os.path.expanduser(base_model))
+    return str(folder.absolute()) if folder.is_dir() else base_model
+
+
 def layer_adapters(model: CausalLM) -> list[LayerAdapter]:
     """Copies the adapters of a model to the host; under several processes, all must call this."""
     found = []
@@ -191,7 +221,7 @@ def _refuse_another_config(adapters: list[LayerAdapter], config: LoraConfig) -> 
             )
 
 
-def _peft_config(base_model: str, config: LoraConfig, targets: list[str]) -> dict[str, Any]:
+def _peft_config(base_model: str, revision: str | None, config: LoraConfig, targets: list[str]) -> dict[str, Any]:
     alpha = config.alpha
     return {
         "alpha_pattern": {},
@@ -211,7 +241,7 @@ def _peft_config(base_model: str, config: LoraConfig, targets: list[str]) -> dic
         "peft_type": "LORA",
         "r": config.r,
         "rank_pattern": {},
-        "revision": None,
+        "revision": revision,
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
         "use_dora": False,
@@ -220,9 +250,11 @@ def _peft_config(base_model: str, config: LoraConfig, targets: list[str]) -> dic
 
 
 def _model_card(base_model: str, config: LoraConfig, targets: list[str]) -> str:
+    # The hub rejects cards whose base is not one of its ids.
+    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model)
+    base = f"base_model: {json.dumps(base_model)}\n" if is_hub_id else ""
     return f"""---
-base_model: {json.dumps(base_model)}
-library_name: peft
+{base}library_name: peft
 pipeline_tag: text-generation
 tags: [dpo, lora]
 ---

@@ -28,6 +28,7 @@ from lora_dpo_jax.huggingface.tensors import (
     sharded_array,
     write_shards,
 )
+from lora_dpo_jax.huggingface.tokenizers import drop_code, save_tokenizer
 from lora_dpo_jax.json_objects import read_json_object
 from lora_dpo_jax.lora import LoraLinear, axes_of, linear_layers
 from lora_dpo_jax.models import CausalLM, DecoderConfig, config_from_hf
@@ -124,7 +125,8 @@ def save_merged(
     with export_folder(folder) as exported:
         _copy_files(source, exported, OTHER_FILES if tokenizer is not None else OTHER_FILES + TOKENIZER_FILES)
         if tokenizer is not None:
-            tokenizer.save_pretrained(exported)
+            save_tokenizer(tokenizer, exported)
+        drop_code(exported)
         infos = {name: tensors.info(name) for name in tensors.names}
         write_shards(exported, infos, merged, max_shard_bytes=max_shard_bytes)
 

@@ -1,12 +1,11 @@
 """A command: its settings, the processes that it runs on, and how it ends."""
 
 import logging
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lora_dpo_jax.main.errors import told_in_a_line
+from lora_dpo_jax.main.errors import print_trace, told_in_a_line
 from lora_dpo_jax.training.distributed import DistributedConfig, is_first_process, start_processes
 from lora_dpo_jax.training.interruption import InterruptedTrainingError
 from lora_dpo_jax.training.liveness import Liveness
@@ -49,6 +48,6 @@ def _end_all(ended: BaseException, liveness: Liveness) -> None:
     if isinstance(ended, SystemExit) and isinstance(ended.code, int):
         status = ended.code
     else:
-        traceback.print_exception(ended)
+        print_trace(type(ended), ended, ended.__traceback__)
         told = ended
     liveness.fail(f"ended with an error: {str(told).strip()}", status)

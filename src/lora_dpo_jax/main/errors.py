@@ -1,5 +1,6 @@
 """A mistake in a config, a path or a row is told in a line; only what may be a fault of this library shows a trace."""
 
+import io
 import os
 import sys
 import traceback
@@ -11,6 +12,7 @@ from typing import Any
 import draccus
 from draccus.utils import DecodingError, ParsingError
 
+from lora_dpo_jax.printable import printable
 from lora_dpo_jax.redaction import redact
 from lora_dpo_jax.training.interruption import InterruptedTrainingError
 
@@ -25,7 +27,9 @@ def told_in_a_line() -> Iterator[None]:
 
     A run that a signal stopped exits with InterruptedTrainingError.exit_code. Secrets are left out of traces too.
     """
-    sys.excepthook = _print_redacted
+    sys.excepthook = print_trace
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a terminal's encoding ends no command
     try:
         yield
     except InterruptedTrainingError as interruption:
@@ -34,12 +38,17 @@ def told_in_a_line() -> Iterator[None]:
     except (ValueError, OSError, ImportError, RuntimeError, ParsingError) as error:
         if os.environ.get(TRACEBACK) or not _is_for_users(error):
             raise
-        print(f"error: {redact(_message(error))}\n({TRACEBACK}=1 shows where it comes from)", file=sys.stderr)
+        print(f"error: {_shown(_message(error))}\n({TRACEBACK}=1 shows where it comes from)", file=sys.stderr)
         raise SystemExit(1) from error
 
 
-def _print_redacted(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+def print_trace(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """As Python prints it, but for secrets and what a terminal would obey."""
+    sys.stderr.write(_shown("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _shown(text: str) -> str:
+    return printable(redact(text))
 
 
 def _is_for_users(error: BaseException) -> bool:

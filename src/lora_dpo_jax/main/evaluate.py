@@ -32,6 +32,7 @@ from lora_dpo_jax.main.setup import (
     parse_arguments,
     scorer,
 )
+from lora_dpo_jax.printable import printable
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.distributed import is_first_process
 
@@ -126,7 +127,7 @@ def _print(config: EvaluateConfig, summary: dict[str, float], num_pairs: int) ->
         f"margin    {summary['rewards/margins']:.4f}   (chosen {summary['rewards/chosen']:.4f}, "
         f"rejected {summary['rewards/rejected']:.4f}, scaled by beta)"
     )
-    print(f"scores    {config.output}")
+    print(f"scores    {printable(config.output)}")
 
 
 if __name__ == "__main__":

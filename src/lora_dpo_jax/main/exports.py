@@ -1,4 +1,11 @@
-"""The adapter and the merged model, at the paths that are set: at the end, and on the way under step-<n>."""
+"""The adapter and the merged model, at the paths that are set: at the end, and on the way under step-<n>.
+
+Both bring the tokenizer of the run, with the chat template that its rows were rendered with.
+"""
+
+import copy
+import logging
+from typing import Any
 
 from lora_dpo_jax.huggingface.adapters import save_adapter
 from lora_dpo_jax.huggingface.tensors import TensorFiles
@@ -6,9 +13,10 @@ from lora_dpo_jax.huggingface.weights import save_merged
 from lora_dpo_jax.lora import LoraConfig
 from lora_dpo_jax.main.outputs import check_free_space, exports_of
 from lora_dpo_jax.main.setup import Base, TrainConfig
-from lora_dpo_jax.redaction import redact
 from lora_dpo_jax.training.step import TrainState
 from lora_dpo_jax.training.trainer import StepInfo
+
+logger = logging.getLogger("lora_dpo_jax")
 
 
 class Exports:
@@ -39,10 +47,50 @@ class Exports:
                 ) from error
 
     def _save_adapter(self, info: StepInfo[TrainState], target: str) -> None:
-        name = redact(self.config.initialize_from_hf)
-        save_adapter(info.state.model, target, base_model=name, config=self.lora)
+        save_adapter(
+            info.state.model,
+            target,
+            base_model=self.config.initialize_from_hf,
+            revision=self.config.hf_revision,
+            config=self.lora,
+            tokenizer=self.base.tokenizer,
+        )
 
     def _save_merged(self, info: StepInfo[TrainState], target: str) -> None:
-        # A tokenizer of the user's choice brings its own chat template; the base's files stay as they are.
-        tokenizer = self.base.tokenizer if self.config.data.tokenizer else None
+        # Where nothing else was trained with, the base's own files stay as they are.
+        is_bases_own = not self.config.data.tokenizer and not any(_templates(self.config).values())
+        tokenizer = None if is_bases_own else self.base.tokenizer
         save_merged(info.state.model, self.base.folder, target, tokenizer=tokenizer)
+
+
+def with_trained_template(config: TrainConfig, tokenizer: Any) -> Any:
+    """The tokenizer with the chat template of the run's rows: its own, unless a component sets format.chat_template.
+
+    Where components differ, the first of them that sets one decides, and the log names the others.
+    """
+    templates = _templates(config)
+    chosen = next((name for name, template in templates.items() if template is not None), None)
+    if chosen is None:
+        return tokenizer
+    own, exported = tokenizer.chat_template, templates[chosen]
+    if others := [name for name, template in templates.items() if (own if template is None else template) != exported]:
+        logger.warning(
+            "The exports and sample_prompts have the chat template of data.components.%s; %s %s trained with another. "
+            "To have another, put its component first, or give all components the same format.chat_template",
+            chosen,
+            ", ".join(others),
+            "is" if len(others) == 1 else "are",
+        )
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = exported
+    return tokenizer
+
+
+def _templates(config: TrainConfig) -> dict[str, str | None]:
+    """By the name of each component that is trained on, its format.chat_template."""
+    weights = config.data.train_weights or {}
+    return {
+        name: component.format.template_text()
+        for name, component in config.data.components.items()
+        if component.source.has_split("train") and weights.get(name, 1) > 0
+    }

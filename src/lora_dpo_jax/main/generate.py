@@ -4,6 +4,7 @@ python -m lora_dpo_jax.main.generate --model <folder or hub id> [--adapter <PEFT
 """
 
 import argparse
+import inspect
 import json
 import logging
 import sys
@@ -16,21 +17,33 @@ import draccus
 import jax
 import jax.numpy as jnp
 from fsspec.core import url_to_fs
+from transformers import PreTrainedTokenizerBase
 
+from lora_dpo_jax.data.preferences import read_template
 from lora_dpo_jax.data.readers import decompress, suffixes
 from lora_dpo_jax.data.sources import RowError, RowFile
-from lora_dpo_jax.generation import GenerationConfig, complete, read_stop_ids
+from lora_dpo_jax.generation import GenerationConfig, complete, encode_prompt, read_stop_ids
 from lora_dpo_jax.huggingface.adapters import load_adapter, read_base_model
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
 from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
+from lora_dpo_jax.printable import printable
+from lora_dpo_jax.redaction import log_to_stderr
 from lora_dpo_jax.training.distributed import DistributedConfig, is_first_process
 
 logger = logging.getLogger(__name__)
 
 Prompt = str | list[dict[str, Any]]
+TEXTS = ("system", "chat_template")  # settings whose text the command line gives as it stands
+# What a template may be given besides its own variables.
+OPTIONS = {"tools", "documents", "add_generation_prompt", "continue_final_message"}
+TAKEN = {
+    name
+    for function in (complete, encode_prompt, PreTrainedTokenizerBase.apply_chat_template)
+    for name in inspect.signature(function).parameters
+} - OPTIONS
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 
 
@@ -46,7 +59,7 @@ class GenerateConfig(GenerationConfig):
     prompts_file: str | None = None  # .txt: one a line; .jsonl: `prompt`, a string or a list of messages
     system: str | None = None  # the system message before each prompt
     chat: bool = True  # false: prompts that are strings do not go through the chat template
-    chat_template: str | None = None  # a Jinja template, instead of the tokenizer's own
+    chat_template: str | None = None  # instead of the tokenizer's own: a Jinja text, or the path of one
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # such as {enable_thinking: false}
     dtype: Literal["f32", "bf16"] | None = None  # of the weights; null: f32 on CPU, bf16 on accelerators
     quantization: str = "none"  # nf4 or int8: as model.quantization of the run that made the adapter
@@ -60,6 +73,8 @@ class GenerateConfig(GenerationConfig):
             raise ValueError(f"dtype={self.dtype!r} must be one of {[*DTYPES]}, or null")
         if self.quantization not in QUANTIZATIONS:
             raise ValueError(f"quantization={self.quantization!r} must be one of {[*QUANTIZATIONS]}")
+        if taken := sorted(TAKEN & set(self.chat_template_kwargs)):
+            raise ValueError(f"chat_template_kwargs may not set {taken}: they are no variables of a template")
         if self.system is not None and not self.chat:
             raise ValueError("system needs the chat template, which chat=false leaves out; drop one of the two")
 
@@ -70,7 +85,10 @@ class GenerateConfig(GenerationConfig):
 
 def main(config: GenerateConfig) -> list[str]:
     """Prints each prompt with its completion, writes them to `output` if it is set, and returns the completions."""
-    prompts = [_with_system(prompt, config.system) for prompt in _read_prompts(config)]
+    template_kwargs = config.chat_template_kwargs
+    if config.chat_template is not None:
+        template_kwargs = {**template_kwargs, "chat_template": read_template("chat_template", config.chat_template)}
+    origins, prompts = _read_prompts(config)
     base, adapter = _model_folders(config)
     tokenizer = _load_tokenizer(config, base, adapter)
     dtype = config.dtype or ("f32" if jax.default_backend() == "cpu" else "bf16")
@@ -85,27 +103,31 @@ def main(config: GenerateConfig) -> list[str]:
         config.generation,
         stop_ids=read_stop_ids(base),
         chat=config.chat,
-        **_template_kwargs(config),
+        origins=origins,
+        **template_kwargs,
     )
     if not is_first_process():  # each has computed the same, on a device of its own
         return completions
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
-        print(f"=== prompt {number}\n{_readable(prompt)}\n--- completion\n{completion}\n", flush=True)
+        shown = printable(f"{_readable(prompt)}\n--- completion\n{completion}")
+        print(f"=== prompt {number}\n{shown}\n", flush=True)
     if config.output is not None:
         _write(Path(config.output), prompts, completions)
     return completions
 
 
-def _read_prompts(config: GenerateConfig) -> list[Prompt]:
-    prompts: list[Prompt] = list(config.prompts)
+def _read_prompts(config: GenerateConfig) -> tuple[list[str], list[Prompt]]:
+    """Where each prompt stands, and the prompts, with the system message if there is one."""
+    found: list[tuple[str, Prompt]] = [(f"prompts[{index}]", prompt) for index, prompt in enumerate(config.prompts)]
     if config.prompts_file is not None:
-        prompts += _file_prompts(config.prompts_file)
-        if not prompts:
+        found += _file_prompts(config.prompts_file)
+        if not found:
             raise ValueError(f"prompts_file={config.prompts_file!r} holds no prompts")
-    return prompts
+    origins = [origin for origin, _ in found]
+    return origins, [_with_system(prompt, config.system, origin) for origin, prompt in found]
 
 
-def _file_prompts(url: str) -> Iterator[Prompt]:
+def _file_prompts(url: str) -> Iterator[tuple[str, Prompt]]:
     filesystem, path = url_to_fs(url)
     if not filesystem.isfile(path):
         raise FileNotFoundError(f"prompts_file={url!r} is not a file")
@@ -113,10 +135,13 @@ def _file_prompts(url: str) -> Iterator[Prompt]:
     if suffix == "txt":
         with filesystem.open(path, "rb") as raw:
             lines = decompress(raw, compression).read().decode("utf-8").splitlines()
-        yield from (line for line in lines if line.strip())
+        yield from (
+            (f"prompts_file={url!r}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()
+        )
     elif suffix == "jsonl":
         for number, row in RowFile(url, filesystem, path).rows():
-            yield _row_prompt(row, f"prompts_file={url!r}, row {number}")
+            origin = f"prompts_file={url!r}, row {number}"
+            yield origin, _row_prompt(row, origin)
     else:
         raise ValueError(f"prompts_file={url!r}: the suffix must be .txt or .jsonl (then .gz, .zst, ... if compressed)")
 
@@ -132,12 +157,12 @@ def _row_prompt(row: Any, origin: str) -> Prompt:
     raise ValueError(f"{origin}: needs `prompt`, a string or a list of messages (`role`, `content`); found {found}")
 
 
-def _with_system(prompt: Prompt, system: str | None) -> Prompt:
+def _with_system(prompt: Prompt, system: str | None, origin: str) -> Prompt:
     if system is None:
         return prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if messages[0]["role"] == "system":
-        raise ValueError(f"system is set, but a prompt has a system message already: {messages[0]}")
+        raise ValueError(f"system is set, but {origin} has a system message already: {messages[0]}")
     return [{"role": "system", "content": system}, *messages]
 
 
@@ -177,10 +202,11 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _load_tokenizer(config: GenerateConfig, base: Path, adapter: Path | None) -> Any:
-    brings_one = adapter is not None and (adapter / "tokenizer_config.json").exists()
-    folder = adapter if brings_one else base
+    folder = base
     if config.tokenizer is not None:
         folder = _folder("tokenizer", config.tokenizer)
+    elif adapter is not None and (adapter / "tokenizer_config.json").exists():
+        folder = adapter
     try:
         tokenizer = read_tokenizer(folder)
     except ValueError as error:
@@ -191,11 +217,6 @@ def _load_tokenizer(config: GenerateConfig, base: Path, adapter: Path | None) ->
     if config.chat and not has_template:
         logger.warning("The tokenizer of %s has no chat template: prompts that are strings are raw text", folder)
     return tokenizer
-
-
-def _template_kwargs(config: GenerateConfig) -> dict[str, Any]:
-    override = {} if config.chat_template is None else {"chat_template": config.chat_template}
-    return {**config.chat_template_kwargs, **override}
 
 
 def _readable(prompt: Prompt) -> str:
@@ -213,18 +234,22 @@ def _write(path: Path, prompts: Sequence[Prompt], completions: Sequence[str]) ->
 
 def parse(args: Sequence[str]) -> GenerateConfig:
     """The configuration of a command line."""
-    # draccus reads values as YAML, to which "Translate: hello" is a mapping.
+    # draccus reads values as YAML, to which "Translate: hello" is a mapping, and a template is nothing.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--prompt", action="append", default=[])
+    for name in TEXTS:
+        parser.add_argument(f"--{name}")
     literal, rest = parser.parse_known_args(args)
     if literal.prompt:
         if any(arg.split("=")[0] == "--prompts" for arg in rest):
             raise ValueError("--prompt and --prompts are two ways to say the same: use one")
-        rest += ["--prompts", json.dumps(literal.prompt, ensure_ascii=False)]
+        rest += ["--prompts", json.dumps(literal.prompt)]
+    given = {name: text for name in TEXTS if (text := getattr(literal, name)) is not None}
+    rest += [f"--{name}={text if text == 'null' else json.dumps(text)}" for name, text in given.items()]
     return draccus.parse(GenerateConfig, args=rest)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log_to_stderr(logging.WARNING)
     with command(lambda: parse(sys.argv[1:]), lambda config: DistributedConfig()) as config:
         main(config)

@@ -26,6 +26,7 @@ from lora_dpo_jax.main.errors import told_in_a_line
 from lora_dpo_jax.main.setup import TrainConfig, folder_of, parse_arguments, row_bound
 from lora_dpo_jax.models import CausalLM, DecoderConfig
 from lora_dpo_jax.models.quantization import parameter_count
+from lora_dpo_jax.printable import printable
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.described import bytes_of_a_device, describe_state
 from lora_dpo_jax.training.devices import DeviceKind, described_devices
@@ -86,7 +87,7 @@ class Plan:
 def main(config: PlanConfig) -> Plan:
     """Prints the plan and returns it."""
     found = plan(config)
-    print(report(config, found))
+    print(printable(report(config, found)))
     return found
 
 

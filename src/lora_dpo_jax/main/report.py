@@ -10,6 +10,7 @@ from lora_dpo_jax.generation import complete, read_stop_ids
 from lora_dpo_jax.losses import PairLogProbs
 from lora_dpo_jax.main.reference import ReferenceLogProbs
 from lora_dpo_jax.main.setup import Base, TrainConfig
+from lora_dpo_jax.printable import printable
 from lora_dpo_jax.tracking import Tracker
 from lora_dpo_jax.training.step import TrainState
 from lora_dpo_jax.training.trainer import StepInfo
@@ -64,18 +65,19 @@ class Report:
         prompts = self.config.sample_prompts
         if not prompts:
             return
-        stop_ids = read_stop_ids(self.base.folder)
+        origins = [f"sample_prompts[{index}]" for index in range(len(prompts))]
+        stop_ids, settings = read_stop_ids(self.base.folder), self.config.generation
         self.samples.append(
-            complete(info.state.model, self.base.tokenizer, prompts, self.config.generation, stop_ids=stop_ids)
+            complete(info.state.model, self.base.tokenizer, prompts, settings, stop_ids=stop_ids, origins=origins)
         )
 
     def print(self, run_dir: Path) -> None:
         """For the person at the terminal: what changed, and where everything is."""
         for index, prompt in enumerate(self.config.sample_prompts):
-            print(f"\n{prompt}")
+            print(f"\n{printable(prompt)}")
             # A run that goes on has no completions of before the first step.
             for title, samples in zip(("after:", "before:"), reversed(self.samples), strict=False):
-                print(f"  {title:<7} {samples[index]}")
+                print(f"  {title:<7} {printable(samples[index])}")
         if self.scores:
             print(f"\n{'held-out pairs':<16}" + "".join(f"{'after step ' + str(s):>18}" for s, _ in self._ends()))
             rows = {"accuracy": "dpo_accuracy", "reward margin": "rewards/margins", "loss": "loss"}
@@ -90,7 +92,7 @@ class Report:
             "config": run_dir / "config.yaml",
         }.items():
             if path is not None:
-                print(f"{title:<14}{path}")
+                print(f"{title:<14}{printable(str(path))}")
 
     def _ends(self) -> list[tuple[int, dict[str, float]]]:
         return self.scores[:1] + self.scores[1:][-1:]

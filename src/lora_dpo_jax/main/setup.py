@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from lora_dpo_jax.models import CausalLM, DecoderConfig
 from lora_dpo_jax.models.attention import IMPLEMENTATIONS, PLATFORMS
 from lora_dpo_jax.models.decoder import CHECKPOINT_POLICIES
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
-from lora_dpo_jax.redaction import RedactingFormatter
+from lora_dpo_jax.redaction import log_to_stderr
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.distributed import in_turns
 from lora_dpo_jax.training.optimizer import OptimizerConfig
@@ -134,9 +133,7 @@ class TrainConfig:
 def parse_arguments(config_class: type) -> Any:
     """The configuration from `--config_path` and the command line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(RedactingFormatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    log_to_stderr(logging.INFO)
     for noisy in ("jax", "httpx", "datasets", "fsspec", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return draccus.parse(config_class=config_class)

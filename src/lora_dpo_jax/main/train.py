@@ -15,7 +15,7 @@ from lora_dpo_jax.data.planning import RunLayout
 from lora_dpo_jax.data.preview import preview
 from lora_dpo_jax.huggingface.adapters import read_adapter_config
 from lora_dpo_jax.lora import LoraConfig, frozen_copy, loraize, reference_model, trainable_filter, with_dropout
-from lora_dpo_jax.main.exports import Exports
+from lora_dpo_jax.main.exports import Exports, with_trained_template
 from lora_dpo_jax.main.guard import Guard
 from lora_dpo_jax.main.identity import refuse_other_plans, refuse_other_settings, run_identity
 from lora_dpo_jax.main.outputs import check_outputs
@@ -75,7 +75,7 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
 
     trainer = config.trainer
     placement = Placement(trainer.mesh)
-    base = load_base(config, tokenizer, placement)
+    base = load_base(config, with_trained_template(config, tokenizer), placement)
     lora = _lora_config(config)
     k_adapters, k_dropout = jax.random.split(jax.random.key(trainer.seed))
     model = _adapted(config, lora, base, placement, key=k_adapters)

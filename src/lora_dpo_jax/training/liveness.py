@@ -16,6 +16,8 @@ from contextlib import contextmanager
 
 import jax
 
+from lora_dpo_jax.printable import printable
+from lora_dpo_jax.redaction import redact
 from lora_dpo_jax.training.distributed import service, wait_for_all
 from lora_dpo_jax.training.interruption import RESTART_ME
 
@@ -111,7 +113,7 @@ class Liveness:
 
     def _leave(self, text: str, status: int) -> None:
         # Past sys.stderr, whose lock a thread that hangs may hold.
-        os.write(2, f"error: {self.name} ends with the others. {text}\n".encode())
+        os.write(2, f"error: {self.name} ends with the others. {printable(redact(text))}\n".encode())
         if self.me == 0:
             time.sleep(SECONDS_TO_HEAR)
         os._exit(status)
