@@ -67,9 +67,16 @@ class LayerAdapter:
 
 
 def save_adapter(
-    model: CausalLM, folder: str | Path, *, base_model: str, config: LoraConfig, dtype: Any = np.float32
+    model: CausalLM,
+    folder: str | Path,
+    *,
+    base_model: str,
+    config: LoraConfig,
+    dtype: Any = np.float32,
+    run: str | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Writes the adapters for `peft.PeftModel.from_pretrained`, to a path or a URL.
+    """Writes the adapters for `peft.PeftModel.from_pretrained`, to a path or a URL (see `export_folder`).
 
     `base_model` is the folder or hub id that readers take the base from; `config` is that of the adapters, of which
     the target modules are not used: those of the model are. Every process of a run must call this; the first writes.
@@ -83,7 +90,7 @@ def save_adapter(
     for adapter in adapters:
         tensors[_key(adapter.name, "lora_A")] = adapter.lora_A.astype(dtype)
         tensors[_key(adapter.name, "lora_B")] = adapter.lora_B.astype(dtype)
-    with export_folder(folder) as exported:
+    with export_folder(folder, run=run, overwrite=overwrite) as exported:
         write_tensors(exported / f"{STEM}.safetensors", tensors)
         (exported / "README.md").write_text(_model_card(base_model, config, targets))
         (exported / CONFIG).write_text(json.dumps(_peft_config(base_model, config, targets), indent=2) + "\n")

@@ -1,10 +1,12 @@
 """The adapter and the merged model, at the paths that are set: at the end, and on the way under step-<n>."""
 
+from typing import Any
+
 from lora_dpo_jax.huggingface.adapters import save_adapter
 from lora_dpo_jax.huggingface.tensors import TensorFiles
 from lora_dpo_jax.huggingface.weights import save_merged
 from lora_dpo_jax.lora import LoraConfig
-from lora_dpo_jax.main.outputs import check_free_space, exports_of
+from lora_dpo_jax.main.outputs import check_free_space, exports_of, step_target
 from lora_dpo_jax.main.setup import Base, TrainConfig
 from lora_dpo_jax.redaction import redact
 from lora_dpo_jax.training.step import TrainState
@@ -14,8 +16,12 @@ from lora_dpo_jax.training.trainer import StepInfo
 class Exports:
     """A hook. It comes after the one that saves the state: an export that fails loses nothing."""
 
-    def __init__(self, config: TrainConfig, lora: LoraConfig, base: Base, num_steps: int, first_step: int = 0):
+    def __init__(
+        self, config: TrainConfig, lora: LoraConfig, base: Base, num_steps: int, first_step: int = 0, *, run: str
+    ):
+        """`run`: the id by which an export knows a former one of the same run."""
         self.config, self.lora, self.base, self.num_steps = config, lora, base, num_steps
+        self.owner: Any = {"run": run, "overwrite": config.overwrite}
         if config.hf_save_steps is not None and not exports_of(config):
             raise ValueError("hf_save_steps is set, but neither peft_save_path nor merged_hf_save_path is")
         if config.merged_hf_save_path is not None:
@@ -28,7 +34,7 @@ class Exports:
     def __call__(self, info: StepInfo[TrainState]) -> None:
         write = {"peft_save_path": self._save_adapter, "merged_hf_save_path": self._save_merged}
         for setting, path in exports_of(self.config):
-            target = path if info.step == self.num_steps else f"{path.rstrip('/')}/step-{info.step}"
+            target = path if info.step == self.num_steps else step_target(path, info.step)
             try:
                 write[setting](info, target)
             except Exception as error:
@@ -40,9 +46,9 @@ class Exports:
 
     def _save_adapter(self, info: StepInfo[TrainState], target: str) -> None:
         name = redact(self.config.initialize_from_hf)
-        save_adapter(info.state.model, target, base_model=name, config=self.lora)
+        save_adapter(info.state.model, target, base_model=name, config=self.lora, **self.owner)
 
     def _save_merged(self, info: StepInfo[TrainState], target: str) -> None:
         # A tokenizer of the user's choice brings its own chat template; the base's files stay as they are.
         tokenizer = self.base.tokenizer if self.config.data.tokenizer else None
-        save_merged(info.state.model, self.base.folder, target, tokenizer=tokenizer)
+        save_merged(info.state.model, self.base.folder, target, tokenizer=tokenizer, **self.owner)
