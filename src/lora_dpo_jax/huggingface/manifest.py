@@ -70,7 +70,8 @@ class Manifest:
         if not store.isfile(path) or store.size(path) != wanted["bytes"]:
             return False
         with store.open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == wanted["sha256"]
+            digest = hashlib.file_digest(file, "sha256")  # pyright: ignore[reportArgumentType]
+        return digest.hexdigest() == wanted["sha256"]
 
 
 def _described(path: Path) -> dict[str, Any]:

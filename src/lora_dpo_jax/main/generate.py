@@ -24,6 +24,7 @@ from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.main.command import command
+from lora_dpo_jax.main.output_file import check_output, write_output
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
 from lora_dpo_jax.training.distributed import DistributedConfig, is_first_process
 
@@ -69,6 +70,9 @@ class GenerateConfig(GenerationConfig):
 
 def main(config: GenerateConfig) -> list[str]:
     """Prints each prompt with its completion, writes them to `output` if it is set, and returns the completions."""
+    if config.output is not None and is_first_process():
+        inputs = {name: [file] for name in ("prompts_file", "chat_template") if (file := getattr(config, name))}
+        check_output(config.output, columns=("prompt", "completion"), inputs=inputs)
     prompts = [_with_system(prompt, config.system) for prompt in _read_prompts(config)]
     base, adapter = _model_folders(config)
     tokenizer = _load_tokenizer(config, base, adapter)
@@ -91,7 +95,8 @@ def main(config: GenerateConfig) -> list[str]:
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
         print(f"=== prompt {number}\n{_readable(prompt)}\n--- completion\n{completion}\n", flush=True)
     if config.output is not None:
-        _write(Path(config.output), prompts, completions)
+        pairs = zip(prompts, completions, strict=True)
+        write_output(config.output, ({"prompt": prompt, "completion": completion} for prompt, completion in pairs))
     return completions
 
 
@@ -202,13 +207,6 @@ def _readable(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"[{message['role']}] {message.get('content', '')}" for message in prompt)
-
-
-def _write(path: Path, prompts: Sequence[Prompt], completions: Sequence[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for prompt, completion in zip(prompts, completions, strict=True):
-            file.write(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False) + "\n")
 
 
 def parse(args: Sequence[str]) -> GenerateConfig:
