@@ -12,7 +12,8 @@ import transformers
 from tiny_models import summed_log_probs
 from tiny_runs import instruct_folder, plain_rows, preference_rows, run_config, write_rows
 
-from lora_dpo_jax.main.evaluate import EvaluateConfig, main
+from lora_dpo_jax.main.evaluate import COLUMNS, EvaluateConfig, main
+from lora_dpo_jax.main.output_file import check_output
 
 # PEFT asks transformers for what transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -92,6 +93,7 @@ def test_a_policy_that_is_the_reference_ties_every_pair(tmp_path, policy):
     assert summary["dpo_accuracy"] == 0.5
     assert summary["loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert all(score["logp_chosen"] == score["ref_logp_chosen"] for score in read_scores(tmp_path))
+    check_output(config.output, columns=COLUMNS, inputs={})  # the same command may be given again
 
 
 def test_a_split_without_pairs_is_refused(tmp_path):

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import draccus
 import jax
@@ -35,10 +36,12 @@ from tiny_runs import (
 from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.main import train as train_module
 from lora_dpo_jax.main.errors import TRACEBACK
+from lora_dpo_jax.main.guard import NonFiniteStateError, refuse_non_finite
 from lora_dpo_jax.main.setup import TrainConfig, keep_programs, load_tables, load_tokenizer
 from lora_dpo_jax.main.train import main
+from lora_dpo_jax.training.run_lock import RunIsActiveError, RunLock
 from lora_dpo_jax.training.step import TrainStep
-from lora_dpo_jax.training.trainer import NonFiniteLossError
+from lora_dpo_jax.training.trainer import NonFiniteLossError, StepInfo
 
 # PEFT asks transformers for what transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -293,6 +296,52 @@ def test_too_many_steps_in_a_row_that_are_not_finite_stop_the_run(spoiled):
     config = spoiled([7, 9], trainer__non_finite="skip", trainer__max_skips_in_a_row=1)
     with pytest.raises(NonFiniteLossError, match=r"step 2: .*row 9\b.* number 2 in a row, more than trainer.max_skips"):
         main(config)
+
+
+def test_what_the_last_update_spoiled_is_neither_saved_nor_exported(tmp_path, rows):
+    config = run_config(
+        tmp_path,
+        rows,
+        # The first step's rate is zero; in the second, the decay of weights of about 0.1 is beyond float32.
+        optimizer={"learning_rate": 1e38, "weight_decay": 1e3, "warmup": 2},
+        peft_save_path=str(tmp_path / "adapter"),
+        merged_hf_save_path=str(tmp_path / "merged"),
+        hf_save_steps=1,
+        trainer__checkpointer={"keep": [{"every": 1}]},
+    )
+    with pytest.raises(
+        NonFiniteStateError, match="^after step 2: .* adapters infinite or NaN.* Lower optimizer.learning"
+    ):
+        main(config)
+    written = [
+        path.name for place in ("adapter", "merged", "logs/run/checkpoints") for path in (tmp_path / place).iterdir()
+    ]
+    assert written == ["step-1"] * 3
+    main(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-3)))
+    assert all(np.isfinite(tensor).all() for tensor in exported_adapter(config).values())
+
+
+@pytest.mark.parametrize(("part", "name"), [("adapters", "adapters"), ("optimizer", "optimizer's moments")])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_state_with_any_number_that_is_not_finite_is_named(part, name, value):
+    trained = {
+        "step": 1,
+        "adapters": {"a": np.ones(3, np.float32)},
+        "optimizer": {"mu": np.ones(3), "count": np.int32(1)},
+    }
+    info = StepInfo(7, SimpleNamespace(trained=trained))
+    refuse_non_finite(info)  # pyright: ignore[reportArgumentType]
+    next(iter(trained[part].values()))[1] = value
+    with pytest.raises(NonFiniteStateError, match=f"^after step 7: the update has made the {name} infinite or NaN"):
+        refuse_non_finite(info)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_run_that_another_process_works_on_is_left_alone(tmp_path, rows):
+    config = run_config(tmp_path, rows, peft_save_path=str(tmp_path / "adapter"))
+    with RunLock(tmp_path / "logs" / "run", "run"):
+        with pytest.raises(RunIsActiveError, match=f"^trainer.id='run': process {os.getpid()} on .* is at work"):
+            main(config)
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["logs", "run", "run.lock", "train.jsonl"]
 
 
 def copy_with_nan_embedding(folder: Path, text: str) -> Path:

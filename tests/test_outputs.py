@@ -1,15 +1,17 @@
-"""Places where nothing can be written are found before any work, and named by their setting."""
+"""Places where nothing may be written are found before any work, and named by their setting."""
 
 import functools
 import logging
 import shutil
 from pathlib import Path
 
+import draccus
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from tiny_runs import preference_rows, run_config, write_rows
+from tiny_runs import instruct_folder, preference_rows, run_config, write_rows
 
+from lora_dpo_jax.huggingface.folders import export_folder
 from lora_dpo_jax.main import outputs
 from lora_dpo_jax.main.outputs import check_free_space, check_outputs
 from lora_dpo_jax.main.train import main
@@ -52,7 +54,7 @@ def test_a_full_disk_is_named_before_any_work(config_of, monkeypatch, setting):
     monkeypatch.setattr(outputs.tempfile, "TemporaryFile", on_full_disk)
     monkeypatch.setattr(outputs, "existing_part", lambda folder: folder)
     with pytest.raises(OSError, match=f"^{setting}: nothing can be written to .*No space left on device"):
-        main(config_of(**{SETTINGS[setting]: "/full/x" if setting in EXPORTS else "/full"}, trainer__id=""))
+        main(config_of(**{SETTINGS[setting]: "/full"}, trainer__id=""))
 
 
 class Store(MemoryFileSystem):
@@ -111,6 +113,121 @@ def test_trying_leaves_nothing_behind(config_of, tmp_path, store):
 def test_a_preview_writes_to_the_cache_alone(config_of, capsys):
     main(config_of(peft_save_path="/proc/x", preview=1))
     assert "=== pair 1" in capsys.readouterr().out
+
+
+def listing(folder: Path) -> dict[str, bytes | str | None]:
+    """All below a folder: the bytes of files, where links lead, None for folders."""
+    return {
+        str(path.relative_to(folder)): str(path.readlink())
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """The working folder of a user, with a model, two adapters, another run's exports and some folders and links."""
+    shutil.copytree(instruct_folder(), tmp_path / "model")
+    for name in ("config.json", "adapter_config.json"):
+        (tmp_path / f"has {name}").mkdir()
+        (tmp_path / f"has {name}" / name).write_text("{}")
+        (tmp_path / f"has {name}" / "thesis.tex").write_text("dear reader")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for place in ("theirs", "theirs/step-2", "ours", "steps/step-2", "steps/step-3"):
+        with export_folder(tmp_path / place, run="run" if place == "ours" else "another") as folder:
+            (folder / "adapter_config.json").write_text("{}")
+    (tmp_path / "logs" / "run" / "checkpoints" / "step-2").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("model")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+INPUT = "would replace {}='.*'. Choose another path"
+REFUSED = {
+    # the base, by all its names, and other inputs
+    "model": INPUT.format("initialize_from_hf"),
+    "./model/": INPUT.format("initialize_from_hf"),
+    "adapter/../model": INPUT.format("initialize_from_hf"),
+    "link": INPUT.format("initialize_from_hf"),
+    "file://HOME/model": INPUT.format("initialize_from_hf"),
+    "adapter": INPUT.format("initialize_from_peft"),
+    "theirs": INPUT.format("data.tokenizer"),
+    # files that no run wrote, whatever they are called
+    "has config.json": "is no former export.*config.json, thesis.tex",
+    "has adapter_config.json": "is no former export.*adapter_config.json, thesis.tex",
+    "data": "is no former export.*train.jsonl",
+    # places with another use
+    "": "names no folder; null exports none",
+    ".": "is the working folder: name one in it",
+    "model/..": "is the working folder: name one in it",
+    "logs/run": "is the run's own folder: name one in it, such as .*logs/run/export",
+    "logs/run/checkpoints": "is where the run's checkpoints are",
+    "logs/run/checkpoints/step-2": "is where the run's checkpoints are",
+    # another run's exports: overwrite is for others than these
+    "steps": "steps/step-2 would replace .*initialize_from_peft",
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("path", REFUSED)
+@pytest.mark.parametrize("setting", EXPORTS)
+def test_an_export_that_would_lose_something_is_refused_before_any_work(home, setting, path, overwrite):
+    (home / "data").mkdir()
+    rows = write_rows(home / "data" / "train.jsonl", preference_rows(8))
+    config = run_config(
+        home,
+        rows,
+        initialize_from_hf=str(home / "model"),
+        initialize_from_peft="steps/step-2" if path == "steps" else "./adapter",
+        data__tokenizer="theirs",
+        hf_save_steps=2,
+        overwrite=overwrite,
+        **{setting: path.replace("HOME", str(home))},
+    )
+    before = listing(home)
+    with pytest.raises((FileExistsError, ValueError), match=f"^{setting}.*{REFUSED[path]}"):
+        main(config)
+    assert listing(home) == before
+
+
+def test_another_runs_exports_are_replaced_if_asked_and_ones_own_always(home, config_of):
+    for path in ("theirs", "steps"):  # the last one, and one on the way, whose step comes again
+        settings = {"peft_save_path": path, "hf_save_steps": 2}
+        with pytest.raises(FileExistsError, match="^peft_save_path: .*the run 'another'.* set overwrite to true"):
+            check_outputs(config_of(**settings))
+        check_outputs(config_of(**settings, overwrite=True))
+    check_outputs(config_of(peft_save_path="steps", hf_save_steps=5))
+    check_outputs(config_of(peft_save_path="ours"))
+    with pytest.raises(FileExistsError, match="to resume that run, set trainer.id to its id"):
+        check_outputs(config_of(peft_save_path="ours", trainer__id=None))
+
+
+@pytest.mark.parametrize(
+    "other", ["new", "new/", "./new", "model/../new", "link to new", "file://HOME/new", "new/step-4"]
+)
+def test_the_two_exports_do_not_share_a_place(home, config_of, other):
+    (home / "link to new").symlink_to("new")
+    paths = {"peft_save_path": "new", "merged_hf_save_path": other.replace("HOME", str(home))}
+    with pytest.raises((ValueError, draccus.utils.ParsingError)) as raised:
+        check_outputs(config_of(**paths, hf_save_steps=2))
+    told = str(raised.value.__cause__ or raised.value)
+    assert "they must differ" in told or "is where peft_save_path exports on the way" in told
+
+
+def test_a_config_file_in_the_runs_folder_is_not_replaced(tmp_path, config_of):
+    """As where experiments/one/config.yaml is what the run is started with."""
+    (tmp_path / "logs" / "run").mkdir(parents=True)
+    (tmp_path / "logs" / "run" / "config.yaml").write_text("# my notes")
+    before = listing(tmp_path)
+    with pytest.raises(
+        FileExistsError, match="^trainer.log_dir, trainer.id: .*logs/run holds a config.yaml but no metr"
+    ):
+        main(config_of())
+    assert listing(tmp_path) == before
 
 
 def test_merged_models_that_do_not_fit_are_told(tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import signal
@@ -23,6 +24,7 @@ from lora_dpo_jax.main.generate import parse
 from lora_dpo_jax.main.setup import TrainConfig
 from lora_dpo_jax.main.train import main
 from lora_dpo_jax.training.interruption import RESTART_ME
+from lora_dpo_jax.training.run_lock import LOCK, RunLock
 
 STEPS = 6
 MAIN = "lora_dpo_jax.main"
@@ -208,6 +210,18 @@ def test_sigterm_to_one_process_stops_all_and_the_run_goes_on_exactly(folder, on
         main(fewer)  # on one process
     assert f"step-{stopped[0][0]}" in caplog.text and "going on from" in caplog.text
     assert_same_run(fewer, alone)
+
+
+def test_a_run_that_another_process_works_on_ends_on_all_processes(folder):
+    config = config_of(folder, "twice", trainer__id="twice")
+    run_dir = config.trainer.run_dir("twice")
+    with RunLock(run_dir, "twice"):
+        outcomes = ended(start(["-m", MAIN, "--config_path", written(config)], count=2))
+        assert [path.name for path in run_dir.iterdir()] == [LOCK]
+    for status, _, told in outcomes:
+        assert status == 1, told[-3000:]
+        assert f"trainer.id='twice': process {os.getpid()} on" in told and "is at work on this run" in told
+        assert "Traceback" not in told
 
 
 def test_when_one_process_is_killed_the_other_ends_in_words(folder):

@@ -1,5 +1,14 @@
+"""Models come from folders, URLs and the hub; exports go in place whole, and over nothing that no run wrote."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -7,7 +16,7 @@ import pytest
 from hostile_values import how_it_ends
 from huggingface_hub.utils import filter_repo_objects
 
-from lora_dpo_jax.huggingface.folders import export_folder, local_folder
+from lora_dpo_jax.huggingface.folders import check_export_target, export_folder, local_folder
 from lora_dpo_jax.main.setup import TOKENIZER_FILES
 
 
@@ -29,85 +38,280 @@ def bucket():
     files.store.clear()
 
 
-@pytest.mark.parametrize("scheme", ["", "memory://"])
-def test_an_export_replaces_the_former_one_and_keeps_subfolders(scheme, bucket, tmp_path):
+SCHEMES = pytest.mark.parametrize("scheme", ["", "memory://"])
+RUN = "a-run"
+
+
+def listing(target: str | Path) -> dict[str, bytes]:
+    """All files below a path or URL, with their bytes."""
+    store, root = fsspec.core.url_to_fs(str(target))
+    store.invalidate_cache()
+    return {path.removeprefix(root): store.cat_file(path) for path in store.find(root)} if store.exists(root) else {}
+
+
+def put(url: str, text: str) -> None:
+    with fsspec.open(url, "w", auto_mkdir=True) as file:
+        file.write(text)
+
+
+def export(target: str | Path, run: str | None = RUN, *, overwrite: bool = False, **files: str) -> None:
+    with export_folder(target, run=run, overwrite=overwrite) as folder:
+        write_export(folder, **files)
+
+
+@SCHEMES
+def test_a_run_replaces_its_own_export_and_keeps_subfolders(scheme, bucket, tmp_path):
     target = scheme + str(tmp_path / "out")
     for place in (target, f"{target}/step-10"):
-        with export_folder(place) as folder:
-            write_export(folder, config__json="old", stale__safetensors="old")
-    with export_folder(target) as folder:
-        write_export(folder, config__json="new", new__safetensors="new")
-    names = {"config.json": "new", "new.safetensors": "new"}
-    names |= {"step-10/config.json": "old", "step-10/stale.safetensors": "old"}
-    if scheme:
-        bucket.get(target, str(tmp_path / "fetched"), recursive=True)
-    assert tree(tmp_path / ("fetched" if scheme else "out")) == names
+        export(place, config__json="old", stale__safetensors="old")
+    put(f"{target}/notes/mine.txt", "of the user")
+    export(target, config__json="new", new__safetensors="new")
+    found = listing(target)
+    assert json.loads(found.pop("/lora_dpo_export.json"))["files"].keys() == {"config.json", "new.safetensors"}
+    assert json.loads(found.pop("/step-10/lora_dpo_export.json"))["run"] == RUN
+    assert found == {
+        "/config.json": b"new",
+        "/new.safetensors": b"new",
+        "/step-10/config.json": b"old",
+        "/step-10/stale.safetensors": b"old",
+        "/notes/mine.txt": b"of the user",
+    }
 
 
-@pytest.mark.parametrize("scheme", ["", "memory://"])
+@SCHEMES
+@pytest.mark.parametrize("writer, other", [("first", "second"), ("first", None), (None, None)])
+def test_the_export_of_another_run_is_replaced_if_asked_alone(scheme, bucket, tmp_path, writer, other):
+    target = scheme + str(tmp_path / "out")
+    export(target, writer, config__json="theirs")
+    before = listing(target)
+    named = "a script" if writer is None else f"the run '{writer}'"
+    with pytest.raises(FileExistsError, match=f"holds the export of {named}, .*set overwrite to true to replace it"):
+        export(target, other, config__json="ours")
+    assert listing(target) == before
+    export(target, other, overwrite=True, config__json="ours")
+    assert listing(target)["/config.json"] == b"ours"
+
+
+def test_a_manifest_says_what_sha256sum_says(tmp_path):
+    export(tmp_path / "out", config__json="{}", model__safetensors="")
+    (tmp_path / "out" / "sub").mkdir()
+    written = json.loads((tmp_path / "out" / "lora_dpo_export.json").read_text())["files"]
+    sums = [f"{entry['sha256']}  {name}" for name, entry in written.items()]
+    check = subprocess.run(
+        ["sha256sum", "-c"], input="\n".join(sums), text=True, cwd=tmp_path / "out", capture_output=True
+    )
+    assert check.returncode == 0 and check.stdout.count(": OK") == 2
+
+
+def foreign_model(target: str) -> None:
+    """As users have them, with the file by which readers know a model."""
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        put(f"{target}/{name}", "of the user")
+
+
+def foreign_adapter(target: str) -> None:
+    put(f"{target}/adapter_config.json", "of an earlier version")
+
+
+def thesis(target: str) -> None:
+    put(f"{target}/chapter1.tex", "dear reader")
+
+
+def export_with_notes(target: str) -> None:
+    export(target, config__json="{}")
+    put(f"{target}/notes.txt", "of the user")
+
+
+def export_that_was_edited(target: str) -> None:
+    export(target, config__json="{}", README__md="card")
+    put(f"{target}/README.md", "CARD")  # of the same length
+
+
+def export_without_manifest(target: str) -> None:
+    export(target, config__json="{}")
+    store, root = fsspec.core.url_to_fs(target)
+    store.rm_file(f"{root}/lora_dpo_export.json")
+
+
+def export_with_broken_manifest(target: str) -> None:
+    export(target, config__json="{}")
+    put(f"{target}/lora_dpo_export.json", "{")
+
+
+def manifest_that_leads_out(target: str) -> None:
+    put(f"{target.rpartition('/')[0]}/letter.txt", "dear")
+    digest = hashlib.sha256(b"dear").hexdigest()
+    files = {"../letter.txt": {"bytes": 4, "sha256": digest}}
+    put(f"{target}/lora_dpo_export.json", json.dumps({"version": 1, "run": RUN, "files": files}))
+
+
+FOREIGN = {
+    foreign_model: "is no former export, as it has no lora_dpo_export.json .*config.json, model.safetensors",
+    foreign_adapter: r"\(those of earlier versions had none\), so its files are not replaced: adapter_config.json",
+    thesis: "is no former export.*chapter1.tex. Move them away, or choose another path",
+    export_with_notes: "holds files beside a former export that it did not write: notes.txt",
+    export_that_was_edited: "holds a former export that was changed since: README.md",
+    export_without_manifest: "is no former export.*config.json",
+    export_with_broken_manifest: "its lora_dpo_export.json cannot be used",
+    manifest_that_leads_out: r"names files outside of its folder: \['../letter.txt'\]",
+}
+
+
+@SCHEMES
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("fill", FOREIGN, ids=lambda fill: fill.__name__)
+def test_what_no_run_wrote_is_never_replaced(scheme, bucket, tmp_path, fill, overwrite):
+    target = scheme + str(tmp_path / "home" / "out")
+    fill(target)
+    before = listing(scheme + str(tmp_path))
+    for attempt in (
+        lambda: check_export_target(target, run=RUN, overwrite=overwrite),
+        lambda: export(target, overwrite=overwrite, config__json="new"),
+    ):
+        with pytest.raises(FileExistsError, match=FOREIGN[fill]):
+            attempt()
+    assert listing(scheme + str(tmp_path)) == before
+
+
+@SCHEMES
+def test_files_that_come_during_an_export_are_not_replaced(scheme, bucket, tmp_path):
+    target = scheme + str(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="has got files meanwhile that this export would replace: config.json"):
+        with export_folder(target, run=RUN) as folder:
+            write_export(folder, config__json="ours")
+            put(f"{target}/config.json", "theirs")
+    assert listing(target) == {"/config.json": b"theirs"}
+
+
+@SCHEMES
+def test_hidden_files_and_empty_folders_are_in_nobodys_way(scheme, bucket, tmp_path):
+    target = scheme + str(tmp_path / "out")
+    put(f"{target}/.gitkeep", "")
+    export(target, config__json="{}")
+    assert listing(target).keys() == {"/.gitkeep", "/config.json", "/lora_dpo_export.json"}
+
+
+@SCHEMES
+def test_a_file_is_no_place_for_an_export(scheme, bucket, tmp_path):
+    put(f"{scheme}{tmp_path}/out", "a letter")
+    with pytest.raises(FileExistsError, match="out is a file; an export is a folder"):
+        export(f"{scheme}{tmp_path}/out", config__json="{}")
+    assert listing(scheme + str(tmp_path)) == {"/out": b"a letter"}
+
+
+@SCHEMES
 def test_a_failed_export_leaves_the_former_one(scheme, bucket, tmp_path):
     target = scheme + str(tmp_path / "out")
-    with export_folder(target) as folder:
-        write_export(folder, config__json="whole")
-    with pytest.raises(RuntimeError, match="disk full"), export_folder(target) as folder:
+    export(target, config__json="whole")
+    before = listing(scheme + str(tmp_path))
+    with pytest.raises(RuntimeError, match="disk full"), export_folder(target, run=RUN) as folder:
         write_export(folder, config__json="half")
         raise RuntimeError("disk full")
-    with fsspec.open(f"{target}/config.json", "r") as file:
-        assert file.read() == "whole"
-    assert [path.name for path in tmp_path.iterdir()] == ([] if scheme else ["out"])
+    assert listing(scheme + str(tmp_path)) == before
+
+
+def test_a_failed_export_leaves_no_folder_that_was_not_there(tmp_path):
+    with pytest.raises(RuntimeError), export_folder(tmp_path / "a" / "b" / "out", run=RUN) as folder:
+        write_export(folder, config__json="half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def other_disk(tmp_path, monkeypatch):
+    """A folder that nothing can be renamed into from elsewhere: on a tmpfs where there is one."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        for name in ("rename", "replace"):
+            move = getattr(os, name)
+
+            def on_one_disk(source, target, move=move):
+                if str(source).startswith(folder) != str(target).startswith(folder):
+                    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+                move(source, target)
+
+            monkeypatch.setattr(os, name, on_one_disk)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["to a folder", "to nothing yet"])
+def test_an_export_through_a_link_is_written_behind_it_on_whatever_disk(other_disk, tmp_path, is_there):
+    behind, link = other_disk / "behind", tmp_path / "out"
+    if is_there:
+        behind.mkdir()
+    link.symlink_to(behind)
+    for text in ("old", "new"):
+        export(link, config__json=text)
+        assert link.is_symlink() and listing(behind)["/config.json"] == text.encode()
+    with pytest.raises(RuntimeError), export_folder(f"{link}/", run=RUN) as folder:
+        write_export(folder, config__json="half")
+        raise RuntimeError
+    assert listing(behind).keys() == {"/config.json", "/lora_dpo_export.json"}
+    assert [path.name for path in [*tmp_path.iterdir(), *other_disk.iterdir()]] == ["out", "behind"]
+
+
+def test_a_link_beside_an_export_is_not_followed_when_it_is_replaced(tmp_path):
+    """A user may move a large file elsewhere and leave a link to it."""
+    target, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    export(target, config__json="{}", model__safetensors="weights")
+    os.replace(target / "model.safetensors", elsewhere)
+    (target / "model.safetensors").symlink_to(elsewhere)
+    export(target, config__json="{}", model__safetensors="new")
+    assert elsewhere.read_text() == "weights" and (target / "model.safetensors").read_text() == "new"
 
 
 def test_a_killed_export_leaves_nothing_at_its_target(tmp_path):
     program = f"""
 import os
 from lora_dpo_jax.huggingface.folders import export_folder
-with export_folder({str(tmp_path / "out")!r}) as folder:
+with export_folder({str(tmp_path / "out")!r}, run={RUN!r}) as folder:
     (folder / "config.json").write_text("half")
     os._exit(9)
 """
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 9
     assert not (tmp_path / "out").exists()
-    assert all(path.name.startswith(".tmp-out-") for path in tmp_path.iterdir())
-
-
-MOMENTS = ["after the former one was moved", "after the new one was moved", "after a subfolder was moved"]
-
-
-@pytest.mark.parametrize("moves", range(len(MOMENTS)), ids=MOMENTS)
-def test_an_export_that_was_killed_while_it_was_put_in_place_is_mended_by_the_next(moves, tmp_path):
-    target = tmp_path / "out"
-    for place, text in ((target, "old"), (target / "step-2", "old"), (target / "step-4", "old")):
-        with export_folder(place) as folder:
-            write_export(folder, config__json=text)
-    program = f"""
-import os
-from lora_dpo_jax.huggingface import folders
-replace, moved = os.replace, []
-def replace_and_die(*paths):
-    replace(*paths)
-    moved.append(paths)
-    if len(moved) == {moves + 1}:
-        os._exit(9)
-os.replace = replace_and_die
-with folders.export_folder({str(target)!r}) as folder:
-    (folder / "config.json").write_text("new")
-"""
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 9
-    assert target.exists() == (moves > 0)
-    with export_folder(target) as folder:
-        write_export(folder, config__json="newer")
-    assert tree(target) == {"config.json": "newer", "step-2/config.json": "old", "step-4/config.json": "old"}
+    assert [path.name.startswith(".tmp-out-") for path in tmp_path.iterdir()] == [True]
+    export(tmp_path / "out", config__json="new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_a_killed_export_left_is_removed_by_the_next_to_its_target_alone(tmp_path):
-    left = [tmp_path / f".tmp-{name}-0123abcd" for name in ("out", "out-2")]
-    for folder in left:
-        folder.mkdir()
-        write_export(folder, config__json="half")
-    with export_folder(tmp_path / "out") as folder:
-        write_export(folder, config__json="new")
-    assert [folder.exists() for folder in left] == [False, True]
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moves", range(5))
+def test_an_export_that_was_killed_while_it_was_put_in_place_is_mended_by_the_next(moves, tmp_path):
+    """It removes config.json, then the weights; then it puts the manifest, the weights and config.json."""
+    target = tmp_path / "out"
+    for place in (target, target / "step-2"):
+        export(place, config__json="old", model__safetensors="old")
+    before, made = listing(target / "step-2"), 0
+
+    def until_killed(move):
+        def moves_or_dies(*paths):
+            nonlocal made
+            if made == moves:
+                raise Killed
+            move(*paths)
+            made += 1
+
+        return moves_or_dies
+
+    with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+        with export_folder(target, run=RUN) as folder:
+            write_export(folder, config__json="new", model__safetensors="new")
+            for name in ("replace", "remove"):
+                patch.setattr(os, name, until_killed(getattr(os, name)))
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # who is killed cleans nothing up
+    assert made == moves
+    assert (target / "config.json").exists() == (moves == 0), "what a reader would take for a model is one"
+    with pytest.raises(FileExistsError, match="the run 'a-run', and this is another run"):
+        check_export_target(target, run="another")
+    export(target, config__json="newer")
+    found = listing(target)
+    assert found["/config.json"] == b"newer"
+    assert found.keys() == {"/config.json", "/lora_dpo_export.json", *(f"/step-2{name}" for name in before)}
+    assert listing(target / "step-2") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_upload_ends_with_the_file_that_makes_it_whole(bucket, monkeypatch):
@@ -118,21 +322,10 @@ def test_an_upload_ends_with_the_file_that_makes_it_whole(bucket, monkeypatch):
     )
     monkeypatch.setattr(type(bucket), "rm_file", lambda self, a: (removed.append(a.rpartition("/")[2]), rm(self, a)))
     for _ in range(2):
-        with export_folder("memory://bucket/out") as folder:
-            write_export(folder, adapter_config__json="x", adapter_model__safetensors="x", tokenizer__json="x")
-    assert written[2] == written[5] == "adapter_config.json"
-    assert removed[0] == "adapter_config.json"
-
-
-@pytest.mark.parametrize("scheme", ["", "memory://"])
-def test_files_that_are_no_export_are_not_replaced(scheme, bucket, tmp_path):
-    target = scheme + str(tmp_path / "home")
-    with fsspec.open(f"{target}/letter.txt", "w", auto_mkdir=True) as file:
-        file.write("dear")
-    with pytest.raises(FileExistsError, match=r"no former export.*letter\.txt"), export_folder(target):
-        pytest.fail("the work began")
-    with fsspec.open(f"{target}/letter.txt", "r") as file:
-        assert file.read() == "dear"
+        export("memory://bucket/out", adapter_config__json="x", adapter_model__safetensors="x", tokenizer__json="x")
+    assert written[0] == written[4] == "lora_dpo_export.json"  # whatever is there is named by it
+    assert written[3] == written[7] == "adapter_config.json"
+    assert removed[0] == "adapter_config.json" and len(removed) == 3
 
 
 def test_a_url_is_downloaded_once_and_again_when_it_changes(bucket, tmp_path, monkeypatch):

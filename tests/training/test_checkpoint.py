@@ -205,6 +205,33 @@ def test_a_damaged_checkpoint_is_replaced_when_the_run_comes_there_again(two, tm
     assert_same_bits(found.arrays, state(20))
 
 
+FOREIGN = {"of Levanter": ["metadata.json", "d/x", "manifest.ocdbt"], "an export": ["config.json"], "a file": [""]}
+
+
+@pytest.mark.parametrize("names", FOREIGN.values(), ids=FOREIGN)
+def test_a_folder_that_has_the_name_of_a_checkpoint_alone_is_not_replaced(two, tmp_path, names):
+    shutil.copytree(two, tmp_path / "run")
+    for name in names:
+        path = tmp_path / "run" / "step-3" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("of the user")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match="step-3 holds what no checkpoint has .* a checkpoint would replace it"):
+        checkpoints(tmp_path / "run").restore(state(0))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_that_was_deleted_by_half_is_left_out(two, tmp_path):
+    for number, path in enumerate(sorted((two / "step-2").iterdir())):  # whatever is left
+        folder = tmp_path / str(number)
+        shutil.copytree(two / "step-1", folder / "step-1")
+        (folder / "step-2").mkdir()
+        if path.name != DESCRIPTION:
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / "step-2" / path.name)
+        found = checkpoints(folder).restore(state(0))
+        assert found is not None and found.step == 1
+
+
 def test_what_is_at_hand_is_not_saved_again(two, tmp_path):
     shutil.copytree(two, tmp_path / "run")
     written = read_description(epath.Path(tmp_path / "run" / "step-2"))

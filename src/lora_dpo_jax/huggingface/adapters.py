@@ -87,8 +87,10 @@ def save_adapter(
     revision: str | None = None,
     tokenizer: Any = None,
     dtype: Any = np.float32,
+    run: str | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Writes the adapters for `peft.PeftModel.from_pretrained`, to a path or a URL.
+    """Writes the adapters for `peft.PeftModel.from_pretrained`, to a path or a URL (see `export_folder`).
 
     `base_model` is the folder, URL or hub id that readers take the base from, `revision` the hub's; `tokenizer`, if
     given, is saved beside the adapters with its chat template. `config` is that of the adapters, of which the target
@@ -104,7 +106,7 @@ def save_adapter(
         tensors[_key(adapter.name, "lora_A")] = adapter.lora_A.astype(dtype)
         tensors[_key(adapter.name, "lora_B")] = adapter.lora_B.astype(dtype)
     base = base_from_anywhere(base_model)
-    with export_folder(folder) as exported:
+    with export_folder(folder, run=run, overwrite=overwrite) as exported:
         write_tensors(exported / f"{STEM}.safetensors", tensors)
         if tokenizer is not None:
             save_tokenizer(tokenizer, exported)

@@ -2,17 +2,19 @@
 
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 import fsspec
 from huggingface_hub import snapshot_download
+
+from lora_dpo_jax.huggingface.manifest import MANIFEST, Manifest
+from lora_dpo_jax.huggingface.places import is_url, place_of
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*"]
 TEMPLATES = "additional_chat_templates"  # where tokenizers keep all but the first of their chat templates
@@ -57,96 +59,144 @@ def local_folder(name_or_path: str | Path, *, revision: str | None = None, patte
     return Path(files)
 
 
-def check_export_target(target: str | Path) -> None:
-    """Raises FileExistsError where an export would: for runs that should fail before their work, not after."""
-    if is_url(target):
-        _remote_files(str(target))
-        return
-    target = Path(target).expanduser().absolute()
-    if target.is_file():
-        raise FileExistsError(f"{target} is a file; an export is a folder")
-    _refuse_foreign_files(target, [child.name for child in _children(target) if child.is_file()])
+def check_export_target(target: str | Path, *, run: str | None = None, overwrite: bool = False) -> None:
+    """Raises FileExistsError where an export of `run` would: for runs that should fail before their work, not after."""
+    _replaceable(place_of(target), run, overwrite)
 
 
 @contextmanager
-def export_folder(target: str | Path) -> Iterator[Path]:
-    """Yields a local folder to write an export into; it is put at `target`, a path or a URL, when the block ends.
+def export_folder(target: str | Path, *, run: str | None = None, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a local folder to write an export into; when the block ends, its files are put at `target`, path or URL.
 
-    A former export at `target` is replaced, subfolders stay. Raises FileExistsError if files of another kind are there.
-    Only one process may export to a target at a time.
+    A manifest beside them names them. Only what a manifest names, and nobody changed since, is replaced: the export of
+    the same `run` (None is never the same), and that of another one if `overwrite`. Any other file at `target` raises
+    FileExistsError; hidden files and subfolders stay as they are. A new folder appears as a whole; in one that is
+    there, config.json or adapter_config.json comes last. Only one process may export to a target at a time.
     """
-    if not is_url(target):
-        _clear_leftovers(Path(target).expanduser().absolute())
-        with atomic_folder(Path(target)) as folder:
-            yield folder
+    place = place_of(target)  # links are followed: what is written lies behind them
+    former = _replaceable(place, run, overwrite)
+    with _workshop(place, run) as folder:
+        yield folder
+        _put_in_place(folder, place, former, run)
+
+
+def _replaceable(place: str, run: str | None, overwrite: bool) -> list[str]:
+    """The files of a former export that a new one takes the place of, by their paths in it."""
+    store, root = fsspec.core.url_to_fs(place)
+    store.invalidate_cache(root)
+    if store.isfile(root):
+        raise FileExistsError(f"{place} is a file; an export is a folder")
+    names = _file_names(store, root)
+    advice = "Move them away, or choose another path"
+    try:
+        manifest = Manifest.read(store, root)
+    except ValueError as error:
+        raise FileExistsError(f"{place} is no export that can be replaced: {error}. {advice}") from error
+    if manifest is None:
+        if names:
+            raise FileExistsError(
+                f"{place} is no former export, as it has no {MANIFEST} (those of earlier versions had none), so its "
+                f"files are not replaced: {_some(names)}. {advice}"
+            )
+        return []
+    if not overwrite and (run is None or manifest.run != run):
+        writer = "a script" if manifest.run is None else f"the run {manifest.run!r}"
+        raise FileExistsError(
+            f"{place} holds the export of {writer}, and this is another run. Choose another path, or set overwrite to "
+            "true to replace it (to resume that run, set trainer.id to its id)"
+        )
+    if foreign := [name for name in names if name not in (MANIFEST, *manifest.files)]:
+        raise FileExistsError(
+            f"{place} holds files beside a former export that it did not write: {_some(foreign)}. {advice}"
+        )
+    former, changed = manifest.split(store, root)
+    if changed:
+        raise FileExistsError(f"{place} holds a former export that was changed since: {_some(changed)}. {advice}")
+    return former
+
+
+def _file_names(store: fsspec.AbstractFileSystem, root: str) -> list[str]:
+    """Of the files right in a folder, but for hidden ones, which no reader of models looks at."""
+    if not store.isdir(root):
+        return []
+    # Some stores list a folder as an empty file in itself.
+    paths = [x["name"].rstrip("/") for x in store.ls(root, detail=True) if x["type"] != "directory"]
+    names = {PurePosixPath(path).name for path in paths if path != root and not store.isdir(path)}
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+@contextmanager
+def _workshop(place: str, run: str | None) -> Iterator[Path]:
+    """A local folder to write an export in. Nothing of it is left, but by a killed process."""
+    if is_url(place):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        check_export_target(target)
-        yield Path(folder)
-        _upload(Path(folder), str(target))
+    target = Path(place)
+    made = [path for path in (target, *target.parents) if not path.exists()]
+    # Of the run's name, so that what a killed run left goes when it is started again.
+    name = (uuid.uuid4().hex if run is None else hashlib.sha256(run.encode()).hexdigest())[:12]
+    beside, inside = target.parent / f".tmp-{target.name}-{name}", target / f".tmp-{name}"
+    folder = inside if target.exists() else beside  # what is beside a folder may be on another disk
+    try:
+        for left in (beside, inside):
+            shutil.rmtree(left, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # they are not empty if all went well
+            for path in made:
+                if path.exists():
+                    path.rmdir()
+
+
+def _put_in_place(folder: Path, place: str, former: list[str], run: str | None) -> None:
+    """Moves or uploads the files in `folder`. The marker of the former export goes first, that of the new comes last.
+
+    Whenever a process is killed, what is there is named by the manifest that is there.
+    """
+    store, root = fsspec.core.url_to_fs(place)
+    store.invalidate_cache(root)
+    manifest = Manifest.of(folder, run)
+    if taken := [name for name in manifest.files if name not in former and store.lexists(f"{root}/{name}")]:
+        raise FileExistsError(f"{place} has got files meanwhile that this export would replace: {_some(taken)}")
+    manifest.write(folder / MANIFEST)
+    if not is_url(place) and not os.path.lexists(place):
+        os.rename(folder, place)
+        return
+    for name in sorted(former, key=lambda name: name not in MARKERS):
+        store.rm_file(f"{root}/{name}")
+    for name in [MANIFEST, *sorted(manifest.files, key=lambda name: name in MARKERS)]:
+        store.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+        if is_url(place):
+            store.put_file(str(folder / name), f"{root}/{name}")
+        else:
+            os.replace(folder / name, f"{root}/{name}")
 
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yields a new folder to write into; it takes `target`'s name only when the block ends without an error.
 
-    A killed run leaves a `.tmp-*` or `.old-*` folder beside the target, never half an export. What was at `target` is
-    treated as `export_folder` says.
+    A killed process leaves a `.tmp-*` folder beside the target. If another process is faster, its folder stays.
     """
-    target = target.expanduser().absolute()
-    check_export_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     try:
         yield temporary
-    except BaseException:
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    former = target.parent / f".old-{target.name}-{uuid.uuid4().hex[:8]}"
-    if target.exists():
-        os.replace(target, former)
-    os.replace(temporary, target)
-    _give_subfolders(former, target)
-
-
-def _give_subfolders(former: Path, target: Path) -> None:
-    """Those of a former export go to the one that took its place; the rest of it is removed."""
-    for child in _children(former):
-        if child.is_dir() and not child.name.startswith((".tmp-", ".old-")) and not (target / child.name).exists():
-            os.replace(child, target / child.name)
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def _clear_leftovers(target: Path) -> None:
-    """Of exports that were killed: what they had written goes, what they had moved away comes back."""
-    for path in _children(target.parent):
-        kind = re.fullmatch(rf"\.(tmp|old)-{re.escape(target.name)}-[0-9a-f]{{8}}", path.name)
-        if kind is None:
-            continue
-        if kind[1] == "tmp":
-            shutil.rmtree(path, ignore_errors=True)
-        elif target.exists():
-            _give_subfolders(path, target)
-        else:
-            os.replace(path, target)
-
-
-def is_url(name_or_path: str | Path) -> bool:
-    """Whether fsspec must fetch it: gs://, s3://, memory://, ..."""
-    return "://" in str(name_or_path)
-
-
-def _children(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
-def _refuse_foreign_files(target: str | Path, names: list[str]) -> None:
-    if names and not any(marker in names for marker in MARKERS):
-        raise FileExistsError(
-            f"{target} holds files, but none of {', '.join(MARKERS)}: it is no former export, so it is not replaced. "
-            f"Choose another path. Found: {names[:5]}"
-        )
 
 
 def _download(url: str, patterns: list[str]) -> Path:
@@ -180,25 +230,3 @@ def _fetched(url: str, patterns: list[str]) -> Path:
 def _is_wanted(name: str, patterns: list[str]) -> bool:
     """As the hub's client decides."""
     return any(fnmatch(name, of) for of in patterns) and not any(fnmatch(name, of) for of in NOT_MODEL_FILES)
-
-
-def _remote_files(url: str) -> list[str]:
-    """Paths of the files at `url`; FileExistsError if they are no former export."""
-    files, root = fsspec.core.url_to_fs(url)
-    if not files.isdir(root):
-        return []
-    found = [entry["name"] for entry in files.ls(root, detail=True) if entry["type"] == "file"]
-    _refuse_foreign_files(url, [PurePosixPath(path).name for path in found])
-    return found
-
-
-def _upload(folder: Path, url: str) -> None:
-    """Replaces the files at `url`, the marker going first and coming last."""
-    files, root = fsspec.core.url_to_fs(url)
-    for path in sorted(_remote_files(url), key=lambda path: PurePosixPath(path).name not in MARKERS):
-        files.rm_file(path)
-    local = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    for path in sorted(local, key=lambda path: path.name in MARKERS):
-        remote = f"{root}/{path.relative_to(folder).as_posix()}"
-        files.makedirs(remote.rpartition("/")[0], exist_ok=True)
-        files.put_file(str(path), remote)

@@ -98,9 +98,16 @@ def load_model(
 
 
 def save_merged(
-    model: CausalLM, source: Path, folder: str | Path, *, tokenizer: Any = None, max_shard_bytes: int = 5 * 2**30
+    model: CausalLM,
+    source: Path,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    max_shard_bytes: int = 5 * 2**30,
+    run: str | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Writes the checkpoint in `source` with the adapters of `model` folded in, to a path or a URL.
+    """Writes the checkpoint in `source` with the adapters of `model` folded in, to a path or URL (see `export_folder`).
 
     Each tensor is computed from that of `source`, not from the model's copy of it, and keeps the dtype and the name it
     has there; those without adapters keep their bits. So a quantized model is merged at full precision: how far that is
@@ -122,7 +129,7 @@ def save_merged(
         # Summed in float32 and rounded once, as LoraLinear.merged and PEFT do.
         return (tensor.astype(np.float32) + adapters[name].delta()).astype(tensor.dtype)
 
-    with export_folder(folder) as exported:
+    with export_folder(folder, run=run, overwrite=overwrite) as exported:
         _copy_files(source, exported, OTHER_FILES if tokenizer is not None else OTHER_FILES + TOKENIZER_FILES)
         if tokenizer is not None:
             save_tokenizer(tokenizer, exported)

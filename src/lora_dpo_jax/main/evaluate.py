@@ -3,21 +3,22 @@
 python -m lora_dpo_jax.main.evaluate --config_path config/quickstart.yaml --adapter <PEFT folder> --output scores.jsonl
 """
 
-import json
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from lora_dpo_jax.data.loader import PairTable
+from lora_dpo_jax.data.sources import expand_url
 from lora_dpo_jax.evaluation import summarize
 from lora_dpo_jax.losses import PairLogProbs
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.identity import cache_folder, refuse_other_settings
+from lora_dpo_jax.main.output_file import check_output, write_output
 from lora_dpo_jax.main.outputs import check_writable
 from lora_dpo_jax.main.reference import ReferenceLogProbs
 from lora_dpo_jax.main.setup import (
@@ -37,6 +38,9 @@ from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.distributed import is_first_process
 
 logger = logging.getLogger("lora_dpo_jax")
+
+SCORES = ("logp_chosen", "logp_rejected", "ref_logp_chosen", "ref_logp_rejected", "chosen_tokens", "rejected_tokens")
+COLUMNS = ("index", "origin", *SCORES, "prompt_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     refuse_other_settings(config)
     if is_first_process():
         check_writable("data.cache_dir", cache_folder(config))
-        check_writable("output", Path(config.output).parent)
+        check_output(config.output, columns=COLUMNS, inputs=_data_files(config))
     keep_programs(config)
     check_models(config)
     tokenizer = load_tokenizer(config)
@@ -90,28 +94,27 @@ def main(config: EvaluateConfig) -> dict[str, float]:
 
     summary = summarize(config.preference_loss, policy, reference)
     if is_first_process():
-        _write(Path(config.output), policy, reference, pairs)
+        write_output(config.output, _lines(policy, reference, pairs))
         _print(config, summary, len(pairs))
     return summary
 
 
-def _write(path: Path, policy: PairLogProbs, reference: PairLogProbs, pairs: PairTable) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for line in _lines(policy, reference, pairs):
-            file.write(json.dumps(line) + "\n")
+def _data_files(config: EvaluateConfig) -> dict[str, list[str]]:
+    """By the setting, the files that rows are read from. What cannot be read is told when it is read."""
+    files: dict[str, list[str]] = {}
+    for name, component in config.data.components.items():
+        for setting in ("train_urls", "validation_urls"):
+            found = files.setdefault(f"data.components.{name}.source.{setting}", [])
+            for url in getattr(component.source, setting, []):
+                with suppress(Exception):
+                    found += [file.name for file in expand_url(url)]
+    return files
 
 
 def _lines(policy: PairLogProbs, reference: PairLogProbs, pairs: PairTable) -> Iterable[dict]:
-    columns = {
-        "logp_chosen": policy.chosen,
-        "logp_rejected": policy.rejected,
-        "ref_logp_chosen": reference.chosen,
-        "ref_logp_rejected": reference.rejected,
-        "chosen_tokens": policy.chosen_tokens,
-        "rejected_tokens": policy.rejected_tokens,
-    }
-    arrays = {name: np.asarray(column.array) for name, column in columns.items()}
+    scores = [policy.chosen, policy.rejected, reference.chosen, reference.rejected]
+    scores += [policy.chosen_tokens, policy.rejected_tokens]
+    arrays = {name: np.asarray(column.array) for name, column in zip(SCORES, scores, strict=True)}
     for index in range(len(pairs)):
         numbers = {name: array[index].item() for name, array in arrays.items()}
         numbers |= {name: int(numbers[name]) for name in ("chosen_tokens", "rejected_tokens")}

@@ -11,7 +11,7 @@ from lora_dpo_jax.huggingface.adapters import save_adapter
 from lora_dpo_jax.huggingface.tensors import TensorFiles
 from lora_dpo_jax.huggingface.weights import save_merged
 from lora_dpo_jax.lora import LoraConfig
-from lora_dpo_jax.main.outputs import check_free_space, exports_of
+from lora_dpo_jax.main.outputs import check_free_space, exports_of, step_target
 from lora_dpo_jax.main.setup import Base, TrainConfig
 from lora_dpo_jax.training.step import TrainState
 from lora_dpo_jax.training.trainer import StepInfo
@@ -22,8 +22,12 @@ logger = logging.getLogger("lora_dpo_jax")
 class Exports:
     """A hook. It comes after the one that saves the state: an export that fails loses nothing."""
 
-    def __init__(self, config: TrainConfig, lora: LoraConfig, base: Base, num_steps: int, first_step: int = 0):
+    def __init__(
+        self, config: TrainConfig, lora: LoraConfig, base: Base, num_steps: int, first_step: int = 0, *, run: str
+    ):
+        """`run`: the id by which an export knows a former one of the same run."""
         self.config, self.lora, self.base, self.num_steps = config, lora, base, num_steps
+        self.owner: Any = {"run": run, "overwrite": config.overwrite}
         if config.hf_save_steps is not None and not exports_of(config):
             raise ValueError("hf_save_steps is set, but neither peft_save_path nor merged_hf_save_path is")
         if config.merged_hf_save_path is not None:
@@ -36,7 +40,7 @@ class Exports:
     def __call__(self, info: StepInfo[TrainState]) -> None:
         write = {"peft_save_path": self._save_adapter, "merged_hf_save_path": self._save_merged}
         for setting, path in exports_of(self.config):
-            target = path if info.step == self.num_steps else f"{path.rstrip('/')}/step-{info.step}"
+            target = path if info.step == self.num_steps else step_target(path, info.step)
             try:
                 write[setting](info, target)
             except Exception as error:
@@ -54,13 +58,14 @@ class Exports:
             revision=self.config.hf_revision,
             config=self.lora,
             tokenizer=self.base.tokenizer,
+            **self.owner,
         )
 
     def _save_merged(self, info: StepInfo[TrainState], target: str) -> None:
         # Where nothing else was trained with, the base's own files stay as they are.
         is_bases_own = not self.config.data.tokenizer and not any(_templates(self.config).values())
         tokenizer = None if is_bases_own else self.base.tokenizer
-        save_merged(info.state.model, self.base.folder, target, tokenizer=tokenizer)
+        save_merged(info.state.model, self.base.folder, target, tokenizer=tokenizer, **self.owner)
 
 
 def with_trained_template(config: TrainConfig, tokenizer: Any) -> Any:

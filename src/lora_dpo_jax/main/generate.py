@@ -28,6 +28,7 @@ from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
 from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.main.command import command
+from lora_dpo_jax.main.output_file import check_output, write_output
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.redaction import log_to_stderr
@@ -88,6 +89,9 @@ def main(config: GenerateConfig) -> list[str]:
     template_kwargs = config.chat_template_kwargs
     if config.chat_template is not None:
         template_kwargs = {**template_kwargs, "chat_template": read_template("chat_template", config.chat_template)}
+    if config.output is not None and is_first_process():
+        inputs = {name: [file] for name in ("prompts_file", "chat_template") if (file := getattr(config, name))}
+        check_output(config.output, columns=("prompt", "completion"), inputs=inputs)
     origins, prompts = _read_prompts(config)
     base, adapter = _model_folders(config)
     tokenizer = _load_tokenizer(config, base, adapter)
@@ -112,7 +116,8 @@ def main(config: GenerateConfig) -> list[str]:
         shown = printable(f"{_readable(prompt)}\n--- completion\n{completion}")
         print(f"=== prompt {number}\n{shown}\n", flush=True)
     if config.output is not None:
-        _write(Path(config.output), prompts, completions)
+        pairs = zip(prompts, completions, strict=True)
+        write_output(config.output, ({"prompt": prompt, "completion": completion} for prompt, completion in pairs))
     return completions
 
 
@@ -223,13 +228,6 @@ def _readable(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"[{message['role']}] {message.get('content', '')}" for message in prompt)
-
-
-def _write(path: Path, prompts: Sequence[Prompt], completions: Sequence[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for prompt, completion in zip(prompts, completions, strict=True):
-            file.write(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False) + "\n")
 
 
 def parse(args: Sequence[str]) -> GenerateConfig:

@@ -1,7 +1,11 @@
-"""Looks at every step's metrics: a run that cannot be right ends, with the pairs named that it went wrong at."""
+"""Looks at every step's metrics, and at each state to save: a run that cannot be right ends, and says where.
+
+Of a step the pairs are named that it went wrong at.
+"""
 
 import logging
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +14,39 @@ import numpy as np
 from lora_dpo_jax.data.loader import PairTable
 from lora_dpo_jax.main.setup import TrainConfig
 from lora_dpo_jax.sharding import on_host
-from lora_dpo_jax.training.step import StepMetrics
-from lora_dpo_jax.training.trainer import NonFiniteLossError
+from lora_dpo_jax.training.step import StepMetrics, TrainState
+from lora_dpo_jax.training.trainer import NonFiniteLossError, StepInfo
 
 logger = logging.getLogger("lora_dpo_jax")
 
 NAMED_PAIRS = 8
+
+
+class NonFiniteStateError(RuntimeError):
+    """An update made numbers that are not finite, out of a loss and a gradient that were."""
+
+
+def refuse_non_finite(info: StepInfo[TrainState]) -> None:
+    """Raises NonFiniteStateError unless the state can be saved and exported. All processes must call this.
+
+    The devices reduce it to two values, which are waited for: not to be called in every step.
+    """
+    trained = info.state.trained
+    parts = {"adapters": trained["adapters"], "optimizer's moments": trained["optimizer"]}
+    spoiled = [name for name, is_finite in _are_finite(parts).items() if not on_host(is_finite)]
+    if spoiled:
+        raise NonFiniteStateError(
+            f"after step {info.step}: the update has made the {' and the '.join(spoiled)} infinite or NaN. They are "
+            "neither saved nor exported; earlier checkpoints and exports are as they were. Lower "
+            "optimizer.learning_rate, and start again: a run with a trainer.id resumes from its newest checkpoint."
+        )
+
+
+@jax.jit
+def _are_finite(parts: dict[str, Any]) -> dict[str, jax.Array]:
+    return {
+        name: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(part)]).all() for name, part in parts.items()
+    }
 
 
 class Guard:

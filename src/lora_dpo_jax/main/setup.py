@@ -22,6 +22,7 @@ from lora_dpo_jax.evaluation import PairScorer
 from lora_dpo_jax.generation import GenerationConfig
 from lora_dpo_jax.huggingface.adapters import load_adapter, read_adapter_config
 from lora_dpo_jax.huggingface.folders import local_folder
+from lora_dpo_jax.huggingface.places import same_place
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
 from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.lora import LoraConfig
@@ -34,6 +35,7 @@ from lora_dpo_jax.redaction import log_to_stderr
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.distributed import in_turns
 from lora_dpo_jax.training.optimizer import OptimizerConfig
+from lora_dpo_jax.training.run_lock import process_started
 from lora_dpo_jax.training.trainer import TrainerConfig
 
 logger = logging.getLogger("lora_dpo_jax")
@@ -99,6 +101,7 @@ class TrainConfig:
     peft_save_path: str | None = None  # a folder or a URL; the final adapter
     merged_hf_save_path: str | None = None  # likewise; the final merged model
     hf_save_steps: int | None = None  # also export to <path>/step-<n> every so many steps
+    overwrite: bool = False  # another run's exports at these paths are replaced; no other files ever are
 
     preview: int = 0  # print so many tokenized pairs, coloured by role, and stop
     sample_prompts: list[str] = field(default_factory=list)  # completed before and after training
@@ -115,7 +118,11 @@ class TrainConfig:
             raise ValueError(f"peft_reference={self.peft_reference!r} must be adapter or base")
         if self.reference_log_probs not in ("auto", "live", "cached"):
             raise ValueError(f"reference_log_probs={self.reference_log_probs!r} must be auto, live or cached")
-        if self.peft_save_path is not None and self.peft_save_path == self.merged_hf_save_path:
+        if (
+            self.peft_save_path
+            and self.merged_hf_save_path
+            and same_place(self.peft_save_path, self.merged_hf_save_path)
+        ):
             raise ValueError(f"peft_save_path and merged_hf_save_path are both {self.peft_save_path}; they must differ")
         if self.beta is not None and self.loss.beta not in (self.beta, type(self.loss)().beta):
             raise ValueError(f"beta={self.beta} and loss.beta={self.loss.beta} disagree; give one of them")
@@ -141,13 +148,10 @@ def parse_arguments(config_class: type) -> Any:
 
 def process_start() -> float:
     """When this process began, of time.perf_counter: where the system tells, before Python and the imports."""
-    now = time.perf_counter()
-    try:
-        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # seconds after the system
-        return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - started)
-    except (OSError, AttributeError, ValueError):  # not Linux
+    now, ticks = time.perf_counter(), process_started(os.getpid())
+    if ticks is None:  # not Linux
         return now
+    return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def keep_programs(config: TrainConfig) -> None:

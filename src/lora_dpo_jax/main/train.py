@@ -3,6 +3,8 @@
 import dataclasses
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import draccus
@@ -14,9 +16,10 @@ from lora_dpo_jax.data.loader import PairOrder, PairTable, packed_batches
 from lora_dpo_jax.data.planning import RunLayout
 from lora_dpo_jax.data.preview import preview
 from lora_dpo_jax.huggingface.adapters import read_adapter_config
+from lora_dpo_jax.huggingface.places import is_within
 from lora_dpo_jax.lora import LoraConfig, frozen_copy, loraize, reference_model, trainable_filter, with_dropout
 from lora_dpo_jax.main.exports import Exports, with_trained_template
-from lora_dpo_jax.main.guard import Guard
+from lora_dpo_jax.main.guard import Guard, refuse_non_finite
 from lora_dpo_jax.main.identity import refuse_other_plans, refuse_other_settings, run_identity
 from lora_dpo_jax.main.outputs import check_outputs
 from lora_dpo_jax.main.reference import ReferenceLogProbs
@@ -43,6 +46,7 @@ from lora_dpo_jax.training.checkpoint import Checkpoints
 from lora_dpo_jax.training.devices import peak_flops
 from lora_dpo_jax.training.distributed import is_first_process
 from lora_dpo_jax.training.interruption import StopSignals
+from lora_dpo_jax.training.run_lock import RunLock
 from lora_dpo_jax.training.step import TrainState, TrainStep
 from lora_dpo_jax.training.trainer import Hook, StepInfo, train
 from lora_dpo_jax.training.watch import Watch
@@ -63,6 +67,25 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
     if is_first_process():
         check_outputs(config)
     keep_programs(config)
+    run_id = config.trainer.run_id()
+    with _run_locks(config, run_id):
+        return _run(config, run_id, began)
+
+
+@contextmanager
+def _run_locks(config: TrainConfig, run_id: str) -> Iterator[None]:
+    """Around a run: no other one works in its folder, nor in that of its checkpoints."""
+    run_dir = config.trainer.run_dir(run_id)
+    checkpoints = config.trainer.checkpointer.folder(run_dir, run_id)
+    with ExitStack() as locks:
+        if is_first_process() and not config.preview:
+            locks.enter_context(RunLock(run_dir, run_id))
+            if not is_within(str(checkpoints), run_dir):
+                locks.enter_context(RunLock(checkpoints, run_id))
+        yield
+
+
+def _run(config: TrainConfig, run_id: str, began: float) -> TrainState | None:
     check_models(config)
     tokenizer = load_tokenizer(config)
     pairs, held_out = load_tables(config, tokenizer)
@@ -88,7 +111,6 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
 
     batch_ids, layout = _plan(config, pairs, num_steps, placement)
 
-    run_id = trainer.run_id()
     run_dir = trainer.run_dir(run_id)
     resolved: Any = redacted(draccus.encode(config))
     checkpoints = Checkpoints(
@@ -110,9 +132,10 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
         if not config.loss.reference_free:
             log_probs = ReferenceLogProbs(config, base, reference_model(model, reference), placement)
         report = Report(config, base, tracker, scorer(config, held_out, placement), log_probs, starts_equal, earlier)
-        exports = Exports(config, lora, base, num_steps, first_step)
+        exports = Exports(config, lora, base, num_steps, first_step, run=run_id)
 
         def save(info: StepInfo[TrainState]) -> None:
+            refuse_non_finite(info)
             checkpoints.save(info.step, info.state.trained, notes=notes, is_last=info.step == num_steps)
 
         hooks = [

@@ -16,7 +16,12 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lora_dpo_jax.training.checkpoint_files import DamagedCheckpointError, check_files, read_description
+from lora_dpo_jax.training.checkpoint_files import (
+    DamagedCheckpointError,
+    check_files,
+    read_description,
+    refuse_foreign_files,
+)
 from lora_dpo_jax.training.distributed import (
     from_each_process,
     from_first_process,
@@ -214,6 +219,7 @@ class Checkpoints:
                 description = read_description(path)
                 check_files(path)
             except DamagedCheckpointError as error:
+                refuse_foreign_files(path)
                 logger.warning("the checkpoint %s is damaged and is left out: %s", path, error)
                 continue
             self._refuse_other_runs(path, description, arrays)
@@ -238,7 +244,7 @@ class Checkpoints:
         """So that a place where nothing can be written is found out before training. Removes halves."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / ".writable"
+            probe = self.folder / f".writable-{uuid.uuid4().hex}"
             probe.write_text("")
             probe.unlink()
             for path in self._entries():

@@ -9,6 +9,7 @@ renamed, Orbax writes commit_success.txt after it.)
 """
 
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,6 +21,9 @@ DESCRIPTION = "checkpoint.json"
 VERSION = 1  # raise it when the files get another layout
 COMMITTED = "commit_success.txt"  # what Orbax takes no checkpoint without that has no folder of another name before
 UNCHECKED = ("_CHECKPOINT_METADATA", COMMITTED)  # written by Orbax later still; no array depends on them
+# What a checkpoint has right in its folder; of one that was deleted by half, something is left.
+NAMES = (DESCRIPTION, *UNCHECKED, "_METADATA", "_sharding", "array_metadatas", "d", "manifest.ocdbt")
+OURS = re.compile("|".join(map(re.escape, NAMES)) + r"|ocdbt\.process_\d+")
 BLOCK_BYTES = 2**24
 
 
@@ -60,6 +64,16 @@ def check_files(folder: epath.Path) -> None:
             raise DamagedCheckpointError(f"its file {name} has {found:,} bytes, not {size:,}")
         if _checksum(path) != checksum:
             raise DamagedCheckpointError(f"the content of its file {name} has changed")
+
+
+def refuse_foreign_files(folder: epath.Path) -> None:
+    """Raises FileExistsError for a folder that has the name of a checkpoint alone: a new one would replace it."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name]
+    if foreign := [name for name in names if not name.startswith(".") and not OURS.fullmatch(name)]:
+        raise FileExistsError(
+            f"{folder} holds what no checkpoint has ({', '.join(foreign[:5])}), and a checkpoint would replace it. Set "
+            "trainer.checkpointer.base_path or trainer.id to others, or move it away"
+        )
 
 
 def _read(folder: epath.Path) -> dict[str, Any]:

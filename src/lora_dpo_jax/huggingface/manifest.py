@@ -1,0 +1,84 @@
+"""What an export wrote: its folder holds a list of its files, and only these may ever be replaced.
+
+    {"version": 1, "run": "20260801-120000-a1b2c3", "files": {"adapter_config.json": {"bytes": 731, "sha256": "..."}}}
+
+A file that was changed since counts as the user's: its size or its SHA-256 (that of `sha256sum`) tells.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+
+MANIFEST = "lora_dpo_export.json"
+VERSION = 1  # raise it when the file gets another layout
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of one export, by their paths in its folder."""
+
+    run: str | None  # the id of the run that wrote it; None: a script
+    files: Mapping[str, Mapping[str, Any]]  # `bytes` and `sha256` of each
+
+    @staticmethod
+    def of(folder: Path, run: str | None) -> "Manifest":
+        """Of all files in a local folder."""
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            described = list(threads.map(_described, paths))
+        names = [path.relative_to(folder).as_posix() for path in paths]
+        return Manifest(run, dict(zip(names, described, strict=True)))
+
+    @staticmethod
+    def read(store: fsspec.AbstractFileSystem, root: str) -> "Manifest | None":
+        """That in the folder `root`; None if there is none. Raises ValueError if it cannot be used."""
+        path = f"{root}/{MANIFEST}"
+        if not store.isfile(path):
+            return None
+        try:
+            content = json.loads(store.cat_file(path))
+            if content["version"] != VERSION:
+                raise ValueError(f"it is of version {content['version']}, and this program reads {VERSION}")
+            files = {
+                str(name): {"bytes": int(x["bytes"]), "sha256": str(x["sha256"])}
+                for name, x in content["files"].items()
+            }
+            if outside := [name for name in files if not _is_inside(name)]:
+                raise ValueError(f"it names files outside of its folder: {outside[:5]}")
+            return Manifest(content["run"], files)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"its {MANIFEST} cannot be used: {error}") from error
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps({"version": VERSION, "run": self.run, "files": self.files}, indent=1) + "\n")
+
+    def split(self, store: fsspec.AbstractFileSystem, root: str) -> tuple[list[str], list[str]]:
+        """Of its files that are there: those that are as they were written, and those that were changed since."""
+        there = [name for name in self.files if store.exists(f"{root}/{name}")]
+        changed = [name for name in there if not self._is_unchanged(store, root, name)]
+        return [name for name in there if name not in changed], changed
+
+    def _is_unchanged(self, store: fsspec.AbstractFileSystem, root: str, name: str) -> bool:
+        path, wanted = f"{root}/{name}", self.files[name]
+        if not store.isfile(path) or store.size(path) != wanted["bytes"]:
+            return False
+        with store.open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256")  # pyright: ignore[reportArgumentType]
+        return digest.hexdigest() == wanted["sha256"]
+
+
+def _described(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts

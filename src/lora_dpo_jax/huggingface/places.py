@@ -1,0 +1,62 @@
+"""One spelling for each place, so that two names of one folder or file are never taken for two."""
+
+import os
+import posixpath
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether fsspec must fetch it: gs://, s3://, memory://, ..."""
+    return "://" in str(path)
+
+
+def place_of(path: str | Path) -> str:
+    """The spelling that all names of a path or URL share: `out`, `./out/`, `out/../out` and links to it have one.
+
+    A path (also one given as file://) becomes absolute, with its links followed; it need not exist. No store is asked.
+    """
+    text = str(path)
+    if not is_url(text):
+        return os.path.realpath(os.path.expanduser(text))
+    protocol, _, rest = text.partition("://")
+    try:
+        store = fsspec.get_filesystem_class(protocol)
+    except (ImportError, ValueError):  # told where something is written there
+        return f"{protocol}://{posixpath.normpath(rest)}"
+    if issubclass(store, LocalFileSystem):
+        return os.path.realpath(store._strip_protocol(text))
+    rest = str(store._strip_protocol(text)).strip("/")
+    if is_url(rest):  # a web address, of which the protocol is a part
+        return rest
+    names = (store.protocol,) if isinstance(store.protocol, str) else store.protocol  # gs and gcs are one store
+    return f"{names[0]}://{posixpath.normpath(rest) if rest else ''}"
+
+
+def same_place(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths or URLs name one file or folder, or will when it is made."""
+    one, other = place_of(one), place_of(other)
+    try:
+        # Also names that differ in case alone, where the disk does not tell them apart, and bind mounts.
+        return one == other or os.path.samefile(one, other)
+    except (OSError, ValueError):  # one of them is not there, or is a URL
+        return False
+
+
+def is_within(inner: str | Path, outer: str | Path) -> bool:
+    """Whether `inner` is `outer`, or lies somewhere below it."""
+    inner, outer = place_of(inner), place_of(outer)
+    if is_url(inner) or is_url(outer):
+        return inner == outer or inner.startswith(outer.rstrip("/") + "/")
+    return any(same_place(path, outer) for path in (Path(inner), *Path(inner).parents))
+
+
+def parent_of(path: str | Path) -> str:
+    """The place that holds it."""
+    place = place_of(path)
+    if not is_url(place):
+        return str(Path(place).parent)
+    protocol, _, rest = place.partition("://")
+    return f"{protocol}://{rest.rpartition('/')[0]}"

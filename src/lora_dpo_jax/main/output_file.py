@@ -1,0 +1,86 @@
+"""The JSON lines of `evaluate` and `generate`: tried before the work, written whole or not at all, over no input."""
+
+import json
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from lora_dpo_jax.huggingface.places import is_url, parent_of, place_of, same_place
+from lora_dpo_jax.main.outputs import check_writable
+
+STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # where the names of pipes, and of what a shell opened, begin
+LONGEST_LINE = 2**24  # bytes; of a file that is no output the first line may be all of it
+
+
+def check_output(output: str, *, columns: Iterable[str], inputs: Mapping[str, Iterable[str]]) -> None:
+    """Raises OSError if nothing can be written there, or if that would replace something else than a former output.
+
+    `columns`: the keys of each line. `inputs`: by their settings, the files that the command reads.
+    """
+    if not output.strip() or (not is_url(output) and Path(place_of(output)).is_dir()):
+        raise IsADirectoryError(f"output={output!r} is no file; name a .jsonl file")
+    for setting, files in inputs.items():
+        if any(same_place(output, file) for file in files):
+            raise FileExistsError(f"output={output!r} would replace a file of {setting}. Choose another file")
+    if _is_stream(output):
+        return
+    check_writable("output", parent_of(output))
+    if not _may_be_replaced(place_of(output), set(columns)):
+        raise FileExistsError(
+            f"output={output!r} exists and is not what this command writes, so it is not replaced. Choose another file"
+        )
+
+
+def write_output(output: str, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a JSON object a line; a former output stays until all are written."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    content = text.encode("utf-8", "backslashreplace")  # half a surrogate pair becomes its JSON escape
+    place = place_of(output)
+    if is_url(place):
+        store, path = fsspec.core.url_to_fs(place)
+        store.pipe_file(path, content)
+    elif _is_stream(output):
+        with Path(output).open("ab") as stream:
+            stream.write(content)
+    else:
+        _replace(Path(place), content)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_bytes(content)
+        if path.exists():
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_stream(output: str) -> bool:
+    """What is written to as it is."""
+    if is_url(output) or not os.path.exists(output):
+        return False
+    return output.startswith(STREAMS) or not stat.S_ISREG(os.stat(output).st_mode)
+
+
+def _may_be_replaced(place: str, columns: set[str]) -> bool:
+    """Whether nothing is there, or an empty file, or lines like those that will be written."""
+    store, path = fsspec.core.url_to_fs(place)
+    if not store.exists(path):
+        return True
+    if not is_url(place) and not os.access(place, os.W_OK):
+        return False
+    with store.open(path, "rb") as file:
+        first = file.readline(LONGEST_LINE)
+    try:
+        return not first or set(json.loads(first)) == columns
+    except (ValueError, TypeError, RecursionError):
+        return False
