@@ -12,8 +12,7 @@ import draccus
 
 from bench import pairs as benchmark_pairs
 from bench.measure import emit
-from lora_dpo_jax.data import PairLayout
-from lora_dpo_jax.data.loader import PairOrder, PairTable
+from lora_dpo_jax.data import PairLayout, PairOrder, PairTable
 from lora_dpo_jax.main.setup import layout_of_run
 
 

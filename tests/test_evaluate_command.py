@@ -96,8 +96,15 @@ def test_a_policy_that_is_the_reference_ties_every_pair(tmp_path, policy):
     check_output(config.output, columns=COLUMNS, inputs={})  # the same command may be given again
 
 
-def test_a_split_without_pairs_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="the validation split has no pairs"):
+def test_an_adapter_that_adds_nothing_ties_every_pair(tmp_path):
+    base = transformers.AutoModelForCausalLM.from_pretrained(instruct_folder(), dtype=torch.float32)
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "new")
+    summary = main(evaluate_config(tmp_path, ROWS["plain"], adapter=str(tmp_path / "new")))
+    assert (summary["dpo_accuracy"], summary["rewards/margins"]) == (0.5, 0.0)
+
+
+def test_a_split_without_pairs_is_refused_with_the_reason(tmp_path):
+    with pytest.raises(ValueError, match=r"the validation split has no pairs \(validation_split_fraction is 0\.0, and"):
         main(evaluate_config(tmp_path, ROWS["chat"], split="validation"))
 
 

@@ -218,6 +218,16 @@ def test_where_policy_and_reference_agree_the_loss_is_ln_2_and_all_is_a_tie():
         assert metrics["rewards/margins"] == 0.0
 
 
+def test_where_policy_and_reference_are_one_model_the_rounding_of_two_programs_is_no_win():
+    policy, _ = random_log_probs(count=64)
+    rounded = PairLogProbs(policy.chosen + 1e-4, policy.rejected, policy.chosen_tokens, policy.rejected_tokens)
+    is_pair = hax.ones_like(policy.chosen, dtype=bool)
+    for all_ties, accuracies in ((False, (1.0, 1.0)), (True, (0.5, 0.0))):
+        sums = preference_metrics(Dpo()(rounded, policy), rounded, policy, is_pair, all_ties=all_ties)
+        found = tuple(float(sums[name].scalar()) / 64 for name in ("dpo_accuracy", "rewards/accuracies"))
+        assert found == accuracies
+
+
 def test_a_reference_free_loss_ignores_the_reference():
     policy, reference = random_log_probs()
     loss = LOSSES["reference-free"]

@@ -33,6 +33,8 @@ from tiny_runs import (
     write_rows,
 )
 
+from lora_dpo_jax.data.loader import PairTable
+from lora_dpo_jax.data.memory import MemoryPairs
 from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.main import train as train_module
 from lora_dpo_jax.main.errors import TRACEBACK
@@ -117,8 +119,8 @@ def test_a_new_adapter_starts_at_ln_2_and_half_the_pairs(run):
         first = next(line for line in lines if f"{name}/loss" in line)
         assert first["step"] == 0
         assert first[f"{name}/loss"] == pytest.approx(math.log(2), abs=1e-6)
-    # Held-out scores of the policy are then those of the reference, so that every pair is a tie.
-    assert first["eval/dpo_accuracy"] == 0.5
+        # The policy is then the reference, so that every pair is a tie, whatever the rounding.
+        assert (first[f"{name}/dpo_accuracy"], first[f"{name}/rewards/accuracies"]) == (0.5, 0.0)
 
 
 def test_config_yaml_parses_back_to_the_same_config(run):
@@ -176,6 +178,53 @@ def test_the_same_config_twice_gives_the_same_bits(tmp_path, rows):
         return metrics, (tmp_path / name / "adapter_model.safetensors").read_bytes()
 
     assert outcome("first") == outcome("second")
+
+
+EPOCH = {"trainer__num_train_steps": None, "trainer__num_train_epochs": 1, "trainer__train_batch_size": 5}
+
+
+@pytest.mark.parametrize(
+    "settings, pairs, says",
+    [
+        ({}, [5, 5, 2], "3 steps of 5 pairs, 3 an epoch, whose last one has 2 (trainer.last_batch=short), in"),
+        ({"trainer__last_batch": "fill"}, [5, 5, 5], "3 steps of 5 pairs, the last one filled up from the next epoch"),
+        ({"data__train_weights": {"prefs": 1}}, [5, 5, 2], "3 steps of 5 pairs, 3 an epoch, whose last one has 2"),
+        ({"trainer__train_batch_size": 6}, [6, 6], "2 steps of 6 pairs, in"),
+    ],
+    ids=["short", "fill", "weighted", "even"],
+)
+def test_the_log_says_what_becomes_of_an_epochs_last_pairs(tmp_path, rows, monkeypatch, caplog, settings, pairs, says):
+    made: list[TrainStep] = []
+    batches: list[int] = []
+
+    class Recording(TrainStep):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+        def __call__(self, state, batch):
+            state, metrics = super().__call__(state, batch)
+            batches.append(int(metrics.values["pairs"]))
+            return state, metrics
+
+    monkeypatch.setattr(train_module, "TrainStep", Recording)
+    caplog.set_level(logging.INFO)
+    main(run_config(tmp_path, rows, **EPOCH | settings))
+    assert batches == pairs
+    assert [step.num_compilations for step in made] == [1]
+    (line,) = (r.getMessage() for r in caplog.records if " steps of " in r.getMessage())
+    assert line.startswith(says)
+    (line,) = (r.getMessage() for r in caplog.records if " held out" in r.getMessage())
+    expected = "0 held out (validation_split_fraction is 0.0, and no component has validation data)"
+    assert line == f"12 training pairs, {expected}"
+
+
+def test_a_component_of_which_all_pairs_are_held_out_is_named(tmp_path):
+    order = train_module._order
+    config = run_config(tmp_path, tmp_path, data__train_weights={"prefs": 2.0})
+    nothing_left = PairTable({"prefs": (MemoryPairs([([1], [2], [3])]), np.zeros(0, int))})
+    with pytest.raises(ValueError, match=r"data\.train_weights\.prefs=2\.0, but all pairs of prefs are held out"):
+        order(config, nothing_left)
 
 
 def test_a_run_compiles_its_step_once(tmp_path, rows, monkeypatch):

@@ -339,6 +339,29 @@ def test_auto_takes_the_way_of_fewer_forward_passes(
         assert computed == ([computes] if computes else [])
 
 
+@pytest.mark.parametrize(
+    "known, batches, is_live",
+    [
+        (0, [range(5), range(5, 10), [10, 11]], True),
+        (0, [range(5), range(5, 10), [10, 11, 3, 0, 7]], True),  # filled up from the next epoch
+        (0, [range(5), range(5, 10), [10, 11, 3, 0, 7], [4]], True),
+        (0, [range(5), range(5, 10), [10, 11, 3, 0, 7], [4, 1]], False),
+        (1, [range(5), range(5, 10), [10, 11, 3, 0, 7]], False),
+        (12, [range(12)], False),
+    ],
+)
+def test_auto_is_live_for_one_epoch_of_which_nothing_is_cached(
+    tmp_path, rows, computed, monkeypatch, known, batches, is_live
+):
+    monkeypatch.setattr(main_reference, "scorer", lambda config, pairs, placement: FakeScorer(pairs))
+    references, (pairs,) = references_of(run_config(tmp_path, rows))
+    if known:
+        assert references.cache is not None
+        references.cache.compute(references.model, FakeScorer(pairs.subset(np.arange(known))))  # pyright: ignore[reportArgumentType]
+    found = references.of_steps(pairs, [np.array(batch) for batch in batches])
+    assert (found is None) is is_live
+
+
 def test_a_run_that_goes_on_takes_the_way_that_it_took(tmp_path, rows, computed, monkeypatch):
     monkeypatch.setattr(main_reference, "scorer", lambda config, pairs, placement: FakeScorer(pairs))
     references, (pairs,) = references_of(run_config(tmp_path, rows))

@@ -66,6 +66,7 @@ def config_of(folder: Path, rows: Path, name: str, **settings) -> TrainConfig:
         peft_save_path=str(folder / name),
         trainer__id=name,
         trainer__num_train_steps=STEPS,
+        trainer__last_batch="short",  # of nine pairs, steps take 4, 4 and 1
         trainer__steps_per_eval=2,
         trainer__checkpointer={"keep": [{"every": 3}]},
         **settings,

@@ -208,6 +208,25 @@ def reference_model(model: M, adapters: Any) -> M:
     return jax.lax.stop_gradient(eqx.combine(frozen, weights))
 
 
+@eqx.filter_jit
+def equals_reference(model: Any, adapters: Any, *, training: bool = False) -> jax.Array:
+    """Whether the policy `model` is `reference_model(model, adapters)`, by their arrays: a bool without axes.
+
+    It is if its adapters add nothing to the base, or if they are those of the reference. Both may be the adapters of a
+    model, without its weights. With dropout, in `training`, the policy is not the reference that has equal adapters.
+    """
+    mine = [linear for linear, _ in linear_layers(model) if isinstance(linear, LoraLinear)]
+    if adapters is None:
+        adds_nothing = [~(jnp.any(x.lora_A.array != 0) & jnp.any(x.lora_B.array != 0)) for x in mine]
+        return functools.reduce(jnp.logical_and, adds_nothing, jnp.ones((), bool))
+    trainable = eqx.filter(model, trainable_filter(model))
+    drops = training and any(linear.dropout > 0.0 for linear in mine)
+    if drops or jax.tree.structure(trainable) != jax.tree.structure(adapters):
+        return jnp.zeros((), bool)
+    same = jax.tree.leaves(jax.tree.map(jnp.array_equal, trainable, adapters))
+    return functools.reduce(jnp.logical_and, same, jnp.ones((), bool))
+
+
 def merge_lora(model: M) -> M:
     """The plain model that computes what the adapted one does."""
     return map_linear_layers(lambda linear, _: linear.merged() if isinstance(linear, LoraLinear) else linear, model)

@@ -7,6 +7,7 @@ from typing import Any
 import draccus
 import equinox as eqx
 import haliax as hax
+import jax
 import jax.numpy as jnp
 from haliax import NamedArray
 
@@ -101,18 +102,24 @@ class LengthNormalizedDpo(_Logistic):
 
 
 def preference_metrics(
-    losses: PairLosses, policy: PairLogProbs, reference: PairLogProbs | None, is_pair: NamedArray
+    losses: PairLosses,
+    policy: PairLogProbs,
+    reference: PairLogProbs | None,
+    is_pair: NamedArray,
+    *,
+    all_ties: jax.Array | bool = False,
 ) -> dict[str, NamedArray]:
     """Sums over the pairs where `is_pair` holds; divided by their number they are the metrics of those names.
 
     `dpo_accuracy` counts a tie as half, so that it is 0.5 where policy and reference are equal;
-    `rewards/accuracies` counts it as wrong, as TRL does.
+    `rewards/accuracies` counts it as wrong, as TRL does. `all_ties` says that the two are the same model: margins are
+    then the rounding of two programs, and no pair is won.
     """
     zero = hax.zeros_like(policy.chosen)
     reference_margin = reference.chosen - reference.rejected if reference is not None else zero
     margin = losses.chosen_reward - losses.rejected_reward
-    wins: Any = margin > 0
-    ties: Any = margin == 0
+    wins: Any = (margin > 0) & ~jnp.asarray(all_ties)
+    ties: Any = (margin == 0) | all_ties
     per_pair = {
         "dpo_loss": losses.loss,
         "dpo_margin_policy": policy.chosen - policy.rejected,

@@ -1,91 +1,24 @@
-"""Which pairs a step trains on, which are held out, and how they get to the device."""
+"""Which pairs are held out, and how those of a step get to the device."""
 
 import threading
 import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny_pairs import random_pairs, table_of
 
 from lora_dpo_jax.data.loader import (
-    BLOCK,
-    PairOrder,
     PairTable,
     packed_batches,
     packed_rows,
     prefetch,
     split_by_prompt,
     whole_table,
+    why_none_is_held_out,
 )
 from lora_dpo_jax.data.memory import MemoryPairs
+from lora_dpo_jax.data.order import PairOrder
 from lora_dpo_jax.data.planning import plan_layout
-
-ORDERS = {
-    "shuffled": PairOrder((7, 20), seed=3),
-    "in order": PairOrder((7, 20), seed=3, shuffle=False),
-    "weighted": PairOrder((7, 20), seed=3, weights=(3.0, 1.0)),
-    "weighted, in order": PairOrder((7, 20), seed=3, shuffle=False, weights=(3.0, 1.0)),
-}
-
-
-@pytest.mark.parametrize("name", ORDERS)
-def test_the_order_is_a_function_of_seed_and_step(name):
-    order = ORDERS[name]
-    forwards = [order.batch(step, 5).tolist() for step in range(60)]
-    backwards = [order.batch(step, 5).tolist() for step in reversed(range(60))]
-    assert forwards == backwards[::-1]
-    # Steps cut one endless sequence: the size of batches does not change it.
-    assert np.concatenate([order.batch(step, 12) for step in range(25)]).tolist() == sum(forwards, [])
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=3).filter(any), st.integers(0, 3), st.booleans())
-def test_every_epoch_holds_each_pair_once(sizes, seed, shuffle):
-    total = sum(sizes)
-    epochs = PairOrder(tuple(sizes), seed, shuffle).batch(0, 4 * total).reshape(4, total)
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(total))
-    if not shuffle:
-        assert epochs[2].tolist() == list(range(total))
-
-
-def test_epochs_and_seeds_have_orders_of_their_own():
-    one, other = (PairOrder((50,), seed).batch(0, 100).reshape(2, 50).tolist() for seed in (0, 1))
-    assert one[0] != one[1] and one[0] != other[0] and one[0] != sorted(one[0])
-
-
-@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.7, 0.2, 0.1), (5.0, 0.0, 2.0)])
-def test_weights_hold_to_rounding_over_a_block_of_positions(weights):
-    sizes = (30, 11, 400)
-    starts = np.cumsum([0, *sizes])
-    ids = PairOrder(sizes, seed=1, weights=weights).batch(0, 3 * BLOCK)
-    for block in ids.reshape(3, BLOCK):
-        counts = np.histogram(block, starts)[0]
-        assert np.all(np.abs(counts - BLOCK * np.array(weights) / sum(weights)) < 1)
-    for component, size in enumerate(sizes):
-        own = ids[(ids >= starts[component]) & (ids < starts[component + 1])]
-        for start in range(0, len(own) - size + 1, size):
-            assert len(set(own[start : start + size])) == size, "a component goes through its own epochs"
-
-
-def test_weighted_components_go_through_different_epochs_in_different_orders():
-    ids = PairOrder((16,), seed=1, weights=(1.0,)).batch(0, 32).tolist()
-    assert ids[:16] != ids[16:]
-
-
-@pytest.mark.parametrize(
-    "sizes, weights, message",
-    [
-        ((), None, "no training pairs"),
-        ((0, 0), None, "no training pairs"),
-        ((4, 0), (0.5, 0.5), "gives weight to a component without training pairs"),
-    ],
-)
-def test_impossible_orders_are_errors(sizes, weights, message):
-    with pytest.raises(ValueError, match=message):
-        PairOrder(sizes, seed=0, weights=weights)
 
 
 def components_sharing_prompts() -> dict[str, MemoryPairs]:
@@ -134,9 +67,31 @@ def test_the_split_depends_on_the_seed_alone():
     assert origins[0] == origins[1] != origins[2]
 
 
-def test_nothing_is_held_out_of_a_fraction_of_zero():
-    train, validation = split_by_prompt(components_sharing_prompts(), 0.0, seed=0)
-    assert (len(train), len(validation)) == (500, 0)
+def pairs_of_prompts(counts: list[int]) -> dict[str, MemoryPairs]:
+    """A component of so many pairs of each of the prompts."""
+    prompts = np.repeat(np.arange(len(counts)), counts)
+    return {"all": MemoryPairs([([int(prompt)], [1, number], [2, number]) for number, prompt in enumerate(prompts)])}
+
+
+@pytest.mark.parametrize(
+    "counts, fraction, why",
+    [
+        ([1] * 30, 0.0, "validation_split_fraction is 0.0, and no component has validation data"),
+        ([1] * 4, 0.1, "validation_split_fraction=0.1 of 4 is less than a pair"),
+        ([20], 0.1, "all have the same prompt, and no prompt may be in both parts"),
+        ([9, 9, 9], 0.2, "each of the 3 prompts has more than the 5 pairs that validation_split_fraction=0.2 is"),
+    ],
+)
+def test_where_nothing_is_held_out_there_is_a_reason(counts, fraction, why):
+    train, validation = split_by_prompt(pairs_of_prompts(counts), fraction, seed=0)
+    assert (len(train), len(validation)) == (sum(counts), 0)
+    assert why in why_none_is_held_out(train, fraction)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_prompt_with_too_many_pairs_leaves_room_for_the_others(seed):
+    _, validation = split_by_prompt(pairs_of_prompts([50] * 3 + [1] * 50), 0.1, seed=seed)
+    assert len(validation) == 20
 
 
 def test_a_table_numbers_its_components_through():

@@ -227,6 +227,24 @@ def test_from_frozen_adapters_as_the_reference_the_loss_of_step_0_is_ln_2_too():
         np.testing.assert_array_equal(leaf, before)
 
 
+def test_a_policy_that_is_its_reference_ties_with_it_whatever_the_rounding():
+    """Before the first update, and for as long as updates move nothing."""
+    model, still = moved(new_adapters()), optax.sgd(0.0)
+    # As from a cache whose rows were packed in another way.
+    rounding = np.random.default_rng(0).choice([-1e-5, 1e-5], known_reference().shape).astype(np.float32)
+    reference = known_reference() + rounding
+    known = jax.tree.map(jnp.asarray, pack(PAIRS, tightly(BATCHES[0]), LAYOUT, reference))
+    for step, state, batch in (
+        (TrainStep(Dpo(), still), state_of(fresh(new_adapters()), still), known),
+        (TrainStep(Dpo(), still), state_of(model, still, reference=frozen_copy(model)), batch_of(BATCHES[0])),
+    ):
+        for _ in range(2):
+            state, metrics = step(state, batch)
+            values = {name: float(value) for name, value in metrics.values.items()}
+            assert (values["dpo_accuracy"], values["rewards/accuracies"]) == (0.5, 0.0)
+            assert values["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
 def test_frozen_weights_never_move_and_old_adapters_are_given_up():
     model = fresh(new_adapters())
     weights, before = weights_of(model), {path: np.array(leaf) for path, leaf in weights_of(model).items()}

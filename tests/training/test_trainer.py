@@ -259,6 +259,7 @@ def test_time_in_hooks_does_not_count(clock):
         ),
         (dict(stall_seconds=0.0), r"trainer\.stall_seconds=0.0 must be positive"),
         (dict(max_skips_in_a_row=0), r"trainer\.max_skips_in_a_row=0 must be positive"),
+        (dict(last_batch="drop"), r"trainer\.last_batch='drop' must be short, fill or null"),
         (dict(non_finite="warn"), r"trainer\.non_finite='warn' must be stop or skip"),
         (dict(mp="f31"), r"trainer\.mp='f31' is no precision; for example f32"),
         (dict(mp="p=f32,q=bf16"), r"trainer\.mp='p=f32,q=bf16' is no precision"),
@@ -287,16 +288,35 @@ def test_precisions_are_levanters_strings(mp, param, compute):
 @pytest.mark.parametrize(
     "settings, steps",
     [
-        (dict(), 13),  # one epoch; the last batch reaches into the next one
-        (dict(num_train_epochs=2.0), 25),
+        (dict(), 13),  # one epoch of 12.5 batches
+        (dict(num_train_epochs=2.0), 26),
+        (dict(num_train_epochs=1.5), 20),
         (dict(num_train_epochs=0.5), 7),
         (dict(num_train_epochs=0.001), 1),
+        (dict(num_train_epochs=2.0, last_batch="fill"), 25),
+        (dict(num_train_epochs=0.5, last_batch="fill"), 7),
         (dict(num_train_steps=7), 7),
+        (dict(num_train_steps=7, last_batch="short"), 7),
     ],
     ids=str,
 )
 def test_a_run_has_as_many_steps_as_asked_for(settings, steps):
     assert TrainerConfig(train_batch_size=8, **settings).steps(num_pairs=100) == steps
+
+
+@pytest.mark.parametrize(
+    "settings, has_short_batches",
+    [
+        (dict(), True),
+        (dict(num_train_epochs=3.0), True),
+        (dict(num_train_steps=7), False),
+        (dict(num_train_steps=7, last_batch="short"), True),
+        (dict(last_batch="fill"), False),
+    ],
+    ids=str,
+)
+def test_epochs_end_with_a_short_batch_unless_the_run_is_given_in_steps(settings, has_short_batches):
+    assert draccus.decode(TrainerConfig, settings).has_short_batches is has_short_batches
 
 
 def test_a_run_has_a_folder_of_its_own(tmp_path):

@@ -3,7 +3,6 @@
 from lora_dpo_jax.data.cache import TokenizedPairs, load_pairs, tokenize_component
 from lora_dpo_jax.data.chat import PairTokenizer, TokenizedPair
 from lora_dpo_jax.data.loader import (
-    PairOrder,
     PairSource,
     PairTable,
     packed_batches,
@@ -12,6 +11,7 @@ from lora_dpo_jax.data.loader import (
     whole_table,
 )
 from lora_dpo_jax.data.memory import MemoryPairs
+from lora_dpo_jax.data.order import PairOrder
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
 from lora_dpo_jax.data.planning import Layout, PairLayout, RunLayout, plan_layout, plan_rows
 from lora_dpo_jax.data.preferences import ComponentConfig, FormatConfig, PreferenceDataConfig

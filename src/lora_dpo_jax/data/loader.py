@@ -1,10 +1,9 @@
-"""From tokenized pairs to the batches of a run: the split, the order, and packing ahead of the device."""
+"""From tokenized pairs to the batches of a run: the tables, the split, and packing ahead of the device."""
 
 import functools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -14,7 +13,6 @@ from lora_dpo_jax.data.packing import PreferenceBatch, pack
 from lora_dpo_jax.data.planning import PairLayout, RunLayout, layout_of_rows, plan_rows
 
 T = TypeVar("T")
-BLOCK = 1024  # positions over which mixture weights hold exactly, to rounding
 
 
 class PairSource(Protocol):
@@ -84,13 +82,17 @@ def whole_table(components: Mapping[str, PairSource]) -> PairTable:
 
 
 def split_by_prompt(components: Mapping[str, PairSource], fraction: float, seed: int) -> tuple[PairTable, PairTable]:
-    """(train, validation), the latter holding about `fraction` of the pairs. No prompt is in both, of any component."""
+    """(train, validation), the latter holding about `fraction` of the pairs. No prompt is in both, of any component.
+
+    Prompts are drawn, each with all of its pairs, of those that have not more pairs than are wanted.
+    """
     hashes = [np.asarray(pairs.prompt_hashes) for pairs in components.values()]
     prompts, prompt_of = np.unique(np.concatenate(hashes), return_inverse=True)
-    counts = np.bincount(prompt_of, minlength=len(prompts))
+    counts, wanted = np.bincount(prompt_of, minlength=len(prompts)), round(fraction * len(prompt_of))
     order = np.random.default_rng([seed, 0x5EED]).permutation(len(prompts))
+    order = order[counts[order] <= wanted]
     held_out = np.zeros(len(prompts), dtype=bool)
-    held_out[order[np.cumsum(counts[order]) <= round(fraction * len(prompt_of))]] = True
+    held_out[order[np.cumsum(counts[order]) <= wanted]] = True
     of_components = np.split(held_out[prompt_of], np.cumsum([len(h) for h in hashes])[:-1])
     train, validation = {}, {}
     for (name, pairs), is_held_out in zip(components.items(), of_components, strict=True):
@@ -99,69 +101,19 @@ def split_by_prompt(components: Mapping[str, PairSource], fraction: float, seed:
     return PairTable(train), PairTable(validation)
 
 
-@dataclass(frozen=True)
-class PairOrder:
-    """Which pairs the steps of a run train on: a function of the seed and the position alone.
-
-    Without weights, every epoch holds each pair once. With weights, components are drawn in these proportions, each
-    going through its own epochs.
-    """
-
-    sizes: tuple[int, ...]  # pairs of each component
-    seed: int
-    shuffle: bool = True
-    weights: tuple[float, ...] | None = None
-
-    def __post_init__(self):
-        if sum(self.sizes) == 0:
-            raise ValueError("there are no training pairs")
-        for size, weight in zip(self.sizes, self.weights or self.sizes, strict=True):
-            if weight > 0 and size == 0:
-                raise ValueError("data.train_weights gives weight to a component without training pairs")
-
-    def batch(self, step: int, size: int) -> np.ndarray:
-        """The ids of the pairs of `step`, int64[size]."""
-        positions = np.arange(step * size, (step + 1) * size)
-        if self.weights is None:
-            return self._in_epochs(positions, 0, sum(self.sizes))
-        return np.array([self._weighted(int(position)) for position in positions])
-
-    def _in_epochs(self, positions: np.ndarray, component: int, size: int) -> np.ndarray:
-        epochs, inner = np.divmod(positions, size)
-        if not self.shuffle:
-            return inner
-        shuffled = [
-            _permutation(self.seed, component, int(epoch), size)[i] for epoch, i in zip(epochs, inner, strict=True)
-        ]
-        return np.array(shuffled)
-
-    def _weighted(self, position: int) -> int:
-        block, inner = divmod(position, BLOCK)
-        components, nth = _mixture_block(self.seed, self.weights)
-        component = int(components[inner])
-        before = block * int(np.sum(components == component)) + int(nth[inner])
-        within = self._in_epochs(np.array([before]), component + 1, self.sizes[component])[0]
-        return int(sum(self.sizes[:component]) + within)
-
-
-@functools.lru_cache(maxsize=8)
-def _permutation(seed: int, component: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng([seed, component, epoch]).permutation(size)
-
-
-@functools.lru_cache(maxsize=2)
-def _mixture_block(seed: int, weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Which component each position of a block takes from, and how many of that component come before it there."""
-    shares = np.array(weights) / sum(weights) * BLOCK
-    counts = np.floor(shares).astype(int)
-    counts[np.argsort(counts - shares)[: BLOCK - counts.sum()]] += 1
-    components = np.repeat(np.arange(len(weights)), counts)
-    components = np.random.default_rng([seed, 0x313]).permutation(components)
-    nth = np.zeros(BLOCK, dtype=int)
-    for component in range(len(weights)):
-        here = components == component
-        nth[here] = np.arange(here.sum())
-    return components, nth
+def why_none_is_held_out(train: PairTable, fraction: float) -> str:
+    """Why `split_by_prompt` left all pairs in `train`, in words."""
+    if not fraction:
+        return f"validation_split_fraction is {fraction}, and no component has validation data"
+    if (wanted := round(fraction * len(train))) == 0:
+        return f"validation_split_fraction={fraction} of {len(train):,} is less than a pair"
+    prompts = np.unique(np.concatenate([pairs.prompt_hashes[indices] for pairs, indices in train.components]))
+    if len(prompts) == 1:
+        return "all have the same prompt, and no prompt may be in both parts"
+    return (
+        f"no prompt may be in both parts, and each of the {len(prompts):,} prompts has more than the {wanted:,} pairs "
+        f"that validation_split_fraction={fraction} is"
+    )
 
 
 def packed_batches(

@@ -12,9 +12,10 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from lora_dpo_jax.data.loader import PairTable
+from lora_dpo_jax.data.loader import PairTable, why_none_is_held_out
 from lora_dpo_jax.data.sources import expand_url
 from lora_dpo_jax.evaluation import summarize
+from lora_dpo_jax.lora import equals_reference, frozen_copy
 from lora_dpo_jax.losses import PairLogProbs
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.identity import cache_folder, refuse_other_settings
@@ -69,9 +70,12 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     train, validation = load_tables(config, tokenizer)
     pairs = train if config.split == "train" else validation
     if not len(pairs):
+        why = ""
+        if config.split == "validation":
+            why = f" ({why_none_is_held_out(train, config.validation_split_fraction)})"
         raise ValueError(
-            f"the {config.split} split has no pairs: give data.components validation files, or a "
-            "validation_split_fraction"
+            f"the {config.split} split has no pairs{why}: give data.components validation files, or a "
+            "validation_split_fraction that is at least one prompt's pairs"
         )
     placement = Placement(config.trainer.mesh)
     base = load_base(config, tokenizer, placement)
@@ -90,7 +94,8 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         folder = folder_of("adapter", config.adapter)
         policy_model = load_peft_adapter(base.model, folder, placement, base_model=config.initialize_from_hf)
     reference = ReferenceLogProbs(config, base, reference_model, placement).of_table(score)
-    policy = reference if policy_model is reference_model else score(policy_model, progress)
+    held_to = None if reference_model is base.model else frozen_copy(reference_model)
+    policy = reference if equals_reference(policy_model, held_to) else score(policy_model, progress)
 
     summary = summarize(config.preference_loss, policy, reference)
     if is_first_process():

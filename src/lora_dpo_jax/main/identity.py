@@ -13,6 +13,7 @@ import numpy as np
 
 import lora_dpo_jax
 from lora_dpo_jax.data.loader import PairSource, PairTable
+from lora_dpo_jax.data.order import MIXING, PairOrder
 from lora_dpo_jax.data.planning import RunLayout
 from lora_dpo_jax.data.preferences import default_cache_dir
 from lora_dpo_jax.huggingface.digests import tensor_digests
@@ -42,7 +43,9 @@ def weights_identity(config: TrainConfig, base: Base) -> dict[str, Any]:
     }
 
 
-def run_identity(config: TrainConfig, lora: LoraConfig, base: Base, pairs: PairTable) -> dict[str, Any]:
+def run_identity(
+    config: TrainConfig, lora: LoraConfig, base: Base, pairs: PairTable, order: PairOrder
+) -> dict[str, Any]:
     """By the names of the settings, all that a run must share with a checkpoint to go on from it.
 
     Nothing of how the run is computed or reported, or of the loss and the optimizer's settings, which may be changed on
@@ -50,6 +53,9 @@ def run_identity(config: TrainConfig, lora: LoraConfig, base: Base, pairs: PairT
     """
     weights = weights_identity(config, base)
     adapter = weights.pop("adapter")
+    trainer = config.trainer
+    # Left out where it changes no batch: checkpoints of before it was there say nothing of it.
+    has_short_batches = trainer.has_short_batches and order.epoch % trainer.train_batch_size
     components = {
         name: {"pairs": len(component), **component.checksums} for name, component in _components(pairs).items()
     }
@@ -64,10 +70,15 @@ def run_identity(config: TrainConfig, lora: LoraConfig, base: Base, pairs: PairT
             "order_of_components": pairs.names,
             "shuffle": config.data.shuffle,
             "train_weights": config.data.train_weights,
+            **({"version_of_mixing": MIXING} if config.data.train_weights is not None else {}),
             "training_pairs": len(pairs),
         },
         "validation_split_fraction": config.validation_split_fraction,
-        "trainer": {"seed": config.trainer.seed, "train_batch_size": config.trainer.train_batch_size},
+        "trainer": {
+            "seed": trainer.seed,
+            "train_batch_size": trainer.train_batch_size,
+            **({"last_batch": "short"} if has_short_batches else {}),
+        },
     }
 
 

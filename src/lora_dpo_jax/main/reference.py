@@ -41,8 +41,9 @@ class ReferenceLogProbs:
     def of_steps(self, pairs: PairTable, batches: Sequence[np.ndarray], *, choice: str = "auto") -> np.ndarray | None:
         """Those of the pairs in `batches`, float32 [pair of `pairs`, chosen / rejected]; None: the steps compute them.
 
-        `auto` takes the way of fewer forward passes, or the former `choice`, live or cached, of a run that goes on: the
-        two differ in their last bits.
+        `auto` takes the way of fewer forward passes: that of the steps for one epoch, be its last batch filled up from
+        the next one or not, of which nothing is cached. A run that goes on keeps its former `choice`, live or cached:
+        the two differ in their last bits.
         """
         if self.cache is None:
             logger.info("reference log-probs: live, in each step, as reference_log_probs asks")
@@ -54,7 +55,9 @@ class ReferenceLogProbs:
         if self.config.reference_log_probs == "auto" and choice == "live":
             logger.info("reference log-probs: live, in each step, as in the steps before")
             return None
-        if self.config.reference_log_probs == "auto" and choice == "auto" and len(visits) <= len(missing):
+        is_one_epoch = len(visits) - len(visited) < max(map(len, batches))
+        is_live = choice == "auto" and is_one_epoch and len(missing) == len(visited)
+        if self.config.reference_log_probs == "auto" and is_live:
             logger.info(
                 "reference log-probs: live, in each step; the run visits its %s pairs once, and none of them is cached",
                 f"{len(visited):,}",

@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_dpo_jax.evaluation import PairScorer, summarize
 from lora_dpo_jax.generation import complete, read_stop_ids
+from lora_dpo_jax.lora import equals_reference
 from lora_dpo_jax.losses import PairLogProbs
 from lora_dpo_jax.main.reference import ReferenceLogProbs
 from lora_dpo_jax.main.setup import Base, TrainConfig
@@ -28,15 +29,11 @@ class Report:
         tracker: Tracker,
         score: PairScorer,
         reference: ReferenceLogProbs | None,
-        starts_equal: bool,
         earlier: list[dict[str, Any]],
     ):
-        """`starts_equal`: the policy is the reference before the first step, so its scores are known then.
-
-        `earlier`: what a run that goes on has logged so far.
-        """
+        """`earlier`: what a run that goes on has logged so far."""
         self.config, self.base, self.tracker, self.score = config, base, tracker, score
-        self.reference, self.starts_equal = reference, starts_equal
+        self.reference = reference
         self.reference_scores: PairLogProbs | None = None
         self.scores = [(line["step"], _scores(line)) for line in earlier if "eval/loss" in line]
         self.samples: list[list[str]] = []
@@ -48,9 +45,12 @@ class Report:
         if self.reference_scores is None and self.reference is not None:
             # The reference never moves: its scores serve every evaluation of the run.
             self.reference_scores = self.reference.of_table(self.score)
-        is_reference = info.step == 0 and self.starts_equal
-        policy_scores = (self.reference_scores if is_reference else None) or self.score(info.state.model)
-        scores = summarize(loss, policy_scores, self.reference_scores)
+        model, reference_scores = info.state.model, self.reference_scores
+        if reference_scores is not None and equals_reference(model, info.state.reference):
+            policy_scores = reference_scores
+        else:
+            policy_scores = self.score(model)
+        scores = summarize(loss, policy_scores, reference_scores)
         self.scores.append((info.step, scores))
         self.tracker.log({f"eval/{name}": value for name, value in scores.items()}, step=info.step)
         logger.info(

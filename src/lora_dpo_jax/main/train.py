@@ -12,7 +12,8 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from lora_dpo_jax.data.loader import PairOrder, PairTable, packed_batches
+from lora_dpo_jax.data.loader import PairTable, packed_batches, why_none_is_held_out
+from lora_dpo_jax.data.order import PairOrder
 from lora_dpo_jax.data.planning import RunLayout
 from lora_dpo_jax.data.preview import preview
 from lora_dpo_jax.huggingface.adapters import read_adapter_config
@@ -48,7 +49,7 @@ from lora_dpo_jax.training.distributed import is_first_process
 from lora_dpo_jax.training.interruption import StopSignals
 from lora_dpo_jax.training.run_lock import RunLock
 from lora_dpo_jax.training.step import TrainState, TrainStep
-from lora_dpo_jax.training.trainer import Hook, StepInfo, train
+from lora_dpo_jax.training.trainer import Hook, StepInfo, TrainerConfig, train
 from lora_dpo_jax.training.watch import Watch
 
 logger = logging.getLogger("lora_dpo_jax")
@@ -103,20 +104,21 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState | None:
     k_adapters, k_dropout = jax.random.split(jax.random.key(trainer.seed))
     model = _adapted(config, lora, base, placement, key=k_adapters)
 
-    num_steps = trainer.steps(len(pairs))
+    order = _order(config, pairs)
+    num_steps = trainer.steps(order.epoch)
     optimizer, schedule = config.optimizer.build(num_steps), config.optimizer.schedule(num_steps)
     reference = frozen_copy(model) if config.reference_adapter is not None else None
     state = placement.put_parameters(TrainState.init(model, optimizer, key=k_dropout, reference=reference))
     step = TrainStep(config.preference_loss, optimizer, schedule=schedule, scope=placement.scope)
 
-    batch_ids, layout = _plan(config, pairs, num_steps, placement)
+    batch_ids, layout = _plan(config, pairs, order, num_steps, placement)
 
     run_dir = trainer.run_dir(run_id)
     resolved: Any = redacted(draccus.encode(config))
     checkpoints = Checkpoints(
         trainer.checkpointer.folder(run_dir, run_id),
         trainer.checkpointer,
-        identity=run_identity(config, lora, base, pairs) if is_first_process() else {},
+        identity=run_identity(config, lora, base, pairs, order) if is_first_process() else {},
         settings=resolved,
     )
     state, first_step, notes = _restore(checkpoints, state, num_steps, wanted=trainer.load_checkpoint)
@@ -126,12 +128,12 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState | None:
             (run_dir / "config.yaml").write_text(str(draccus.dump(resolved)))
         if first_step == 0:
             tracker.log_summary(_parameter_counts(model))
-        _announce(config, pairs, held_out, model, num_steps, layout, run_dir)
+        _announce(config, pairs, held_out, order, model, num_steps, layout, run_dir)
         starts_equal = config.initialize_from_peft is None or config.reference_adapter is not None
         log_probs = None
         if not config.loss.reference_free:
             log_probs = ReferenceLogProbs(config, base, reference_model(model, reference), placement)
-        report = Report(config, base, tracker, scorer(config, held_out, placement), log_probs, starts_equal, earlier)
+        report = Report(config, base, tracker, scorer(config, held_out, placement), log_probs, earlier)
         exports = Exports(config, lora, base, num_steps, first_step, run=run_id)
 
         def save(info: StepInfo[TrainState]) -> None:
@@ -171,14 +173,27 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState | None:
     return state
 
 
+def _order(config: TrainConfig, pairs: PairTable) -> PairOrder:
+    weights = config.data.train_weights
+    if weights is None:
+        return PairOrder(tuple(pairs.sizes), config.trainer.seed, config.data.shuffle)
+    for name, size in zip(pairs.names, pairs.sizes, strict=True):
+        if weights[name] > 0 and size == 0:
+            raise ValueError(
+                f"data.train_weights.{name}={weights[name]}, but all pairs of {name} are held out: lower "
+                "validation_split_fraction, give a component validation data, or set this weight to 0"
+            )
+    of_components = tuple(weights[name] for name in pairs.names)
+    return PairOrder(tuple(pairs.sizes), config.trainer.seed, config.data.shuffle, of_components)
+
+
 def _plan(
-    config: TrainConfig, pairs: PairTable, num_steps: int, placement: Placement
+    config: TrainConfig, pairs: PairTable, order: PairOrder, num_steps: int, placement: Placement
 ) -> tuple[list[np.ndarray], RunLayout]:
     """The ids of the pairs of each step, and how they are laid into rows; the same on every process."""
-    trainer, weights = config.trainer, config.data.train_weights
-    of_components = None if weights is None else tuple(weights[name] for name in pairs.names)
-    order = PairOrder(tuple(pairs.sizes), trainer.seed, config.data.shuffle, of_components)
-    batch_ids = [order.batch(step, trainer.train_batch_size) for step in range(num_steps)]
+    trainer = config.trainer
+    size, short_ends = trainer.train_batch_size, trainer.has_short_batches
+    batch_ids = [order.batch(step, size, short_ends=short_ends) for step in range(num_steps)]
     parallelism = trainer.per_device_parallelism
     layout = layout_of_run(pairs, batch_ids, parallelism, config.layout, row_shards=placement.row_shards)
     refuse_other_plans(pairs, batch_ids, layout)
@@ -195,7 +210,7 @@ def _restore(
     if found.step > num_steps:
         raise ValueError(
             f"{checkpoints.folder} holds a checkpoint of step {found.step}, but the run has only {num_steps} steps: "
-            "raise trainer.num_train_steps, or choose another trainer.id"
+            "raise trainer.num_train_steps or num_train_epochs, or choose another trainer.id"
         )
     return state.with_trained(found.arrays), found.step, found.notes
 
@@ -241,7 +256,7 @@ def _parameter_counts(model: CausalLM) -> dict[str, float]:
     }
 
 
-def _announce(config, pairs, held_out, model, num_steps, layout, run_dir) -> None:
+def _announce(config, pairs, held_out, order, model, num_steps, layout, run_dir) -> None:
     counts = _parameter_counts(model)
     logger.info(
         "%s: %s parameters, %s of them trainable (%.2f%%)",
@@ -250,12 +265,22 @@ def _announce(config, pairs, held_out, model, num_steps, layout, run_dir) -> Non
         f"{counts['trainable_parameter_count']:,}",
         100 * counts["fraction_trainable"],
     )
+    why = "" if len(held_out) else f" ({why_none_is_held_out(pairs, config.validation_split_fraction)})"
+    logger.info("%s training pairs, %s held out%s", f"{len(pairs):,}", f"{len(held_out):,}", why)
     logger.info(
-        "%s training pairs, %s held out; %s steps of %d pairs, in micro-batches of %s tokens; run folder %s",
-        f"{len(pairs):,}",
-        f"{len(held_out):,}",
-        f"{num_steps:,}",
-        config.trainer.train_batch_size,
+        "%s, in micro-batches of %s tokens; run folder %s",
+        _steps_in_words(config.trainer, order, num_steps),
         " or ".join(f"{part.rows} x {part.row_length}" for part in layout.parts),
         run_dir,
     )
+
+
+def _steps_in_words(trainer: TrainerConfig, order: PairOrder, num_steps: int) -> str:
+    """How many steps of how many pairs, and what becomes of pairs that make no whole batch."""
+    size, epoch = trainer.train_batch_size, order.epoch
+    text = f"{num_steps:,} steps of {size:,} pairs"
+    if trainer.has_short_batches and (left := epoch % size):
+        return f"{text}, {-(-epoch // size):,} an epoch, whose last one has {left:,} (trainer.last_batch=short)"
+    if trainer.num_train_steps is None and (trainer.num_train_epochs or 1) * epoch % size:
+        return f"{text}, the last one filled up from the next epoch (trainer.last_batch=fill)"
+    return text

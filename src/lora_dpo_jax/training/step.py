@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from lora_dpo_jax.data.packing import MICRO, PreferenceBatch
 from lora_dpo_jax.log_probs import pair_log_probs, policy_and_reference_log_probs
-from lora_dpo_jax.lora import trainable_filter
+from lora_dpo_jax.lora import equals_reference, trainable_filter
 from lora_dpo_jax.losses import PairLogProbs, PreferenceLoss, preference_metrics
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.training.flops import useful_flops
@@ -133,6 +133,9 @@ class TrainStep:
     def _accumulate(self, step, adapters, weights: "_Weights", parts: tuple[PreferenceBatch, ...], num_pairs):
         """Gradients of the mean loss, sums of the metrics, and each pair's loss, one micro-batch after the other."""
         key = jax.random.fold_in(weights.key, step)
+        all_ties: Any = False
+        if not self.loss.reference_free:
+            all_ties = equals_reference(adapters, weights.reference, training=True)
 
         def micro_loss(adapters, micro: PreferenceBatch):
             model = eqx.combine(adapters, weights.model)
@@ -142,7 +145,7 @@ class TrainStep:
             else:
                 policy, reference = policy_and_reference_log_probs(model, weights.reference, micro, key=key)
             losses = self.loss(policy, reference)
-            sums = preference_metrics(losses, policy, reference, micro.is_pair)
+            sums = preference_metrics(losses, policy, reference, micro.is_pair, all_ties=all_ties)
             sums = {name: value.scalar() for name, value in sums.items()}
             return sums["dpo_loss"] / num_pairs, (sums, losses.loss)
 

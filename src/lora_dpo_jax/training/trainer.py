@@ -35,6 +35,9 @@ class TrainerConfig:
     num_train_steps: int | None = None
     num_train_epochs: float | None = None  # the other way to say how long; 1 if neither is given
     train_batch_size: int = 32  # pairs per update
+    # What becomes of the pairs at the end of an epoch that make no whole batch. short: they are a batch of their own,
+    # as in transformers and TRL. fill: the next epoch fills it up. null: short, unless num_train_steps is given.
+    last_batch: Literal["short", "fill"] | None = None
     # What a device computes at once, in pairs of the longest length; -1 is what makes up 16,384 tokens. Less uses less
     # memory: the gradients of the rest are accumulated.
     per_device_parallelism: int = -1
@@ -74,6 +77,8 @@ class TrainerConfig:
                 raise ValueError(f"trainer.{name}={value} must be positive, or -1 for all rows at once")
         if self.non_finite not in ("stop", "skip"):
             raise ValueError(f"trainer.non_finite={self.non_finite!r} must be stop or skip")
+        if self.last_batch not in ("short", "fill", None):
+            raise ValueError(f"trainer.last_batch={self.last_batch!r} must be short, fill or null")
         if self.num_train_steps is not None and self.num_train_epochs is not None:
             raise ValueError("trainer.num_train_steps and trainer.num_train_epochs exclude each other; set one to null")
         if self.mp is not None:
@@ -89,11 +94,19 @@ class TrainerConfig:
         except Exception as error:
             raise ValueError(f"trainer.mp={self.mp!r} is no precision; for example f32 or p=f32,c=bfloat16") from error
 
+    @property
+    def has_short_batches(self) -> bool:
+        """Whether an epoch ends with the pairs that are left, however few."""
+        return self.last_batch == "short" or (self.last_batch is None and self.num_train_steps is None)
+
     def steps(self, num_pairs: int) -> int:
-        """How many updates the run makes."""
+        """How many updates the run makes, if an epoch has so many pairs."""
         if self.num_train_steps is not None:
             return self.num_train_steps
-        return math.ceil((self.num_train_epochs or 1) * num_pairs / self.train_batch_size)
+        epochs = self.num_train_epochs or 1
+        if self.has_short_batches:
+            return math.ceil(epochs * math.ceil(num_pairs / self.train_batch_size))
+        return math.ceil(epochs * num_pairs / self.train_batch_size)
 
     def run_id(self) -> str:
         """The same on all processes, each of which must call this."""

@@ -1,0 +1,163 @@
+"""Which pairs the steps of a run train on, and how components are mixed: functions of the seed and the step alone."""
+
+import functools
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+MIXING = 2  # the version: raise it when the same train_weights would draw other pairs
+SHUFFLE_ROUNDS = 16
+BLOCK = 8192  # positions of a mixture that are worked out at once: NumPy takes hardly longer for a hundred than for one
+GOLDEN = 0x9E3779B97F4A7C15  # the step of splitmix64
+
+
+@dataclass(frozen=True)
+class PairOrder:
+    """Which pairs the steps of a run train on.
+
+    Without `weights`, epochs over all pairs follow each other. With them, components are interleaved in exactly these
+    proportions, as evenly as can be, and each goes through epochs of its own.
+    """
+
+    sizes: tuple[int, ...]  # pairs of each component
+    seed: int
+    shuffle: bool = True
+    weights: tuple[float, ...] | None = None  # one for each component, finite, not negative
+
+    def __post_init__(self):
+        if sum(self.sizes) == 0:
+            raise ValueError("there are no training pairs")
+        for size, weight in zip(self.sizes, self.weights or self.sizes, strict=True):
+            if weight > 0 and size == 0:
+                raise ValueError("data.train_weights gives weight to a component without training pairs")
+
+    @functools.cached_property
+    def epoch(self) -> int:
+        """Pairs of an epoch: as many as there are in components that are drawn from."""
+        return sum(size for size, weight in zip(self.sizes, self.weights or self.sizes, strict=True) if weight > 0)
+
+    def batch(self, step: int, size: int, *, short_ends: bool = False) -> np.ndarray:
+        """The ids of the pairs of `step`, int64[size].
+
+        With `short_ends`, the last batch of an epoch has the pairs that are left, and the next epoch begins with a new
+        batch; without, that batch is filled up with pairs of the next epoch.
+        """
+        start, stop = step * size, (step + 1) * size
+        if short_ends:
+            epoch, step_of_epoch = divmod(step, -(-self.epoch // size))
+            start = epoch * self.epoch + step_of_epoch * size
+            stop = min(start + size, (epoch + 1) * self.epoch)
+        positions = np.arange(start, stop)
+        return self._in_epochs(positions) if self.weights is None else self._mixed(positions)
+
+    def _in_epochs(self, positions: np.ndarray) -> np.ndarray:
+        epochs, inner = np.divmod(positions, self.epoch)
+        if not self.shuffle:
+            return inner
+        ids = np.empty_like(inner)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            ids[here] = _permutation(self.seed, int(epoch), self.epoch)[inner[here]]
+        return ids
+
+    def _mixed(self, positions: np.ndarray) -> np.ndarray:
+        blocks, inner = np.divmod(positions, BLOCK)
+        return np.concatenate([self._ids_of_block(int(block))[inner[blocks == block]] for block in np.unique(blocks)])
+
+    @functools.cached_property
+    def _ids_of_block(self) -> Callable[[int], np.ndarray]:
+        """The ids at the positions of a block, int64[BLOCK]."""
+        sizes, starts = np.array(self.sizes), np.cumsum([0, *self.sizes[:-1]])
+        keys = np.random.SeedSequence([self.seed, 0x313]).generate_state(len(sizes), np.uint64)
+        mixture = _Mixture(self.weights or ())
+
+        @functools.lru_cache(maxsize=4)
+        def ids(block: int) -> np.ndarray:
+            component, nth = mixture.draw(np.arange(block * BLOCK, (block + 1) * BLOCK))
+            epoch, inner = np.divmod(nth, sizes[component])
+            if self.shuffle:
+                inner = _shuffled(inner, sizes[component], _hash(keys[component], 0, epoch.astype(np.uint64)))
+            return starts[component] + inner
+
+        return ids
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, 0, epoch]).permutation(size)
+
+
+class _Mixture:
+    """Which component each position of an endless sequence draws from, in the exact proportions of `weights`.
+
+    Positions come down a Huffman tree of the components. Of the first n that reach a node, round(n * share) go to its
+    lighter side. So where a position goes, and how many went there before it, follows from its number alone. Of any
+    two shares on a way down that follow each other, the product is at most 1/2; so of the first n positions each
+    component gets its share to within 2, whatever the weights and however many they are.
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        nodes, self.components = _huffman_tree(weights), len(weights)
+        self.sides = np.array([node[1:] for node in nodes], np.int64).ravel()  # heavy, light, heavy, light, ...
+        self.share = np.array([node[0] for node in nodes])  # of the lighter side, at most 1/2
+
+    def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(the component of each position, how many positions before it have the same one), both int64."""
+        # As float64, which holds whole numbers up to 2^53: after 10^9 positions a product is off by 10^-7.
+        nth, node = positions.astype(np.float64), np.full(len(positions), len(self.share) - 1)
+        while (node >= self.components).any():
+            share = self.share[node]
+            light = np.floor(nth * share + 0.5)
+            is_light = np.floor((nth + 1) * share + 0.5) > light
+            nth = np.where(is_light, light, nth - light)
+            node = self.sides[2 * node + is_light]
+        return node, nth.astype(np.int64)
+
+
+def _huffman_tree(weights: Sequence[float]) -> list[tuple[float, int, int]]:
+    """Of each node the share of its lighter side, the number of its heavier side and that of its lighter one.
+
+    First the components, in their order, where what arrives stays: share 0, both sides themselves. The root is last.
+    """
+    exact = [Fraction(weight) for weight in weights]
+    unit = max(weight.denominator for weight in exact)  # those of floats are powers of two
+    waiting = [(int(weight * unit), component) for component, weight in enumerate(exact) if weight > 0]
+    heapq.heapify(waiting)
+    nodes = [(0.0, component, component) for component in range(len(exact))]
+    while len(waiting) > 1:
+        (light, lighter), (heavy, heavier) = heapq.heappop(waiting), heapq.heappop(waiting)
+        heapq.heappush(waiting, (light + heavy, len(nodes)))
+        nodes.append((light / (light + heavy), heavier, lighter))
+    (_, root) = waiting[0]
+    return [*nodes, nodes[root]]
+
+
+def _shuffled(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Where each `index` goes in a random order of `size` elements, another one for each `key` (uint64).
+
+    A Feistel network, so that an element costs the same whatever the size, and nothing is kept. Its halves are row and
+    column in a table of about sqrt(size) rows; what it sends beyond `size` is sent on until it comes back.
+    """
+    rows = np.ceil(np.sqrt(size)).astype(np.int64)
+    columns = -(-size // rows)
+    index, todo = index.copy(), np.arange(len(index))
+    while todo.size:
+        key_here, rows_here, columns_here = key[todo], rows[todo].astype(np.uint64), columns[todo].astype(np.uint64)
+        row, column = np.divmod(index[todo].astype(np.uint64), columns_here)
+        for number in range(0, SHUFFLE_ROUNDS, 2):
+            row = (row + _hash(key_here, number, column)) % rows_here
+            column = (column + _hash(key_here, number + 1, row)) % columns_here
+        index[todo] = row * columns_here + column
+        todo = todo[index[todo] >= size[todo]]
+    return index
+
+
+def _hash(key: np.ndarray, number: int, half: np.ndarray) -> np.ndarray:
+    """splitmix64 (https://doi.org/10.1145/2714064.2660195) of a sum that tells the three apart, uint64."""
+    x = key + half * GOLDEN + number * 0xD1B54A32D192ED03 % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
