@@ -16,6 +16,7 @@ from tqdm import tqdm
 from lora_dpo_jax.data.loader import PairTable
 from lora_dpo_jax.evaluation import summarize
 from lora_dpo_jax.losses import PairLogProbs
+from lora_dpo_jax.main.arguments import parse_arguments
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.identity import cache_folder, refuse_other_settings
 from lora_dpo_jax.main.outputs import check_writable
@@ -28,7 +29,6 @@ from lora_dpo_jax.main.setup import (
     load_peft_adapter,
     load_tables,
     load_tokenizer,
-    parse_arguments,
     scorer,
 )
 from lora_dpo_jax.sharding import Placement
@@ -126,6 +126,11 @@ def _print(config: EvaluateConfig, summary: dict[str, float], num_pairs: int) ->
     print(f"scores    {config.output}")
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `lora-dpo-evaluate`."""
     with command(lambda: parse_arguments(EvaluateConfig), lambda config: config.trainer.distributed) as config:
         main(config)
+
+
+if __name__ == "__main__":
+    run()

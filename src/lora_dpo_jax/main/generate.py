@@ -3,7 +3,6 @@
 python -m lora_dpo_jax.main.generate --model <folder or hub id> [--adapter <PEFT folder>] --prompt Hello [--prompt ...]
 """
 
-import argparse
 import json
 import logging
 import sys
@@ -12,7 +11,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import draccus
 import jax
 import jax.numpy as jnp
 from fsspec.core import url_to_fs
@@ -23,6 +21,7 @@ from lora_dpo_jax.generation import GenerationConfig, complete, read_stop_ids
 from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.weights import load_model, read_config
+from lora_dpo_jax.main.arguments import parse as parse_settings
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
 from lora_dpo_jax.training.distributed import DistributedConfig, is_first_process
@@ -212,19 +211,29 @@ def _write(path: Path, prompts: Sequence[Prompt], completions: Sequence[str]) ->
 
 
 def parse(args: Sequence[str]) -> GenerateConfig:
-    """The configuration of a command line."""
-    # draccus reads values as YAML, to which "Translate: hello" is a mapping.
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--prompt", action="append", default=[])
-    literal, rest = parser.parse_known_args(args)
-    if literal.prompt:
-        if any(arg.split("=")[0] == "--prompts" for arg in rest):
-            raise ValueError("--prompt and --prompts are two ways to say the same: use one")
-        rest += ["--prompts", json.dumps(literal.prompt, ensure_ascii=False)]
-    return draccus.parse(GenerateConfig, args=rest)
+    """The configuration of a command line. What follows --prompt is taken as it stands, dashes included."""
+    prompts, rest = [], []
+    words = iter(args)
+    for word in words:
+        name, equals, text = word.partition("=")
+        if name != "--prompt":
+            rest.append(word)
+            continue
+        text = text if equals else next(words, None)
+        if text is None:
+            raise ValueError("--prompt needs a text, and nothing follows")
+        prompts.append(text)
+    if prompts and any(word.split("=")[0] == "--prompts" for word in rest):
+        raise ValueError("--prompt and --prompts are two ways to say the same: use one")
+    return parse_settings(GenerateConfig, rest, values={"prompts": prompts} if prompts else {})
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `lora-dpo-generate`."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     with command(lambda: parse(sys.argv[1:]), lambda config: DistributedConfig()) as config:
         main(config)
+
+
+if __name__ == "__main__":
+    run()

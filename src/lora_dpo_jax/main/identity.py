@@ -66,7 +66,7 @@ def run_identity(config: TrainConfig, lora: LoraConfig, base: Base, pairs: PairT
             "train_weights": config.data.train_weights,
             "training_pairs": len(pairs),
         },
-        "validation_split_fraction": config.validation_split_fraction,
+        "validation_split_fraction": config.held_out_fraction,
         "trainer": {"seed": config.trainer.seed, "train_batch_size": config.trainer.train_batch_size},
     }
 

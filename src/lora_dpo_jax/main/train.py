@@ -3,6 +3,8 @@
 import dataclasses
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import draccus
@@ -41,7 +43,7 @@ from lora_dpo_jax.tracking import cut_metrics, start_trackers
 from lora_dpo_jax.training.checkpoint import Checkpoints
 from lora_dpo_jax.training.devices import peak_flops
 from lora_dpo_jax.training.distributed import is_first_process
-from lora_dpo_jax.training.interruption import StopSignals
+from lora_dpo_jax.training.interruption import InterruptedTrainingError, StopSignals
 from lora_dpo_jax.training.step import TrainState, TrainStep
 from lora_dpo_jax.training.trainer import Hook, StepInfo, train
 from lora_dpo_jax.training.watch import Watch
@@ -88,7 +90,7 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
 
     run_id = trainer.run_id()
     run_dir = trainer.run_dir(run_id)
-    resolved: Any = redacted(draccus.encode(config))
+    resolved = _resolved(config, run_id)
     checkpoints = Checkpoints(
         trainer.checkpointer.folder(run_dir, run_id),
         trainer.checkpointer,
@@ -125,7 +127,7 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
         if log_probs is not None:
             known = log_probs.of_steps(pairs, batch_ids, choice=notes.get("reference_log_probs", "auto"))
         notes["reference_log_probs"] = "live" if known is None else "cached"
-        with StopSignals() as stop, checkpoints:
+        with _saying_how_to_resume(config, run_id), StopSignals() as stop, checkpoints:
             state = train(
                 state,
                 step,
@@ -144,6 +146,28 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
     if is_first_process():
         report.print(run_dir)
     return state
+
+
+def _resolved(config: TrainConfig, run_id: str) -> Any:
+    """The settings, without secrets, that make this run anew: with one beta, and the id that resumes it."""
+    trainer = dataclasses.replace(config.trainer, id=run_id)
+    encode: Any = draccus.encode
+    tree = encode(dataclasses.replace(config, loss=config.preference_loss, beta=None, trainer=trainer))
+    del tree["beta"]
+    return redacted(tree)
+
+
+@contextmanager
+def _saying_how_to_resume(config: TrainConfig, run_id: str) -> Iterator[None]:
+    """Around training: gives an interruption the settings with which the same command resumes the run."""
+    try:
+        yield
+    except InterruptedTrainingError as interruption:
+        if config.trainer.id is None:
+            interruption.resume_with += ["--trainer.id", run_id]
+        if config.trainer.load_checkpoint is False:
+            interruption.resume_with += ["--trainer.load_checkpoint", "true"]
+        raise
 
 
 def _plan(
