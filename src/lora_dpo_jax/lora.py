@@ -68,7 +68,7 @@ class LoraConfig:
 
 def _check_pattern(setting: str, pattern: str) -> None:
     if pattern == "all-linear":
-        raise ValueError(f"{setting}={pattern!r}: PEFT's word for every linear layer is null here, the default")
+        raise ValueError(f"{setting}={pattern!r}: PEFT's word for every linear layer is null here; leave it out")
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:

@@ -51,9 +51,8 @@ def _setting(setting: Setting, width: int) -> list[str]:
 
 def _about(config_class: type) -> str:
     text = " ".join((config_class.__doc__ or "").split())
-    return (
-        "" if text.startswith(f"{config_class.__name__}(") else text
-    )  # what a dataclass without words of its own says
+    is_generated = text.startswith(f"{config_class.__name__}(")  # by dataclasses, of the fields
+    return "" if is_generated else text
 
 
 def _wrapped(text: str, width: int, indent: str) -> list[str]:

@@ -110,8 +110,8 @@ class TrainConfig:
     # Two ways to say one thing: what the command line says in one takes the place of what the file says in the other.
     either: ClassVar = (("beta", "loss.beta"), ("trainer.num_train_steps", "trainer.num_train_epochs"))
     if_missing: ClassVar = (
-        "Give settings in a file, with --config_path FILE.yaml, or on the command line. The README's quickstart has a file "
-        "that runs as it is: --config_path config/quickstart.yaml"
+        "Give settings in a file, with --config_path FILE.yaml, or on the command line. The README's quickstart has a "
+        "file that runs as it is: --config_path config/quickstart.yaml"
     )
 
     def __post_init__(self):
