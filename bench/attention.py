@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import draccus
 import haliax as hax
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from bench import pairs as benchmark_pairs
 from bench.measure import emit
 from lora_dpo_jax.data import Layout, PreferenceBatch, plan_rows
 from lora_dpo_jax.data.packing import pack
+from lora_dpo_jax.main.arguments import parse
 from lora_dpo_jax.models.attention import IMPLEMENTATIONS, KEY_POSITION, PackedMask, attend
 
 
@@ -47,7 +47,7 @@ class Options:
 
 
 def main() -> None:
-    options = draccus.parse(config_class=Options)
+    options = parse(Options)
     emit(measure(options), options.out)
 
 

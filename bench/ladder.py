@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import draccus
 import equinox as eqx
 import haliax as hax
 import jax
@@ -27,6 +26,7 @@ from bench.wiring import Subject, adapted_model, new_state, reference_log_probs
 from lora_dpo_jax.data import PairTable, PreferenceBatch
 from lora_dpo_jax.lora import LoraLinear, map_linear_layers, trainable_filter
 from lora_dpo_jax.losses import Dpo
+from lora_dpo_jax.main.arguments import parse
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.flops import useful_flops
@@ -78,7 +78,7 @@ class Measured:
 
 
 def main() -> None:
-    options = draccus.parse(config_class=Options)
+    options = parse(Options)
     rungs = climb(options)
     print(markdown(rungs))
     shown = [{k: v for k, v in vars(rung).items() if k != "gradients"} for rung in rungs]

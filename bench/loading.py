@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from bench import models
 from bench.measure import emit
 from lora_dpo_jax.huggingface.weights import load_model, read_config
+from lora_dpo_jax.main.arguments import parse
 from lora_dpo_jax.models.quantization import parameter_count
 from lora_dpo_jax.sharding import MeshConfig, Placement
 
@@ -43,7 +44,7 @@ class Options:
 
 
 def main() -> None:
-    options = draccus.parse(config_class=Options)
+    options = parse(Options)
     if options.coordinator is not None:
         print(json.dumps(measure(options)))
         return

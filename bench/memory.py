@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import draccus
 import numpy as np
 
 from bench import models
@@ -21,6 +20,7 @@ from bench.wiring import Lora, Subject, Trainer
 from lora_dpo_jax.data import Layout, PreferenceBatch
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.losses import Dpo
+from lora_dpo_jax.main.arguments import parse
 from lora_dpo_jax.main.setup import ModelConfig, layout_of_run
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.described import describe_state
@@ -59,7 +59,7 @@ class Options(Subject):
 
 
 def main() -> None:
-    options = draccus.parse(config_class=Options)
+    options = parse(Options)
     where = placement(options)
     rows = [measure(options, where, parts) for parts in batches(options, where)]
     print(markdown(rows))

@@ -8,11 +8,10 @@ Packs each step as a run would, for several numbers of pairs a step. No model is
 from dataclasses import dataclass, field
 from typing import Any
 
-import draccus
-
 from bench import pairs as benchmark_pairs
 from bench.measure import emit
 from lora_dpo_jax.data import PairLayout, PairOrder, PairTable
+from lora_dpo_jax.main.arguments import parse
 from lora_dpo_jax.main.setup import layout_of_run
 
 
@@ -29,7 +28,7 @@ class Options:
 
 
 def main() -> None:
-    options = draccus.parse(config_class=Options)
+    options = parse(Options)
     pairs = benchmark_pairs.whole_file(options.data, options.tokenizer, options.train_seq_len)
     rows = [measure(pairs, options, batch_size) for batch_size in options.batch_sizes]
     print(markdown(rows))

@@ -19,11 +19,12 @@ from bench.measure import Meter, emit, host
 from bench.models import decoder_config
 from bench.wiring import Options, Wired, wire
 from lora_dpo_jax.data import PairTable, PreferenceBatch
+from lora_dpo_jax.main.arguments import parse
 from lora_dpo_jax.training.devices import peak_flops
 
 
 def main() -> None:
-    options = draccus.parse(config_class=Options)
+    options = parse(Options)
     emit(measure(options), options.out)
 
 

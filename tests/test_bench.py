@@ -7,7 +7,6 @@ import re
 import sys
 from pathlib import Path
 
-import draccus
 import haliax as hax
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from bench.models import decoder_config, write_folder
 from bench.profiles import PROFILES, SHAPES
 from bench.wiring import Model, Options, Trainer, adapted_model
 from lora_dpo_jax.huggingface.weights import load_model, read_config
+from lora_dpo_jax.main.arguments import parse
 from lora_dpo_jax.models.attention import PackedMask
 from lora_dpo_jax.sharding import MeshConfig, Placement
 
@@ -162,7 +162,7 @@ def test_pairs_of_a_file_are_read_as_for_training(monkeypatch, tmp_path):
 
 
 def test_one_setting_given_leaves_the_other_defaults():
-    given = draccus.parse(Options, args=["--trainer.mp", "f32", "--lora.r", "64", "--model.attention", "dense"])
+    given = parse(Options, ["--trainer.mp", "f32", "--lora.r", "64", "--model.attention", "dense"])
     assert (given.trainer.mp, given.lora.r, given.model.attention) == ("f32", 64, "dense")
     assert given.trainer.train_batch_size == Options().trainer.train_batch_size == 4
     assert given.lora.alpha == 32.0 and given.model.gradient_checkpointing == "products"

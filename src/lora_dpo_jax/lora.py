@@ -24,6 +24,7 @@ import haliax as hax
 import haliax.nn as hnn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from haliax import Axis, NamedArray
 from haliax.axis import AxisSpec
 
@@ -50,14 +51,30 @@ class LoraConfig:
     def __post_init__(self):
         if self.r < 1:
             raise ValueError(f"lora.r={self.r} must be at least 1")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"lora.dropout={self.dropout} must be in [0, 1)")
+        if not 0.0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha={self.alpha} must be a positive number")
+        if not 0.0 <= np.float32(self.dropout) < 1.0:
+            raise ValueError(f"lora.dropout={self.dropout} must be in [0, 1), in float32 too")
         if self.a_init not in ("random", "zero"):
             raise ValueError(f"lora.a_init={self.a_init!r} must be 'random' or 'zero'")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(pattern := getattr(self, name), str):
+                _check_pattern(f"lora.{name}", pattern)
 
     @property
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+def _check_pattern(setting: str, pattern: str) -> None:
+    if pattern == "all-linear":
+        raise ValueError(f"{setting}={pattern!r}: PEFT's word for every linear layer is null here; leave it out")
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{setting}={pattern!r} is no regular expression ({error}); write a list for names: [q_proj, v_proj]"
+        ) from error
 
 
 class TokenKey(eqx.Module):

@@ -1,6 +1,7 @@
 """Preference losses: from the log-probabilities of pairs to a loss per pair. Nothing here knows of tokens."""
 
 import abc
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import equinox as eqx
 import haliax as hax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from haliax import NamedArray
 
 
@@ -44,8 +46,8 @@ class PreferenceLoss(draccus.ChoiceRegistry, abc.ABC):
         return "sigmoid"
 
     def __post_init__(self):
-        if not self.beta > 0:
-            raise ValueError(f"loss.beta={self.beta} must be positive")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"loss.beta={self.beta} must be positive and finite")
 
     @abc.abstractmethod
     def pair_loss(self, chosen: NamedArray, rejected: NamedArray, policy: PairLogProbs) -> NamedArray:
@@ -68,8 +70,8 @@ class _Logistic(PreferenceLoss):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0.0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"loss.label_smoothing={self.label_smoothing} must be in [0, 0.5)")
+        if not 0.0 <= np.float32(self.label_smoothing) < 0.5:
+            raise ValueError(f"loss.label_smoothing={self.label_smoothing} must be in [0, 0.5), in float32 too")
 
     def negative_log_likelihood(self, logits: NamedArray) -> NamedArray:
         """Eq. 3 of https://ericmitchell.ai/cdpo.pdf."""

@@ -15,6 +15,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AxisMapping = Mapping[str, Any]
+MeshAxes = str | list[str] | None  # that an axis of arrays is split over
 
 
 # Axes of a model's arrays and of batches that may be split. Within a head or along a row, attention would be cut.
@@ -33,9 +34,9 @@ class MeshConfig:
     axes: dict[str, int] = field(default_factory=lambda: {"replica": 1, "data": -1, "model": 1})
     # Sizes across slices, of axes of their own or of those above, which are then that many times longer.
     dcn_axes: dict[str, int] = field(default_factory=lambda: {"replica_dcn": -1})
-    shared_mapping: dict[str, Any] = field(default_factory=lambda: {"mlp": "model", "kv_head": "model"})
-    compute_mapping: dict[str, Any] = field(default_factory=lambda: {"row": ["replica_dcn", "replica", "data"]})
-    param_mapping: dict[str, Any] = field(default_factory=lambda: {"embed": "data"})
+    shared_mapping: dict[str, MeshAxes] = field(default_factory=lambda: {"mlp": "model", "kv_head": "model"})
+    compute_mapping: dict[str, MeshAxes] = field(default_factory=lambda: {"row": ["replica_dcn", "replica", "data"]})
+    param_mapping: dict[str, MeshAxes] = field(default_factory=lambda: {"embed": "data"})
 
     def __post_init__(self):
         object.__setattr__(self, "axes", _with_defaults("axes", self.axes, {"replica": 1, "data": -1, "model": 1}))

@@ -1,7 +1,7 @@
 """Where metrics go: metrics.jsonl in the run's folder, Weights & Biases and TensorBoard if asked for, the terminal.
 
-`tracker` in a config file is a name (`wandb`), a mapping (`{type: wandb, project: p}`), a list of either, or null:
-annotate the field as `TrackerConfigs` to have all of these. On several hosts only process 0 writes and prints.
+`tracker` in a config file is a name (`wandb`), a mapping (`{type: wandb, project: p}`), a list of either, or null. On
+several hosts only process 0 writes and prints.
 """
 
 import json
@@ -15,12 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, List, Literal, TextIO  # noqa: UP035
+from typing import Any, Literal, TextIO
 
 import draccus
 import jax
-from draccus.parsers.decoding import get_decoding_fn
-from draccus.utils import DecodingError
 from tqdm import tqdm
 
 from lora_dpo_jax.redaction import redact
@@ -125,15 +123,20 @@ class NoTrackerConfig(TrackerConfig):
         return _Composite([])
 
 
+def check_trackers(configs: Sequence[TrackerConfig]) -> None:
+    """Raises ValueError where two are of one kind."""
+    kinds = [TrackerConfig.get_choice_name(type(config)) for config in configs]
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"trainer.tracker names {', '.join(kinds)}; each may be named once.")
+
+
 def start_trackers(configs: Sequence[TrackerConfig], *, run_dir: Path, run_id: str, resolved_config: dict) -> Tracker:
     """Start all of `configs`, and metrics.jsonl in `run_dir`, as one tracker. A run that goes on appends to its files.
 
     Values may be numbers or arrays of one number, of any array library. On the other processes of a run on several
     hosts, the tracker takes everything and writes nothing.
     """
-    kinds = [TrackerConfig.get_choice_name(type(config)) for config in configs]
-    if len(set(kinds)) < len(kinds):
-        raise ValueError(f"trainer.tracker names {', '.join(kinds)}; each may be named once.")
+    check_trackers(configs)
     if jax.process_index() != 0:
         return _Composite([])
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -345,28 +348,3 @@ def _number(name: str, value: Any) -> float:
     if not isinstance(value, int | float):
         raise TypeError(f"Metric {name!r} must be one number, found {value!r}.")
     return value
-
-
-def _decode_tracker_configs(cls, raw_value: Any, path: Sequence[str] = ()) -> TrackerConfigs:
-    del cls
-    path = tuple(path)
-    if raw_value is None:
-        return []
-    if isinstance(raw_value, list):
-        return [_decode_tracker_config(item, (*path, str(index))) for index, item in enumerate(raw_value)]
-    return [_decode_tracker_config(raw_value, path)]
-
-
-def _decode_tracker_config(raw_value: Any, path: Sequence[str]) -> TrackerConfig:
-    settings = {"type": raw_value} if isinstance(raw_value, str) else raw_value
-    choices = TrackerConfig.get_known_choices()
-    if not isinstance(settings, Mapping) or settings.get("type") not in choices:
-        raise DecodingError(
-            path,
-            f"Found {raw_value!r}; needed is one of {', '.join(choices)}, or a mapping with one of them as its type",
-        )
-    return get_decoding_fn(TrackerConfig)(dict(settings), path)
-
-
-# draccus looks types up by their typing spelling, and hands null over to those with include_subclasses alone.
-draccus.decode.register(List[TrackerConfig], _decode_tracker_configs, include_subclasses=True)  # noqa: UP006

@@ -1,9 +1,16 @@
 """python -m lora_dpo_jax.main --config_path config/quickstart.yaml"""
 
+from lora_dpo_jax.main.arguments import parse_arguments
 from lora_dpo_jax.main.command import command
-from lora_dpo_jax.main.setup import TrainConfig, parse_arguments, process_start
+from lora_dpo_jax.main.setup import TrainConfig, process_start
 from lora_dpo_jax.main.train import main
 
-if __name__ == "__main__":
+
+def run() -> None:
+    """The command `lora-dpo`."""
     with command(lambda: parse_arguments(TrainConfig), lambda config: config.trainer.distributed) as config:
         main(config, began=process_start())
+
+
+if __name__ == "__main__":
+    run()

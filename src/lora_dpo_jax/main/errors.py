@@ -9,16 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import draccus
-from draccus.utils import DecodingError, ParsingError
-
+from lora_dpo_jax.main.launched import resuming_command
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.redaction import redact
+from lora_dpo_jax.training.distributed import is_first_process
 from lora_dpo_jax.training.interruption import InterruptedTrainingError
 
 TRACEBACK = "LORA_DPO_JAX_TRACEBACK"  # set it to see where an error comes from
-# Folders whose code raises errors for users to read.
-FOR_USERS = (Path(__file__).parents[1], Path(draccus.__file__).parent)
+FOR_USERS = Path(__file__).parents[1]  # the folder whose code raises errors for users to read
 
 
 @contextmanager
@@ -34,11 +32,13 @@ def told_in_a_line() -> Iterator[None]:
         yield
     except InterruptedTrainingError as interruption:
         print(interruption, file=sys.stderr)
+        if is_first_process():
+            print(f"To resume it:\n{redact(resuming_command(interruption.resume_with))}", file=sys.stderr)
         raise SystemExit(interruption.exit_code) from interruption
-    except (ValueError, OSError, ImportError, RuntimeError, ParsingError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get(TRACEBACK) or not _is_for_users(error):
             raise
-        print(f"error: {_shown(_message(error))}\n({TRACEBACK}=1 shows where it comes from)", file=sys.stderr)
+        print(f"error: {_shown(str(error).strip())}\n({TRACEBACK}=1 shows where it comes from)", file=sys.stderr)
         raise SystemExit(1) from error
 
 
@@ -52,13 +52,5 @@ def _shown(text: str) -> str:
 
 
 def _is_for_users(error: BaseException) -> bool:
-    """Whether the line that raised it is ours or draccus's: others know nothing of the user's settings."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return any(raised_in.is_relative_to(folder) for folder in FOR_USERS)
-
-
-def _message(error: BaseException) -> str:
-    # What a config class says of its values, draccus puts in the cause.
-    while isinstance(error, ParsingError) and not isinstance(error, DecodingError) and error.__cause__:
-        error = error.__cause__
-    return str(error).strip()
+    """Whether the line that raised it is ours: others know nothing of the user's settings."""
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(FOR_USERS)

@@ -17,6 +17,7 @@ from lora_dpo_jax.data.sources import expand_url
 from lora_dpo_jax.evaluation import summarize
 from lora_dpo_jax.lora import equals_reference, frozen_copy
 from lora_dpo_jax.losses import PairLogProbs
+from lora_dpo_jax.main.arguments import parse_arguments
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.identity import cache_folder, refuse_other_settings
 from lora_dpo_jax.main.output_file import check_output, write_output
@@ -31,7 +32,6 @@ from lora_dpo_jax.main.setup import (
     load_peft_adapter,
     load_tables,
     load_tokenizer,
-    parse_arguments,
     scorer,
 )
 from lora_dpo_jax.printable import printable
@@ -72,7 +72,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     if not len(pairs):
         why = ""
         if config.split == "validation":
-            why = f" ({why_none_is_held_out(train, config.validation_split_fraction)})"
+            why = f" ({why_none_is_held_out(train, config.held_out_fraction)})"
         raise ValueError(
             f"the {config.split} split has no pairs{why}: give data.components validation files, or a "
             "validation_split_fraction that is at least one prompt's pairs"
@@ -138,6 +138,11 @@ def _print(config: EvaluateConfig, summary: dict[str, float], num_pairs: int) ->
     print(f"scores    {printable(config.output)}")
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `lora-dpo-evaluate`."""
     with command(lambda: parse_arguments(EvaluateConfig), lambda config: config.trainer.distributed) as config:
         main(config)
+
+
+if __name__ == "__main__":
+    run()

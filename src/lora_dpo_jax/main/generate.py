@@ -3,9 +3,7 @@
 python -m lora_dpo_jax.main.generate --model <folder or hub id> [--adapter <PEFT folder>] --prompt Hello [--prompt ...]
 """
 
-import argparse
 import inspect
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,7 +11,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import draccus
 import jax
 import jax.numpy as jnp
 from fsspec.core import url_to_fs
@@ -27,6 +24,7 @@ from lora_dpo_jax.huggingface.adapters import load_adapter, read_base_model
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
 from lora_dpo_jax.huggingface.weights import load_model, read_config
+from lora_dpo_jax.main.arguments import parse as parse_settings
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.output_file import check_output, write_output
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
@@ -37,7 +35,6 @@ from lora_dpo_jax.training.distributed import DistributedConfig, is_first_proces
 logger = logging.getLogger(__name__)
 
 Prompt = str | list[dict[str, Any]]
-TEXTS = ("system", "chat_template")  # settings whose text the command line gives as it stands
 # What a template may be given besides its own variables.
 OPTIONS = {"tools", "documents", "add_generation_prompt", "continue_final_message"}
 TAKEN = {
@@ -231,23 +228,29 @@ def _readable(prompt: Prompt) -> str:
 
 
 def parse(args: Sequence[str]) -> GenerateConfig:
-    """The configuration of a command line."""
-    # draccus reads values as YAML, to which "Translate: hello" is a mapping, and a template is nothing.
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--prompt", action="append", default=[])
-    for name in TEXTS:
-        parser.add_argument(f"--{name}")
-    literal, rest = parser.parse_known_args(args)
-    if literal.prompt:
-        if any(arg.split("=")[0] == "--prompts" for arg in rest):
-            raise ValueError("--prompt and --prompts are two ways to say the same: use one")
-        rest += ["--prompts", json.dumps(literal.prompt)]
-    given = {name: text for name in TEXTS if (text := getattr(literal, name)) is not None}
-    rest += [f"--{name}={text if text == 'null' else json.dumps(text)}" for name, text in given.items()]
-    return draccus.parse(GenerateConfig, args=rest)
+    """The configuration of a command line. What follows --prompt is taken as it stands, dashes included."""
+    prompts, rest = [], []
+    words = iter(args)
+    for word in words:
+        name, equals, text = word.partition("=")
+        if name != "--prompt":
+            rest.append(word)
+            continue
+        text = text if equals else next(words, None)
+        if text is None:
+            raise ValueError("--prompt needs a text, and nothing follows")
+        prompts.append(text)
+    if prompts and any(word.split("=")[0] == "--prompts" for word in rest):
+        raise ValueError("--prompt and --prompts are two ways to say the same: use one")
+    return parse_settings(GenerateConfig, rest, values={"prompts": prompts} if prompts else {})
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `lora-dpo-generate`."""
     log_to_stderr(logging.WARNING)
     with command(lambda: parse(sys.argv[1:]), lambda config: DistributedConfig()) as config:
         main(config)
+
+
+if __name__ == "__main__":
+    run()

@@ -73,7 +73,7 @@ def run_identity(
             **({"version_of_mixing": MIXING} if config.data.train_weights is not None else {}),
             "training_pairs": len(pairs),
         },
-        "validation_split_fraction": config.validation_split_fraction,
+        "validation_split_fraction": config.held_out_fraction,
         "trainer": {
             "seed": trainer.seed,
             "train_batch_size": trainer.train_batch_size,

@@ -14,7 +14,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jmp
 import numpy as np
 
 from lora_dpo_jax.data import Layout, PreferenceBatch, TokenizedPair, plan_rows
@@ -22,8 +21,9 @@ from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.data.planning import LENGTH_MULTIPLE, round_up
 from lora_dpo_jax.huggingface.weights import read_config
 from lora_dpo_jax.lora import trainable_filter
+from lora_dpo_jax.main.arguments import parse_arguments
 from lora_dpo_jax.main.errors import told_in_a_line
-from lora_dpo_jax.main.setup import TrainConfig, folder_of, parse_arguments, row_bound
+from lora_dpo_jax.main.setup import TrainConfig, folder_of, row_bound
 from lora_dpo_jax.models import CausalLM, DecoderConfig
 from lora_dpo_jax.models.quantization import parameter_count
 from lora_dpo_jax.printable import printable
@@ -31,6 +31,7 @@ from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.described import bytes_of_a_device, describe_state
 from lora_dpo_jax.training.devices import DeviceKind, described_devices
 from lora_dpo_jax.training.flops import useful_flops
+from lora_dpo_jax.training.precision import precision_of
 from lora_dpo_jax.training.programs import ProgramMemory, collective_bytes
 from lora_dpo_jax.training.step import TrainState, TrainStep
 
@@ -227,8 +228,10 @@ def _suggestion(config: PlanConfig, found: Plan) -> str:
 
 def _state_of_a_run(config: PlanConfig, decoder: DecoderConfig, optimizer: Any, placement: Placement) -> TrainState:
     # What a run would compute in on such devices, whatever this machine has.
-    policy = jmp.get_policy(config.trainer.mp or "p=f32,c=bfloat16")
-    dtype = policy.compute_dtype if config.model.dtype is None else jmp.get_policy(config.model.dtype).param_dtype
+    policy = precision_of("trainer.mp", config.trainer.mp or "p=f32,c=bfloat16")
+    dtype = policy.compute_dtype
+    if config.model.dtype is not None:
+        dtype = precision_of("model.dtype", config.model.dtype).param_dtype
     return describe_state(
         decoder,
         config.lora,
@@ -282,8 +285,13 @@ def _largest_parallelism(
     return max(1, int(most) // longest_pair)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `lora-dpo-plan`."""
     jax.config.update("jax_platforms", "cpu")  # a plan is no work for what may be busy here
     with told_in_a_line():
         if not main(parse_arguments(PlanConfig)).fits:
             raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run()

@@ -2,16 +2,16 @@
 
 import dataclasses
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import draccus
 import jax
-import jmp
 import numpy as np
 
 from lora_dpo_jax.data.cache import TokenizedPairs, load_pairs
@@ -27,14 +27,16 @@ from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
 from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.lora import LoraConfig
 from lora_dpo_jax.losses import Dpo, PreferenceLoss
+from lora_dpo_jax.main.arguments import parse_arguments as parse_arguments  # for those who look for it here
+from lora_dpo_jax.main.decoding import config_of
 from lora_dpo_jax.models import CausalLM, DecoderConfig
 from lora_dpo_jax.models.attention import IMPLEMENTATIONS, PLATFORMS
 from lora_dpo_jax.models.decoder import CHECKPOINT_POLICIES
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
-from lora_dpo_jax.redaction import log_to_stderr
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.distributed import in_turns
 from lora_dpo_jax.training.optimizer import OptimizerConfig
+from lora_dpo_jax.training.precision import precision_of
 from lora_dpo_jax.training.run_lock import process_started
 from lora_dpo_jax.training.trainer import TrainerConfig
 
@@ -63,7 +65,7 @@ class ModelConfig:
         if self.quantization not in QUANTIZATIONS:
             raise ValueError(f"model.quantization={self.quantization!r} must be one of {[*QUANTIZATIONS]}")
         if self.dtype is not None:
-            _parse_dtype(self.dtype)
+            _dtype_of(self.dtype)
 
     def applied_to(self, decoder: DecoderConfig) -> DecoderConfig:
         """The architecture, computed as these settings say."""
@@ -84,7 +86,7 @@ class TrainConfig:
     layout: PairLayout = field(default_factory=PairLayout)
     lora: LoraConfig = field(default_factory=LoraConfig)
     loss: PreferenceLoss = field(default_factory=Dpo)
-    beta: float | None = None  # the short form of loss.beta
+    beta: float | None = None  # short for loss.beta
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
@@ -96,7 +98,8 @@ class TrainConfig:
     # live: in each step. cached: on disk, each pair computed once for all runs. auto: by which the run computes less.
     reference_log_probs: Literal["auto", "live", "cached"] = "auto"
 
-    validation_split_fraction: float = 0.1  # held out by prompt, unless a component has validation files of its own
+    # Share of the training pairs that is held out, by prompt, unless a component has validation data; null or 0: none.
+    validation_split_fraction: float | None = 0.1
 
     peft_save_path: str | None = None  # a folder or a URL; the final adapter
     merged_hf_save_path: str | None = None  # likewise; the final merged model
@@ -107,13 +110,26 @@ class TrainConfig:
     sample_prompts: list[str] = field(default_factory=list)  # completed before and after training
     generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(max_new_tokens=64))
 
+    # Two ways to say one thing: what the command line says in one takes the place of what the file says in the other.
+    either: ClassVar = (("beta", "loss.beta"), ("trainer.num_train_steps", "trainer.num_train_epochs"))
+    if_missing: ClassVar = (
+        "Give settings in a file, with --config_path FILE.yaml, or on the command line. The README's quickstart has a "
+        "file that runs as it is: --config_path config/quickstart.yaml"
+    )
+
     def __post_init__(self):
-        if not 0.0 <= self.validation_split_fraction < 1.0:
-            raise ValueError(f"validation_split_fraction={self.validation_split_fraction} must be in [0, 1)")
+        if not 0.0 <= self.held_out_fraction < 1.0:
+            raise ValueError(f"validation_split_fraction={self.validation_split_fraction} must be in [0, 1), or null")
         if self.train_seq_len < 2:
             raise ValueError(f"train_seq_len={self.train_seq_len} must be at least 2 tokens")
         if self.hf_save_steps is not None and self.hf_save_steps < 1:
             raise ValueError(f"hf_save_steps={self.hf_save_steps} must be positive")
+        if self.hf_save_steps is not None and not (self.peft_save_path or self.merged_hf_save_path):
+            raise ValueError(
+                f"hf_save_steps={self.hf_save_steps} exports nothing: set peft_save_path, merged_hf_save_path or both"
+            )
+        if self.preview < 0:
+            raise ValueError(f"preview={self.preview} must be a number of pairs, or 0 to train")
         if self.peft_reference not in ("adapter", "base"):
             raise ValueError(f"peft_reference={self.peft_reference!r} must be adapter or base")
         if self.reference_log_probs not in ("auto", "live", "cached"):
@@ -124,8 +140,15 @@ class TrainConfig:
             and same_place(self.peft_save_path, self.merged_hf_save_path)
         ):
             raise ValueError(f"peft_save_path and merged_hf_save_path are both {self.peft_save_path}; they must differ")
-        if self.beta is not None and self.loss.beta not in (self.beta, type(self.loss)().beta):
-            raise ValueError(f"beta={self.beta} and loss.beta={self.loss.beta} disagree; give one of them")
+        if self.beta is not None:
+            if not 0 < self.beta < math.inf:
+                raise ValueError(f"beta={self.beta} must be positive and finite")
+            if self.loss.beta not in (self.beta, type(self.loss).beta):
+                raise ValueError(f"beta={self.beta} and loss.beta={self.loss.beta} disagree; give one of them")
+
+    @property
+    def held_out_fraction(self) -> float:
+        return self.validation_split_fraction or 0.0
 
     @property
     def preference_loss(self) -> PreferenceLoss:
@@ -137,13 +160,8 @@ class TrainConfig:
         return self.initialize_from_peft if self.peft_reference == "adapter" else None
 
 
-def parse_arguments(config_class: type) -> Any:
-    """The configuration from `--config_path` and the command line."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    log_to_stderr(logging.INFO)
-    for noisy in ("jax", "httpx", "datasets", "fsspec", "absl"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    return draccus.parse(config_class=config_class)
+# Who decodes plain values by draccus gets the checks of the commands.
+draccus.decode.register(TrainConfig, lambda cls, tree, path: config_of(cls, tree), include_subclasses=True)
 
 
 def process_start() -> float:
@@ -212,7 +230,7 @@ def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base
         )
     dtype = config.trainer.precision.compute_dtype
     if config.model.dtype is not None:
-        dtype = _parse_dtype(config.model.dtype)
+        dtype = _dtype_of(config.model.dtype)
     with placement.scope():
         model = load_model(
             folder, decoder, dtype=dtype, mapping=placement.parameters, quantization=config.model.quantization
@@ -232,7 +250,7 @@ def load_tables(config: TrainConfig, tokenizer: Any) -> tuple[PairTable, PairTab
     train, validation = in_turns(lambda: (load("train"), load("validation")))
     if validation or not train:
         return whole_table(train), whole_table(validation)
-    return split_by_prompt(train, config.validation_split_fraction, config.trainer.seed)
+    return split_by_prompt(train, config.held_out_fraction, config.trainer.seed)
 
 
 def scorer(config: TrainConfig, pairs: PairTable, placement: Placement) -> PairScorer:
@@ -286,8 +304,7 @@ def _check_lengths(config: TrainConfig, decoder: DecoderConfig) -> None:
     logger.warning("train_seq_len=%d is beyond the model's max_position_embeddings=%d", config.train_seq_len, limit)
 
 
-def _parse_dtype(name: str) -> Any:
-    try:
-        return jmp.get_policy(name).param_dtype
-    except Exception as error:
-        raise ValueError(f"model.dtype={name!r} is no dtype; for example f32 or bf16") from error
+def _dtype_of(name: str) -> Any:
+    if "=" in name:
+        raise ValueError(f"model.dtype={name!r} must be one dtype; for example f32 or bf16")
+    return precision_of("model.dtype", name).param_dtype

@@ -46,7 +46,7 @@ from lora_dpo_jax.tracking import cut_metrics, start_trackers
 from lora_dpo_jax.training.checkpoint import Checkpoints
 from lora_dpo_jax.training.devices import peak_flops
 from lora_dpo_jax.training.distributed import is_first_process
-from lora_dpo_jax.training.interruption import StopSignals
+from lora_dpo_jax.training.interruption import InterruptedTrainingError, StopSignals
 from lora_dpo_jax.training.run_lock import RunLock
 from lora_dpo_jax.training.step import TrainState, TrainStep
 from lora_dpo_jax.training.trainer import Hook, StepInfo, TrainerConfig, train
@@ -114,7 +114,7 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState | None:
     batch_ids, layout = _plan(config, pairs, order, num_steps, placement)
 
     run_dir = trainer.run_dir(run_id)
-    resolved: Any = redacted(draccus.encode(config))
+    resolved = _resolved(config, run_id)
     checkpoints = Checkpoints(
         trainer.checkpointer.folder(run_dir, run_id),
         trainer.checkpointer,
@@ -152,7 +152,7 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState | None:
         if log_probs is not None:
             known = log_probs.of_steps(pairs, batch_ids, choice=notes.get("reference_log_probs", "auto"))
         notes["reference_log_probs"] = "live" if known is None else "cached"
-        with StopSignals() as stop, checkpoints:
+        with _saying_how_to_resume(config, run_id), StopSignals() as stop, checkpoints:
             state = train(
                 state,
                 step,
@@ -185,6 +185,28 @@ def _order(config: TrainConfig, pairs: PairTable) -> PairOrder:
             )
     of_components = tuple(weights[name] for name in pairs.names)
     return PairOrder(tuple(pairs.sizes), config.trainer.seed, config.data.shuffle, of_components)
+
+
+def _resolved(config: TrainConfig, run_id: str) -> Any:
+    """The settings, without secrets, that make this run anew: with one beta, and the id that resumes it."""
+    trainer = dataclasses.replace(config.trainer, id=run_id)
+    encode: Any = draccus.encode
+    tree = encode(dataclasses.replace(config, loss=config.preference_loss, beta=None, trainer=trainer))
+    del tree["beta"]
+    return redacted(tree)
+
+
+@contextmanager
+def _saying_how_to_resume(config: TrainConfig, run_id: str) -> Iterator[None]:
+    """Around training: gives an interruption the settings with which the same command resumes the run."""
+    try:
+        yield
+    except InterruptedTrainingError as interruption:
+        if config.trainer.id is None:
+            interruption.resume_with += ["--trainer.id", run_id]
+        if config.trainer.load_checkpoint is False:
+            interruption.resume_with += ["--trainer.load_checkpoint", "true"]
+        raise
 
 
 def _plan(
@@ -265,7 +287,7 @@ def _announce(config, pairs, held_out, order, model, num_steps, layout, run_dir)
         f"{counts['trainable_parameter_count']:,}",
         100 * counts["fraction_trainable"],
     )
-    why = "" if len(held_out) else f" ({why_none_is_held_out(pairs, config.validation_split_fraction)})"
+    why = "" if len(held_out) else f" ({why_none_is_held_out(pairs, config.held_out_fraction)})"
     logger.info("%s training pairs, %s held out%s", f"{len(pairs):,}", f"{len(held_out):,}", why)
     logger.info(
         "%s, in micro-batches of %s tokens; run folder %s",

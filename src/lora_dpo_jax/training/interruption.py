@@ -20,6 +20,7 @@ class InterruptedTrainingError(RuntimeError):
     def __init__(self, signum: signal.Signals, step: int, num_steps: int):
         super().__init__(f"stopped by {signum.name} after {step} of {num_steps} steps")
         self.signum, self.step = signum, step
+        self.resume_with: list[str] = []  # settings that resume the run, after those that it was started with
 
     @property
     def exit_code(self) -> int:

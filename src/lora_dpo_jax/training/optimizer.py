@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -28,16 +29,16 @@ class OptimizerConfig:
     min_lr_ratio: float = 0.0  # where linear and cosine end, as a share of learning_rate; 0 is transformers' own
 
     def __post_init__(self):
-        _require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "at least 0")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
-        _require(0 <= self.beta1 < 1, "beta1", self.beta1, "in [0, 1)")
-        _require(0 <= self.beta2 < 1, "beta2", self.beta2, "in [0, 1)")
-        _require(self.epsilon > 0, "epsilon", self.epsilon, "above 0")
+        _require(0 <= self.learning_rate < math.inf, "learning_rate", self.learning_rate, "at least 0, and finite")
+        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "at least 0, and finite")
+        _require(0 <= float(np.float32(self.beta1)) < 1, "beta1", self.beta1, "in [0, 1), in float32 too")
+        _require(0 <= float(np.float32(self.beta2)) < 1, "beta2", self.beta2, "in [0, 1), in float32 too")
+        _require(0 < self.epsilon < math.inf, "epsilon", self.epsilon, "above 0, and finite")
         _require((self.max_grad_norm or 0) >= 0, "max_grad_norm", self.max_grad_norm, "at least 0, or null")
         schedules = tuple(_DECAYS)
         _require(self.lr_schedule in schedules, "lr_schedule", self.lr_schedule, f"one of {', '.join(schedules)}")
-        whole = 0 <= self.warmup < 1 or (self.warmup >= 1 and float(self.warmup).is_integer())
-        _require(whole, "warmup", self.warmup, "a fraction in [0, 1) or a whole number of steps")
+        whole = 0 <= self.warmup < 1 or (1 <= self.warmup < 2**31 and float(self.warmup).is_integer())
+        _require(whole, "warmup", self.warmup, "a fraction in [0, 1) or a whole number of steps below 2**31")
         _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
 
     def warmup_steps(self, num_train_steps: int) -> int:

@@ -3,6 +3,7 @@
 import logging
 import math
 import signal
+import threading
 import time
 import uuid
 from collections import deque
@@ -15,16 +16,19 @@ import jax
 import jmp
 
 from lora_dpo_jax.sharding import MeshConfig
-from lora_dpo_jax.tracking import NoTrackerConfig, ProgressBar, Tracker, TrackerConfigs
+from lora_dpo_jax.tracking import NoTrackerConfig, ProgressBar, Tracker, TrackerConfigs, check_trackers
 from lora_dpo_jax.training.checkpoint import CheckpointerConfig
 from lora_dpo_jax.training.distributed import DistributedConfig, from_first_process
 from lora_dpo_jax.training.interruption import InterruptedTrainingError
+from lora_dpo_jax.training.precision import precision_of
 from lora_dpo_jax.training.watch import FINISHING, INPUT, SENDING, Watch
 
 logger = logging.getLogger("lora_dpo_jax")
 
 S = TypeVar("S")
 COUNTS = ("pairs", "tokens", "flops")  # metrics of a step that are logged as rates
+MOST_STEPS = 2**31 - 1  # the optimizer counts them in int32
+LONGEST_ID = 200  # bytes; a file name may have 255, and the writers of checkpoints add to it
 METRICS_LAG = 1  # steps dispatched before the metrics of one are fetched, so that the device never waits for the host
 
 
@@ -71,6 +75,9 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"trainer.{name}={value} must be positive")
+        for name in ("num_train_steps", "num_train_epochs"):
+            if (getattr(self, name) or 0) > MOST_STEPS:
+                raise ValueError(f"trainer.{name}={getattr(self, name)} makes more steps than {MOST_STEPS:,}, the most")
         for name in ("per_device_parallelism", "per_device_eval_parallelism"):
             value = getattr(self, name)
             if value < 1 and value != -1:
@@ -81,18 +88,27 @@ class TrainerConfig:
             raise ValueError(f"trainer.last_batch={self.last_batch!r} must be short, fill or null")
         if self.num_train_steps is not None and self.num_train_epochs is not None:
             raise ValueError("trainer.num_train_steps and trainer.num_train_epochs exclude each other; set one to null")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"trainer.seed={self.seed} must be in [0, 2**32)")
+        if self.stall_seconds is not None and self.stall_seconds > threading.TIMEOUT_MAX:
+            raise ValueError(f"trainer.stall_seconds={self.stall_seconds} is longer than a clock can wait; set null")
         if self.mp is not None:
             self.precision  # noqa: B018  (raises if it cannot be parsed)
+        if self.id is not None:
+            _refuse_bad_id(self.id)
+        if "://" in self.log_dir:
+            raise ValueError(
+                f"trainer.log_dir={self.log_dir!r} must be a folder of this machine; checkpoints alone go to a bucket, "
+                "by trainer.checkpointer.base_path"
+            )
+        check_trackers(self.tracker)
 
     @property
     def precision(self) -> jmp.Policy:
         """Dtypes of adapters (param) and of computation (compute)."""
         # Not asked unless it must be: the devices are not there before the processes of a run have met.
         mp = self.mp or ("f32" if jax.default_backend() == "cpu" else "p=f32,c=bfloat16")
-        try:
-            return jmp.get_policy(mp)
-        except Exception as error:
-            raise ValueError(f"trainer.mp={self.mp!r} is no precision; for example f32 or p=f32,c=bfloat16") from error
+        return precision_of("trainer.mp", mp)
 
     @property
     def has_short_batches(self) -> bool:
@@ -114,6 +130,16 @@ class TrainerConfig:
 
     def run_dir(self, run_id: str) -> Path:
         return Path(self.log_dir).expanduser() / run_id
+
+
+def _refuse_bad_id(name: str) -> None:
+    """The id is the name of one folder, in log_dir and perhaps in a bucket."""
+    if name in (".", "..") or set(name) & set("/\\") or not name.isprintable() or name != name.strip():
+        raise ValueError(f"trainer.id={name!r} must be the name of one folder in trainer.log_dir, without slashes")
+    if len(name.encode()) > LONGEST_ID:
+        raise ValueError(
+            f"trainer.id={name[:20]!r}... has {len(name.encode())} bytes; it must have at most {LONGEST_ID}"
+        )
 
 
 @dataclass(frozen=True)
