@@ -1,5 +1,6 @@
 """Whole runs of `python -m lora_dpo_jax.main` on a tiny random model: what they write, refuse and leave alone."""
 
+import dataclasses
 import json
 import logging
 import math
