@@ -176,8 +176,7 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _load_tokenizer(config: GenerateConfig, base: Path, adapter: Path | None) -> Any:
-    brings_one = adapter is not None and (adapter / "tokenizer_config.json").exists()
-    folder = adapter if brings_one else base
+    folder = adapter if adapter is not None and (adapter / "tokenizer_config.json").exists() else base
     if config.tokenizer is not None:
         folder = _folder("tokenizer", config.tokenizer)
     try:
