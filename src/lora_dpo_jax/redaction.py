@@ -30,12 +30,20 @@ _PASSWORD_NAME = re.compile(r"(?:password|passwd|passphrase|(?:^|_)(?:pwd|pass))
 _TOKEN_OF_A_TEXT = re.compile(
     r"(?:^|_)(?:pad|eos|bos|unk|sep|cls|mask|stop|start|end|image|special|max|min|per)_token$"
 )
+# Names that only settings have, not prose: at the end of a line, what follows their colon is a value.
+_SETTING_NAME = re.compile(
+    r"(?:password|passwd|passphrase|_secret|(?:api|access|secret|private|account|shared|auth)_?key"
+    r"|(?:access|api|auth|bearer|bot|github|gitlab|hf|hub|refresh|security|session)_?token)$"
+)
 # A secret if the value looks like one.
 _DOUBTFUL_NAME = re.compile(r"(?:^|_)(?:key|auth|authorization|cookie)$")
 _CREDENTIAL = ("key", "auth")  # a secret when it is all of the name of a setting or of a part of a query
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _NAMED_NUMBER = re.compile(r"[A-Za-z]+\d{1,4}|\d{1,4}[A-Za-z]+")
-_PLACEHOLDER = re.compile(r"(?i)none|null|true|false|\d{1,5}|\*{3}.*|\W*|\$.*|<.*>")
+_PLACEHOLDER = re.compile(
+    r"(?i)none|null|true|false|\d{1,5}|\*{3}.*|\W*|\$.*|<.*>|(?:any|bool|bytes|int|optional|str)\b.*"
+)
+_PATHS = ("/", "~", "./", "../")  # how a path begins
 _PATH_OR_ID = re.compile(r"[\w.~@:+=,*-]*(?:/[\w.~@+=,*-]*)+")  # of a file here or a repository of the hub; no URL
 
 # Each bounds what it repeats, so that no text takes long.
@@ -53,7 +61,9 @@ _ASSIGNED = re.compile(
     r"(?:b?(?P<quote>['\"])(?P<quoted>(?:(?!(?P=quote)).){1,2000})"
     # what is assigned is no assignment itself
     r"|(?P<bare>(?![\w.-]{1,64}(?:=[^=\s]|:\s))[^\s'\",;&)}\]]{4,2000}))"
+    r"(?P<end>(?=\s{0,3}(?:$|[\r\n,;)}\]'\"])))?"
 )
+_COOKIE = re.compile(r"(?i)(?<!\w)(cookie['\"]?\s{0,2}:\s{0,2}b?['\"]?)(?=[\w.-]{1,64}=)[^\r\n'\"]+")
 _HEADER = re.compile(
     r"(?i)(authorization['\"]?\s{0,2}[=:]\s{0,2}b?['\"]?)"
     r"(?:((?:basic|bearer|token|key|apikey|negotiate)\s{1,3})([^\s'\",;]+)"
@@ -86,7 +96,10 @@ _SHAPES = re.compile(
 )
 _HOOK = re.compile(r"(hooks\.slack\.com/(?:services|workflows)/)[\w/-]{8,}")
 # Keys of Weights & Biases were 40 hexadecimal digits, as commits are: only their surroundings tell them apart.
-_WANDB_KEY = re.compile(r"(?i)((?:password|api[ _-]?key|wandb login(?: --\w+)?)['\"]?\W{1,3})[0-9a-f]{40}(?![0-9a-z])")
+_WANDB_KEY = re.compile(
+    r"(?i)((?:password|api[ _-]?key|wandb\b[^\n]{0,40}?(?:login|key))(?: --\w{1,20})?\W{1,4}(?:key=\W?)?)"
+    r"[0-9a-f]{40}(?![0-9a-z])"
+)
 
 
 def redact(text: str) -> str:
@@ -138,6 +151,7 @@ def _without_patterns(text: str) -> str:
     text = _USER_OF_URL.sub(rf"\1{HIDDEN}@", text)
     text = _OF_QUERY.sub(_hide_in_query, text)
     text = _HEADER.sub(_hide_in_header, text)
+    text = _COOKIE.sub(rf"\1{HIDDEN}", text)
     text = _BEARER.sub(lambda m: m[1] + (HIDDEN if _is_no_word(m[2]) else m[2]), text)
     text = _WANDB_KEY.sub(rf"\1{HIDDEN}", text)
     text = _ASSIGNED.sub(_hide_assigned, text)
@@ -160,11 +174,12 @@ def _hide_in_header(found: re.Match) -> str:
 def _hide_assigned(found: re.Match) -> str:
     part = "bare" if found["quoted"] is None else "quoted"
     name, value = found["name"], found[part]
-    if _kind(name) != "secret" or _PLACEHOLDER.fullmatch(value):
+    if _kind(name) != "secret" or _PLACEHOLDER.fullmatch(value) or value.startswith(_PATHS):
         return found[0]
     # Prose and source code have names of secrets too: "token: the one of ...", f(token=self.token).
     is_code = _words(value).endswith(_words(name).rpartition("_")[2])
-    is_meant = part == "quoted" or found["flag"] or (found["sign"] == "=" and not is_code)
+    is_setting = found["end"] is not None and ("-" in name or _SETTING_NAME.search(_words(name)))
+    is_meant = part == "quoted" or found["flag"] or (not is_code and (found["sign"] == "=" or is_setting))
     if not is_meant and not _looks_secret(value, SHORTEST):
         return found[0]
     start, end = (position - found.start() for position in found.span(part))
@@ -210,7 +225,7 @@ def _secret_variables() -> frozenset[tuple[str, bool]]:
     found = set()
     for name, value in os.environ.items():
         kind = _kind(name)
-        if kind == "innocent" or len(value) < SHORTEST or value.startswith(("/", "~", "./", "../")) or "://" in value:
+        if kind == "innocent" or len(value) < SHORTEST or value.startswith(_PATHS) or "://" in value:
             continue
         if _looks_secret(value, SHORTEST if kind == "secret" else SHORTEST_KEY):
             found.add((value, False))

@@ -359,6 +359,14 @@ def test_a_merged_model_can_bring_the_tokenizer_it_was_trained_with(tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer.chat_template
 
 
+def test_a_merged_model_keeps_all_chat_templates_of_its_base(copied, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(copied)
+    tokenizer.chat_template = {"default": "{{ 1 }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(copied)
+    save_merged(trained(load(copied)), copied, tmp_path / "merged")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer.chat_template
+
+
 def test_what_does_not_belong_to_the_merged_model_stays_behind(copied, tmp_path):
     for name in ("pytorch_model.bin", "trainer_state.json", "adapter_config.json", "README.md"):
         (copied / name).write_text("{}")
