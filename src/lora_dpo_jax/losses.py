@@ -120,8 +120,10 @@ def preference_metrics(
     zero = hax.zeros_like(policy.chosen)
     reference_margin = reference.chosen - reference.rejected if reference is not None else zero
     margin = losses.chosen_reward - losses.rejected_reward
-    wins: Any = (margin > 0) & ~jnp.asarray(all_ties)
-    ties: Any = (margin == 0) | all_ties
+    one_model: Any = jnp.asarray(all_ties)
+    wins: Any = (margin > 0) & ~one_model
+    ties: Any = margin == 0
+    ties = ties | one_model
     per_pair = {
         "dpo_loss": losses.loss,
         "dpo_margin_policy": policy.chosen - policy.rejected,
