@@ -69,12 +69,12 @@ TrackerConfigs = list[TrackerConfig]
 class WandbConfig(TrackerConfig):
     """Weights & Biases. What is null is left to wandb: its environment variables, then its own defaults."""
 
-    project: str | None = None
-    entity: str | None = None
+    project: str | None = None  # that the run belongs to
+    entity: str | None = None  # the user or team
     name: str | None = None  # the name shown; null is the run's id
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
-    mode: Literal["online", "offline", "disabled"] | None = None
+    group: str | None = None  # of runs
+    tags: list[str] = field(default_factory=list)  # of the run
+    mode: Literal["online", "offline", "disabled"] | None = None  # null: online, unless the environment says other
     id: str | None = None  # null is the run's id, so that a resumed run continues its curves
 
     def start(self, *, run_dir: Path, run_id: str, resolved_config: dict) -> Tracker:

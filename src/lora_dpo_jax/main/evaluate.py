@@ -20,6 +20,7 @@ from lora_dpo_jax.main.arguments import parse_arguments
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.identity import cache_folder, refuse_other_settings
 from lora_dpo_jax.main.outputs import check_writable
+from lora_dpo_jax.main.paths import refuse_impossible_paths
 from lora_dpo_jax.main.reference import ReferenceLogProbs
 from lora_dpo_jax.main.setup import (
     TrainConfig,
@@ -43,10 +44,11 @@ class EvaluateConfig(TrainConfig):
 
     output: str  # the .jsonl to write: index, logp_*, ref_logp_* (nats), *_tokens of each pair
     adapter: str | None = None  # a PEFT folder, URL or hub id: the policy; null: initialize_from_peft, or the base
-    split: Literal["validation", "train"] = "validation"
+    split: Literal["validation", "train"] = "validation"  # which pairs are scored
 
     def __post_init__(self):
         super().__post_init__()
+        refuse_impossible_paths({"output": self.output, "adapter": self.adapter})
         if self.split not in ("validation", "train"):
             raise ValueError(f"split={self.split!r} must be validation or train")
 

@@ -28,6 +28,7 @@ from lora_dpo_jax.lora import LoraConfig
 from lora_dpo_jax.losses import Dpo, PreferenceLoss
 from lora_dpo_jax.main.arguments import parse_arguments as parse_arguments  # for those who look for it here
 from lora_dpo_jax.main.decoding import config_of
+from lora_dpo_jax.main.paths import refuse_impossible_paths
 from lora_dpo_jax.models import CausalLM, DecoderConfig
 from lora_dpo_jax.models.attention import IMPLEMENTATIONS, PLATFORMS
 from lora_dpo_jax.models.decoder import CHECKPOINT_POLICIES
@@ -78,7 +79,7 @@ class TrainConfig:
 
     data: PreferenceDataConfig
     initialize_from_hf: str  # the base model: a folder, a URL or a hub id
-    hf_revision: str | None = None
+    hf_revision: str | None = None  # branch, tag or commit of that hub id
     train_seq_len: int = 1024  # tokens; bounds prompt + one response
     model: ModelConfig = field(default_factory=ModelConfig)
     layout: PairLayout = field(default_factory=PairLayout)
@@ -127,6 +128,19 @@ class TrainConfig:
             )
         if self.preview < 0:
             raise ValueError(f"preview={self.preview} must be a number of pairs, or 0 to train")
+        refuse_impossible_paths(
+            {
+                "initialize_from_hf": self.initialize_from_hf,
+                "initialize_from_peft": self.initialize_from_peft,
+                "peft_save_path": self.peft_save_path,
+                "merged_hf_save_path": self.merged_hf_save_path,
+                "data.tokenizer": self.data.tokenizer,
+                "data.cache_dir": self.data.cache_dir,
+                "trainer.log_dir": self.trainer.log_dir,
+                "trainer.checkpointer.base_path": self.trainer.checkpointer.base_path,
+                "trainer.jax_compilation_cache_dir": self.trainer.jax_compilation_cache_dir,
+            }
+        )
         if self.peft_reference not in ("adapter", "base"):
             raise ValueError(f"peft_reference={self.peft_reference!r} must be adapter or base")
         if self.reference_log_probs not in ("auto", "live", "cached"):

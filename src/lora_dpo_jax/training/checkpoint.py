@@ -40,8 +40,8 @@ SHOWN_DIFFERENCES = 12
 class CheckpointInterval:
     """The checkpoints after every `every` steps are kept, up to step `until`."""
 
-    every: int
-    until: int | None = None
+    every: int  # steps
+    until: int | None = None  # the last step that the rule is for; null, in the last rule alone, is for ever
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class CheckpointerConfig:
     """
 
     base_path: str | None = None  # a folder or a gs:// URL; null is `checkpoints` in the run's folder
-    append_run_id_to_base_path: bool = True
+    append_run_id_to_base_path: bool = True  # the id is a folder in base_path
     save_interval: str | None = "15m"  # 1h30m, 90s; a bare number is in minutes; null saves none by the clock
+    # Which steps' checkpoints are saved and stay: rules, by rising `until`. The last step's always is.
     keep: list[CheckpointInterval] = field(default_factory=lambda: [CheckpointInterval(every=10_000)])
 
     def __post_init__(self):

@@ -33,8 +33,8 @@ class DistributedConfig:
     """
 
     coordinator_address: str | None = None  # host:port of process 0
-    num_processes: int | None = None
-    process_id: int | None = None
+    num_processes: int | None = None  # of the run
+    process_id: int | None = None  # which of them this is, from 0
     local_device_ids: list[int] | None = None  # which of its host's GPUs are this process's; null: all, or see jax
     initialize_jax_distributed: bool = True  # false: one process, whatever the environment says
     heartbeat_timeout_seconds: int = 30  # a process that is silent for so long is given up, and the run ends
