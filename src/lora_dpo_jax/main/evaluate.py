@@ -30,9 +30,9 @@ from lora_dpo_jax.main.setup import (
     load_peft_adapter,
     load_tables,
     load_tokenizer,
+    placement_of,
     scorer,
 )
-from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.distributed import is_first_process
 
 logger = logging.getLogger("lora_dpo_jax")
@@ -60,6 +60,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         check_writable("data.cache_dir", cache_folder(config))
         check_writable("output", Path(config.output).parent)
     keep_programs(config)
+    placement = placement_of(config)
     tokenizer = load_tokenizer(config)
     train, validation = load_tables(config, tokenizer)
     pairs = train if config.split == "train" else validation
@@ -68,7 +69,6 @@ def main(config: EvaluateConfig) -> dict[str, float]:
             f"the {config.split} split has no pairs: give data.components validation files, or a "
             "validation_split_fraction"
         )
-    placement = Placement(config.trainer.mesh)
     base = load_base(config, tokenizer, placement)
     score = scorer(config, pairs, placement)
 

@@ -201,6 +201,17 @@ class Base:
     tokenizer: Any
 
 
+def placement_of(config: TrainConfig) -> Placement:
+    """The devices here. Raises ValueError if they do not fill `trainer.mesh`, or cannot compute `model.attention`."""
+    placement = Placement(config.trainer.mesh)
+    platform = placement.mesh.devices.flat[0].platform
+    if (needed := PLATFORMS.get(config.model.attention, platform)) != platform:
+        raise ValueError(
+            f"model.attention={config.model.attention} needs a {needed}, and this is a {platform}: set auto"
+        )
+    return placement
+
+
 def load_tokenizer(config: TrainConfig) -> Any:
     """The tokenizer of `data.tokenizer`, or the base model's."""
     if config.data.tokenizer:
@@ -219,11 +230,6 @@ def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base
     folder = folder_of("initialize_from_hf", config.initialize_from_hf, revision=config.hf_revision)
     decoder = config.model.applied_to(read_config(folder))
     _check_lengths(config, decoder)
-    platform = placement.mesh.devices.flat[0].platform
-    if (needed := PLATFORMS.get(config.model.attention, platform)) != platform:
-        raise ValueError(
-            f"model.attention={config.model.attention} needs a {needed}, and this is a {platform}: set auto"
-        )
     if len(tokenizer) > decoder.vocab_size:
         raise ValueError(
             f"the tokenizer knows {len(tokenizer)} tokens, but {config.initialize_from_hf} embeds only "

@@ -33,6 +33,7 @@ from lora_dpo_jax.main.setup import (
     load_peft_adapter,
     load_tables,
     load_tokenizer,
+    placement_of,
     scorer,
 )
 from lora_dpo_jax.models import CausalLM
@@ -64,6 +65,10 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
     if is_first_process():
         check_outputs(config)
     keep_programs(config)
+    if not config.preview:  # What cannot be on this machine is an error before the data are read.
+        placement_of(config)
+        for tracker in config.trainer.tracker:
+            tracker.check_packages()
     tokenizer = load_tokenizer(config)
     pairs, held_out = load_tables(config, tokenizer)
     if config.preview:
@@ -74,7 +79,7 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
         raise ValueError("data.components: no training pair is left; see the counts above")
 
     trainer = config.trainer
-    placement = Placement(trainer.mesh)
+    placement = placement_of(config)
     base = load_base(config, tokenizer, placement)
     lora = _lora_config(config)
     k_adapters, k_dropout = jax.random.split(jax.random.key(trainer.seed))

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -350,7 +351,7 @@ def _seconds(text: str) -> float:
         compact += "m"
     parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", compact)
     seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
-    if "".join(map("".join, parts)) != compact or seconds <= 0:
+    if "".join(map("".join, parts)) != compact or not 0 < seconds < threading.TIMEOUT_MAX:
         raise ValueError(f"trainer.checkpointer.save_interval={text!r} is no time; for example 10m, 1h30m or 90s")
     return seconds
 
