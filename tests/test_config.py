@@ -80,5 +80,7 @@ def test_the_resolved_config_parses_to_itself(levanter_config, tmp_path):
 def test_an_unknown_key_is_an_error(tmp_path):
     path = tmp_path / "misspelt.yaml"
     path.write_text(LEVANTER_CONFIG.replace("max_grad_norm", "max_gradient_norm"))
-    with pytest.raises(draccus.utils.DecodingError, match="max_gradient_norm"):
+    with pytest.raises(
+        ValueError, match="optimizer.max_gradient_norm is no setting. The nearest: optimizer.max_grad_norm"
+    ):
         parse(path)

@@ -12,6 +12,7 @@ import transformers
 from tiny_models import summed_log_probs
 from tiny_runs import instruct_folder, plain_rows, preference_rows, run_config, write_rows
 
+from lora_dpo_jax.main.arguments import parse
 from lora_dpo_jax.main.evaluate import COLUMNS, EvaluateConfig, main
 from lora_dpo_jax.main.output_file import check_output
 
@@ -112,5 +113,5 @@ def test_the_command_line_gives_the_config_of_a_run_and_what_to_score(tmp_path):
     run = run_config(tmp_path, write_rows(tmp_path / "rows.jsonl", ROWS["chat"]))
     (tmp_path / "config.yaml").write_text(draccus.dump(run))
     args = ["--output", "out.jsonl", "--split", "train"]
-    config = draccus.parse(config_class=EvaluateConfig, config_path=tmp_path / "config.yaml", args=args)
+    config = parse(EvaluateConfig, args, config_path=tmp_path / "config.yaml")
     assert (config.output, config.split, config.adapter, config.data) == ("out.jsonl", "train", None, run.data)

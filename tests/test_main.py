@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import draccus
 import jax
 import numpy as np
 import peft
@@ -37,6 +36,7 @@ from lora_dpo_jax.data.loader import PairTable
 from lora_dpo_jax.data.memory import MemoryPairs
 from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.main import train as train_module
+from lora_dpo_jax.main.arguments import parse
 from lora_dpo_jax.main.errors import TRACEBACK
 from lora_dpo_jax.main.guard import NonFiniteStateError, refuse_non_finite
 from lora_dpo_jax.main.setup import TrainConfig, keep_programs, load_tables, load_tokenizer
@@ -126,7 +126,7 @@ def test_a_new_adapter_starts_at_ln_2_and_half_the_pairs(run):
 def test_config_yaml_parses_back_to_the_same_config(run):
     config = run[0]
     written = config.trainer.run_dir(config.trainer.run_id()) / "config.yaml"
-    assert draccus.parse(config_class=TrainConfig, config_path=written, args=[]) == config
+    assert parse(TrainConfig, [], config_path=written) == config
 
 
 @pytest.mark.parametrize("step", ["", "step-2"])
@@ -288,7 +288,7 @@ def test_zero_init_b_false_is_set_to_true_with_a_warning(tmp_path, rows, caplog)
     assert any("zero_init_b" in r.message and r.levelno == logging.WARNING for r in caplog.records)
     assert training_metrics(config)[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
     written = config.trainer.run_dir(config.trainer.run_id()) / "config.yaml"
-    assert draccus.parse(config_class=TrainConfig, config_path=written, args=[]).lora.zero_init_b
+    assert parse(TrainConfig, [], config_path=written).lora.zero_init_b
 
 
 def test_a_loss_that_is_not_a_number_names_its_step_and_rows(tmp_path):
@@ -428,9 +428,8 @@ def test_beta_is_short_for_loss_beta(tmp_path, rows):
     config = run_config(tmp_path, rows, beta=0.3, loss={"type": "sigmoid_norm"})
     assert config.preference_loss == type(config.loss)(beta=0.3)
     assert run_config(tmp_path, rows, loss={"type": "sigmoid", "beta": 0.3}).preference_loss.beta == 0.3
-    with pytest.raises(draccus.utils.ParsingError) as raised:
+    with pytest.raises(ValueError, match="beta=0.3 and loss.beta=0.2 disagree"):
         run_config(tmp_path, rows, beta=0.3, loss={"type": "sigmoid", "beta": 0.2})
-    assert "beta=0.3 and loss.beta=0.2 disagree" in str(raised.value.__cause__)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, rows):
@@ -542,10 +541,10 @@ data: {components: {prefs: {source: {type: url, train_urls: [./gone.jsonl]}}}}
     ("text", "args", "says"),
     [
         (None, [], "config.yaml"),
-        ("data: [", [], r'in "config.yaml", line 1'),
-        ("{}", [], "Missing required field.*data.*initialize_from_hf"),
-        (CONFIG + "trainr: {}", [], "trainr"),
-        (CONFIG + "trainer: {num_train_steps: many}", [], "trainer.num_train_steps.*\n.*many"),
+        ("data: [", [], "config.yaml, line 1, column 8 is no YAML"),
+        ("{}", [], "data.components and initialize_from_hf are missing"),
+        (CONFIG + "trainr: {}", [], "trainr is no setting. The nearest: trainer"),
+        (CONFIG + "trainer: {num_train_steps: many}", [], "trainer.num_train_steps='many' must be a whole number"),
         (CONFIG + "trainer: {num_train_steps: -1}", [], "trainer.num_train_steps=-1 must be positive"),
         (CONFIG, ["--loss.beta", "-1"], "loss.beta=-1.0 must be positive"),
         (CONFIG, [], "initialize_from_hf: ./gone: no such folder"),
@@ -563,9 +562,9 @@ def test_a_mistake_is_told_in_a_line(tmp_path, monkeypatch, capsys, text, args, 
         runpy.run_module("lora_dpo_jax.main", run_name="__main__")
     told = capsys.readouterr().err
     assert stopped.value.code == 1
-    assert re.search(f"error: .*{says}", told, flags=re.DOTALL if text == "data: [" else 0)
+    assert re.search(f"error: .*{says}", told)
     assert "Traceback" not in told
 
     monkeypatch.setenv(TRACEBACK, "1")
-    with pytest.raises((OSError, ValueError, draccus.utils.ParsingError)):
+    with pytest.raises((OSError, ValueError)):
         runpy.run_module("lora_dpo_jax.main", run_name="__main__")

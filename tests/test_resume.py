@@ -19,12 +19,14 @@ from safetensors.numpy import load_file, save_file
 from tiny_runs import instruct_folder, preference_rows, read_metrics, run_config, write_rows
 
 from lora_dpo_jax import tracking
+from lora_dpo_jax.main.arguments import parse
 from lora_dpo_jax.main.setup import TrainConfig
 from lora_dpo_jax.main.train import main
 from lora_dpo_jax.training.checkpoint_files import read_description
 from lora_dpo_jax.training.interruption import RESTART_ME, InterruptedTrainingError
 
 STEPS = 8
+ENVIRONMENT = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
 
 # Runs the command line, and sends itself a signal as soon as the metrics of a step are on disk.
 SIGNALLED = """
@@ -85,8 +87,7 @@ def signalled(config: TrainConfig, signum: signal.Signals, at: int) -> subproces
     path = Path(config.trainer.log_dir).parent / f"{config.trainer.id}.yaml"
     path.write_text(str(draccus.dump(config)))
     command = [sys.executable, "-c", SIGNALLED, str(int(signum)), str(at), "--config_path", str(path)]
-    kept = {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
-    return subprocess.run(command, env=os.environ | kept, capture_output=True, text=True)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def outcome(config: TrainConfig) -> tuple[list[dict[str, float]], bytes]:
@@ -118,14 +119,21 @@ def test_a_run_that_was_killed_again_and_again_equals_one_that_never_was(folder,
 
 
 def test_sigterm_saves_and_asks_to_be_started_again(folder, rows, whole):
-    config = config_of(folder, rows, "stopped")
-    done = signalled(config, signal.SIGTERM, 3)
+    unnamed = config_of(folder, rows, "stopped", trainer__log_dir=str(folder / "stopped_logs"))
+    unnamed = dataclasses.replace(unnamed, trainer=dataclasses.replace(unnamed.trainer, id=None))
+    done = signalled(unnamed, signal.SIGTERM, 3)
+    (run_dir,) = (folder / "stopped_logs").iterdir()
+    config = dataclasses.replace(unnamed, trainer=dataclasses.replace(unnamed.trainer, id=run_dir.name))
+    assert parse(TrainConfig, [], config_path=run_dir / "config.yaml") == config, "what it wrote resumes it too"
     assert done.returncode == RESTART_ME, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     assert "stopped by SIGTERM after 5 of 8 steps" in done.stderr
     assert saved_steps(config) == ["step-3", "step-5"]
     assert not Path(config.peft_save_path or "").exists()
-    main(config)
+    command = done.stderr.partition("To resume it:\n")[2]
+    assert command.endswith(f" --trainer.id {run_dir.name}\n")
+    resumed = subprocess.run(["bash", "-c", command], env=ENVIRONMENT, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert outcome(config) == outcome(whole)
     assert saved_steps(config) == ["step-3", "step-6", "step-8"], "that of the signal is not needed any more"
 

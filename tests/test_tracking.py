@@ -16,6 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_disks import no_file_larger_than
 from wandb.proto import wandb_internal_pb2
 
+from lora_dpo_jax.main.arguments import parse
+from lora_dpo_jax.main.config_file import read_yaml
+from lora_dpo_jax.main.decoding import config_of
 from lora_dpo_jax.tracking import (
     NoTrackerConfig,
     ProgressBar,
@@ -48,28 +51,29 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("text", SPELLINGS)
 def test_every_spelling_of_tracker_parses_in_a_file_and_on_the_command_line(text):
-    assert draccus.loads(Run, f"tracker: {text}").tracker == SPELLINGS[text]
-    assert draccus.parse(Run, args=["--tracker", text]).tracker == SPELLINGS[text]
+    assert config_of(Run, read_yaml(f"tracker: {text}")).tracker == SPELLINGS[text]
+    assert parse(Run, ["--tracker", text]).tracker == SPELLINGS[text]
 
 
 @pytest.mark.parametrize("text", SPELLINGS)
 def test_a_dumped_config_parses_to_itself(text):
     run = Run(tracker=SPELLINGS[text])
-    assert draccus.loads(Run, draccus.dump(run)) == run
+    assert config_of(Run, read_yaml(str(draccus.dump(run)))) == run
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("mlflow", "`tracker`: Found 'mlflow'; needed is one of wandb, tensorboard, none"),
-        ("[wandb, {project: p}]", "`tracker.1`: Found {'project': 'p'}; needed is one of wandb"),
-        ("{type: tensorboard, project: p}", "`project`"),
-        ("{type: wandb, mode: sometimes}", "offline"),
+        ("mlflow", "tracker.0.type='mlflow' must be one of wandb, tensorboard, none"),
+        ("[wandb, {project: p}]", "tracker.1.type is missing; it must be one of wandb, tensorboard, none"),
+        ("{type: tensorboard, project: p}", "tracker.0.project is no setting"),
+        ("{type: wandb, mode: sometimes}", "tracker.0.mode='sometimes' must be one of online, offline, disabled"),
+        ("{type: wandb, project: null, tags: null}", "tracker.0.tags is null; it must be a list of texts"),
     ],
 )
 def test_a_wrong_tracker_is_refused_with_its_place_and_the_choices(text, message):
-    with pytest.raises(draccus.utils.DecodingError, match=re.escape(message)):
-        draccus.loads(Run, f"tracker: {text}")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config_of(Run, read_yaml(f"tracker: {text}"))
 
 
 def start(tmp_path, *configs):

@@ -31,11 +31,11 @@ PROMPT_BLOCK = 64
 class GenerationConfig:
     """How to choose tokens, under transformers' names and with its meanings."""
 
-    max_new_tokens: int = 128
+    max_new_tokens: int = 128  # tokens of a completion, at most
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0  # sample among the fewest tokens whose probabilities add up to this
     top_k: int | None = None  # sample among this many tokens, or more if the last of them ties; before top_p
-    seed: int = 0
+    seed: int = 0  # of the samples
     batch_size: int = 8  # prompts computed together; bounds memory
 
     def __post_init__(self):

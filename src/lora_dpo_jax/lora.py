@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
@@ -37,8 +38,8 @@ LOW_RANK = "low_rank"  # what a checkpointing policy calls A x
 class LoraConfig:
     """PEFT's options under Levanter's names."""
 
-    r: int = 8
-    alpha: float = 8.0
+    r: int = 8  # the rank
+    alpha: float = 8.0  # what the adapters add is scaled by alpha / r
     dropout: float = 0.0  # on the input of the adapters, of the policy alone, in training alone
     use_rslora: bool = False  # scale by alpha / sqrt(r) (https://arxiv.org/abs/2312.03732) instead of alpha / r
     # A list matches by suffix on dotted paths, a string is a regular expression for the whole path, null is every
@@ -70,7 +71,9 @@ def _check_pattern(setting: str, pattern: str) -> None:
     if pattern == "all-linear":
         raise ValueError(f"{setting}={pattern!r}: PEFT's word for every linear layer is null here; leave it out")
     try:
-        re.compile(pattern)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+            re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{setting}={pattern!r} is no regular expression ({error}); write a list for names: [q_proj, v_proj]"

@@ -34,9 +34,11 @@ class MeshConfig:
     axes: dict[str, int] = field(default_factory=lambda: {"replica": 1, "data": -1, "model": 1})
     # Sizes across slices, of axes of their own or of those above, which are then that many times longer.
     dcn_axes: dict[str, int] = field(default_factory=lambda: {"replica_dcn": -1})
+    # From axes of arrays to the axes of the mesh that split them, of weights and of activations.
     shared_mapping: dict[str, MeshAxes] = field(default_factory=lambda: {"mlp": "model", "kv_head": "model"})
+    # Likewise, of activations.
     compute_mapping: dict[str, MeshAxes] = field(default_factory=lambda: {"row": ["replica_dcn", "replica", "data"]})
-    param_mapping: dict[str, MeshAxes] = field(default_factory=lambda: {"embed": "data"})
+    param_mapping: dict[str, MeshAxes] = field(default_factory=lambda: {"embed": "data"})  # likewise, of weights
 
     def __post_init__(self):
         object.__setattr__(self, "axes", _with_defaults("axes", self.axes, {"replica": 1, "data": -1, "model": 1}))

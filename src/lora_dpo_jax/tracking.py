@@ -59,6 +59,9 @@ class TrackerConfig(draccus.ChoiceRegistry, ABC):
     @abstractmethod
     def start(self, *, run_dir: Path, run_id: str, resolved_config: dict) -> Tracker: ...
 
+    def check_packages(self) -> None:
+        """Raises ImportError where `start` would, for want of a package."""
+
 
 # A list and no tuple: draccus 0.11 loses the types of a tuple of two when it writes them.
 TrackerConfigs = list[TrackerConfig]
@@ -69,12 +72,12 @@ TrackerConfigs = list[TrackerConfig]
 class WandbConfig(TrackerConfig):
     """Weights & Biases. What is null is left to wandb: its environment variables, then its own defaults."""
 
-    project: str | None = None
-    entity: str | None = None
+    project: str | None = None  # that the run belongs to
+    entity: str | None = None  # the user or team
     name: str | None = None  # the name shown; null is the run's id
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
-    mode: Literal["online", "offline", "disabled"] | None = None
+    group: str | None = None  # of runs
+    tags: list[str] = field(default_factory=list)  # of the run
+    mode: Literal["online", "offline", "disabled"] | None = None  # null: online, unless the environment says other
     id: str | None = None  # null is the run's id, so that a resumed run continues its curves
 
     def start(self, *, run_dir: Path, run_id: str, resolved_config: dict) -> Tracker:
@@ -103,14 +106,19 @@ class WandbConfig(TrackerConfig):
 class TensorboardConfig(TrackerConfig):
     """Event files of scalars in the run's folder, under `tensorboard`. Settings are in config.yaml beside it."""
 
-    def start(self, *, run_dir: Path, run_id: str, resolved_config: dict) -> Tracker:
+    def check_packages(self) -> None:
         try:
-            from tensorboard.summary import Writer
+            import tensorboard.summary  # noqa: F401
         except ImportError as error:
             raise ImportError(
                 "trainer.tracker: tensorboard needs a package that is not installed. "
                 "Run: pip install 'lora_dpo_jax[tensorboard]'"
             ) from error
+
+    def start(self, *, run_dir: Path, run_id: str, resolved_config: dict) -> Tracker:
+        self.check_packages()
+        from tensorboard.summary import Writer
+
         return _TensorboardTracker(Writer(str(run_dir / "tensorboard")))
 
 

@@ -263,12 +263,26 @@ def test_time_in_hooks_does_not_count(clock):
         (dict(non_finite="warn"), r"trainer\.non_finite='warn' must be stop or skip"),
         (dict(mp="f31"), r"trainer\.mp='f31' is no precision; for example f32"),
         (dict(mp="p=f32,q=bf16"), r"trainer\.mp='p=f32,q=bf16' is no precision"),
+        (dict(mp="half"), r"trainer\.mp='half': half is float16 or bfloat16"),
+        (dict(mp="p=f32,c=f64"), r"trainer\.mp='p=f32,c=f64': JAX computes in float32 instead"),
+        (dict(seed=-1), r"trainer\.seed=-1 must be in \[0, 2\*\*32\)"),
+        (dict(num_train_steps=2**31), r"trainer\.num_train_steps=2147483648 makes more steps"),
+        (dict(num_train_epochs=float("inf")), r"trainer\.num_train_epochs=inf makes more steps"),
+        (dict(stall_seconds=1e30), r"trainer\.stall_seconds=1e\+30 is longer than a clock can wait"),
+        (dict(log_dir="gs://bucket"), r"trainer\.log_dir='gs://bucket' must be a folder of this machine"),
     ],
     ids=str,
 )
 def test_settings_that_cannot_be_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainerConfig(**settings)
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "a\\b", ".", "..", "a\nb", " a", "x" * 201])
+def test_an_id_is_the_name_of_one_folder(name):
+    with pytest.raises(ValueError, match=r"trainer\.id="):
+        TrainerConfig(id=name)
+    assert TrainerConfig(id="run 1.é").run_dir("run 1.é").parent == TrainerConfig().run_dir("other").parent
 
 
 @pytest.mark.parametrize(

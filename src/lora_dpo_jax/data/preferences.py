@@ -23,13 +23,13 @@ class FormatConfig:
     As in Levanter, `system_prompt` and `chat_template_kwargs` are names of columns, not their values.
     """
 
-    type: Literal["preference_chat"] = "preference_chat"
-    chosen_field: str = "chosen"
-    rejected_field: str = "rejected"
+    type: Literal["preference_chat"] = "preference_chat"  # the only one
+    chosen_field: str = "chosen"  # a column
+    rejected_field: str = "rejected"  # a column
     prompt_field: str | None = "prompt"  # null: the prompt is what chosen and rejected share
-    system_prompt: str | None = "system"
-    tools_field: str | None = "tools"
-    chat_template_kwargs: str | None = "chat_template_kwargs"
+    system_prompt: str | None = "system"  # the column of a system message
+    tools_field: str | None = "tools"  # the column of tool schemas
+    chat_template_kwargs: str | None = "chat_template_kwargs"  # the column of arguments for the template
     chat_template: str | None = None  # instead of the tokenizer's own: a Jinja text, or the path of one
     # Rows of strings. plain: as they are. chat: the prompt is the user's turn, a response the assistant's.
     # auto: chat if chat_template is set, or if the row has what only a template can write; else plain.
@@ -65,9 +65,9 @@ class ComponentConfig:
 
 @dataclass(frozen=True)
 class PreferenceDataConfig:
-    components: dict[str, ComponentConfig]
+    components: dict[str, ComponentConfig]  # by name
     tokenizer: str | None = None  # id or folder; null: the one of initialize_from_hf
-    shuffle: bool = True
+    shuffle: bool = True  # a new seeded order in each epoch; false keeps the order of the files
     train_weights: dict[str, float] | None = None  # how often each component is drawn; null: in proportion to its pairs
     cache_dir: str | None = None  # null: $LORA_DPO_JAX_CACHE, or lora_dpo_jax in the user's cache folder
 

@@ -83,8 +83,8 @@ class UrlSource(SourceConfig):
     The suffix tells the format (.jsonl, .json, .parquet, .csv, .tsv) and the compression (.gz, .zst, .bz2, .xz).
     """
 
-    train_urls: list[str] = field(default_factory=list)
-    validation_urls: list[str] = field(default_factory=list)
+    train_urls: list[str] = field(default_factory=list)  # paths, globs and URLs
+    validation_urls: list[str] = field(default_factory=list)  # likewise
 
     def __post_init__(self):
         if not self.train_urls and not self.validation_urls:
@@ -109,11 +109,11 @@ class UrlSource(SourceConfig):
 class HubSource(SourceConfig):
     """A data set of the Hugging Face hub, a local folder laid out like one, or a folder of `save_to_disk`."""
 
-    id: str
+    id: str  # of a hub data set, or a local folder
     name: str | None = None  # the configuration, where the data set has several
-    revision: str | None = None
+    revision: str | None = None  # branch, tag or commit
     train_split: str | None = "train"  # any split expression of `datasets`, such as train[:1000]
-    validation_split: str | None = None
+    validation_split: str | None = None  # likewise
 
     def has_split(self, split: Split) -> bool:
         return self._split(split) is not None

@@ -131,14 +131,14 @@ class _Decoder:
         arguments = {field.name: default_of(field) for field in fields}
         if type(default) is section:
             arguments = {name: getattr(default, name) for name in arguments}
-        if needed := [name for name, given in arguments.items() if given is MISSING and name not in value]:
-            raise self._missing([_innermost(hints[name], joined(path, name)) for name in needed])
         for field in fields:
             if field.name in value:
                 where, before = joined(path, field.name), arguments[field.name]
                 arguments[field.name] = made = self.value(hints[field.name], value[field.name], where, before)
                 if isinstance(made, str) and not made.strip() and not field.metadata.get("may_be_empty"):
                     raise SettingError(where, f"={shown(made)} says nothing; leave it out, or give it a value")
+        if needed := [name for name, given in arguments.items() if given is MISSING]:
+            raise self._missing([_innermost(hints[name], joined(path, name)) for name in needed])
         try:
             return section(**arguments)
         except SettingError:

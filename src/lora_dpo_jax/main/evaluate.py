@@ -22,6 +22,7 @@ from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.identity import cache_folder, refuse_other_settings
 from lora_dpo_jax.main.output_file import check_output, write_output
 from lora_dpo_jax.main.outputs import check_writable
+from lora_dpo_jax.main.paths import refuse_impossible_paths
 from lora_dpo_jax.main.reference import ReferenceLogProbs
 from lora_dpo_jax.main.setup import (
     TrainConfig,
@@ -32,10 +33,10 @@ from lora_dpo_jax.main.setup import (
     load_peft_adapter,
     load_tables,
     load_tokenizer,
+    placement_of,
     scorer,
 )
 from lora_dpo_jax.printable import printable
-from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.distributed import is_first_process
 
 logger = logging.getLogger("lora_dpo_jax")
@@ -50,10 +51,11 @@ class EvaluateConfig(TrainConfig):
 
     output: str  # the .jsonl to write: index, logp_*, ref_logp_* (nats), *_tokens of each pair
     adapter: str | None = None  # a PEFT folder, URL or hub id: the policy; null: initialize_from_peft, or the base
-    split: Literal["validation", "train"] = "validation"
+    split: Literal["validation", "train"] = "validation"  # which pairs are scored
 
     def __post_init__(self):
         super().__post_init__()
+        refuse_impossible_paths({"output": self.output, "adapter": self.adapter})
         if self.split not in ("validation", "train"):
             raise ValueError(f"split={self.split!r} must be validation or train")
 
@@ -66,6 +68,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         check_output(config.output, columns=COLUMNS, inputs=_data_files(config))
     keep_programs(config)
     check_models(config)
+    placement = placement_of(config)
     tokenizer = load_tokenizer(config)
     train, validation = load_tables(config, tokenizer)
     pairs = train if config.split == "train" else validation
@@ -77,7 +80,6 @@ def main(config: EvaluateConfig) -> dict[str, float]:
             f"the {config.split} split has no pairs{why}: give data.components validation files, or a "
             "validation_split_fraction that is at least one prompt's pairs"
         )
-    placement = Placement(config.trainer.mesh)
     base = load_base(config, tokenizer, placement)
     score = scorer(config, pairs, placement)
 

@@ -27,6 +27,7 @@ from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.main.arguments import parse as parse_settings
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.output_file import check_output, write_output
+from lora_dpo_jax.main.paths import refuse_impossible_paths
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.redaction import log_to_stderr
@@ -55,7 +56,8 @@ class GenerateConfig(GenerationConfig):
     # On the command line also --prompt TEXT, repeated at will; its text is taken literally, this list is YAML.
     prompts: list[str] = field(default_factory=list)
     prompts_file: str | None = None  # .txt: one a line; .jsonl: `prompt`, a string or a list of messages
-    system: str | None = None  # the system message before each prompt
+    # The system message before each prompt. An empty one is not null: it takes the place of a template's default.
+    system: str | None = field(default=None, metadata={"may_be_empty": True})
     chat: bool = True  # false: prompts that are strings do not go through the chat template
     chat_template: str | None = None  # instead of the tokenizer's own: a Jinja text, or the path of one
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # such as {enable_thinking: false}
@@ -65,6 +67,8 @@ class GenerateConfig(GenerationConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        names = ("model", "adapter", "tokenizer", "prompts_file", "output")
+        refuse_impossible_paths({name: getattr(self, name) for name in names})
         if not self.prompts and self.prompts_file is None:
             raise ValueError("nothing to complete: give prompts (or --prompt), prompts_file or both")
         if self.dtype not in (None, *DTYPES):

@@ -29,6 +29,7 @@ from lora_dpo_jax.lora import LoraConfig
 from lora_dpo_jax.losses import Dpo, PreferenceLoss
 from lora_dpo_jax.main.arguments import parse_arguments as parse_arguments  # for those who look for it here
 from lora_dpo_jax.main.decoding import config_of
+from lora_dpo_jax.main.paths import refuse_impossible_paths
 from lora_dpo_jax.models import CausalLM, DecoderConfig
 from lora_dpo_jax.models.attention import IMPLEMENTATIONS, PLATFORMS
 from lora_dpo_jax.models.decoder import CHECKPOINT_POLICIES
@@ -80,7 +81,7 @@ class TrainConfig:
 
     data: PreferenceDataConfig
     initialize_from_hf: str  # the base model: a folder, a URL or a hub id
-    hf_revision: str | None = None
+    hf_revision: str | None = None  # branch, tag or commit of that hub id
     train_seq_len: int = 1024  # tokens; bounds prompt + one response
     model: ModelConfig = field(default_factory=ModelConfig)
     layout: PairLayout = field(default_factory=PairLayout)
@@ -130,6 +131,19 @@ class TrainConfig:
             )
         if self.preview < 0:
             raise ValueError(f"preview={self.preview} must be a number of pairs, or 0 to train")
+        refuse_impossible_paths(
+            {
+                "initialize_from_hf": self.initialize_from_hf,
+                "initialize_from_peft": self.initialize_from_peft,
+                "peft_save_path": self.peft_save_path,
+                "merged_hf_save_path": self.merged_hf_save_path,
+                "data.tokenizer": self.data.tokenizer,
+                "data.cache_dir": self.data.cache_dir,
+                "trainer.log_dir": self.trainer.log_dir,
+                "trainer.checkpointer.base_path": self.trainer.checkpointer.base_path,
+                "trainer.jax_compilation_cache_dir": self.trainer.jax_compilation_cache_dir,
+            }
+        )
         if self.peft_reference not in ("adapter", "base"):
             raise ValueError(f"peft_reference={self.peft_reference!r} must be adapter or base")
         if self.reference_log_probs not in ("auto", "live", "cached"):
@@ -200,6 +214,17 @@ def check_models(config: TrainConfig) -> None:
         read_adapter_config(folder_of("initialize_from_peft", config.initialize_from_peft, patterns=settings))
 
 
+def placement_of(config: TrainConfig) -> Placement:
+    """The devices here. Raises ValueError if they do not fill `trainer.mesh`, or cannot compute `model.attention`."""
+    placement = Placement(config.trainer.mesh)
+    platform = placement.mesh.devices.flat[0].platform
+    if (needed := PLATFORMS.get(config.model.attention, platform)) != platform:
+        raise ValueError(
+            f"model.attention={config.model.attention} needs a {needed}, and this is a {platform}: set auto"
+        )
+    return placement
+
+
 def load_tokenizer(config: TrainConfig) -> Any:
     """The tokenizer of `data.tokenizer`, or the base model's."""
     if config.data.tokenizer:
@@ -218,11 +243,6 @@ def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base
     folder = folder_of("initialize_from_hf", config.initialize_from_hf, revision=config.hf_revision)
     decoder = config.model.applied_to(read_config(folder))
     _check_lengths(config, decoder)
-    platform = placement.mesh.devices.flat[0].platform
-    if (needed := PLATFORMS.get(config.model.attention, platform)) != platform:
-        raise ValueError(
-            f"model.attention={config.model.attention} needs a {needed}, and this is a {platform}: set auto"
-        )
     if len(tokenizer) > decoder.vocab_size:
         raise ValueError(
             f"the tokenizer knows {len(tokenizer)} tokens, but {config.initialize_from_hf} embeds only "

@@ -36,6 +36,7 @@ from lora_dpo_jax.main.setup import (
     load_peft_adapter,
     load_tables,
     load_tokenizer,
+    placement_of,
     scorer,
 )
 from lora_dpo_jax.models import CausalLM
@@ -88,6 +89,10 @@ def _run_locks(config: TrainConfig, run_id: str) -> Iterator[None]:
 
 def _run(config: TrainConfig, run_id: str, began: float) -> TrainState | None:
     check_models(config)
+    if not config.preview:  # What cannot be on this machine is an error before the data are read.
+        placement_of(config)
+        for tracker in config.trainer.tracker:
+            tracker.check_packages()
     tokenizer = load_tokenizer(config)
     pairs, held_out = load_tables(config, tokenizer)
     if config.preview:
@@ -98,7 +103,7 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState | None:
         raise ValueError("data.components: no training pair is left; see the counts above")
 
     trainer = config.trainer
-    placement = Placement(trainer.mesh)
+    placement = placement_of(config)
     base = load_base(config, with_trained_template(config, tokenizer), placement)
     lora = _lora_config(config)
     k_adapters, k_dropout = jax.random.split(jax.random.key(trainer.seed))

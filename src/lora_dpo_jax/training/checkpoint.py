@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -45,8 +46,8 @@ SHOWN_DIFFERENCES = 12
 class CheckpointInterval:
     """The checkpoints after every `every` steps are kept, up to step `until`."""
 
-    every: int
-    until: int | None = None
+    every: int  # steps
+    until: int | None = None  # the last step that the rule is for; null, in the last rule alone, is for ever
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ class CheckpointerConfig:
     """
 
     base_path: str | None = None  # a folder or a gs:// URL; null is `checkpoints` in the run's folder
-    append_run_id_to_base_path: bool = True
+    append_run_id_to_base_path: bool = True  # the id is a folder in base_path
     save_interval: str | None = "15m"  # 1h30m, 90s; a bare number is in minutes; null saves none by the clock
+    # Which steps' checkpoints are saved and stay: rules, by rising `until`. The last step's always is.
     keep: list[CheckpointInterval] = field(default_factory=lambda: [CheckpointInterval(every=10_000)])
 
     def __post_init__(self):
@@ -355,7 +357,7 @@ def _seconds(text: str) -> float:
         compact += "m"
     parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", compact)
     seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
-    if "".join(map("".join, parts)) != compact or seconds <= 0:
+    if "".join(map("".join, parts)) != compact or not 0 < seconds < threading.TIMEOUT_MAX:
         raise ValueError(f"trainer.checkpointer.save_interval={text!r} is no time; for example 10m, 1h30m or 90s")
     return seconds
 

@@ -23,6 +23,7 @@ FOUND_BY_JAX = "a TPU pod, a GKE job, SLURM's srun or Open MPI's mpirun"
 # Others may tokenize, or write an export, for long. That one of them is gone, liveness.py finds out.
 PATIENCE_MS = 7 * 24 * 3600 * 1000
 SHOWN_DIFFERENCES = 8
+LONGEST_TIMEOUT = 10**6  # seconds
 
 
 @dataclass(frozen=True)
@@ -33,26 +34,40 @@ class DistributedConfig:
     """
 
     coordinator_address: str | None = None  # host:port of process 0
-    num_processes: int | None = None
-    process_id: int | None = None
+    num_processes: int | None = None  # of the run
+    process_id: int | None = None  # which of them this is, from 0
     local_device_ids: list[int] | None = None  # which of its host's GPUs are this process's; null: all, or see jax
     initialize_jax_distributed: bool = True  # false: one process, whatever the environment says
     heartbeat_timeout_seconds: int = 30  # a process that is silent for so long is given up, and the run ends
 
     def __post_init__(self):
-        if self.heartbeat_timeout_seconds < 5:
+        if not 5 <= self.heartbeat_timeout_seconds <= LONGEST_TIMEOUT:
             raise ValueError(
-                f"trainer.distributed.heartbeat_timeout_seconds={self.heartbeat_timeout_seconds} must be at least 5"
+                f"trainer.distributed.heartbeat_timeout_seconds={self.heartbeat_timeout_seconds} must be at least 5 and "
+                f"at most {LONGEST_TIMEOUT}"
             )
-        if self.coordinator_address is not None and not self.coordinator_address.rpartition(":")[2].isdigit():
+        if self.coordinator_address is not None and not _is_address(self.coordinator_address):
             raise ValueError(
                 f"trainer.distributed.coordinator_address={self.coordinator_address!r} must be host:port of process 0"
             )
+        if self.num_processes is not None and self.num_processes < 1:
+            raise ValueError(f"trainer.distributed.num_processes={self.num_processes} must be at least 1")
+        if self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 2**31):
+            raise ValueError(
+                f"trainer.distributed.process_id={self.process_id} must be counted from 0, below num_processes"
+            )
+        if any(number < 0 for number in self.local_device_ids or ()):
+            raise ValueError(f"trainer.distributed.local_device_ids={self.local_device_ids} must be counted from 0")
 
     @property
     def explicit(self) -> dict[str, Any]:
         names = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 2**16
 
 
 def start_processes(config: DistributedConfig) -> bool:

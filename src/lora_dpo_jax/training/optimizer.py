@@ -20,12 +20,12 @@ class OptimizerConfig:
 
     learning_rate: float = 5e-6  # the peak; as in TRL's and Levanter's LoRA-DPO examples
     weight_decay: float = 0.0  # decoupled: each step shrinks every adapter by learning rate * this
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
+    beta1: float = 0.9  # of the mean of gradients
+    beta2: float = 0.999  # of the mean of their squares
+    epsilon: float = 1e-8  # added to the root of that mean
     max_grad_norm: float | None = 1.0  # over all adapters together; null or 0 does not clip
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls after the warmup
-    warmup: int | float = 0
+    warmup: int | float = 0  # below 1 a fraction of the run, from 1 on a number of steps
     min_lr_ratio: float = 0.0  # where linear and cosine end, as a share of learning_rate; 0 is transformers' own
 
     def __post_init__(self):

@@ -12,12 +12,12 @@ def precision_of(setting: str, text: str) -> jmp.Policy:
 
     Raises ValueError that names the setting, for float64 too unless JAX is told to compute in it.
     """
+    if "half" in text:  # it depends on the devices, and asking for them here would be too early
+        raise ValueError(f"{setting}={text!r}: half is float16 or bfloat16; name one of them")
     try:
-        if "half" in text:  # which of the two depends on the devices, and asking for them here would be too early
-            raise ValueError("half is float16 or bfloat16: name one of them")
         policy = jmp.get_policy(text)
     except ValueError as error:
-        raise ValueError(f"{setting}={text!r} is no precision; for example f32 or p=f32,c=bfloat16. {error}") from error
+        raise ValueError(f"{setting}={text!r} is no precision; for example f32 or p=f32,c=bfloat16") from error
     dtypes: tuple[Any, ...] = (policy.param_dtype, policy.compute_dtype)
     if jnp.float64 in dtypes and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError(

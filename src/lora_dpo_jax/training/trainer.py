@@ -36,7 +36,7 @@ METRICS_LAG = 1  # steps dispatched before the metrics of one are fetched, so th
 class TrainerConfig:
     """How long, how fast and where a run runs; names are Levanter's where it has one."""
 
-    num_train_steps: int | None = None
+    num_train_steps: int | None = None  # updates
     num_train_epochs: float | None = None  # the other way to say how long; 1 if neither is given
     train_batch_size: int = 32  # pairs per update
     # What becomes of the pairs at the end of an epoch that make no whole batch. short: they are a batch of their own,
@@ -47,14 +47,15 @@ class TrainerConfig:
     per_device_parallelism: int = -1
     per_device_eval_parallelism: int = -1  # likewise in evaluation; -1 takes that of training, or 8
     steps_per_eval: int | None = None  # null: evaluate before the first and after the last step only
-    eval_at_start: bool = True
+    eval_at_start: bool = True  # evaluate before the first step
     log_every: int = 1  # steps
-    seed: int = 0
+    seed: int = 0  # of adapters, order, split and dropout
     mp: str | None = None  # "f32", "bf16", "p=f32,c=bfloat16", ...; null computes in bfloat16 on accelerators
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    # Where metrics go besides metrics.jsonl: wandb, tensorboard, none, a mapping with settings, or a list of these.
     tracker: TrackerConfigs = field(default_factory=lambda: [NoTrackerConfig()])
-    log_dir: str = "logs"
+    log_dir: str = "logs"  # the folder of all runs
     # The run's folder in log_dir; null generates a name. A run of an id that was here before goes on where it was.
     id: str | None = None
     checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
@@ -62,7 +63,7 @@ class TrainerConfig:
     # A step whose loss or gradient is not finite makes no update. stop: the run ends there. skip: it goes on, until
     # more than max_skips_in_a_row come one after the other.
     non_finite: Literal["stop", "skip"] = "stop"
-    max_skips_in_a_row: int = 10
+    max_skips_in_a_row: int = 10  # with skip: more of them end the run
     # How long the run waits for its input, its devices or a hook before the log says so; null: it never does.
     stall_seconds: float | None = 120.0
     # Where compiled programs are kept for the next run, a folder or a URL; null: what JAX is told elsewhere
