@@ -82,8 +82,11 @@ def test_a_null_stays_where_objects_with_other_keys_would_be_json():
     calls = [call(town="Bern", days=None), call(town=None, days=2)]
     column = pa.array(calls)
     assert rows(exact=True, x=column) == [{"x": value} for value in calls]
-    assert rows(x=column, other=jsons([1, 2])) == [{"x": value, "other": n} for n, value in enumerate(calls, 1)]
-    assert rows(x=column) == [{"x": call(town="Bern")}, {"x": call(days=2)}]
+    table = pa.table({"x": column, "other": jsons([1, 2])})
+    whole = [{"x": value, "other": n} for n, value in enumerate(calls, 1)]
+    lacking = [{"x": call(town="Bern"), "other": 1}, {"x": call(days=2), "other": 2}]
+    assert list(read_table(table)) == lacking  # other writers have their own reasons for JSON
+    assert list(read_table(table.replace_schema_metadata({"huggingface": "{}"}))) == whole
 
 
 @pytest.mark.parametrize("text", ["42", "true", '{"a": 1}', "[1, 2]", "[[]]", "-0.0", '"a" is "b"'])
@@ -97,7 +100,7 @@ def test_content_that_happens_to_be_json_is_text_beside_content_of_parts(text):
         stored = json.dumps(text)
     contents = pa.array([json.dumps(parts), stored, None], pa.string()).cast(JSON)
     column = pa.StructArray.from_arrays([pa.array(["user"] * 3), contents], ["role", "content"])
-    assert [row["x"]["content"] for row in rows(x=column)] == [parts, text, None]
+    assert [row["x"].get("content") for row in rows(x=column)] == [parts, text, None]
 
 
 @pytest.mark.parametrize("text", ["42", '{"a": 1}', "plain"])

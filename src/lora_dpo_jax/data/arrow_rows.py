@@ -8,51 +8,57 @@ from pyarrow import types
 
 from lora_dpo_jax.data.json_rows import Unreadable, parse_json
 
-Reading = Callable[[Any], Any]
+Reading = Callable[[Any], Any] | None  # None: as it is
 
 
 def read_table(table: pa.Table | pa.RecordBatch, *, exact: bool = False) -> Iterator[Any]:
     """Rows of Python values, with the columns that they have, and values of type arrow.json decoded.
 
     An Arrow struct has the keys of all objects, so a null in it is a value, or a key that the object lacks. `exact`: it
-    is a value, as where `datasets` has read JSON, because it keeps objects whose keys differ as arrow.json. A table
-    with such columns is exact too. Otherwise nulls are left out, unless only keys are null that never have a value.
+    is a value, as where `datasets` has read JSON, because it keeps objects whose keys differ as arrow.json. A table of
+    `datasets` with such columns is exact too. Otherwise nulls are left out, unless only keys are null that never have a
+    value.
     """
-    exact = exact or any(_has_json(column.type) for column in table.schema)
+    by_datasets = b"huggingface" in (table.schema.metadata or {})
+    exact = exact or (by_datasets and any(_has_json(column.type) for column in table.schema))
     columns = {column.name: _reading(column.type, exact) for column in table.schema}
-    for row in table.to_pylist(maps_as_pydicts="strict"):
+    for row in table.to_pylist():
         try:
-            yield {name: columns[name](value) for name, value in row.items() if value is not None}
+            yield {name: _read(value, columns[name]) for name, value in row.items() if value is not None}
         except ValueError as error:
             yield Unreadable(f"has a JSON value that {error}")
 
 
 def _reading(kind: pa.DataType, exact: bool) -> Reading:
-    """How a value of this type becomes what JSON would hold. Values are as `to_pylist` gives them, and not None."""
+    """How a value of this type, as `to_pylist` gives it and not None, becomes what JSON would hold."""
     if isinstance(kind, pa.JsonType):
         return parse_json
     if types.is_struct(kind):
         return _struct_reading(kind, exact)
     if types.is_map(kind):
-        item = _or_none(_reading(kind.item_type, exact))
-        return lambda value: {key: item(held) for key, held in value.items()}
-    if _is_list(kind):
-        item = _or_none(_reading(kind.value_type, exact))
-        return lambda value: [item(held) for held in value]
-    return lambda value: value
+        item = _reading(kind.item_type, exact)
+        return lambda pairs: {key: _read(held, item) for key, held in pairs}
+    if _is_list(kind) and (item := _reading(kind.value_type, exact)):
+        return lambda values: [_read(value, item) for value in values]
+    return None
 
 
 def _struct_reading(kind: pa.StructType, exact: bool) -> Reading:
-    fields = {field.name: _or_none(_reading(field.type, exact)) for field in kind}
+    fields = {field.name: _reading(field.type, exact) for field in kind}
     if "content" in fields and isinstance(kind.field("content").type, pa.JsonType):
-        fields["content"] = _or_none(_content)
+        fields["content"] = _content
     ever_filled = [field.name for field in kind if not types.is_null(field.type)]
 
     def read(value: dict[str, Any]) -> dict[str, Any]:
-        whole = exact or all(value[key] is not None for key in ever_filled)
-        return {key: fields[key](held) for key, held in value.items() if held is not None or whole}
+        if not exact and any(value[key] is None for key in ever_filled):
+            value = {key: held for key, held in value.items() if held is not None}
+        return {key: _read(held, fields[key]) for key, held in value.items()}
 
     return read
+
+
+def _read(value: Any, reading: Reading) -> Any:
+    return value if value is None or reading is None else reading(value)
 
 
 def _content(text: str) -> Any:
@@ -60,10 +66,6 @@ def _content(text: str) -> Any:
     value = parse_json(text)
     is_parts = isinstance(value, list) and all(isinstance(part, dict) for part in value)
     return value if is_parts or isinstance(value, str | None) else text
-
-
-def _or_none(reading: Reading) -> Reading:
-    return lambda value: None if value is None else reading(value)
 
 
 def _has_json(kind: pa.DataType) -> bool:
