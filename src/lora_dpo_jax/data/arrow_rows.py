@@ -11,15 +11,12 @@ from lora_dpo_jax.data.json_rows import Unreadable, parse_json
 Reading = Callable[[Any], Any]
 
 
-def read_table(table: pa.Table | pa.RecordBatch, *, exact: bool = False) -> Iterator[Any]:
+def read_table(table: pa.Table | pa.RecordBatch) -> Iterator[Any]:
     """Rows of Python values, with the columns that they have, and values of type arrow.json decoded.
 
-    An Arrow struct has the keys of all objects, so a null in it is a value, or a key that the object lacks. `exact`: it
-    is a value, as where `datasets` has read JSON, because it keeps objects whose keys differ as arrow.json. A table
-    with such columns is exact too. Otherwise nulls are left out, unless only keys are null that never have a value.
+    A struct has the keys of all objects of its column: null is a value, or a key that the object lacks.
     """
-    exact = exact or any(_has_json(column.type) for column in table.schema)
-    columns = {column.name: _reading(column.type, exact) for column in table.schema}
+    columns = {column.name: _reading(column.type) for column in table.schema}
     for row in table.to_pylist(maps_as_pydicts="strict"):
         try:
             yield {name: columns[name](value) for name, value in row.items() if value is not None}
@@ -27,32 +24,22 @@ def read_table(table: pa.Table | pa.RecordBatch, *, exact: bool = False) -> Iter
             yield Unreadable(f"has a JSON value that {error}")
 
 
-def _reading(kind: pa.DataType, exact: bool) -> Reading:
+def _reading(kind: pa.DataType) -> Reading:
     """How a value of this type becomes what JSON would hold. Values are as `to_pylist` gives them, and not None."""
     if isinstance(kind, pa.JsonType):
         return parse_json
     if types.is_struct(kind):
-        return _struct_reading(kind, exact)
+        fields = {field.name: _or_none(_reading(field.type)) for field in kind}
+        if "content" in fields and isinstance(kind.field("content").type, pa.JsonType):
+            fields["content"] = _or_none(_content)
+        return lambda value: {key: fields[key](held) for key, held in value.items()}
     if types.is_map(kind):
-        item = _or_none(_reading(kind.item_type, exact))
+        item = _or_none(_reading(kind.item_type))
         return lambda value: {key: item(held) for key, held in value.items()}
     if _is_list(kind):
-        item = _or_none(_reading(kind.value_type, exact))
+        item = _or_none(_reading(kind.value_type))
         return lambda value: [item(held) for held in value]
     return lambda value: value
-
-
-def _struct_reading(kind: pa.StructType, exact: bool) -> Reading:
-    fields = {field.name: _or_none(_reading(field.type, exact)) for field in kind}
-    if "content" in fields and isinstance(kind.field("content").type, pa.JsonType):
-        fields["content"] = _or_none(_content)
-    ever_filled = [field.name for field in kind if not types.is_null(field.type)]
-
-    def read(value: dict[str, Any]) -> dict[str, Any]:
-        whole = exact or all(value[key] is not None for key in ever_filled)
-        return {key: fields[key](held) for key, held in value.items() if held is not None or whole}
-
-    return read
 
 
 def _content(text: str) -> Any:
@@ -64,14 +51,6 @@ def _content(text: str) -> Any:
 
 def _or_none(reading: Reading) -> Reading:
     return lambda value: None if value is None else reading(value)
-
-
-def _has_json(kind: pa.DataType) -> bool:
-    if types.is_struct(kind):
-        return any(_has_json(field.type) for field in kind)
-    if types.is_map(kind):
-        return _has_json(kind.item_type)
-    return _has_json(kind.value_type) if _is_list(kind) else isinstance(kind, pa.JsonType)
 
 
 def _is_list(kind: pa.DataType) -> bool:
