@@ -78,8 +78,8 @@ def test_separated_values_are_strings(suffix, dialect):
     assert rows_of(separated([("1", "true", "[]")]), "x.csv") == [{"prompt": "1", "chosen": "true", "rejected": "[]"}]
 
 
-def test_an_empty_cell_is_a_key_that_the_row_lacks():
-    assert rows_of(separated([("", "a", "b")]), "x.csv") == [{"chosen": "a", "rejected": "b"}]
+def test_an_empty_cell_is_an_empty_string():
+    assert rows_of(separated([("", "a", "b")]), "x.csv") == [{"prompt": "", "chosen": "a", "rejected": "b"}]
 
 
 def test_rows_of_separated_values_are_counted_without_header_and_blank_lines():

@@ -200,6 +200,17 @@ def test_what_needs_a_template_is_refused_beside_plain_strings():
         read({**STRINGS, "tools": TOOLS, "system": "d"}, strings="plain")
 
 
+def test_cells_without_a_value_change_nothing():
+    cells = {"tools": "", "chat_template_kwargs": "", "images": "", "messages": "", "question": ""}
+    assert parts({**STRINGS, **cells}, strings="plain") == ("Hi", "yes", "no")
+    assert parts({**CHAT, **cells, "system": ""}) == ([USER], [YES], [NO])
+    assert parts({**cells, "prompt": "", "chosen": json.dumps([USER, YES]), "rejected": json.dumps([USER, NO])}) == (
+        [USER],
+        [YES],
+        [NO],
+    )
+
+
 def test_messages_in_text_are_messages():
     row = {column: json.dumps(value) for column, value in CHAT.items()}
     assert parts(row) == ([USER], [YES], [NO])

@@ -89,7 +89,7 @@ class _Streams(io.RawIOBase):
 
 
 def _read_separated(file: BinaryIO, dialect: str) -> Iterator[tuple[int, Any]]:
-    """Cells are strings; an empty one is left out, as a key that the row lacks. The header is no row."""
+    """Cells are strings. The header is no row."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # 128 KiB otherwise
     lines = (line.decode() for line in utf8_lines(file))
     records = (record for record in csv.reader(lines, dialect, strict=True) if record)
@@ -98,7 +98,7 @@ def _read_separated(file: BinaryIO, dialect: str) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"its header names these columns more than once: {twice}")
     for number, record in enumerate(records, start=1):
         if len(record) == len(header):
-            yield number, {name: cell for name, cell in zip(header, record, strict=True) if cell}
+            yield number, dict(zip(header, record, strict=True))
         else:
             yield number, Unreadable(f"has {len(record)} cells; the header has {len(header)}")
 

@@ -177,7 +177,6 @@ class RowFile:
 class HubTable:
     name: str
     dataset: Any
-    exact: bool  # see read_table
 
     def identity(self) -> str:
         return self.dataset._fingerprint
@@ -188,7 +187,7 @@ class HubTable:
 
         with _told_as(f"{self.name}: cannot be read"):
             tables = self.dataset.with_format("arrow").iter(ROWS_PER_READ)
-            rows = (row for table in tables for row in read_table(table, exact=self.exact))
+            rows = (row for table in tables for row in read_table(table))
             for number, row in enumerate(rows, start=1):
                 yield number, _or_error(row, self.name, number)
 
@@ -249,7 +248,7 @@ def _saved_table(source: HubSource, expression: str) -> HubTable:
     sizes = {name: len(part) for name, part in saved.items()}
     taken = datasets.ReadInstruction.from_spec(expression).to_absolute(sizes)
     parts = [saved[part.splitname].select(range(part.from_, part.to)) for part in taken]
-    return HubTable(f"{source.id}[{expression}]", datasets.concatenate_datasets(parts), exact=False)
+    return HubTable(f"{source.id}[{expression}]", datasets.concatenate_datasets(parts))
 
 
 def _hub_table(source: HubSource, expression: str) -> HubTable:
@@ -267,7 +266,7 @@ def _hub_table(source: HubSource, expression: str) -> HubTable:
             raise SourceError(fault) from error
         raise
     name = "/".join(filter(None, (source.id, source.name)))
-    return HubTable(f"{name}[{expression}]", builder.as_dataset(expression), exact=builder.info.builder_name == "json")
+    return HubTable(f"{name}[{expression}]", builder.as_dataset(expression))
 
 
 def _first_fault(files: Sequence[RowFile]) -> str | None:
