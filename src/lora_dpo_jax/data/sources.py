@@ -177,6 +177,7 @@ class RowFile:
 class HubTable:
     name: str
     dataset: Any
+    exact: bool  # see read_table
 
     def identity(self) -> str:
         return self.dataset._fingerprint
@@ -187,7 +188,7 @@ class HubTable:
 
         with _told_as(f"{self.name}: cannot be read"):
             tables = self.dataset.with_format("arrow").iter(ROWS_PER_READ)
-            rows = (row for table in tables for row in read_table(table))
+            rows = (row for table in tables for row in read_table(table, exact=self.exact))
             for number, row in enumerate(rows, start=1):
                 yield number, _or_error(row, self.name, number)
 
@@ -248,7 +249,7 @@ def _saved_table(source: HubSource, expression: str) -> HubTable:
     sizes = {name: len(part) for name, part in saved.items()}
     taken = datasets.ReadInstruction.from_spec(expression).to_absolute(sizes)
     parts = [saved[part.splitname].select(range(part.from_, part.to)) for part in taken]
-    return HubTable(f"{source.id}[{expression}]", datasets.concatenate_datasets(parts))
+    return HubTable(f"{source.id}[{expression}]", datasets.concatenate_datasets(parts), exact=False)
 
 
 def _hub_table(source: HubSource, expression: str) -> HubTable:
@@ -266,7 +267,7 @@ def _hub_table(source: HubSource, expression: str) -> HubTable:
             raise SourceError(fault) from error
         raise
     name = "/".join(filter(None, (source.id, source.name)))
-    return HubTable(f"{name}[{expression}]", builder.as_dataset(expression))
+    return HubTable(f"{name}[{expression}]", builder.as_dataset(expression), exact=builder.info.builder_name == "json")
 
 
 def _first_fault(files: Sequence[RowFile]) -> str | None:
