@@ -121,11 +121,15 @@ def test_the_same_rows_give_the_tokens_of_trl_from_every_kind_of_file(folder, ma
     assert {name: found == expected for name, found in tokens.items()} == dict.fromkeys(sources, True)
 
 
-def test_what_a_table_of_structs_has_filled_is_as_in_trl(tmp_path, make_tokenizer, trl_pairs):
+def test_a_table_of_structs_gives_the_tokens_of_json_lines_and_not_its_own_nulls(tmp_path, make_tokenizer):
     answers = [calls(function("now", town="Bern")), calls(function("now", day="Monday"))]
     rows = [{**ROWS[1], "chosen": [answer, message("assistant", "Yes")]} for answer in answers]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = make_tokenizer("tools")
-    tokens = tokens_of(UrlSource([str(tmp_path / "rows.parquet")]), tokenizer, tmp_path / "cache")
-    assert tokens == trl_pairs(rows, tokenizer)
-    assert '{"town": "Bern", "day": null}' in tokenizer.decode(tokens[0][1])
+    table, lines = (
+        tokens_of(UrlSource([str(tmp_path / f"rows.{kind}")]), tokenizer, tmp_path / "cache")
+        for kind in ("parquet", "jsonl")
+    )
+    assert table == lines
+    assert '{"town": "Bern"}' in tokenizer.decode(table[0][1])
