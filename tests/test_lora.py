@@ -29,6 +29,8 @@ from lora_dpo_jax.lora import (
     LoraConfig,
     LoraLinear,
     TokenKey,
+    equals_reference,
+    frozen_copy,
     linear_layers,
     loraize,
     matching_names,
@@ -85,6 +87,26 @@ def test_the_reference_is_the_base():
     base, reference = tiny_decoder(), unwrap_lora(moved(new_adapters()))
     assert jax.tree.structure(reference) == jax.tree.structure(base)
     assert not [linear for linear, _ in linear_layers(reference) if isinstance(linear, LoraLinear)]
+
+
+@pytest.mark.parametrize("a_init", ["random", "zero"])
+def test_adapters_that_add_nothing_make_the_model_its_reference(a_init):
+    new = loraize(tiny_decoder(), dataclasses.replace(LORA, a_init=a_init), key=jax.random.key(2))
+    assert equals_reference(new, None)
+    assert equals_reference(with_dropout(new, 0.5), None, training=True)
+    assert equals_reference(eqx.filter(new, trainable_filter(new)), None)
+    assert not equals_reference(moved(new), None)
+
+
+def test_adapters_that_are_those_of_the_reference_make_the_model_its_reference():
+    model = moved(new_adapters())
+    assert equals_reference(model, frozen_copy(model), training=True)
+    assert not equals_reference(moved(model, seed=4), frozen_copy(model))
+    other_rank = loraize(tiny_decoder(), dataclasses.replace(LORA, r=LORA.r + 1), key=jax.random.key(2))
+    assert not equals_reference(other_rank, frozen_copy(model))
+    dropping = with_dropout(model, 0.5)
+    assert equals_reference(dropping, frozen_copy(dropping))
+    assert not equals_reference(dropping, frozen_copy(dropping), training=True)
 
 
 def test_no_gradient_flows_through_the_reference():

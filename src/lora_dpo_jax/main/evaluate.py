@@ -77,8 +77,8 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         if config.split == "validation":
             why = f" ({why_none_is_held_out(train, config.held_out_fraction)})"
         raise ValueError(
-            f"the {config.split} split has no pairs{why}: give data.components validation files, or a "
-            "validation_split_fraction that is at least one prompt's pairs"
+            f"the {config.split} split has no pairs{why}: give data.components validation files, or raise "
+            "validation_split_fraction"
         )
     base = load_base(config, tokenizer, placement)
     score = scorer(config, pairs, placement)
