@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from lora_dpo_jax.data.loader import PairTable
 from lora_dpo_jax.evaluation import summarize
+from lora_dpo_jax.huggingface.adapters import read_adapter_config
 from lora_dpo_jax.losses import PairLogProbs
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.identity import cache_folder, refuse_other_settings
@@ -60,6 +61,8 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         check_writable("output", Path(config.output).parent)
     keep_programs(config)
     check_models(config)
+    if config.adapter is not None:
+        read_adapter_config(folder_of("adapter", config.adapter))
     tokenizer = load_tokenizer(config)
     train, validation = load_tables(config, tokenizer)
     pairs = train if config.split == "train" else validation
