@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lora_dpo_jax.data.loader import PairTable, why_none_is_held_out
 from lora_dpo_jax.data.sources import expand_url
 from lora_dpo_jax.evaluation import summarize
+from lora_dpo_jax.huggingface.adapters import read_adapter_config
 from lora_dpo_jax.lora import equals_reference, frozen_copy
 from lora_dpo_jax.losses import PairLogProbs
 from lora_dpo_jax.main.arguments import parse_arguments
@@ -68,6 +69,8 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         check_output(config.output, columns=COLUMNS, inputs=_data_files(config))
     keep_programs(config)
     check_models(config)
+    if config.adapter is not None:
+        read_adapter_config(folder_of("adapter", config.adapter))
     placement = placement_of(config)
     tokenizer = load_tokenizer(config)
     train, validation = load_tables(config, tokenizer)

@@ -19,7 +19,7 @@ from lora_dpo_jax.data.loader import PairTable, split_by_prompt, whole_table
 from lora_dpo_jax.data.planning import PairLayout, RunLayout, plan_layout
 from lora_dpo_jax.data.preferences import PreferenceDataConfig, default_cache_dir
 from lora_dpo_jax.evaluation import PairScorer
-from lora_dpo_jax.generation import GenerationConfig
+from lora_dpo_jax.generation import GenerationConfig, read_stop_ids
 from lora_dpo_jax.huggingface.adapters import load_adapter, read_adapter_config
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.places import same_place
@@ -209,7 +209,9 @@ def check_models(config: TrainConfig) -> None:
     """Reads the settings of the base and of the adapter that a run begins with, before its data: errors come early."""
     settings = ["*config.json"]
     name, revision = config.initialize_from_hf, config.hf_revision
-    read_config(folder_of("initialize_from_hf", name, revision=revision, patterns=settings))
+    folder = folder_of("initialize_from_hf", name, revision=revision, patterns=settings)
+    read_config(folder)
+    read_stop_ids(folder)
     if config.initialize_from_peft is not None:
         read_adapter_config(folder_of("initialize_from_peft", config.initialize_from_peft, patterns=settings))
 
