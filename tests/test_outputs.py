@@ -54,7 +54,7 @@ def test_a_full_disk_is_named_before_any_work(config_of, monkeypatch, setting):
     monkeypatch.setattr(outputs.tempfile, "TemporaryFile", on_full_disk)
     monkeypatch.setattr(outputs, "existing_part", lambda folder: folder)
     with pytest.raises(OSError, match=f"^{setting}: nothing can be written to .*No space left on device"):
-        main(config_of(**{SETTINGS[setting]: "/full"}, trainer__id=""))
+        main(config_of(**{SETTINGS[setting]: "/full/x" if setting in EXPORTS else "/full"}, trainer__id=None))
 
 
 class Store(MemoryFileSystem):

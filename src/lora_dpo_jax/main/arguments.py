@@ -157,11 +157,14 @@ def _remove(tree: dict[str, Any], names: list[str]) -> None:
 
 
 def _value(annotation: Any, text: str, path: str) -> Any:
-    """The plain value of a word."""
+    """The plain value of a word. What takes text has it as it stands, but for quotes, and for a list where one fits."""
+    is_quoted = text.startswith(("'", '"'))
     takes_text = any(member is str or get_origin(member) is Literal for member in members(annotation))
     if text in NULLS:
         return None
-    if not text.strip() and not takes_text:
+    if takes_text and not is_quoted and item_in(annotation, list) is None:
+        return text
+    if not takes_text and not text.strip():
         raise SettingError(f"--{path}", " needs a value; the one given is empty")
     try:
         value = read_yaml(text)
@@ -169,10 +172,8 @@ def _value(annotation: Any, text: str, path: str) -> Any:
         if takes_text:
             return text
         raise SettingError(path, f"={shown(text)}{error}") from error
-    if not takes_text or isinstance(value, list) and item_in(annotation, list) is not None:
-        return value
-    quoted = text[0] in "'\"" if text else False
-    return value if quoted and isinstance(value, str) else text
+    fits = isinstance(value, list) or is_quoted and isinstance(value, str)
+    return value if fits or not takes_text else text
 
 
 def _merged(annotation: Any, old: Any, new: Any) -> Any:

@@ -43,8 +43,8 @@ class DistributedConfig:
     def __post_init__(self):
         if not 5 <= self.heartbeat_timeout_seconds <= LONGEST_TIMEOUT:
             raise ValueError(
-                f"trainer.distributed.heartbeat_timeout_seconds={self.heartbeat_timeout_seconds} must be at least 5 and "
-                f"at most {LONGEST_TIMEOUT}"
+                f"trainer.distributed.heartbeat_timeout_seconds={self.heartbeat_timeout_seconds} must be between 5 and "
+                f"{LONGEST_TIMEOUT}"
             )
         if self.coordinator_address is not None and not _is_address(self.coordinator_address):
             raise ValueError(
