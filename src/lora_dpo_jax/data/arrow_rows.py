@@ -8,7 +8,7 @@ from pyarrow import types
 
 from lora_dpo_jax.data.json_rows import Unreadable, parse_json
 
-Reading = Callable[[Any], Any]
+Reading = Callable[[Any], Any] | None  # None: as it is
 
 
 def read_table(table: pa.Table | pa.RecordBatch) -> Iterator[Any]:
@@ -17,29 +17,33 @@ def read_table(table: pa.Table | pa.RecordBatch) -> Iterator[Any]:
     A struct has the keys of all objects of its column: null is a value, or a key that the object lacks.
     """
     columns = {column.name: _reading(column.type) for column in table.schema}
-    for row in table.to_pylist(maps_as_pydicts="strict"):
+    for row in table.to_pylist():
         try:
-            yield {name: columns[name](value) for name, value in row.items() if value is not None}
+            yield {name: _read(value, columns[name]) for name, value in row.items() if value is not None}
         except ValueError as error:
             yield Unreadable(f"has a JSON value that {error}")
 
 
 def _reading(kind: pa.DataType) -> Reading:
-    """How a value of this type becomes what JSON would hold. Values are as `to_pylist` gives them, and not None."""
+    """How a value of this type, as `to_pylist` gives it and not None, becomes what JSON would hold."""
     if isinstance(kind, pa.JsonType):
         return parse_json
     if types.is_struct(kind):
-        fields = {field.name: _or_none(_reading(field.type)) for field in kind}
+        fields = {field.name: _reading(field.type) for field in kind}
         if "content" in fields and isinstance(kind.field("content").type, pa.JsonType):
-            fields["content"] = _or_none(_content)
-        return lambda value: {key: fields[key](held) for key, held in value.items()}
+            fields["content"] = _content
+        if any(fields.values()):
+            return lambda value: {key: _read(held, fields[key]) for key, held in value.items()}
     if types.is_map(kind):
-        item = _or_none(_reading(kind.item_type))
-        return lambda value: {key: item(held) for key, held in value.items()}
-    if _is_list(kind):
-        item = _or_none(_reading(kind.value_type))
-        return lambda value: [item(held) for held in value]
-    return lambda value: value
+        item = _reading(kind.item_type)
+        return lambda pairs: {key: _read(held, item) for key, held in pairs}
+    if _is_list(kind) and (item := _reading(kind.value_type)):
+        return lambda values: [_read(value, item) for value in values]
+    return None
+
+
+def _read(value: Any, reading: Reading) -> Any:
+    return value if value is None or reading is None else reading(value)
 
 
 def _content(text: str) -> Any:
@@ -47,10 +51,6 @@ def _content(text: str) -> Any:
     value = parse_json(text)
     is_parts = isinstance(value, list) and all(isinstance(part, dict) for part in value)
     return value if is_parts or isinstance(value, str | None) else text
-
-
-def _or_none(reading: Reading) -> Reading:
-    return lambda value: None if value is None else reading(value)
 
 
 def _is_list(kind: pa.DataType) -> bool:
