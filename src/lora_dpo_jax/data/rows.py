@@ -197,7 +197,7 @@ def _find_prompt(row: Mapping, format: FormatConfig, chosen: Text, rejected: Tex
     if format.prompt_field != "prompt" or in_responses:
         return None
     columns = [column for column in PROMPT_COLUMNS if row.get(column)]
-    if "instruction" in columns and isinstance(row.get("input"), str):
+    if {"instruction", "input"} <= {*columns} and isinstance(row["input"], str):
         columns.remove("input")  # stands in the prompt of the instruction
     prompts = [_read_prompt(row, column, origin) for column in columns]
     prompts = [prompt for prompt in prompts if _awaits(prompt.value, chosen, rejected)]
