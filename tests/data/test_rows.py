@@ -172,6 +172,7 @@ def test_a_column_that_the_responses_do_not_answer_is_no_prompt():
     begun = {"chosen": "Hi A: yes", "rejected": "Hi A: no"}
     assert parts({**begun, "question": "Hi"}) == ("Hi A:", " yes", " no")
     assert parts({**begun, "question": " ", "messages": [USER, YES]}) == ("Hi A:", " yes", " no")
+    assert parts({**begun, "messages": [], "conversations": []}) == ("Hi A:", " yes", " no")
     assert parts({**begun, "question": "Bye"}, prompt_field=None) == ("Hi A:", " yes", " no")
     with pytest.raises(RowError, match="has no prompt, and chosen and rejected share no first message"):
         parts({"messages": [USER, YES], "chosen": [YES], "rejected": [NO]})

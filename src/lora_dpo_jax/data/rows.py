@@ -196,29 +196,25 @@ def _find_prompt(row: Mapping, format: FormatConfig, chosen: Text, rejected: Tex
         return _read_prompt(row, str(format.prompt_field), origin)
     if format.prompt_field != "prompt" or in_responses:
         return None
-    columns = [column for column in PROMPT_COLUMNS if row.get(column) is not None]
-    if "instruction" in columns and isinstance(row.get("input"), str):
+    columns = [column for column in PROMPT_COLUMNS if row.get(column)]
+    if {"instruction", "input"} <= {*columns} and isinstance(row["input"], str):
         columns.remove("input")  # stands in the prompt of the instruction
     prompts = [_read_prompt(row, column, origin) for column in columns]
-    prompts = [prompt for prompt in prompts if prompt and _awaits(prompt.value, chosen, rejected)]
+    prompts = [prompt for prompt in prompts if _awaits(prompt.value, chosen, rejected)]
     if len(prompts) > 1:
         found = " and ".join(repr(prompt.column) for prompt in prompts)
         raise RowError("malformed", origin, f"has no 'prompt', and {found} may be it: set format.prompt_field to one")
     return prompts[0] if prompts else None
 
 
-def _read_prompt(row: Mapping, column: str, origin: str) -> _Prompt | None:
+def _read_prompt(row: Mapping, column: str, origin: str) -> _Prompt:
     value = row[column]
     if isinstance(value, Mapping) and "messages" in value:  # of OpenAI
         messages = read_messages(value["messages"], f"{column}.messages", origin)
         return _Prompt(column, messages, value.get("tools"))
-    if (
-        column == "instruction"
-        and isinstance(value, str)
-        and isinstance(row.get("input"), str)
-        and row["input"].strip()
-    ):
-        value = f"{value}\n{row['input']}"  # of Alpaca
+    more = row.get("input") if column == "instruction" else None  # of Alpaca
+    if isinstance(value, str) and isinstance(more, str) and more.strip():
+        value = f"{value}\n{more}"
     return _Prompt(column, _text(value, column, origin))
 
 
@@ -226,9 +222,8 @@ def _awaits(prompt: Text, chosen: Text, rejected: Text) -> bool:
     """Whether the responses answer this text, which stands in no column made for it."""
     if not isinstance(prompt, str):
         return prompt[-1]["role"] in INPUT_ROLES
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        return bool(prompt.strip()) and prompt not in chosen[: _shared_prefix(chosen, rejected)]
-    return bool(prompt.strip())
+    shared = chosen[: _shared_prefix(chosen, rejected)] if isinstance(chosen, str) else ""
+    return bool(prompt.strip()) and prompt not in shared
 
 
 def _text(value: Any, column: str, origin: str) -> Text:
