@@ -20,8 +20,8 @@ def rows(exact=False, **columns):
     return list(read_table(pa.table(columns), exact=exact))
 
 
-def call(**arguments):
-    return {"type": "function", "function": {"name": "f", "arguments": arguments}}
+def call(name="f", **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 VALUES = [{"a": None, "b": [1, None, {"c": "é/"}]}, [], "text", 12345678901234567890123, 0.12345678901234567]
@@ -60,9 +60,14 @@ def test_a_column_without_a_value_is_none_of_the_row():
 
 def test_the_keys_of_other_objects_are_left_out():
     messages = [{"role": "user", "content": "a"}, {"role": "tool", "name": "f", "content": "b"}]
-    calls = [call(town="Bern"), call(days=3, near={"km": 1})]
+    calls = [call(town="Bern"), call("g", days=3, near={"km": 1})]
     column = pa.array([[{**messages[0]}, messages[1]], [{"role": "assistant", "tool_calls": calls}]])
     assert rows(chosen=column) == [{"chosen": messages}, {"chosen": [{"role": "assistant", "tool_calls": calls}]}]
+
+
+def test_a_null_argument_stays_where_another_call_of_the_function_has_a_value_for_it():
+    calls = [call(town="Bern", days=None), call(town="Bern", days=2), call("g", lake="Thun")]
+    assert rows(x=pa.array(calls)) == [{"x": value} for value in calls]
 
 
 def test_nulls_of_a_list_stay():
@@ -79,12 +84,12 @@ def test_a_null_of_a_key_that_never_has_a_value_stays_where_the_object_lacks_not
 
 
 def test_a_null_stays_where_objects_with_other_keys_would_be_json():
-    calls = [call(town="Bern", days=None), call(town=None, days=2)]
+    calls = [call(town="Bern", days=None), call("g", town=None, days=2)]
     column = pa.array(calls)
     assert rows(exact=True, x=column) == [{"x": value} for value in calls]
     table = pa.table({"x": column, "other": jsons([1, 2])})
     whole = [{"x": value, "other": n} for n, value in enumerate(calls, 1)]
-    lacking = [{"x": call(town="Bern"), "other": 1}, {"x": call(days=2), "other": 2}]
+    lacking = [{"x": call(town="Bern"), "other": 1}, {"x": call("g", days=2), "other": 2}]
     assert list(read_table(table)) == lacking  # other writers have their own reasons for JSON
     assert list(read_table(table.replace_schema_metadata({"huggingface": "{}"}))) == whole
 

@@ -121,8 +121,15 @@ def test_the_same_rows_give_the_tokens_of_trl_from_every_kind_of_file(folder, ma
     assert {name: found == expected for name, found in tokens.items()} == dict.fromkeys(sources, True)
 
 
-def test_a_table_of_structs_gives_the_tokens_of_json_lines_and_not_its_own_nulls(tmp_path, make_tokenizer):
-    answers = [calls(function("now", town="Bern")), calls(function("now", day="Monday"))]
+@pytest.mark.parametrize(
+    "called",
+    [
+        [("now", {"town": "Bern"}), ("rain", {"day": "Monday"})],  # keys of the other function, filled by Arrow
+        [("now", {"town": "Bern", "days": None}), ("now", {"town": "Thun", "days": 2})],  # the writer's own null
+    ],
+)
+def test_a_table_of_structs_gives_the_tokens_of_json_lines(called, tmp_path, make_tokenizer):
+    answers = [calls(function(name, **given)) for name, given in called]
     rows = [{**ROWS[1], "chosen": [answer, message("assistant", "Yes")]} for answer in answers]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -132,4 +139,4 @@ def test_a_table_of_structs_gives_the_tokens_of_json_lines_and_not_its_own_nulls
         for kind in ("parquet", "jsonl")
     )
     assert table == lines
-    assert '{"town": "Bern"}' in tokenizer.decode(table[0][1])
+    assert json.dumps(called[0][1]) in tokenizer.decode(table[0][1])
