@@ -69,6 +69,7 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
         placement_of(config)
         for tracker in config.trainer.tracker:
             tracker.check_packages()
+    lora = _lora_config(config)
     tokenizer = load_tokenizer(config)
     pairs, held_out = load_tables(config, tokenizer)
     if config.preview:
@@ -81,7 +82,6 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
     trainer = config.trainer
     placement = placement_of(config)
     base = load_base(config, tokenizer, placement)
-    lora = _lora_config(config)
     k_adapters, k_dropout = jax.random.split(jax.random.key(trainer.seed))
     model = _adapted(config, lora, base, placement, key=k_adapters)
 
@@ -106,7 +106,8 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
     earlier = cut_metrics(run_dir, first_step)
     with start_trackers(trainer.tracker, run_dir=run_dir, run_id=run_id, resolved_config=resolved) as tracker:
         if is_first_process():
-            (run_dir / "config.yaml").write_text(str(draccus.dump(resolved)))
+            # Not sorted: the order of the components is a part of the run.
+            (run_dir / "config.yaml").write_text(str(draccus.dump(resolved, sort_keys=False)))
         if first_step == 0:
             tracker.log_summary(_parameter_counts(model))
         _announce(config, pairs, held_out, model, num_steps, layout, run_dir)
