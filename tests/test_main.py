@@ -19,6 +19,7 @@ import peft
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.numpy import load_file, save_file
 from test_config import LEVANTER_CONFIG
 from tiny_models import load, logits, summed_log_probs, torch_logits
@@ -127,6 +128,8 @@ def test_config_yaml_parses_back_to_the_same_config(run):
     config = run[0]
     written = config.trainer.run_dir(config.trainer.run_id()) / "config.yaml"
     assert parse(TrainConfig, [], config_path=written) == config
+    in_order = [field.name for field in dataclasses.fields(config) if field.name != "beta"]  # which is loss.beta here
+    assert [*yaml.safe_load(written.read_text())] == in_order
 
 
 @pytest.mark.parametrize("step", ["", "step-2"])

@@ -180,10 +180,10 @@ class _Decoder:
 
     def _missing(self, needed: list[tuple[str, Any]]) -> SettingError:
         path, annotation = needed[0]
-        advice = getattr(self.root, "if_missing", "")
+        advice = getattr(self.root, "if_missing", {}).get(path.partition(".")[0], "")
         if len(needed) > 1:
-            return SettingError("", f"{' and '.join(path for path, _ in needed)} are missing. {advice}".rstrip())
-        return SettingError(path, f" is missing; it must be {kind(annotation)}. {advice}".rstrip())
+            return SettingError("", f"{' and '.join(path for path, _ in needed)} are missing. {advice}".strip(" ."))
+        return SettingError(path, f" is missing; it must be {kind(annotation)}. {advice}".rstrip(" ."))
 
 
 def _innermost(annotation: Any, path: str) -> tuple[str, Any]:

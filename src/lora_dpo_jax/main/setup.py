@@ -113,9 +113,11 @@ class TrainConfig:
 
     # Two ways to say one thing: what the command line says in one takes the place of what the file says in the other.
     either: ClassVar = (("beta", "loss.beta"), ("trainer.num_train_steps", "trainer.num_train_epochs"))
-    if_missing: ClassVar = (
+    # What to say where one of these is missing.
+    if_missing: ClassVar = dict.fromkeys(
+        ("data", "initialize_from_hf"),
         "Give settings in a file, with --config_path FILE.yaml, or on the command line. The README's quickstart has a "
-        "file that runs as it is: --config_path config/quickstart.yaml"
+        "file that runs as it is: --config_path config/quickstart.yaml",
     )
 
     def __post_init__(self):

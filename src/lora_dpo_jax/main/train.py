@@ -93,6 +93,7 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState | None:
         placement_of(config)
         for tracker in config.trainer.tracker:
             tracker.check_packages()
+    lora = _lora_config(config)
     tokenizer = load_tokenizer(config)
     pairs, held_out = load_tables(config, tokenizer)
     if config.preview:
@@ -105,7 +106,6 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState | None:
     trainer = config.trainer
     placement = placement_of(config)
     base = load_base(config, with_trained_template(config, tokenizer), placement)
-    lora = _lora_config(config)
     k_adapters, k_dropout = jax.random.split(jax.random.key(trainer.seed))
     model = _adapted(config, lora, base, placement, key=k_adapters)
 
@@ -130,7 +130,8 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState | None:
     earlier = cut_metrics(run_dir, first_step)
     with start_trackers(trainer.tracker, run_dir=run_dir, run_id=run_id, resolved_config=resolved) as tracker:
         if is_first_process():
-            (run_dir / "config.yaml").write_text(str(draccus.dump(resolved)))
+            # Not sorted: the order of the components is a part of the run.
+            (run_dir / "config.yaml").write_text(str(draccus.dump(resolved, sort_keys=False)))
         if first_step == 0:
             tracker.log_summary(_parameter_counts(model))
         _announce(config, pairs, held_out, order, model, num_steps, layout, run_dir)
