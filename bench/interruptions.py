@@ -24,6 +24,7 @@ from pathlib import Path
 from etils import epath
 
 from lora_dpo_jax.data.cache import TokenizedPairs
+from lora_dpo_jax.huggingface.manifest import MANIFEST
 from lora_dpo_jax.reference import RECORD
 from lora_dpo_jax.training.checkpoint_files import DESCRIPTION, check_files
 
@@ -106,7 +107,7 @@ class Run:
         folders = {self.cache / "pairs": ".building-*", self.logs / "checkpoints": "*.orbax-checkpoint-tmp*"}
         found = [path for folder, pattern in folders.items() for path in folder.glob(pattern)]
         exports = [self.folder, self.folder / "adapter", self.folder / "merged"]
-        return found + [path for folder in exports for path in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]]
+        return found + [path for folder in exports for path in folder.glob(".tmp-*")]
 
     def kinds(self, left: set[Path]) -> list[str]:
         """Of what is on its way, but for what an earlier kill left."""
@@ -133,7 +134,8 @@ class Run:
         for marker in (path for name in ("adapter", "merged") for path in (self.folder / name).rglob("*config.json")):
             folder = marker.parent.relative_to(self.folder)
             if marker.name in MARKERS and not any(part.startswith(".") for part in folder.parts):
-                files = (path for path in marker.parent.iterdir() if path.is_file())
+                # The manifest names the run, and each run here has a name of its own.
+                files = (path for path in marker.parent.iterdir() if path.is_file() and path.name != MANIFEST)
                 found[str(folder)] = {path.name: path.read_bytes() for path in files}
         return found
 

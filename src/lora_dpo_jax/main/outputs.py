@@ -48,12 +48,14 @@ def check_outputs(config: TrainConfig) -> None:
     for setting, path in exports_of(config):
         _refuse_other_uses(config, setting, path)
         check_writable(setting, path)
-        for target in (path, *_former_steps(config, path)):
-            _refuse_inputs(config, setting, target)
-            try:
+        try:
+            for target in (path, *_former_steps(config, path)):
+                _refuse_inputs(config, setting, target)
                 check_export_target(target, run=trainer.id, overwrite=config.overwrite)
-            except FileExistsError as error:
-                raise FileExistsError(f"{setting}: {error}") from error
+        except FileExistsError as error:
+            raise FileExistsError(f"{setting}: {error}") from error
+        except OSError as error:
+            raise OSError(f"{setting}: what is at {path} cannot be read ({error}). Choose another path") from error
 
 
 def exports_of(config: TrainConfig) -> list[tuple[str, str]]:

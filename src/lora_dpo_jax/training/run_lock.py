@@ -111,9 +111,8 @@ class RunLock:
     def _is_active(self, holder: dict[str, Any]) -> RunIsActiveError:
         return RunIsActiveError(
             f"trainer.id={self.me['run']!r}: {_name(holder)} is at work on this run, since {holder.get('since')}. Wait "
-            f"until it ends, or choose another trainer.id. (It is named in {self.path}, which a run that has ended, or "
-            f"was killed, does not block: it is taken over, from another machine after {SILENCE_SECONDS:.0f} s. Remove "
-            "that file if you know better.)"
+            "until it ends, or choose another trainer.id. (What was killed is taken over by itself; if it is gone "
+            f"all the same, remove {self.path}.)"
         )
 
     def _is_dead(self, holder: dict[str, Any]) -> bool:
