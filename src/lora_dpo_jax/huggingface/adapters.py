@@ -19,16 +19,9 @@ from haliax import Axis, NamedArray
 
 from lora_dpo_jax.huggingface.folders import export_folder
 from lora_dpo_jax.huggingface.tensors import TensorFiles, abridged, sharded_array, write_tensors
-from lora_dpo_jax.lora import (
-    RANK,
-    LoraConfig,
-    LoraLinear,
-    axes_of,
-    linear_layers,
-    map_linear_layers,
-    matching_names,
-)
+from lora_dpo_jax.lora import RANK, LoraConfig, LoraLinear, linear_layers, map_linear_layers, matching_names
 from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.parameters import axes_of
 from lora_dpo_jax.sharding import on_host
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"

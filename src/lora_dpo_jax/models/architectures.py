@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lora_dpo_jax.models.config import DecoderConfig
-from lora_dpo_jax.models.decoder import ACTIVATIONS
+from lora_dpo_jax.models.mlp import ACTIVATIONS
 from lora_dpo_jax.models.rope import RopeConfig
 
 
