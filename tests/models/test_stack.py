@@ -144,14 +144,23 @@ def test_what_layers_tell_beside_hidden_states_is_summed_over_layers():
     np.testing.assert_allclose(output.hidden.array, silent.hidden.array, rtol=1e-5, atol=1e-6)
     assert silent.auxiliary == {}
 
-    x, expected = model.model.embed(TOKENS), 0.0
-    context = model.model._context(MASK.position_ids, MASK)
-    for number in range(5):
-        segment, period = (model.model.layers.segments[number // 4], number % 4)
-        layer = segment.stacked.layers[period % 2 if number < 4 else 0]
-        layer = jax.tree.map(lambda leaf, at=(period // 2 if number < 4 else 0): leaf[at], layer)
-        attended, _ = layer.self_attn(layer.input_layernorm(x), context, None)
-        inputs = layer.post_attention_layernorm(x + attended)
-        expected = expected + hax.sum(inputs * inputs, axis=("position", "embed")).array
-        x = layer(x, context).x
-    np.testing.assert_allclose(output.auxiliary["size"].array, expected, rtol=1e-5)
+    layers = [
+        hax.tree_util.tree_map(lambda array, at=at: array["layers", at], layer)
+        for segment in model.model.layers.segments
+        for at in range(segment.Block.size)
+        for layer in segment.stacked.layers
+    ]
+    assert len(layers) == 5
+
+    @jax.jit
+    def by_hand(layers):
+        x, total = model.model.embed(TOKENS), 0.0
+        context = model.model._context(MASK.position_ids, MASK)
+        for layer in layers:
+            attended, _ = layer.self_attn(layer.input_layernorm(x), context, None)
+            inputs = layer.post_attention_layernorm(x + attended)
+            total = total + hax.sum(inputs * inputs, axis=("position", "embed"))
+            x = layer(x, context).x
+        return total
+
+    np.testing.assert_allclose(output.auxiliary["size"].array, by_hand(layers).array, rtol=1e-5)
