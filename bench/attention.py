@@ -23,7 +23,7 @@ from bench.measure import emit
 from lora_dpo_jax.data import Layout, PreferenceBatch, plan_rows
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.main.arguments import parse
-from lora_dpo_jax.models.attention import IMPLEMENTATIONS, KEY_POSITION, PackedMask, attend
+from lora_dpo_jax.models.attention import IMPLEMENTATIONS, KEY_POSITION, PackedMask, ScoreRule, attend
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def measure(options: Options) -> dict[str, Any]:
 
     def packed(q: NamedArray, k: NamedArray, v: NamedArray) -> NamedArray:
         keys, values = (x.rename({"position": KEY_POSITION}) for x in (k, v))
-        return attend(q, keys, values, mask, None, HeadSize, options.attention)
+        return attend(q, keys, values, mask, ScoreRule(HeadSize.size**-0.5), HeadSize, options.attention)
 
     dense_kind = "cudnn" if jax.default_backend() == "gpu" else "xla"
 

@@ -97,12 +97,13 @@ def measure(options: Options, placement: Placement, parts: tuple[PreferenceBatch
 def state_of(options: Options, placement: Placement, optimizer: Any) -> TrainState:
     trainer = options.trainer
     return describe_state(
-        models.run_config(options.shape, options.model),
+        models.decoder_config(options.shape),
         options.lora,
         optimizer,
         placement,
         dtype=trainer.precision.compute_dtype,
         adapter_dtype=trainer.precision.param_dtype,
+        compute=options.model.compute,
         quantization=options.model.quantization,
     )
 

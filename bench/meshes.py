@@ -29,7 +29,7 @@ from lora_dpo_jax.data import (
 )
 from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter
 from lora_dpo_jax.losses import Dpo
-from lora_dpo_jax.models import CausalLM, DecoderConfig
+from lora_dpo_jax.models import CausalLM, ComputeConfig, DecoderConfig
 from lora_dpo_jax.models.quantization import quantize
 from lora_dpo_jax.sharding import MeshConfig, Placement
 from lora_dpo_jax.training.optimizer import OptimizerConfig
@@ -45,8 +45,8 @@ DECODER = DecoderConfig(
     num_kv_heads=8,
     head_dim=8,
     max_position_embeddings=256,
-    gradient_checkpointing="full",
 )
+COMPUTE = ComputeConfig(gradient_checkpointing="full")
 EVERYWHERE = LoraConfig(r=4, alpha=8.0, target_modules=".*")  # the head too
 PAIRS_A_STEP = 16
 ONE_DEVICE = MeshConfig({"data": 1})
@@ -132,7 +132,7 @@ def random_pairs(count: int, *, seed: int = 0) -> PairTable:
 
 
 def _new_state(lora: LoraConfig, optimizer: Any, quantization: str, dtype: str) -> TrainState:
-    base = CausalLM.init(DECODER, key=jax.random.key(0))
+    base = CausalLM.init(DECODER, COMPUTE, key=jax.random.key(0))
     # Large enough that attention and predictions are far from uniform.
     base = jax.tree.map(lambda leaf: (leaf * 1.5 if leaf.ndim > 1 else leaf).astype(dtype), base)
     model = loraize(quantize(base, quantization), lora, key=jax.random.key(1))

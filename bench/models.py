@@ -14,9 +14,10 @@ import transformers
 
 from bench.profiles import SHAPES
 from lora_dpo_jax.huggingface.tensors import TensorInfo, write_shards
-from lora_dpo_jax.huggingface.weights import Parameter, map_parameters, read_config
-from lora_dpo_jax.main.setup import ModelConfig
-from lora_dpo_jax.models import CausalLM, DecoderConfig, config_from_hf
+from lora_dpo_jax.huggingface.weights import read_config
+from lora_dpo_jax.models import CausalLM, ComputeConfig, DecoderConfig, config_from_hf
+from lora_dpo_jax.models.compute import DEFAULT_COMPUTE
+from lora_dpo_jax.parameters import Parameter, map_parameters
 from lora_dpo_jax.sharding import Placement
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # in safetensors' words
@@ -30,11 +31,6 @@ def decoder_config(model: str) -> DecoderConfig:
     if not Path(model).is_dir():
         raise ValueError(f"model={model!r} is neither a folder nor one of the shapes {[*SHAPES]}")
     return read_config(Path(model))
-
-
-def run_config(model: str, settings: ModelConfig) -> DecoderConfig:
-    """The same, computed as the settings of a run say."""
-    return settings.applied_to(decoder_config(model))
 
 
 def write_folder(shape: str, folder: Path, *, seed: int = 0, with_weights: bool = True, dtype: str = "float32") -> Path:
@@ -52,7 +48,9 @@ def write_folder(shape: str, folder: Path, *, seed: int = 0, with_weights: bool 
     return folder
 
 
-def random_model(config: DecoderConfig, placement: Placement, *, dtype: Any, seed: int = 0) -> CausalLM:
+def random_model(
+    config: DecoderConfig, compute: ComputeConfig, placement: Placement, *, dtype: Any, seed: int = 0
+) -> CausalLM:
     """Random weights made on the devices that hold them, an array at a time."""
     keys = iter(jax.random.split(jax.random.key(seed), 1000))
 
@@ -63,7 +61,7 @@ def random_model(config: DecoderConfig, placement: Placement, *, dtype: Any, see
         array = jax.jit(draw, static_argnums=(1, 2), out_shardings=sharding)(next(keys), shape, dtype)
         return hax.named(array, parameter.axes)
 
-    return map_parameters(make, _template(config))
+    return map_parameters(make, _template(config, compute))
 
 
 def _ones(_, shape, dtype) -> jax.Array:
@@ -83,7 +81,7 @@ def _write_weights(config: DecoderConfig, folder: Path, seed: int, dtype: str) -
         norms.update(parameter.names if _is_norm(parameter) else ())
         return jax.ShapeDtypeStruct((), np.float32)
 
-    map_parameters(remember, _template(config))
+    map_parameters(remember, _template(config, DEFAULT_COMPUTE))
     numbers = {name: index for index, name in enumerate(shapes)}
 
     def draw(name: str) -> np.ndarray:
@@ -96,8 +94,8 @@ def _write_weights(config: DecoderConfig, folder: Path, seed: int, dtype: str) -
     write_shards(folder, infos, draw, max_shard_bytes=5 * 2**30)
 
 
-def _template(config: DecoderConfig) -> CausalLM:
-    return eqx.filter_eval_shape(CausalLM.init, config, key=jax.random.key(0))
+def _template(config: DecoderConfig, compute: ComputeConfig) -> CausalLM:
+    return eqx.filter_eval_shape(CausalLM.init, config, compute, key=jax.random.key(0))
 
 
 def _is_norm(parameter: Parameter) -> bool:

@@ -140,7 +140,7 @@ def wire(options: Options, pairs: PairTable, devices: list | None = None) -> Wir
 def adapted_model(options: Subject, placement: Placement) -> CausalLM:
     """Read from the folder or random, and with new adapters."""
     trainer = options.trainer
-    config = models.run_config(options.shape, options.model)
+    config, compute = models.decoder_config(options.shape), options.model.compute
     dtype = trainer.precision.compute_dtype
     if options.model.dtype is not None:
         dtype = jmp.get_policy(options.model.dtype).param_dtype
@@ -150,11 +150,12 @@ def adapted_model(options: Subject, placement: Placement) -> CausalLM:
                 Path(options.shape),
                 config,
                 dtype=dtype,
+                compute=compute,
                 mapping=placement.parameters,
                 quantization=options.model.quantization,
             )
     else:
-        base = models.random_model(config, placement, dtype=dtype, seed=trainer.seed)
+        base = models.random_model(config, compute, placement, dtype=dtype, seed=trainer.seed)
         base = quantize(base, options.model.quantization)
     model = loraize(base, options.lora, key=jax.random.key(trainer.seed))
     adapters, weights = eqx.partition(model, trainable_filter(model))

@@ -27,7 +27,7 @@ from lora_dpo_jax import log_probs as log_probs_module
 from lora_dpo_jax.data.planning import Layout
 from lora_dpo_jax.log_probs import pair_log_probs, policy_and_reference_log_probs, target_log_probs
 from lora_dpo_jax.lora import LoraConfig, LoraLinear, TokenKey, frozen_copy, loraize, reference_model, trainable_filter
-from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.models import CausalLM, ComputeConfig, Head
 from lora_dpo_jax.sharding import MeshConfig, Placement
 
 ROWS, POSITIONS, TARGETS = 3, 150, 192
@@ -45,7 +45,7 @@ def small_blocks(monkeypatch):
 def head_of(kind: str):
     if kind == "adapted":
         head = moved(new_adapters("llama", "some layers and lm_head")).head
-        assert isinstance(head, LoraLinear)
+        assert isinstance(head.linear, LoraLinear)
         return head
     return tiny_decoder("qwen" if kind == "tied" else "llama").head
 
@@ -120,19 +120,22 @@ def test_no_targets_at_all_cost_nothing_and_give_zero(small_blocks):
 
 def test_dropout_of_an_adapted_head_is_the_same_forward_and_backward(small_blocks):
     """With the mask that the forward pass drew, log-probs are smooth in B: the gradient is their slope."""
-    head, (hidden, targets, cotangent) = dataclasses.replace(head_of("adapted"), dropout=0.5), inputs()
+    linear, (hidden, targets, cotangent) = dataclasses.replace(head_of("adapted").linear, dropout=0.5), inputs()
     token = named(np.arange(ROWS * POSITIONS, dtype=np.int32).reshape(ROWS, POSITIONS), "row", "position")
     key = TokenKey(jax.random.key(1), (token,))
 
     @jax.jit
     def total(B):
-        dropping = dataclasses.replace(head, lora_B=B)
+        dropping = Head(dataclasses.replace(linear, lora_B=B))
         return (target_log_probs(dropping, hidden, *targets, key=key) * cotangent).sum().scalar()
 
-    direction = hax.named(jnp.asarray(np.random.default_rng(1).normal(size=(VOCAB, 4)), jnp.float32), head.lora_B.axes)
+    direction = hax.named(
+        jnp.asarray(np.random.default_rng(1).normal(size=(VOCAB, 4)), jnp.float32), linear.lora_B.axes
+    )
     step = 1e-2
-    slope = (total(head.lora_B + step * direction) - total(head.lora_B - step * direction)) / (2 * step)
-    gradient = jax.jit(jax.grad(total))(head.lora_B)
+    ahead, behind = (total(linear.lora_B + sign * step * direction) for sign in (1, -1))
+    slope = (ahead - behind) / (2 * step)
+    gradient = jax.jit(jax.grad(total))(linear.lora_B)
     # A central difference of float32 values of about 1000 over 0.02, whose third derivative is left out.
     assert float(hax.sum(gradient * direction).scalar()) == pytest.approx(float(slope), rel=5e-3)
 
@@ -241,8 +244,8 @@ def test_policy_and_reference_side_by_side_are_what_they_are_alone(lora, has_fro
 @pytest.mark.parametrize("checkpointing", ["none", "products", "full"])
 def test_the_reference_beside_the_policy_leaves_nothing_for_the_backward_pass(checkpointing):
     """What it takes is a fraction of what the policy keeps of its layers, of which there are many."""
-    config = dataclasses.replace(LLAMA, num_layers=24, gradient_checkpointing=checkpointing)
-    model = eqx.filter_eval_shape(lambda: loraize(CausalLM.init(config, key=KEY), LoraConfig(r=4), key=KEY))
+    config, compute = dataclasses.replace(LLAMA, num_layers=24), ComputeConfig(checkpointing)
+    model = eqx.filter_eval_shape(lambda: loraize(CausalLM.init(config, compute, key=KEY), LoraConfig(r=4), key=KEY))
     adapters, weights = eqx.partition(model, trainable_filter(model))
     micro = packed(table_of(random_pairs(40, seed=1)), Layout(1, 8, 256, targets=256, pairs=40)).micro_batch(0)
 

@@ -197,7 +197,7 @@ def test_exactly_the_targets_get_adapters():
 def test_layers_that_are_no_targets_stay_as_they_are():
     """q_proj is adapted in layer 1 alone: whatever its factors, layer 0 computes what it did."""
     model = moved(new_adapters("llama", "some layers and lm_head"), size=1.0)
-    base, merged = tiny_decoder().model.layers.stacked, merge_lora(model).model.layers.stacked
+    (base,), (merged,) = (m.model.layers.segments[0].stacked.layers for m in (tiny_decoder(), merge_lora(model)))
     for mine, theirs in [(merged.self_attn.q_proj, base.self_attn.q_proj), (merged.mlp.up_proj, base.mlp.up_proj)]:
         np.testing.assert_array_equal(mine.weight["layers", 0].array, theirs.weight["layers", 0].array)
     assert not np.array_equal(

@@ -17,7 +17,7 @@ from lora_dpo_jax.data.memory import MemoryPairs
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
 from lora_dpo_jax.data.planning import Layout, plan_rows
 from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter
-from lora_dpo_jax.models import CausalLM, DecoderConfig, PackedMask
+from lora_dpo_jax.models import CausalLM, ComputeConfig, DecoderConfig, PackedMask
 
 VOCAB = 97  # no other size below is a multiple of it, so that it is told apart in shapes
 LLAMA = DecoderConfig(
@@ -36,10 +36,11 @@ QWEN = dataclasses.replace(
 )
 CONFIGS = {
     "llama": LLAMA,
-    "llama_remat": dataclasses.replace(LLAMA, gradient_checkpointing="full"),
+    "llama_remat": LLAMA,
     "llama_window": dataclasses.replace(LLAMA, sliding_windows=(5, 5)),
     "qwen": QWEN,
 }
+COMPUTE = {"llama_remat": ComputeConfig(gradient_checkpointing="full")}
 SOME_LAYERS = ["layers.1.self_attn.q_proj", "0.mlp.down_proj", "k_proj", "lm_head"]
 ADAPTERS = {
     "everywhere": LoraConfig(r=4, alpha=8.0),  # but in the head
@@ -49,8 +50,8 @@ ADAPTERS = {
 
 def tiny_decoder(name: str = "llama", attention: str = "auto") -> CausalLM:
     """Float32. Norms and biases are random too, so that a forgotten one shows."""
-    config = dataclasses.replace(CONFIGS[name], attention=attention)
-    shapes = eqx.filter_eval_shape(CausalLM.init, config, key=jax.random.key(0))
+    compute = dataclasses.replace(COMPUTE.get(name, ComputeConfig()), attention=attention)
+    shapes = eqx.filter_eval_shape(CausalLM.init, CONFIGS[name], compute, key=jax.random.key(0))
     return jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(_decoder(name)))
 
 
@@ -66,7 +67,8 @@ def new_adapters(name: str = "llama", lora: str = "everywhere", attention: str =
 
 @functools.cache
 def _decoder(name: str) -> CausalLM:
-    shapes = eqx.filter_eval_shape(CausalLM.init, CONFIGS[name], key=jax.random.key(0))
+    compute = COMPUTE.get(name, ComputeConfig())
+    shapes = eqx.filter_eval_shape(CausalLM.init, CONFIGS[name], compute, key=jax.random.key(0))
     rng = np.random.default_rng(0)
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:

@@ -17,7 +17,7 @@ from jax import Array
 from jinja2 import TemplateSyntaxError
 
 from lora_dpo_jax.json_objects import is_whole, read_json_object
-from lora_dpo_jax.models import CachedMask, CausalLM, KeyValueCache
+from lora_dpo_jax.models import CachedMask, CausalLM
 from lora_dpo_jax.sharding import on_host
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class _Decoding(eqx.Module):
     num_new: Array  # int32 scalar
     new_ids: Array  # int32[row, new], of which `num_new` columns are known
     done: Array  # bool[row]
-    cache: KeyValueCache
+    cache: Any  # of the keys and values so far
 
 
 @eqx.filter_jit
@@ -202,17 +202,16 @@ def _generate_batch(model: CausalLM, batch: _PromptBatch, seed: Any, stop_ids: A
     key_positions = _key_positions(batch.lengths, prompt_slots, Slots.size)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch.indices)
 
-    def forward(ids, positions, slot, cache, read_at) -> tuple[Array, KeyValueCache]:
+    def forward(ids, positions, slot, cache, read_at) -> tuple[Array, Any]:
         """float32[row, vocab] at column `read_at` of each row."""
         Pos = Axis("position", ids.shape[1])
         position_ids = hax.named(positions, (Row, Pos))
         mask = CachedMask(position_ids, hax.named(key_positions, (Row, Slots)))
-        hidden, cache = model.model(hax.named(ids, (Row, Pos)), position_ids, mask, cache=cache, slot=slot)
-        assert cache is not None
-        last = hidden["position", hax.named(read_at, Row)]
-        return model.head(last).rearrange((Row, model.config.Vocab)).array.astype(jnp.float32), cache
+        output = model.model(hax.named(ids, (Row, Pos)), position_ids, mask, cache=cache, slot=slot)
+        last = output.hidden["position", hax.named(read_at, Row)]
+        return model.head(last).rearrange((Row, model.config.Vocab)).array, output.cache
 
-    def step(state: _Decoding, logits: Array, cache: KeyValueCache) -> _Decoding:
+    def step(state: _Decoding, logits: Array, cache: Any) -> _Decoding:
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.num_new)
         ids = choose(logits, step_keys, config)
         new_ids = jax.lax.dynamic_update_slice(state.new_ids, ids[:, None], (jnp.int32(0), state.num_new))
@@ -230,7 +229,7 @@ def _generate_batch(model: CausalLM, batch: _PromptBatch, seed: Any, stop_ids: A
         return step(state, logits, cache)
 
     new_ids = jnp.zeros((num_rows, config.max_new_tokens), dtype=jnp.int32)
-    cache = KeyValueCache.empty(model.config, Row, Slots.size, model.model.embed_tokens.weight.dtype)
+    cache = model.model.empty_cache(Row, Slots.size)
     # Padding must not look like a longer prompt: `dynamic` rotary scaling depends on the largest position.
     positions = jnp.minimum(jnp.arange(prompt_slots)[None, :], batch.lengths[:, None] - 1)
     logits, cache = forward(batch.ids, positions, jnp.int32(0), cache, batch.lengths - 1)

@@ -29,8 +29,8 @@ def pair_log_probs(model: CausalLM, batch: PreferenceBatch, *, key=None) -> Pair
     `key` switches the adapters' dropout on. Empty pairs get 0.
     """
     k_model, k_head = split_key(_token_key(key, batch), 2)
-    hidden, _ = model.model(batch.tokens, batch.position_ids, _mask(batch), key=k_model)
-    return _response_log_probs(gathered(model.head), hidden, batch, key=k_head)
+    output = model.model(batch.tokens, batch.position_ids, _mask(batch), key=k_model)
+    return _response_log_probs(gathered(model.head), output.hidden, batch, key=k_head)
 
 
 def policy_and_reference_log_probs(
@@ -42,12 +42,12 @@ def policy_and_reference_log_probs(
     """
     k_model, k_head = split_key(_token_key(key, batch), 2)
     adapters = None if reference is None else reference.model
-    hidden, reference_hidden = model.model.with_reference(
+    output, reference_hidden = model.model.with_reference(
         adapters, batch.tokens, batch.position_ids, _mask(batch), key=k_model
     )
     head = gathered(model.head)  # by itself, XLA would gather it for each block of targets
-    reference_head = reference_model(head, None if reference is None else reference.lm_head)
-    policy = _response_log_probs(head, hidden, batch, key=k_head)
+    reference_head = reference_model(head, None if reference is None else reference.head)
+    policy = _response_log_probs(head, output.hidden, batch, key=k_head)
     return policy, _response_log_probs(reference_head, reference_hidden, batch)
 
 
@@ -96,7 +96,7 @@ def target_log_probs(
 ) -> NamedArray:
     """log p(target | hidden state at source), float32 {row, target}; 0 where `is_target` is false.
 
-    `head` is a Linear or LoraLinear to {vocab}; `hidden` is {row, position, embed}; the next three are {row, target},
+    `head` maps to {vocab}; `hidden` is {row, position, embed}; the next three are {row, target},
     with true targets first; the tokens of `key`, for dropout, are {row, position}. A head without adapters gets no
     gradient at all, not even a zero one.
     """
@@ -135,7 +135,7 @@ def _forward(adapters, hidden, weights, targets, key, *, keep_gradients: bool):
     head = eqx.combine(adapters, weights)
     source, _, is_target = targets
     Block, num_blocks = _blocks(head, is_target)
-    Embed = hidden.resolve_axis(head_input(head).name)
+    Embed = hidden.resolve_axis(head.Embed.name)
 
     def one_block(index, carry):
         log_probs, gradients = carry
@@ -155,10 +155,10 @@ def _forward(adapters, hidden, weights, targets, key, *, keep_gradients: bool):
 def _block_log_probs(head, states, targets, key, keep_gradients: bool):
     """log p of a block {row, target} and, if asked for, its gradient with respect to `states`."""
     _, target_ids, is_target = targets
-    Vocab = head_output(head)
+    Vocab = head.Vocab
 
     def logits_of(states):
-        return head(states, key=key).astype(jnp.float32)
+        return head(states, key=key)
 
     if keep_gradients:
         logits, pullback = jax.vjp(logits_of, states)
@@ -201,7 +201,7 @@ def _blocks(head, is_target: NamedArray) -> tuple[Axis, jax.Array]:
     """The axis of a block of targets, and how many blocks hold a target in any row."""
     Target, Row = is_target.resolve_axis(TARGET), is_target.resolve_axis(ROW)
     rows = Row.size // _row_shards(Row)
-    size = max(64, BLOCK_LOGITS_BYTES // (4 * head_output(head).size * rows))
+    size = max(64, BLOCK_LOGITS_BYTES // (4 * head.Vocab.size * rows))
     # Blocks of equal size, so that the last one does not reach beyond the targets.
     size = next(size for size in range(min(size, Target.size), 0, -1) if Target.size % size == 0)
     longest = hax.max(hax.sum(is_target, axis=TARGET))
@@ -245,11 +245,3 @@ def _scatter(values: NamedArray, source: NamedArray, like: NamedArray) -> NamedA
         return jnp.zeros((Pos.size, Embed.size), like.dtype).at[source].add(values)
 
     return hax.named(jax.vmap(add_up)(values.array, source.array), (Row, Pos, Embed))
-
-
-def head_input(head) -> Axis:
-    return getattr(head, "wrapped", head).In
-
-
-def head_output(head) -> Axis:
-    return getattr(head, "wrapped", head).Out

@@ -18,7 +18,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import equinox as eqx
 import haliax as hax
@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from haliax import Axis, NamedArray
-from haliax.axis import AxisSpec
+
+from lora_dpo_jax.parameters import axes_of, checkpoint_names
 
 M = TypeVar("M")
 RANK = "lora_rank"
@@ -292,7 +293,7 @@ def map_linear_layers(fn: Callable[[Any, list[str]], Any], model: M) -> M:
         return isinstance(node, LoraLinear | hnn.Linear)
 
     def visit(path, node):
-        return fn(node, _names(path, model)) if is_linear(node) else node
+        return fn(node, checkpoint_names(path, model)) if is_linear(node) else node
 
     return jax.tree_util.tree_map_with_path(visit, model, is_leaf=is_linear)
 
@@ -305,11 +306,6 @@ def matching_names(names: list[str], config: LoraConfig) -> list[str]:
     else:
         chosen = [name for name in names if _matches(name, targets)]
     return [name for name in chosen if not (excluded and _matches(name, excluded))]
-
-
-def axes_of(side: AxisSpec) -> tuple[Axis, ...]:
-    """The axes of one side of a linear layer: `layer.In` is an axis or several."""
-    return cast(tuple[Axis, ...], hax.axis.ensure_tuple(side))
 
 
 def _matches(name: str, patterns: list[str] | str) -> bool:
@@ -338,26 +334,6 @@ def _refuse_bad_targets(targets: set[str], names: list[str], model: Any, config:
 def _abridged(names: list[str]) -> list[str]:
     """One name per kind of layer."""
     return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
-
-
-def _names(path: tuple, model: Any) -> list[str]:
-    """`model.layers.stacked.self_attn.q_proj` -> one name per layer of the stack."""
-    names, node = [""], model
-    for entry in path:
-        node = _step(node, entry)
-        part = entry.name if isinstance(entry, jax.tree_util.GetAttrKey) else str(getattr(entry, "idx", entry))
-        if part == "stacked":
-            continue
-        names = [f"{name}.{part}".lstrip(".") for name in names]
-        if isinstance(node, hnn.Stacked):
-            names = [f"{name}.{i}" for name in names for i in range(node.Block.size)]
-    return names
-
-
-def _step(node: Any, entry: Any) -> Any:
-    if isinstance(entry, jax.tree_util.GetAttrKey):
-        return getattr(node, entry.name)
-    return node[entry.idx if isinstance(entry, jax.tree_util.SequenceKey) else entry.key]
 
 
 def _new_adapter(linear: hnn.Linear, chosen: list[bool], config: LoraConfig, key) -> LoraLinear:

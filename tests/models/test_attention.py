@@ -12,11 +12,11 @@ import pytest
 from haliax import Axis
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from lora_dpo_jax.models.attention import KEY_POSITION, PackedMask, attend
-from lora_dpo_jax.models.blocked_attention import BlockedKernels
-from lora_dpo_jax.models.gpu_attention import GpuKernels
-from lora_dpo_jax.models.packed_blocks import key_runs, packed_attention, visits
-from lora_dpo_jax.models.tpu_attention import TpuKernels
+from lora_dpo_jax.models.attention import KEY_POSITION, PackedMask, ScoreRule, attend
+from lora_dpo_jax.models.attention.blocked import BlockedKernels
+from lora_dpo_jax.models.attention.gpu import GpuKernels
+from lora_dpo_jax.models.attention.packed_blocks import key_runs, packed_attention, visits
+from lora_dpo_jax.models.attention.tpu import TpuKernels
 
 # Blocks that the rows below need several of; kernels of other platforms run in Pallas's interpreter.
 KERNELS = {
@@ -28,7 +28,7 @@ KERNELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Rows of pairs `(prompt, chosen, rejected)`, by their lengths; heads; and the sliding window."""
+    """Rows of pairs `(prompt, chosen, rejected)`, by their lengths; heads; and what makes up the rule of scores."""
 
     rows: tuple[tuple[tuple[int, int, int], ...], ...]
     length: int
@@ -36,6 +36,13 @@ class Case:
     kv_heads: int = 2
     group: int = 3
     head_size: int = 16
+    softcap: float | None = None
+    has_sinks: bool = False
+
+    def rule(self) -> ScoreRule:
+        heads = Axis("kv_head", self.kv_heads), Axis("q_heads_per_group", self.group)
+        sinks = hax.random.normal(jax.random.key(3), heads) if self.has_sinks else None
+        return ScoreRule(self.head_size**-0.5, self.softcap, self.window, sinks)
 
     def mask(self) -> PackedMask:
         ids = np.zeros((3, len(self.rows), self.length), np.int32)
@@ -80,19 +87,19 @@ CASES = {
     "one pair, one row empty": Case((((20, 70, 38),), ()), 128),
     "no prompt, one branch": Case((((0, 40, 24), (33, 31, 0)),), 128, group=1),
     "head size of no power of two": random_case(4, 64, head_size=24, kv_heads=1),
+    "capped scores": random_case(5, 96, softcap=0.8),
+    "sinks": random_case(6, 96, has_sinks=True),
+    "window, cap and sinks": random_case(7, 96, window=9, softcap=0.5, has_sinks=True),
 }
 
 
 def dense(case: Case, arrays):
-    window = None if case.window is None else hax.named(jnp.int32(case.window), ())
-    HeadSize = Axis("head_size", case.head_size)
-    return attend(*arrays, case.mask(), window, HeadSize, "dense")
+    return attend(*arrays, case.mask(), case.rule(), Axis("head_size", case.head_size), "dense")
 
 
 def runs_of(case: Case):
     mask = case.mask()
-    window = None if case.window is None else jnp.int32(case.window)
-    return key_runs(mask.segment_ids.array, mask.branch_ids.array, window)
+    return key_runs(mask.segment_ids.array, mask.branch_ids.array, case.window)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -103,7 +110,9 @@ def visits_of(case: Case, query_block: int, key_block: int, outer: str):
 
 def packed(case: Case, kernels, arrays):
     q, k, v = arrays
-    return hax.named(packed_attention(kernels, q.array, k.array, v.array, runs_of(case)), q.axes)
+    rule = case.rule()
+    rule = dataclasses.replace(rule, window=None, sinks=None if rule.sinks is None else rule.sinks.array)
+    return hax.named(packed_attention(kernels, q.array, k.array, v.array, runs_of(case), rule), q.axes)
 
 
 def with_gradients(attention, arrays, d_out):
@@ -151,10 +160,9 @@ def test_low_precision_is_off_by_its_rounding_alone(kernels):
 def test_blocks_are_visited_if_and_only_if_some_query_sees_some_key(name, outer, query_block, key_block):
     case = CASES[name]
     length = -(-case.length // 32) * 32
-    window = None if case.window is None else hax.named(jnp.int32(case.window), ())
     seen = np.zeros((len(case.rows), length, length), bool)
     padding = np.asarray(case.mask().segment_ids.array) == 0
-    allowed = np.asarray(case.mask().allowed(window).rearrange(("row", "position", KEY_POSITION)).array)
+    allowed = np.asarray(case.mask().allowed(case.window).rearrange(("row", "position", KEY_POSITION)).array)
     # What padding sees is nobody's business, but each token of it must see something: itself.
     seen[:, : case.length, : case.length] = np.where(padding[:, :, None], np.eye(case.length, dtype=bool), allowed)
     seen[:, range(case.length, length), range(case.length, length)] = True
@@ -189,7 +197,7 @@ def lowered_gradient(implementation: str, length: int, target: AbstractDevice | 
     HeadSize = Axis("head_size", case.head_size)
 
     def gradients(arrays, mask, d_out):
-        _, pullback = jax.vjp(lambda arrays: attend(*arrays, mask, None, HeadSize, implementation), arrays)
+        _, pullback = jax.vjp(lambda arrays: attend(*arrays, mask, case.rule(), HeadSize, implementation), arrays)
         return pullback(d_out)
 
     (arrays, d_out), mask = case.arrays(), case.mask()

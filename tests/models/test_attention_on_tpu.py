@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from haliax import Axis, NamedArray
-from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_dpo_jax.models.attention import KEY_POSITION, PackedMask, attend
+from lora_dpo_jax.models.attention import KEY_POSITION, PackedMask, ScoreRule, attend
 from lora_dpo_jax.sharding import MeshConfig, Placement
 from lora_dpo_jax.training.devices import described_devices
 
@@ -31,17 +30,18 @@ def compiled(topology: str, length: int, head_size: int, dtype, *, rows: int = 2
         array = jax.ShapeDtypeStruct([axis.size for axis in axes], dtype, sharding=sharding)
         return NamedArray(array, tuple(axis.name for axis in axes))
 
-    def gradients(arrays, mask, window, d_out):
-        out, pullback = jax.vjp(lambda arrays: attend(*arrays, mask, window, HeadSize), arrays)
+    def gradients(arrays, mask, rule, d_out):
+        out, pullback = jax.vjp(lambda arrays: attend(*arrays, mask, rule, HeadSize), arrays)
         return out, pullback(d_out)
 
     q = shape((Row, Pos, KVHead, Group, HeadSize), dtype)
     k = shape((Row, Pos.alias(KEY_POSITION), KVHead, HeadSize), dtype)
     mask = PackedMask(*[shape((Row, Pos), jnp.int32)] * 3)
-    everywhere = NamedSharding(place.mesh, PartitionSpec())
-    window = NamedArray(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), ()) if windowed else None
+    rule = ScoreRule(head_size**-0.5)
+    if windowed:
+        rule = ScoreRule(head_size**-0.5, softcap=30.0, window=512, sinks=shape((KVHead, Group), jnp.float32))
     with place.scope():
-        return jax.jit(gradients).lower((q, k, k), mask, window, q).compile()
+        return jax.jit(gradients).lower((q, k, k), mask, rule, q).compile()
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])

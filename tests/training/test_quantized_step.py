@@ -23,7 +23,7 @@ from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.data.planning import plan_layout
 from lora_dpo_jax.lora import LoraConfig, loraize
 from lora_dpo_jax.losses import Dpo
-from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.models import CausalLM, ComputeConfig
 from lora_dpo_jax.models.quantization import quantize
 from lora_dpo_jax.sharding import MeshConfig, Placement
 from lora_dpo_jax.training.step import TrainState, TrainStep
@@ -79,11 +79,10 @@ def test_no_dequantized_layer_is_kept_for_the_backward_pass(gradient_checkpointi
             intermediate_size=1024,
             head_dim=64,
             num_layers=num_layers,
-            gradient_checkpointing=gradient_checkpointing,
         )
 
         def init(key):
-            model = quantize(CausalLM.init(config, key=key), "nf4")
+            model = quantize(CausalLM.init(config, ComputeConfig(gradient_checkpointing), key=key), "nf4")
             return TrainState.init(loraize(model, LoraConfig(r=1), key=key), DESCENT, key=key)
 
         state = eqx.filter_eval_shape(init, jax.random.key(0))

@@ -25,16 +25,9 @@ from lora_dpo_jax.huggingface.folders import export_folder, is_url
 from lora_dpo_jax.huggingface.tensors import TensorFiles, abridged, sharded_array, write_tensors
 from lora_dpo_jax.huggingface.tokenizers import save_tokenizer
 from lora_dpo_jax.json_objects import REQUIRED, JsonObject, is_number, is_texts, is_whole, read_json_object
-from lora_dpo_jax.lora import (
-    RANK,
-    LoraConfig,
-    LoraLinear,
-    axes_of,
-    linear_layers,
-    map_linear_layers,
-    matching_names,
-)
+from lora_dpo_jax.lora import RANK, LoraConfig, LoraLinear, linear_layers, map_linear_layers, matching_names
 from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.parameters import axes_of
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.redaction import without_secrets
 from lora_dpo_jax.sharding import on_host

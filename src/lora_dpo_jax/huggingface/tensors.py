@@ -206,19 +206,23 @@ def sharded_array(
 ) -> jax.Array:
     """An array with `axes`, of which each device reads its part: of one lazy tensor, or of several stacked.
 
-    `sides` are a tensor's dimensions on disk, flattened. `axes` are those of the sides in any order, after the axis of
-    the stack if there is one. A view that is None stands for zeros.
+    `sides` are a tensor's dimensions on disk, flattened. `axes` are those of the sides in any order, after the axes of
+    the stacks if there are some, in whose order the tensors come. A view that is None stands for zeros.
     """
     depth = len(axes) - sum(len(side) for side in sides)
+    stacked = np.empty(len(views), object)
+    stacked[:] = views
+    stacked = stacked.reshape([axis.size for axis in axes[:depth]])
 
     def read(index: Any) -> np.ndarray:
-        chosen, cuts = (views[index[0]], index[1:]) if depth else (views, index)
+        chosen, cuts = stacked[index[:depth]], index[depth:]
         shape = [len(range(axis.size)[cut]) for axis, cut in zip(axes[depth:], cuts, strict=True)]
-        values = np.zeros([len(chosen), *shape], dtype)
-        for layer, view in enumerate(chosen):
+        values = np.zeros([*np.shape(chosen), *shape], dtype)
+        for at in np.ndindex(np.shape(chosen)):
+            view = chosen[at] if depth else chosen
             if view is not None:
-                values[layer] = _read_part(view, sides, axes[depth:], cuts)
-        return values if depth else values[0]
+                values[at] = _read_part(view, sides, axes[depth:], cuts)
+        return values
 
     return jax.make_array_from_callback(tuple(axis.size for axis in axes), array_sharding(axes, mapping), read)
 

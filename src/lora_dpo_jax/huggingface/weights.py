@@ -1,21 +1,18 @@
 """Models in Hugging Face's format: `config.json` and safetensors, read straight to their devices and written back."""
 
 import logging
-import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import haliax as hax
-import haliax.nn as hnn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from haliax import Axis, NamedArray
+from haliax import NamedArray
 
 from lora_dpo_jax.huggingface.adapters import CONFIG as ADAPTER_CONFIG
 from lora_dpo_jax.huggingface.adapters import LayerAdapter, layer_adapters, read_base_model
@@ -30,9 +27,11 @@ from lora_dpo_jax.huggingface.tensors import (
 )
 from lora_dpo_jax.huggingface.tokenizers import drop_code, save_tokenizer
 from lora_dpo_jax.json_objects import read_json_object
-from lora_dpo_jax.lora import LoraLinear, axes_of, linear_layers
-from lora_dpo_jax.models import CausalLM, DecoderConfig, config_from_hf
+from lora_dpo_jax.lora import LoraLinear, linear_layers
+from lora_dpo_jax.models import CausalLM, ComputeConfig, DecoderConfig, config_from_hf
+from lora_dpo_jax.models.compute import DEFAULT_COMPUTE
 from lora_dpo_jax.models.quantization import QuantizedWeight, quantize_weight
+from lora_dpo_jax.parameters import Parameter, map_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +72,7 @@ def load_model(
     config: DecoderConfig,
     *,
     dtype: Any,
+    compute: ComputeConfig = DEFAULT_COMPUTE,
     mapping: Mapping[str, Any] | None = None,
     quantization: str = "none",
 ) -> CausalLM:
@@ -82,7 +82,7 @@ def load_model(
     host memory holds one array's parts at a time. Missing, surplus and misshapen tensors raise ValueError.
     """
     tensors = _weights_in(folder, config)
-    template = eqx.filter_eval_shape(CausalLM.init, config, key=jax.random.key(0))
+    template = eqx.filter_eval_shape(CausalLM.init, config, compute, key=jax.random.key(0))
     _refuse_other_tensors(tensors, template)
 
     def read(parameter: Parameter) -> NamedArray | QuantizedWeight:
@@ -138,54 +138,6 @@ def save_merged(
         write_shards(exported, infos, merged, max_shard_bytes=max_shard_bytes)
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One array of the model and the tensors it is made of: one per layer if it is stacked, else one."""
-
-    names: tuple[str, ...]
-    axes: tuple[Axis, ...]
-    is_stacked: bool
-    sides: tuple[tuple[Axis, ...], ...]  # what the tensors' dimensions are on disk: (out, in) for a matrix
-
-    @property
-    def is_layer_matrix(self) -> bool:
-        return self.is_stacked and len(self.sides) == 2
-
-    @property
-    def tensor_shape(self) -> tuple[int, ...]:
-        return tuple(math.prod(axis.size for axis in side) for side in self.sides)
-
-
-def map_parameters(fn: Callable[[Parameter], NamedArray | QuantizedWeight], model: CausalLM) -> CausalLM:
-    """Replaces each array of a model without adapters by `fn(its parameter)`."""
-
-    def is_layer(node):
-        return isinstance(node, hnn.Linear | hnn.Embedding | hnn.RmsNorm)
-
-    def visit(path, layer):
-        if not is_layer(layer):
-            return layer
-        fields = [field for field in ("weight", "bias") if getattr(layer, field, None) is not None]
-        prefix = ".".join(part.name for part in path)
-        arrays = [fn(_parameter(f"{prefix}.{field}", layer, field)) for field in fields]
-        return eqx.tree_at(lambda node: [getattr(node, field) for field in fields], layer, arrays)
-
-    return jax.tree_util.tree_map_with_path(visit, model, is_leaf=is_layer)
-
-
-def _parameter(path: str, layer: Any, field: str) -> Parameter:
-    if isinstance(layer, hnn.Linear):
-        sides = (layer.Out,) if field == "bias" else (layer.Out, layer.In)
-    elif isinstance(layer, hnn.Embedding):
-        sides = (layer.Vocab, layer.Embed)
-    else:
-        sides = (layer.axis,)
-    axes = getattr(layer, field).axes
-    before, is_stacked, after = path.partition(".stacked.")
-    names = tuple(f"{before}.{i}.{after}" for i in range(axes[0].size)) if is_stacked else (path,)
-    return Parameter(names, axes, bool(is_stacked), tuple(axes_of(side) for side in sides))
-
-
 def _weights_in(folder: Path, config: DecoderConfig) -> TensorFiles:
     """Under the names of the model's parameters: of a tied matrix, the file may hold either name."""
     tensors = TensorFiles(folder)
@@ -236,9 +188,9 @@ def _refuse_another_head(tensors: TensorFiles) -> None:
 
 def _read_quantized(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapping, kind: str) -> QuantizedWeight:
     """Quantized by the devices, tensor by tensor: each reads its part, one at a time being there in full precision."""
-    Layers, *rest = parameter.axes
-    axes = tuple(rest)
     Out, In = parameter.sides
+    stack = parameter.stack_axes
+    axes = parameter.axes[len(stack) :]
 
     def read(name: str) -> NamedArray:
         return hax.named(sharded_array([tensors.view(name)], parameter.sides, axes, mapping, np.float32), axes)
@@ -251,20 +203,21 @@ def _read_quantized(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapp
 
     def empty() -> QuantizedWeight:
         one = quantized(hax.zeros(axes))
-        return jax.tree.map(lambda leaf: hax.zeros((Layers, *leaf.axes), leaf.dtype), one, is_leaf=is_named)
+        return jax.tree.map(lambda leaf: hax.zeros((*stack, *leaf.axes), leaf.dtype), one, is_leaf=is_named)
 
-    def put(stacked: QuantizedWeight, weight: NamedArray, layer) -> QuantizedWeight:
+    def put(stacked: QuantizedWeight, weight: NamedArray, at) -> QuantizedWeight:
         one = quantized(weight)
         return jax.tree.map(
-            lambda all, x: hax.named(all.array.at[layer].set(x.array), all.axes), stacked, one, is_leaf=is_named
+            lambda all, x: hax.named(all.array.at[tuple(at)].set(x.array), all.axes), stacked, one, is_leaf=is_named
         )
 
     shapes = jax.eval_shape(empty)
     shardings = jax.tree.map(lambda leaf: array_sharding(leaf.axes, mapping), shapes, is_leaf=is_named)
     stacked = jax.jit(empty, out_shardings=shardings)()
     put_layer = jax.jit(put, donate_argnums=0, out_shardings=shardings)
-    for layer, name in enumerate(parameter.names):
-        stacked = put_layer(stacked, read(name), jnp.int32(layer))
+    for number, name in enumerate(parameter.names):
+        at = np.unravel_index(number, [axis.size for axis in stack])
+        stacked = put_layer(stacked, read(name), [jnp.int32(index) for index in at])
     return stacked
 
 

@@ -97,7 +97,7 @@ def plan(config: PlanConfig) -> Plan:
     placement = Placement(config.trainer.mesh, devices)
     name, revision = config.initialize_from_hf, config.hf_revision
     folder = folder_of("initialize_from_hf", name, revision=revision, patterns=["config.json"])
-    decoder = config.model.applied_to(read_config(folder))
+    decoder = read_config(folder)
     optimizer = config.optimizer.build(config.trainer.num_train_steps or 1000)
     state = _state_of_a_run(config, decoder, optimizer, placement)
     step = TrainStep(config.preference_loss, optimizer, scope=placement.scope)
@@ -239,6 +239,7 @@ def _state_of_a_run(config: PlanConfig, decoder: DecoderConfig, optimizer: Any, 
         placement,
         dtype=dtype,
         adapter_dtype=policy.param_dtype,
+        compute=config.model.compute,
         quantization=config.model.quantization,
         with_frozen_adapters=config.reference_adapter is not None,
     )

@@ -30,9 +30,8 @@ from lora_dpo_jax.losses import Dpo, PreferenceLoss
 from lora_dpo_jax.main.arguments import parse_arguments as parse_arguments  # for those who look for it here
 from lora_dpo_jax.main.decoding import config_of
 from lora_dpo_jax.main.paths import refuse_impossible_paths
-from lora_dpo_jax.models import CausalLM, DecoderConfig
-from lora_dpo_jax.models.attention import IMPLEMENTATIONS, PLATFORMS
-from lora_dpo_jax.models.decoder import CHECKPOINT_POLICIES
+from lora_dpo_jax.models import CausalLM, ComputeConfig, DecoderConfig
+from lora_dpo_jax.models.attention import PLATFORMS
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.distributed import in_turns
@@ -52,27 +51,20 @@ class ModelConfig:
     """How the pretrained model is held and computed."""
 
     dtype: str | None = None  # of the frozen weights (f32, bf16); null: that of computation, see trainer.mp
-    gradient_checkpointing: str = "full"  # none, products, full or nested: see models/decoder.py for what each costs
-    attention: str = "auto"  # auto, blocked, pallas_tpu, pallas_gpu or dense: see models/attention.py
+    gradient_checkpointing: str = "full"  # none, products, full or nested: see models/compute.py for what each costs
+    attention: str = "auto"  # auto, blocked, pallas_tpu, pallas_gpu or dense: see models/attention
     quantization: str = "none"  # of the frozen matrices of the layers: nf4, int8 or none
 
     def __post_init__(self):
-        if self.attention not in IMPLEMENTATIONS:
-            raise ValueError(f"model.attention={self.attention!r} must be one of {[*IMPLEMENTATIONS]}")
-        if self.gradient_checkpointing not in CHECKPOINT_POLICIES:
-            raise ValueError(
-                f"model.gradient_checkpointing={self.gradient_checkpointing!r} must be one of {[*CHECKPOINT_POLICIES]}"
-            )
+        _ = self.compute  # which checks what it is made of
         if self.quantization not in QUANTIZATIONS:
             raise ValueError(f"model.quantization={self.quantization!r} must be one of {[*QUANTIZATIONS]}")
         if self.dtype is not None:
             _dtype_of(self.dtype)
 
-    def applied_to(self, decoder: DecoderConfig) -> DecoderConfig:
-        """The architecture, computed as these settings say."""
-        return dataclasses.replace(
-            decoder, gradient_checkpointing=self.gradient_checkpointing, attention=self.attention
-        )
+    @property
+    def compute(self) -> ComputeConfig:
+        return ComputeConfig(self.gradient_checkpointing, self.attention)
 
 
 @dataclass(frozen=True)
@@ -245,7 +237,7 @@ def load_tokenizer(config: TrainConfig) -> Any:
 def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base:
     """Reads the weights of `initialize_from_hf` to their devices, in the dtype that `config.model` asks for."""
     folder = folder_of("initialize_from_hf", config.initialize_from_hf, revision=config.hf_revision)
-    decoder = config.model.applied_to(read_config(folder))
+    decoder = read_config(folder)
     _check_lengths(config, decoder)
     if len(tokenizer) > decoder.vocab_size:
         raise ValueError(
@@ -257,7 +249,12 @@ def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base
         dtype = _dtype_of(config.model.dtype)
     with placement.scope():
         model = load_model(
-            folder, decoder, dtype=dtype, mapping=placement.parameters, quantization=config.model.quantization
+            folder,
+            decoder,
+            dtype=dtype,
+            compute=config.model.compute,
+            mapping=placement.parameters,
+            quantization=config.model.quantization,
         )
     return Base(folder, decoder, model, tokenizer)
 

@@ -2,15 +2,20 @@
 
 from lora_dpo_jax.models.architectures import config_from_hf
 from lora_dpo_jax.models.attention import AttentionMask, CachedMask, PackedMask
+from lora_dpo_jax.models.compute import ComputeConfig
 from lora_dpo_jax.models.config import DecoderConfig
-from lora_dpo_jax.models.decoder import CausalLM, KeyValueCache
+from lora_dpo_jax.models.decoder import CausalLM
+from lora_dpo_jax.models.head import Head
+from lora_dpo_jax.models.kv_cache import KeyValueCache
 from lora_dpo_jax.models.rope import RopeConfig
 
 __all__ = [
     "AttentionMask",
     "CachedMask",
     "CausalLM",
+    "ComputeConfig",
     "DecoderConfig",
+    "Head",
     "KeyValueCache",
     "PackedMask",
     "RopeConfig",

@@ -19,7 +19,7 @@ import transformers  # whose names are imported when they are used: torch comes 
 
 from lora_dpo_jax.json_objects import LARGEST, REQUIRED, JsonObject, brief, is_texts
 from lora_dpo_jax.models.config import DecoderConfig
-from lora_dpo_jax.models.decoder import ACTIVATIONS
+from lora_dpo_jax.models.mlp import ACTIVATIONS
 from lora_dpo_jax.models.rope import RopeConfig
 
 logger = logging.getLogger(__name__)

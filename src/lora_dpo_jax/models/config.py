@@ -29,10 +29,6 @@ class DecoderConfig:
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...] | None = None  # one per layer, None = full attention
 
-    # How it is computed, not what.
-    gradient_checkpointing: str = "none"  # a key of `decoder.CHECKPOINT_POLICIES`
-    attention: str = "auto"  # one of `attention.IMPLEMENTATIONS`
-
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -48,6 +44,11 @@ class DecoderConfig:
             raise ValueError(f"{len(self.sliding_windows)} sliding windows for {self.num_layers} layers")
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer."""
+        return self.sliding_windows or (None,) * self.num_layers
+
+    @property
     def Vocab(self) -> Axis:
         return Axis("vocab", self.vocab_size)
 
@@ -58,10 +59,6 @@ class DecoderConfig:
     @property
     def Mlp(self) -> Axis:
         return Axis("mlp", self.intermediate_size)
-
-    @property
-    def Layers(self) -> Axis:
-        return Axis("layers", self.num_layers)
 
     @property
     def KVHeads(self) -> Axis:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from lora_dpo_jax.lora import LoraConfig, frozen_copy, loraize, trainable_filter
-from lora_dpo_jax.models import CausalLM, DecoderConfig
+from lora_dpo_jax.models import CausalLM, ComputeConfig, DecoderConfig
+from lora_dpo_jax.models.compute import DEFAULT_COMPUTE
 from lora_dpo_jax.models.quantization import quantize
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.step import TrainState
@@ -23,13 +24,14 @@ def describe_state(
     *,
     dtype: Any,
     adapter_dtype: Any = jnp.float32,
+    compute: ComputeConfig = DEFAULT_COMPUTE,
     quantization: str = "none",
     with_frozen_adapters: bool = False,
 ) -> TrainState:
     """The state of a run as ShapeDtypeStructs that lie where the run's arrays would."""
 
     def make() -> TrainState:
-        base = CausalLM.init(decoder, key=jax.random.key(0))
+        base = CausalLM.init(decoder, compute, key=jax.random.key(0))
         base = quantize(jax.tree.map(lambda x: x.astype(dtype), base), quantization)
         model = loraize(base, lora, key=jax.random.key(0))
         adapters, weights = eqx.partition(model, trainable_filter(model))

@@ -4,6 +4,7 @@ One program is one block of queries or, for the gradients of keys and values, on
 of blocks that someone may see, which follows from the data. Kernels see whole arrays, which to them are only addresses.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from lora_dpo_jax.models.packed_blocks import LOG2_E, MASKED, KeyRuns, dot, pad_positions, visits
+from lora_dpo_jax.models.attention.packed_blocks import LOG2_E, MASKED, KeyRuns, dot, pad_positions, visits
+from lora_dpo_jax.models.attention.score_rule import ScoreRule
 
 
 @dataclass(frozen=True)
@@ -25,35 +27,45 @@ class GpuKernels:
     block: int = 64  # positions, a power of two
     interpret: bool = False
 
-    def forward(self, q: Array, k: Array, v: Array, runs: KeyRuns) -> tuple[Array, Array]:
+    def forward(self, q: Array, k: Array, v: Array, runs: KeyRuns, rule: ScoreRule) -> tuple[Array, Array]:
         padded_q = self._pad(q)
         rows, length, kv_heads, group, _ = padded_q.shape
         results = (padded_q, jax.ShapeDtypeStruct((rows, kv_heads, group, length), jnp.float32))
         arrays = padded_q, self._pad(k), self._pad(v)
-        out, log_normalizer = self._call(_forward_kernel, "query", results, q.shape[4], runs, arrays)
+        if rule.sinks is not None:
+            arrays = (*arrays, rule.sinks * LOG2_E)
+        out, log_normalizer = self._call(_forward_kernel, "query", results, runs, rule, arrays)
         return _unpad(out, q), log_normalizer[..., : q.shape[1]]
 
     def backward(
-        self, q: Array, k: Array, v: Array, runs: KeyRuns, log_normalizer: Array, inner: Array, d_out: Array
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        runs: KeyRuns,
+        rule: ScoreRule,
+        log_normalizer: Array,
+        inner: Array,
+        d_out: Array,
     ) -> tuple[Array, Array, Array]:
         arrays = tuple(self._pad(x) for x in (q, k, v, d_out))
         stats = (pad_positions(x, arrays[0].shape[1], axis=3) for x in (log_normalizer, inner))
         arrays = *arrays, *stats
-        (d_q,) = self._call(_query_gradient_kernel, "query", arrays[:1], q.shape[4], runs, arrays)
-        d_k, d_v = self._call(_key_gradient_kernel, "key", arrays[1:3], q.shape[4], runs, arrays)
+        (d_q,) = self._call(_query_gradient_kernel, "query", arrays[:1], runs, rule, arrays)
+        d_k, d_v = self._call(_key_gradient_kernel, "key", arrays[1:3], runs, rule, arrays)
         return _unpad(d_q, q), _unpad(d_k, k), _unpad(d_v, v)
 
     def _pad(self, x: Array) -> Array:
         x = pad_positions(x, pl.cdiv(x.shape[1], self.block) * self.block)
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pl.next_power_of_2(x.shape[-1]) - x.shape[-1])])
 
-    def _call(self, kernel: Callable, outer: str, results: tuple, head_size: int, runs: KeyRuns, arrays: tuple) -> Any:
+    def _call(self, kernel: Callable, outer: str, results: tuple, runs: KeyRuns, rule: ScoreRule, arrays: tuple) -> Any:
         """Runs programs (block, row, head), or (block, row, key-value head) where the blocks are of keys."""
         rows, length, kv_heads, group, _ = arrays[0].shape
         runs = runs.padded(length)
         todo = visits(runs, self.block, self.block, outer=outer)
         return pl.pallas_call(
-            functools.partial(kernel, block=self.block, scale=head_size**-0.5),
+            functools.partial(kernel, block=self.block, rule=dataclasses.replace(rule, window=None, sinks=None)),
             grid=(length // self.block, rows, kv_heads * group if outer == "query" else kv_heads),
             out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
             compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
@@ -66,7 +78,8 @@ def _unpad(x: Array, like: Array) -> Array:
     return x[:, : like.shape[1], ..., : like.shape[-1]]
 
 
-def _forward_kernel(start, inner, own, first, stop, q, k, v, out, log_normalizer, *, block: int, scale: float):
+def _forward_kernel(start, inner, own, first, stop, q, k, v, *rest, block: int, rule: ScoreRule):
+    *sinks, out, log_normalizer = rest
     row, kv_head, head = _of_query_program(q)
     queries = pl.ds(pl.program_id(0) * block, block)
     q_block = q[row, queries, kv_head, head, :]
@@ -75,7 +88,7 @@ def _forward_kernel(start, inner, own, first, stop, q, k, v, out, log_normalizer
     def visit(n, carry):
         high, total, attended = carry
         keys = pl.ds(inner[n] * block, block)
-        scores = dot(q_block, k[row, keys, kv_head, :].T) * (scale * LOG2_E)
+        scores = rule.scores(dot(q_block, k[row, keys, kv_head, :].T), LOG2_E)
         scores = _masked(scores, runs, queries, keys, query_axis=0)
         new_high = jnp.maximum(high, scores.max(axis=1))
         weights = jnp.exp2(scores - new_high[:, None])
@@ -83,14 +96,17 @@ def _forward_kernel(start, inner, own, first, stop, q, k, v, out, log_normalizer
         attended = attended * shrink[:, None] + dot(weights.astype(v.dtype), v[row, keys, kv_head, :])
         return new_high, total * shrink + weights.sum(axis=1), attended
 
-    begin = jnp.full((block,), MASKED), jnp.zeros((block,)), jnp.zeros(q_block.shape)
+    high, total = jnp.full((block,), MASKED), jnp.zeros((block,))
+    if sinks:
+        high, total = jnp.full((block,), sinks[0][kv_head, head]), jnp.ones((block,))
+    begin = high, total, jnp.zeros(q_block.shape)
     high, total, attended = jax.lax.fori_loop(*_visits_of_program(start), visit, begin)
     out[row, queries, kv_head, head, :] = (attended / total[:, None]).astype(out.dtype)
     log_normalizer[row, kv_head, head, queries] = high + jnp.log2(total)
 
 
 def _query_gradient_kernel(
-    start, inner, own, first, stop, q, k, v, d_out, log_normalizer, inner_product, d_q, *, block: int, scale: float
+    start, inner, own, first, stop, q, k, v, d_out, log_normalizer, inner_product, d_q, *, block: int, rule: ScoreRule
 ):
     row, kv_head, head = _of_query_program(q)
     queries = pl.ds(pl.program_id(0) * block, block)
@@ -101,17 +117,32 @@ def _query_gradient_kernel(
     def visit(n, sum_q):
         keys = pl.ds(inner[n] * block, block)
         k_block = k[row, keys, kv_head, :]
-        scores = dot(q_block, k_block.T) * (scale * LOG2_E)
+        scores = rule.scores(dot(q_block, k_block.T), LOG2_E)
         weights = jnp.exp2(_masked(scores, runs, queries, keys, query_axis=0) - normalizer)
         d_scores = weights * (dot(d_out_block, v[row, keys, kv_head, :].T) - product)
-        return sum_q + dot(d_scores.astype(q.dtype), k_block)
+        return sum_q + dot(rule.slope(d_scores, scores, LOG2_E).astype(q.dtype), k_block)
 
     sum_q = jax.lax.fori_loop(*_visits_of_program(start), visit, jnp.zeros(q_block.shape))
-    d_q[row, queries, kv_head, head, :] = (sum_q * scale).astype(d_q.dtype)
+    d_q[row, queries, kv_head, head, :] = (sum_q * rule.scale).astype(d_q.dtype)
 
 
 def _key_gradient_kernel(
-    start, inner, own, first, stop, q, k, v, d_out, log_normalizer, inner_product, d_k, d_v, *, block: int, scale: float
+    start,
+    inner,
+    own,
+    first,
+    stop,
+    q,
+    k,
+    v,
+    d_out,
+    log_normalizer,
+    inner_product,
+    d_k,
+    d_v,
+    *,
+    block: int,
+    rule: ScoreRule,
 ):
     row, kv_head = pl.program_id(1), pl.program_id(2)
     keys = pl.ds(pl.program_id(0) * block, block)
@@ -125,17 +156,17 @@ def _key_gradient_kernel(
             q_block, d_out_block = (x[row, queries, kv_head, head, :] for x in (q, d_out))
             normalizer, product = (x[row, kv_head, head, queries][None] for x in (log_normalizer, inner_product))
             # Keys down and queries across, so that the products below take both factors as they stand.
-            scores = dot(k_block, q_block.T) * (scale * LOG2_E)
+            scores = rule.scores(dot(k_block, q_block.T), LOG2_E)
             runs = _runs(own, first, stop, row, queries, axis=1)
             weights = jnp.exp2(_masked(scores, runs, queries, keys, query_axis=1) - normalizer)
             d_scores = weights * (dot(v_block, d_out_block.T) - product)
             sum_v += dot(weights.astype(d_out.dtype), d_out_block)
-            return sum_k + dot(d_scores.astype(q.dtype), q_block), sum_v
+            return sum_k + dot(rule.slope(d_scores, scores, LOG2_E).astype(q.dtype), q_block), sum_v
 
         return jax.lax.fori_loop(*todo, visit, carry)
 
     sum_k, sum_v = jax.lax.fori_loop(0, q.shape[3], of_head, (jnp.zeros(k_block.shape), jnp.zeros(v_block.shape)))
-    d_k[row, keys, kv_head, :] = (sum_k * scale).astype(d_k.dtype)
+    d_k[row, keys, kv_head, :] = (sum_k * rule.scale).astype(d_k.dtype)
     d_v[row, keys, kv_head, :] = sum_v.astype(d_v.dtype)
 
 

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from lora_dpo_jax.models.attention.score_rule import ScoreRule
+
 MASKED = -1e30  # finite, so that differences of masked scores are numbers
 ATTENDED = "attended"  # what checkpointing policies call the results of attention
 LOG2_E = math.log2(math.e)  # kernels take powers of two, exp2(x * LOG2_E), as the hardware does
@@ -41,8 +43,8 @@ class KeyRuns(eqx.Module):
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, length - size)), constant_values=size), self)
 
 
-def key_runs(segment: Array, branch: Array, window: Array | None) -> KeyRuns:
-    """From ids [row, position] (see `PackedMask`) and the sliding window (tokens, scalar).
+def key_runs(segment: Array, branch: Array, window: int | None) -> KeyRuns:
+    """From ids [row, position] (see `PackedMask`) and the sliding window (tokens).
 
     Rotary positions rise by one from token to token and go on from the prompt in each branch, so that distances follow
     from the indices.
@@ -119,40 +121,49 @@ class Kernels(Protocol):
     """Attention over packed rows on one platform, as hashable settings with two functions.
 
     q and what has its shape [row, position, kv_head, group, head_size]; k, v [row, position, kv_head, head_size]; the
-    log-normalizers that go from one function to the other, float32 [row, kv_head, group, position].
+    log-normalizers that go from one function to the other, float32 [row, kv_head, group, position]. Of `rule`, the
+    window is in `runs` already, and the sinks are float32 [kv_head, group].
     """
 
-    def forward(self, q: Array, k: Array, v: Array, runs: KeyRuns) -> tuple[Array, Array]:
+    def forward(self, q: Array, k: Array, v: Array, runs: KeyRuns, rule: ScoreRule) -> tuple[Array, Array]:
         """(attended, log-normalizers)"""
         ...
 
     def backward(
-        self, q: Array, k: Array, v: Array, runs: KeyRuns, log_normalizer: Array, inner: Array, d_out: Array
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        runs: KeyRuns,
+        rule: ScoreRule,
+        log_normalizer: Array,
+        inner: Array,
+        d_out: Array,
     ) -> tuple[Array, Array, Array]:
         """Gradients of q, k and v. `inner` is the sum of out * d_out over the head, shaped as `log_normalizer`."""
         ...
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def packed_attention(kernels: Kernels, q: Array, k: Array, v: Array, runs: KeyRuns) -> Array:
-    """Softmax attention scaled by head_size ** -0.5; memory linear in the row's length, forward and backward.
+def packed_attention(kernels: Kernels, q: Array, k: Array, v: Array, runs: KeyRuns, rule: ScoreRule) -> Array:
+    """Softmax attention; memory linear in the row's length, forward and backward. Gradients go to q, k and v alone.
 
     Softmax is accumulated over blocks of keys (https://arxiv.org/abs/2205.14135) and the backward pass computes scores
     again from the saved log-normalizers (https://arxiv.org/abs/2307.08691).
     """
-    return kernels.forward(q, k, v, runs)[0]
+    return kernels.forward(q, k, v, runs, rule)[0]
 
 
-def _forward(kernels: Kernels, q, k, v, runs):
-    out, log_normalizer = checkpoint_name(kernels.forward(q, k, v, runs), ATTENDED)
-    return out, (q, k, v, runs, out, log_normalizer)
+def _forward(kernels: Kernels, q, k, v, runs, rule):
+    out, log_normalizer = checkpoint_name(kernels.forward(q, k, v, runs, rule), ATTENDED)
+    return out, (q, k, v, runs, rule, out, log_normalizer)
 
 
 def _backward(kernels: Kernels, saved: Any, d_out: Array):
-    q, k, v, runs, out, log_normalizer = saved
+    q, k, v, runs, rule, out, log_normalizer = saved
     # The sum over keys of weights * d_weights, by way of the output.
     inner = jnp.moveaxis(_sum_of_products(out, d_out), 1, -1)
-    return *kernels.backward(q, k, v, runs, log_normalizer, inner, d_out), None
+    return *kernels.backward(q, k, v, runs, rule, log_normalizer, inner, d_out), None, None
 
 
 packed_attention.defvjp(_forward, _backward)

@@ -5,6 +5,7 @@ being fetched. Scores stand transposed, keys down and queries across: what belon
 and the softmax reduces over sublanes, which is the cheap direction.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lora_dpo_jax.models.packed_blocks import LOG2_E, MASKED, KeyRuns, Visits, dot, pad_positions, visits
+from lora_dpo_jax.models.attention.packed_blocks import LOG2_E, MASKED, KeyRuns, Visits, dot, pad_positions, visits
+from lora_dpo_jax.models.attention.score_rule import ScoreRule
 
 LANES = 128
 
@@ -28,24 +30,39 @@ class TpuKernels:
     largest_block: int = 512  # positions, a multiple of 128; every visit costs some 0.35 us whatever its size
     interpret: bool = False
 
-    def forward(self, q: Array, k: Array, v: Array, runs: KeyRuns) -> tuple[Array, Array]:
+    def forward(self, q: Array, k: Array, v: Array, runs: KeyRuns, rule: ScoreRule) -> tuple[Array, Array]:
         rows, length, kv_heads, group, _ = q.shape
-        tiles = _Tiles(self, q, k, runs, outer="query")
+        tiles = _Tiles(self, q, k, runs, rule, outer="query")
+        sinks = [] if rule.sinks is None else [tiles.of_heads(rule.sinks * LOG2_E)]
         call = tiles.call(
-            functools.partial(_forward_kernel, blocks=tiles.blocks, scale=tiles.scale),
+            functools.partial(_forward_kernel, blocks=tiles.blocks, rule=tiles.rule),
             grid=(tiles.heads, tiles.total),
-            inputs=(tiles.query, tiles.key, tiles.key, tiles.per_query(3, of_head=False)),
+            inputs=(
+                tiles.query,
+                tiles.key,
+                tiles.key,
+                tiles.per_query(3, of_head=False),
+                *[tiles.per_head] * len(sinks),
+            ),
             outputs=(tiles.query, tiles.per_query(1)),
             shapes=(tiles.query_shape(q.dtype), tiles.per_query_shape(1)),
             scratch=((1, tiles.block), (1, tiles.block), (tiles.head_size, tiles.block)),
         )
-        out, log_normalizer = call(tiles.to_heads(q), tiles.to_heads(k), tiles.to_heads(v), tiles.runs)
+        out, log_normalizer = call(tiles.to_heads(q), tiles.to_heads(k), tiles.to_heads(v), tiles.runs, *sinks)
         return tiles.from_heads(out, q), log_normalizer[:, :, 0, :length].reshape(rows, kv_heads, group, length)
 
     def backward(
-        self, q: Array, k: Array, v: Array, runs: KeyRuns, log_normalizer: Array, inner: Array, d_out: Array
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        runs: KeyRuns,
+        rule: ScoreRule,
+        log_normalizer: Array,
+        inner: Array,
+        d_out: Array,
     ) -> tuple[Array, Array, Array]:
-        by_query, by_key = (_Tiles(self, q, k, runs, outer=outer) for outer in ("query", "key"))
+        by_query, by_key = (_Tiles(self, q, k, runs, rule, outer=outer) for outer in ("query", "key"))
         stats = jnp.stack([x.reshape(x.shape[0], -1, x.shape[3]) for x in (log_normalizer, inner)], axis=2)
         stats = pad_positions(stats, by_query.length, axis=3)
         arrays = (*map(by_query.to_heads, (q, k, v)), by_query.runs, by_query.to_heads(d_out), stats)
@@ -53,7 +70,7 @@ class TpuKernels:
         def call(tiles, kernel, grid, outputs, shapes, scratch):
             inputs = (tiles.query, tiles.key, tiles.key, tiles.per_query(3, of_head=False), tiles.query)
             inputs = (*inputs, tiles.per_query(2))
-            kernel = functools.partial(kernel, blocks=tiles.blocks, scale=tiles.scale)
+            kernel = functools.partial(kernel, blocks=tiles.blocks, rule=tiles.rule)
             return tiles.call(kernel, grid, inputs, outputs, shapes, scratch)(*arrays)
 
         (d_q,) = call(
@@ -78,10 +95,10 @@ class TpuKernels:
 class _Tiles:
     """How arrays are cut for one grid: (head, visit), or (key-value head, visit, head of its group)."""
 
-    def __init__(self, kernels: TpuKernels, q: Array, k: Array, runs: KeyRuns, *, outer: str):
+    def __init__(self, kernels: TpuKernels, q: Array, k: Array, runs: KeyRuns, rule: ScoreRule, *, outer: str):
         self.rows, size, self.kv_heads, self.group, self.head_size = q.shape
         self.heads = self.kv_heads * self.group
-        self.scale = self.head_size**-0.5
+        self.rule = dataclasses.replace(rule, window=None, sinks=None)  # what a kernel may close over
         # As many blocks as the largest size needs, and as small as that many may be.
         blocks = -(-size // kernels.largest_block)
         unit = min(LANES, kernels.largest_block)
@@ -150,6 +167,15 @@ class _Tiles:
         block: Any = (None, None, count, self.block) if of_head else (None, count, self.block)
         return pl.BlockSpec(block, place)
 
+    @property
+    def per_head(self) -> pl.BlockSpec:
+        """What `of_heads` gives."""
+        return pl.BlockSpec((None, 1, self.block), lambda *indices: (self._place(indices)[1], 0, 0))
+
+    def of_heads(self, x: Array) -> Array:
+        """[kv_head, group] -> [heads, 1, block], a head's number for each query of a block."""
+        return jnp.broadcast_to(x.reshape(self.heads, 1, 1), (self.heads, 1, self.block))
+
     def query_shape(self, dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((self.rows, self.heads, self.length, self.head_size), dtype)
 
@@ -168,17 +194,18 @@ class _Tiles:
         return x.swapaxes(1, 2)[:, : like.shape[1]].reshape(like.shape)
 
 
-def _forward_kernel(outer, inner, masked, q, k, v, runs, out, log_normalizer, high, total, attended, *, blocks, scale):
+def _forward_kernel(outer, inner, masked, q, k, v, runs, *rest, blocks: int, rule: ScoreRule):
+    *sinks, out, log_normalizer, high, total, attended = rest
     visit = pl.program_id(1)
 
     @pl.when(_is_first(outer, visit))
     def _():
-        high[...] = jnp.full_like(high, MASKED)
-        total[...] = jnp.zeros_like(total)
+        high[...] = sinks[0][...] if sinks else jnp.full_like(high, MASKED)
+        total[...] = jnp.ones_like(total) if sinks else jnp.zeros_like(total)
         attended[...] = jnp.zeros_like(attended)
 
     def accumulate(with_mask):
-        scores = dot(k[...], q[...], (1, 1)) * (scale * LOG2_E)
+        scores = rule.scores(dot(k[...], q[...], (1, 1)), LOG2_E)
         if with_mask:
             scores = _mask(scores, runs, query_block=jax.lax.rem(outer[visit], blocks), key_block=inner[visit])
         new_high = jnp.maximum(high[...], scores.max(axis=0, keepdims=True))
@@ -196,7 +223,9 @@ def _forward_kernel(outer, inner, masked, q, k, v, runs, out, log_normalizer, hi
         log_normalizer[...] = high[...] + jnp.log2(total[...])
 
 
-def _query_gradient_kernel(outer, inner, masked, q, k, v, runs, d_out, stats, d_q, sum_q, *, blocks: int, scale: float):
+def _query_gradient_kernel(
+    outer, inner, masked, q, k, v, runs, d_out, stats, d_q, sum_q, *, blocks: int, rule: ScoreRule
+):
     visit = pl.program_id(1)
 
     @pl.when(_is_first(outer, visit))
@@ -205,18 +234,18 @@ def _query_gradient_kernel(outer, inner, masked, q, k, v, runs, d_out, stats, d_
 
     def accumulate(with_mask):
         place = dict(query_block=jax.lax.rem(outer[visit], blocks), key_block=inner[visit]) if with_mask else None
-        _, d_scores = _gradient_of_scores(q, k, v, runs, d_out, stats, scale, place)
-        sum_q[...] += dot(k[...], d_scores, (0, 0))
+        _, d_products = _gradient_of_products(q, k, v, runs, d_out, stats, rule, place)
+        sum_q[...] += dot(k[...], d_products, (0, 0))
 
     _with_or_without_mask(masked[visit], accumulate)
 
     @pl.when(_is_last(outer, visit))
     def _():
-        d_q[...] = (sum_q[...] * scale).T.astype(d_q.dtype)
+        d_q[...] = (sum_q[...] * rule.scale).T.astype(d_q.dtype)
 
 
 def _key_gradient_kernel(
-    outer, inner, masked, q, k, v, runs, d_out, stats, d_k, d_v, sum_k, sum_v, *, blocks: int, scale: float
+    outer, inner, masked, q, k, v, runs, d_out, stats, d_k, d_v, sum_k, sum_v, *, blocks: int, rule: ScoreRule
 ):
     visit, head = pl.program_id(1), pl.program_id(2)
 
@@ -227,27 +256,26 @@ def _key_gradient_kernel(
 
     def accumulate(with_mask):
         place = dict(query_block=inner[visit], key_block=jax.lax.rem(outer[visit], blocks)) if with_mask else None
-        weights, d_scores = _gradient_of_scores(q, k, v, runs, d_out, stats, scale, place)
+        weights, d_products = _gradient_of_products(q, k, v, runs, d_out, stats, rule, place)
         sum_v[...] += dot(weights, d_out[...])
-        sum_k[...] += dot(d_scores, q[...])
+        sum_k[...] += dot(d_products, q[...])
 
     _with_or_without_mask(masked[visit], accumulate)
 
     @pl.when(_is_last(outer, visit) & (head == pl.num_programs(2) - 1))
     def _():
-        d_k[...] = (sum_k[...] * scale).astype(d_k.dtype)
+        d_k[...] = (sum_k[...] * rule.scale).astype(d_k.dtype)
         d_v[...] = sum_v[...].astype(d_v.dtype)
 
 
-def _gradient_of_scores(q, k, v, runs, d_out, stats, scale: float, place: dict[str, Array] | None):
-    """Attention weights and the gradient of scaled scores, [key, query] in the dtype of products."""
-    scores = dot(k[...], q[...], (1, 1)) * (scale * LOG2_E)
-    if place is not None:
-        scores = _mask(scores, runs, **place)
+def _gradient_of_products(q, k, v, runs, d_out, stats, rule: ScoreRule, place: dict[str, Array] | None):
+    """Attention weights and the gradient of scaled products, [key, query] in the dtype of products."""
+    scores = rule.scores(dot(k[...], q[...], (1, 1)), LOG2_E)
+    masked = scores if place is None else _mask(scores, runs, **place)
     log_normalizer, inner_product = stats[0:1, :], stats[1:2, :]
-    weights = jnp.exp2(scores - log_normalizer)
-    d_weights = dot(v[...], d_out[...], (1, 1))
-    return weights.astype(d_out.dtype), (weights * (d_weights - inner_product)).astype(q.dtype)
+    weights = jnp.exp2(masked - log_normalizer)
+    d_scores = weights * (dot(v[...], d_out[...], (1, 1)) - inner_product)
+    return weights.astype(d_out.dtype), rule.slope(d_scores, scores, LOG2_E).astype(q.dtype)
 
 
 def _mask(scores: Array, runs: Any, query_block: Array, key_block: Array) -> Array:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lora_dpo_jax.models.packed_blocks import MASKED, KeyRuns, pad_positions, visits
+from lora_dpo_jax.models.attention.packed_blocks import MASKED, KeyRuns, pad_positions, visits
+from lora_dpo_jax.models.attention.score_rule import ScoreRule
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,23 @@ class BlockedKernels:
 
     block: int = 64  # positions; on two CPU cores 64 was the fastest of 64 to 320
 
-    def forward(self, q: Array, k: Array, v: Array, runs: KeyRuns) -> tuple[Array, Array]:
-        cut = _Cut(self.block, q, runs)
+    def forward(self, q: Array, k: Array, v: Array, runs: KeyRuns, rule: ScoreRule) -> tuple[Array, Array]:
+        cut = _Cut(self.block, q, runs, rule)
         out, log_normalizer = cut.over_heads(_head_forward, "query", cut.tiles(q), cut.tiles(k), cut.tiles(v))
         return cut.whole(out, q), cut.whole_numbers(log_normalizer)
 
     def backward(
-        self, q: Array, k: Array, v: Array, runs: KeyRuns, log_normalizer: Array, inner: Array, d_out: Array
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        runs: KeyRuns,
+        rule: ScoreRule,
+        log_normalizer: Array,
+        inner: Array,
+        d_out: Array,
     ) -> tuple[Array, Array, Array]:
-        cut = _Cut(self.block, q, runs)
+        cut = _Cut(self.block, q, runs, rule)
         numbers = (cut.number_tiles(x) for x in (log_normalizer, inner))
         arrays = *(cut.tiles(x) for x in (q, k, v, d_out)), *numbers
         d_q, d_k, d_v = cut.over_heads(_head_backward, "key", *arrays)
@@ -39,11 +48,11 @@ class BlockedKernels:
 class _Cut:
     """How arrays are cut into tiles [row, kv_head, block, position in it * group, head_size]."""
 
-    def __init__(self, block: int, q: Array, runs: KeyRuns):
+    def __init__(self, block: int, q: Array, runs: KeyRuns, rule: ScoreRule):
         self.rows, self.size, self.kv_heads, self.group, self.head_size = q.shape
         self.block, self.blocks = block, -(-self.size // block)
         self.length = self.block * self.blocks
-        self.runs = runs.padded(self.length)
+        self.runs, self.rule = runs.padded(self.length), rule
 
     def over_heads(self, function: Callable, outer: str, *tiles: Array) -> Any:
         """Maps function(head, *its tiles) over rows and key-value heads."""
@@ -53,8 +62,12 @@ class _Cut:
 
         def row(of_row):
             (start, stop), runs, tiles = of_row
-            head = _Head(runs, start, stop, todo.inner, self.group, self.head_size**-0.5)
-            return jax.lax.map(lambda of_head: function(head, *of_head), tiles)
+
+            def head(of_head):
+                sinks, tiles = of_head
+                return function(_Head(runs, start, stop, todo.inner, self.group, self.rule, sinks), *tiles)
+
+            return jax.lax.map(head, (self.rule.sinks, tiles))
 
         return jax.lax.map(row, (starts, runs, tiles))
 
@@ -77,45 +90,54 @@ class _Cut:
 
 @dataclass(frozen=True)
 class _Head:
-    """What the blocks of one row have to visit."""
+    """What the blocks of one row and key-value head have to visit, and by which rule."""
 
     runs: KeyRuns  # [block, position in it]
     start: Array
     stop: Array
     inner: Array
     group: int
-    scale: float
+    rule: ScoreRule
+    sinks: Array | None  # [head of the group]
 
     def visit(self, outer: Array, body: Callable[[Array, Any], Any], carry: Any) -> Any:
         """Folds body(inner block, carry) over the blocks that `outer` needs."""
         bounds = self.start[outer], self.stop[outer]
         return jax.lax.fori_loop(*bounds, lambda n, carry: body(self.inner[n], carry), carry)
 
-    def scores(self, q_i: Array, k_j: Array, i: Array, j: Array) -> Array:
-        """Float32 [block * group, block] of query block `i` and key block `j`, masked."""
-        scores = _dot(q_i, k_j.T) * self.scale
-        block = k_j.shape[0]
+    def scores(self, q_i: Array, k_j: Array) -> Array:
+        """Float32 [block * group, block] of a block of queries and one of keys."""
+        return self.rule.scores(_dot(q_i, k_j.T))
+
+    def masked(self, scores: Array, i: Array, j: Array) -> Array:
+        """The scores of query block `i` and key block `j` where a query sees a key."""
+        block = scores.shape[1]
         at = jnp.arange(block)
         runs = jax.tree.map(lambda x: x[i][:, None], self.runs)
         mask = runs.visible(i * block + at[:, None], j * block + at)
         mask = jnp.broadcast_to(mask[:, None], (block, self.group, block)).reshape(scores.shape)
         return jnp.where(mask, scores, MASKED)
 
+    def begin(self, queries: int, head_size: int) -> tuple[Array, Array, Array]:
+        """Of the running softmax of a block: the highest score so far, the sum of weights, the sum of values."""
+        high, total = jnp.full(queries, MASKED), jnp.zeros(queries)
+        if self.sinks is not None:
+            high, total = jnp.tile(self.sinks, queries // self.group), jnp.ones(queries)
+        return high, total, jnp.zeros((queries, head_size))
+
 
 def _head_forward(head: _Head, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
     def query_block(i):
         def key_block(j, carry):
             high, total, out = carry
-            scores = head.scores(q[i], k[j], i, j)
+            scores = head.masked(head.scores(q[i], k[j]), i, j)
             new_high = jnp.maximum(high, scores.max(axis=1))
             weights = jnp.exp(scores - new_high[:, None])
             shrink = jnp.exp(high - new_high)
             total = total * shrink + weights.sum(axis=1)
             return new_high, total, out * shrink[:, None] + _dot(weights.astype(v.dtype), v[j])
 
-        rows = q.shape[1]
-        start = jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(q.shape[1:])
-        high, total, out = head.visit(i, key_block, start)
+        high, total, out = head.visit(i, key_block, head.begin(*q.shape[1:]))
         return (out / total[:, None]).astype(q.dtype), high + jnp.log(total)
 
     return jax.lax.map(query_block, jnp.arange(q.shape[0]))
@@ -125,12 +147,14 @@ def _head_backward(head: _Head, q, k, v, d_out, log_normalizer, inner) -> tuple[
     def key_block(d_q, j):
         def query_block(i, carry):
             d_q, d_k, d_v = carry
-            weights = jnp.exp(head.scores(q[i], k[j], i, j) - log_normalizer[i][:, None])
+            scores = head.scores(q[i], k[j])
+            weights = jnp.exp(head.masked(scores, i, j) - log_normalizer[i][:, None])
             d_v = d_v + _dot(weights.astype(v.dtype).T, d_out[i])
             d_weights = _dot(d_out[i], v[j].T)
-            d_scores = (weights * (d_weights - inner[i][:, None]) * head.scale).astype(q.dtype)
-            d_k = d_k + _dot(d_scores.T, q[i])
-            return d_q.at[i].add(_dot(d_scores, k[j])), d_k, d_v
+            d_scores = weights * (d_weights - inner[i][:, None])
+            d_products = (head.rule.slope(d_scores, scores) * head.rule.scale).astype(q.dtype)
+            d_k = d_k + _dot(d_products.T, q[i])
+            return d_q.at[i].add(_dot(d_products, k[j])), d_k, d_v
 
         zeros = jnp.zeros(k.shape[1:])
         d_q, d_k, d_v = head.visit(j, query_block, (d_q, zeros, zeros))

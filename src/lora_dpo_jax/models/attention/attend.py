@@ -1,0 +1,115 @@
+"""Attention itself: over packed rows by the kernels of the platform, else with all scores at once."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import haliax as hax
+import jax
+import jax.numpy as jnp
+from haliax import Axis, NamedArray
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from lora_dpo_jax.models.attention.blocked import BlockedKernels
+from lora_dpo_jax.models.attention.gpu import GpuKernels
+from lora_dpo_jax.models.attention.masks import KEY_POSITION, AttentionMask, PackedMask
+from lora_dpo_jax.models.attention.packed_blocks import MASKED, Kernels, KeyRuns, key_runs, packed_attention
+from lora_dpo_jax.models.attention.score_rule import ScoreRule
+from lora_dpo_jax.models.attention.tpu import TpuKernels
+
+
+def attend(
+    q: NamedArray,
+    k: NamedArray,
+    v: NamedArray,
+    mask: AttentionMask,
+    rule: ScoreRule,
+    HeadSize: Axis,
+    implementation: str = "auto",
+) -> NamedArray:
+    """Softmax attention, probabilities in float32.
+
+    q {row, position, kv_head, q_heads_per_group, head_size}, k and v {row, key_position, kv_head, head_size};
+    returns q's axes. `implementation`: see `IMPLEMENTATIONS`; a mask that is not packed is always dense.
+    """
+    if implementation != "dense" and isinstance(mask, PackedMask):
+        return _packed(PACKED_KERNELS[implementation], q, k, v, mask, rule)
+    products = hax.dot(q, k, axis=HeadSize, preferred_element_type=jnp.float32)
+    scores = NamedArray(rule.scores(products.array), products.axis_names)
+    # Finite, so that a padding query, which sees nothing, yields numbers and no NaN.
+    scores = hax.where(mask.allowed(rule.window), scores, MASKED)
+    probabilities = _softmax(scores, rule.sinks).astype(v.dtype)
+    return hax.dot(probabilities, v, axis=KEY_POSITION).rearrange(q.axes)
+
+
+def _softmax(scores: NamedArray, sinks: NamedArray | None) -> NamedArray:
+    """Over keys; a sink takes its share of the weight and gives nothing."""
+    if sinks is None:
+        return hax.nn.softmax(scores, axis=KEY_POSITION)
+    log_normalizer = hax.nn.logsumexp(scores, axis=KEY_POSITION)
+    log_normalizer = NamedArray(
+        jnp.logaddexp(log_normalizer.array, sinks.broadcast_to(log_normalizer.axes).array), log_normalizer.axis_names
+    )
+    return hax.exp(scores - log_normalizer)
+
+
+@dataclass(frozen=True)
+class _PlatformKernels:
+    """The kernels of the platform that a program is compiled for, which need not be the one it is traced on."""
+
+    def forward(self, q: Array, k: Array, v: Array, runs: KeyRuns, rule: ScoreRule) -> tuple[Array, Array]:
+        return self._of_platform("forward")(q, k, v, runs, rule)
+
+    def backward(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        runs: KeyRuns,
+        rule: ScoreRule,
+        log_normalizer: Array,
+        inner: Array,
+        d_out: Array,
+    ) -> tuple[Array, Array, Array]:
+        return self._of_platform("backward")(q, k, v, runs, rule, log_normalizer, inner, d_out)
+
+    def _of_platform(self, name: str) -> Callable:
+        tpu, cuda, default = (getattr(kernels, name) for kernels in (TpuKernels(), GpuKernels(), BlockedKernels()))
+        return functools.partial(jax.lax.platform_dependent, tpu=tpu, cuda=cuda, default=default)
+
+
+def _packed(
+    kernels: Kernels, q: NamedArray, k: NamedArray, v: NamedArray, mask: PackedMask, rule: ScoreRule
+) -> NamedArray:
+    k, v = (x.rearrange((q.axes[0], KEY_POSITION, q.axes[2], q.axes[4])) for x in (k, v))
+    ids = [mask.segment_ids, mask.branch_ids]
+    sinks = None if rule.sinks is None else rule.sinks.rearrange(q.axes[2:4])
+
+    def on_one_device(q, k, v, segment, branch, sinks):
+        runs = key_runs(segment, branch, rule.window)
+        return packed_attention(kernels, q, k, v, runs, dataclasses.replace(rule, window=None, sinks=sinks))
+
+    attention: Callable = on_one_device
+    arrays = [x.array for x in (q, k, v, *ids)]
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        # Rows and heads are independent: each device loops over its own.
+        split = hax.partitioning.pspec_for_axis
+        of_sinks = PartitionSpec() if sinks is None else split(sinks.axes)
+        specs = (*(split(x.axes) for x in (q, k, v, *ids)), of_sinks)
+        attention = jax.shard_map(on_one_device, in_specs=specs, out_specs=split(q.axes), check_vma=False)
+    return NamedArray(attention(*arrays, None if sinks is None else sinks.array), q.axis_names)
+
+
+PACKED_KERNELS: dict[str, Kernels] = {
+    "auto": _PlatformKernels(),
+    "blocked": BlockedKernels(),
+    "pallas_tpu": TpuKernels(),
+    "pallas_gpu": GpuKernels(),
+}
+# How attention over packed rows is computed. All but `dense`, which is there to compare with, take memory linear in the
+# row and compute nothing for blocks that nobody may see.
+IMPLEMENTATIONS = (*PACKED_KERNELS, "dense")
+PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}  # what runs on one platform alone

@@ -1,0 +1,73 @@
+"""Who may attend to whom."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import haliax as hax
+import jax.numpy as jnp
+from haliax import Axis, NamedArray
+
+KEY_POSITION = "key_position"
+
+
+def as_keys(x: NamedArray) -> NamedArray:
+    """Renames the position axis so that keys and queries can meet in one array."""
+    return x.rename({"position": KEY_POSITION})
+
+
+class AttentionMask(eqx.Module):
+    """Says which keys each query may see."""
+
+    @abc.abstractmethod
+    def allowed(self, window: int | None) -> NamedArray:
+        """bool {row, position, key_position}. `window` (tokens): keys must be closer than this."""
+
+
+class PackedMask(AttentionMask):
+    """Several pairs in a row, each laid out `prompt | chosen | rejected`; all arrays {row, position}.
+
+    Query *q* sees key *k* when both are in the same segment, *k* does not come after *q*, and *k* is in the prompt
+    (branch 0) or in *q*'s branch. Distances are measured in rotary positions, which go on from the prompt in both
+    branches.
+    """
+
+    segment_ids: NamedArray
+    branch_ids: NamedArray
+    position_ids: NamedArray
+
+    def allowed(self, window: int | None) -> NamedArray:
+        Pos = self.segment_ids.resolve_axis("position")
+        ids = (self.segment_ids, self.branch_ids, self.position_ids, hax.arange(Pos))
+        keys: Any = [as_keys(x) for x in ids]
+        queries: Any = [x.broadcast_axis(keys[-1].axes) for x in ids]
+        key_segment, key_branch, key_position, key_index = keys
+        segment, branch, position, index = queries
+        mask = (segment == key_segment) & ((key_branch == 0) | (branch == key_branch)) & (index >= key_index)
+        if window is not None:
+            mask = mask & (position - key_position < window)
+        return mask
+
+    @staticmethod
+    def causal(Row: Axis, Pos: Axis) -> "PackedMask":
+        """One unbranched sequence a row."""
+        ones = hax.ones((Row, Pos), dtype=jnp.int32)
+        return PackedMask(ones, ones * 0, hax.arange(Pos).broadcast_to((Row, Pos)))
+
+
+class CachedMask(AttentionMask):
+    """Queries at `position_ids` {row, position} over a key-value cache.
+
+    Cache slots hold keys at `key_position_ids` {row, key_position}; a negative one is an empty slot.
+    """
+
+    position_ids: NamedArray
+    key_position_ids: NamedArray
+
+    def allowed(self, window: int | None) -> NamedArray:
+        key = self.key_position_ids
+        position = self.position_ids.broadcast_axis(key.resolve_axis(KEY_POSITION))
+        mask = (position >= key) & (key >= 0)
+        if window is not None:
+            mask = mask & (position - key < window)
+        return mask

@@ -1,0 +1,76 @@
+"""Linear layers and norms, as a decoder of frozen weights needs them."""
+
+import functools
+from typing import Any
+
+import equinox as eqx
+import haliax as hax
+import haliax.nn as hnn
+import jax
+import jax.numpy as jnp
+from haliax import Axis, NamedArray
+from haliax.axis import AxisSpec
+
+from lora_dpo_jax.models.quantization import QuantizedWeight, quantized_product
+
+PRODUCT = "product"  # what checkpointing policies call the output of a linear layer
+
+
+class Linear(hnn.Linear):
+    """Without haliax's scaling by one, of which the backward pass would keep a copy as large as the weight.
+
+    The weight is a NamedArray or a QuantizedWeight, which a product dequantizes.
+    """
+
+    weight: Any
+
+    def __call__(self, inputs: NamedArray, *, key=None) -> NamedArray:
+        del key
+        if isinstance(self.weight, QuantizedWeight):
+            product = quantized_product(inputs, self.weight)
+        else:
+            product = inputs.dot(self.weight, axis=self.In, dot_general=self.dot_general)
+        out = hax.auto_sharded(product)
+        return out if self.bias is None else hax.auto_sharded(out + self.bias)
+
+
+def linear(In: AxisSpec, Out: AxisSpec, *, key, use_bias: bool, dot_general: Any = None) -> Linear:
+    made = hnn.Linear.init(In, Out, key=key, use_bias=use_bias, dot_general=dot_general)
+    return Linear(made.weight, made.bias, In, Out, dot_general=made.dot_general)
+
+
+def product(linear: Any, x: NamedArray, *, key=None) -> NamedArray:
+    """linear(x), under the name by which a checkpointing policy keeps it."""
+    return hax.tree_checkpoint_name(linear(x, key=key), PRODUCT)
+
+
+class Float32Accumulation(eqx.Module):
+    """A product of low-precision factors that keeps its float32 sums, as logits need.
+
+    Its cotangent is rounded to the factors' dtype, so the backward product is a low-precision one as well.
+    """
+
+    def __call__(self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, **kwargs):
+        del preferred_element_type
+
+        def product(lhs, rhs, dtype):
+            return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, dtype, **kwargs)
+
+        @jax.custom_vjp
+        def float32_product(lhs, rhs):
+            return product(lhs, rhs, jnp.float32)
+
+        def forward(lhs, rhs):
+            return float32_product(lhs, rhs), (lhs, rhs)
+
+        def backward(factors, cotangent):
+            _, pullback = jax.vjp(functools.partial(product, dtype=None), *factors)
+            return pullback(cotangent.astype(factors[0].dtype))
+
+        float32_product.defvjp(forward, backward)
+        return float32_product(lhs, rhs)
+
+
+def rms_norm(axis: Axis, eps: float) -> hnn.RmsNorm:
+    """Computed in float32 whatever the dtype of its input."""
+    return hnn.RmsNorm.init(axis, eps=eps, use_bias=False, dtype=jnp.float32)

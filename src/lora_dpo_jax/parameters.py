@@ -1,0 +1,116 @@
+"""Where an array of a model lies in its tree, and what the tensors of a checkpoint that it is made of are called.
+
+    model.layers.segments[0].stacked.layers[0].self_attn.q_proj.weight   {layers: 2, ...}
+        model.layers.0.self_attn.q_proj.weight, model.layers.1.self_attn.q_proj.weight
+
+A name is the path of attributes. A stack (`haliax.nn.Stacked`) holds one array for several tensors, which are then
+numbered; so does any module with `numbers`. Stacks may stand in stacks: the names then come in the order of the axes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+
+import equinox as eqx
+import haliax as hax
+import haliax.nn as hnn
+import jax
+from haliax import Axis
+from haliax.axis import AxisSpec
+
+M = TypeVar("M")
+
+
+@runtime_checkable
+class Numbered(Protocol):
+    """A module whose parts are numbered in a checkpoint in another way than they lie in the tree."""
+
+    def numbers(self, path: Sequence[Any], /) -> tuple[Sequence[int], int]:
+        """From the path of an array below this module: the numbers that its slices have, and how many of the path's
+        entries these stand for."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One array of the model and the tensors it is made of: one for each slice of its stacks, else one."""
+
+    names: tuple[str, ...]
+    axes: tuple[Axis, ...]  # those of the stacks first
+    sides: tuple[tuple[Axis, ...], ...]  # what the tensors' dimensions are on disk: (out, in) for a matrix
+
+    @property
+    def stack_axes(self) -> tuple[Axis, ...]:
+        return self.axes[: len(self.axes) - sum(len(side) for side in self.sides)]
+
+    @property
+    def is_layer_matrix(self) -> bool:
+        return bool(self.stack_axes) and len(self.sides) == 2
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(axis.size for axis in side) for side in self.sides)
+
+
+def map_parameters(fn: Callable[[Parameter], Any], model: M) -> M:
+    """Replaces each array of a model without adapters by `fn(its parameter)`."""
+
+    def is_layer(node: Any) -> bool:
+        return isinstance(node, hnn.Linear | hnn.Embedding | hnn.RmsNorm)
+
+    def visit(path: tuple, layer: Any) -> Any:
+        if not is_layer(layer):
+            return layer
+        fields = [field for field in ("weight", "bias") if getattr(layer, field, None) is not None]
+        names = checkpoint_names(path, model)
+        arrays = [
+            fn(Parameter(tuple(f"{name}.{field}" for name in names), getattr(layer, field).axes, _sides(layer, field)))
+            for field in fields
+        ]
+        return eqx.tree_at(lambda node: [getattr(node, field) for field in fields], layer, arrays)
+
+    return jax.tree_util.tree_map_with_path(visit, model, is_leaf=is_layer)
+
+
+def checkpoint_names(path: tuple, model: Any) -> list[str]:
+    """The dotted names of what lies at `path`: one, or one for each slice of the stacks that it lies in."""
+    names, node, at = [""], model, 0
+    while at < len(path):
+        if isinstance(node, Numbered):
+            numbers, entries = node.numbers(path[at:])
+            for entry in path[at : at + entries]:
+                node = _step(node, entry)
+            at += entries
+            names = [f"{name}.{number}" for name in names for number in numbers]
+            continue
+        entry = path[at]
+        node, at = _step(node, entry), at + 1
+        part = entry.name if isinstance(entry, jax.tree_util.GetAttrKey) else str(getattr(entry, "idx", entry))
+        if part == "stacked":
+            continue
+        names = [f"{name}.{part}".lstrip(".") for name in names]
+        if isinstance(node, hnn.Stacked):
+            names = [f"{name}.{number}" for name in names for number in range(node.Block.size)]
+    return names
+
+
+def axes_of(side: AxisSpec) -> tuple[Axis, ...]:
+    """The axes of one side of a linear layer: `layer.In` is an axis or several."""
+    return cast(tuple[Axis, ...], hax.axis.ensure_tuple(side))
+
+
+def _sides(layer: Any, field: str) -> tuple[tuple[Axis, ...], ...]:
+    if isinstance(layer, hnn.Linear):
+        sides = (layer.Out,) if field == "bias" else (layer.Out, layer.In)
+    elif isinstance(layer, hnn.Embedding):
+        sides = (layer.Vocab, layer.Embed)
+    else:
+        sides = (layer.axis,)
+    return tuple(axes_of(side) for side in sides)
+
+
+def _step(node: Any, entry: Any) -> Any:
+    if isinstance(entry, jax.tree_util.GetAttrKey):
+        return getattr(node, entry.name)
+    return node[entry.idx if isinstance(entry, jax.tree_util.SequenceKey) else entry.key]
