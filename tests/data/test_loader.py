@@ -1,5 +1,7 @@
 """Which pairs are held out, and how those of a step get to the device."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -180,3 +182,16 @@ def test_a_reader_who_leaves_early_stops_the_thread():
     assert len(packing_threads()) == 1
     results.close()
     assert not packing_threads()
+
+
+def test_a_program_ends_though_it_has_batches_left():
+    """Python 3.13 waited without end for the thread, which stands still while the interpreter ends."""
+    program = (
+        "import itertools, time\n"
+        "from lora_dpo_jax.data.loader import prefetch\n"
+        "jobs = ((lambda number=number: (time.sleep(0.01), number)[1]) for number in itertools.count())\n"
+        "batches = prefetch(jobs, 2)\n"
+        "print(next(batches))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")

@@ -2,8 +2,9 @@
 
 import functools
 import queue
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -124,7 +125,7 @@ def packed_batches(
     place: Callable,
     reference: np.ndarray | None = None,
     ahead: int = 2,
-) -> Iterator[tuple[PreferenceBatch, ...]]:
+) -> Generator[tuple[PreferenceBatch, ...], None, None]:
     """Packs `batches` (arrays of pair ids) and puts them on the devices with `place`, in a thread, `ahead` of use.
 
     Each comes as its parts, one for each shape of `layout`. `reference`: see `pack`.
@@ -158,8 +159,12 @@ def packed_rows(
     return len(batches), prefetch(jobs, ahead)
 
 
-def prefetch(jobs: Iterator[Callable[[], T]], ahead: int) -> Iterator[T]:
-    """The results of `jobs` in order, computed in a thread up to `ahead` before they are asked for."""
+def prefetch(jobs: Iterator[Callable[[], T]], ahead: int) -> Generator[T, None, None]:
+    """The results of `jobs` in order, computed in a thread up to `ahead` before they are asked for.
+
+    Closing it ends the thread.
+    """
+    is_finalizing = sys.is_finalizing  # at the interpreter's end, this module's own names may be gone
     results: queue.Queue = queue.Queue(maxsize=ahead)
     stop = threading.Event()
     done = object()
@@ -194,4 +199,5 @@ def prefetch(jobs: Iterator[Callable[[], T]], ahead: int) -> Iterator[T]:
             yield item
     finally:
         stop.set()
-        thread.join()
+        if not is_finalizing():  # then threads stand still, and Python 3.13 would wait for this one without end
+            thread.join()

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import draccus
@@ -158,11 +158,13 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState | None:
         if log_probs is not None:
             known = log_probs.of_steps(pairs, batch_ids, choice=notes.get("reference_log_probs", "auto"))
         notes["reference_log_probs"] = "live" if known is None else "cached"
-        with _saying_how_to_resume(config, run_id), StopSignals() as stop, checkpoints:
+        left = batch_ids[first_step:]
+        batches = packed_batches(pairs, left, layout, place=placement.put_batch, reference=known)
+        with _saying_how_to_resume(config, run_id), closing(batches), StopSignals() as stop, checkpoints:
             state = train(
                 state,
                 step,
-                packed_batches(pairs, batch_ids[first_step:], layout, place=placement.put_batch, reference=known),
+                batches,
                 num_steps=num_steps,
                 tracker=tracker,
                 first_step=first_step,
