@@ -22,7 +22,7 @@ from lora_dpo_jax.main.help import help_text
 from lora_dpo_jax.main.launched import resuming_command
 from lora_dpo_jax.main.other_names import OTHER_NAMES
 from lora_dpo_jax.main.plan import PlanConfig
-from lora_dpo_jax.main.settings import NUMBER, settings_of
+from lora_dpo_jax.main.settings import NUMBER, comments_of, settings_of
 from lora_dpo_jax.main.setup import TrainConfig
 from lora_dpo_jax.tracking import TensorboardConfig, WandbConfig
 
@@ -432,6 +432,13 @@ def test_help_shows_each_setting_once_with_its_own_comment_and_default(command, 
         assert "--initialize_from_hf TEXT  (must be given)" in text
         assert "--loss.type sigmoid|sigmoid_norm" in text
     assert max(map(len, text.splitlines())) < 130
+
+
+def test_a_setting_of_a_class_without_source_has_no_comment():
+    names: dict = {}
+    exec("import dataclasses\n@dataclasses.dataclass\nclass Own:\n    margin: float = 1.0  # of a notebook", names)
+    names["Own"].__module__ = "notebook"
+    assert comments_of(names["Own"]) == {}
 
 
 def test_help_ends_the_command(capsys):
