@@ -126,7 +126,11 @@ class _Decoder:
         hints = hints_of(section)
         for name in value:
             if name not in hints:
-                raise SettingError(*unknown_setting(self.root, joined(path, str(name))))
+                where = joined(path, str(name))
+                first, *below = str(name).split(".")
+                if below and first in hints:
+                    raise SettingError(where, f" is no setting of a file. Write {_nested(first, below)}")
+                raise SettingError(*unknown_setting(self.root, where))
         fields = dataclasses.fields(section)
         arguments = {field.name: default_of(field) for field in fields}
         if type(default) is section:
@@ -186,6 +190,10 @@ class _Decoder:
         return SettingError(path, f" is missing; it must be {kind(annotation)}. {advice}".rstrip(" ."))
 
 
+def _nested(name: str, below: list[str]) -> str:
+    return f"{name}: {{{_nested(below[0], below[1:])}}}" if below else f"{name}: ..."
+
+
 def _innermost(annotation: Any, path: str) -> tuple[str, Any]:
     """Of a section without a default, the first setting in it that must be given."""
     section = section_in(annotation)
@@ -199,12 +207,13 @@ def _innermost(annotation: Any, path: str) -> tuple[str, Any]:
 def _refuse_disagreement(config_class: type, tree: Mapping[str, Any]) -> None:
     """For settings that are two ways to say one thing."""
     for names in getattr(config_class, "either", ()):
-        first, second = (_found(tree, name) for name in names)
+        first, second = (found_in(tree, name) for name in names)
         if None not in (first, second) and first != second:
             raise ValueError(f"{names[0]}={shown(first)} and {names[1]}={shown(second)} disagree; give one of them")
 
 
-def _found(tree: Any, path: str) -> Any:
+def found_in(tree: Any, path: str) -> Any:
+    """The plain value of a setting; None if it is not there."""
     for name in path.split("."):
         tree = tree.get(name) if isinstance(tree, Mapping) else None
     return tree

@@ -173,6 +173,10 @@ def unknown_setting(config_class: type, path: str) -> tuple[str, str]:
     known = {"config_path", "beta", *(setting.path for setting in settings), *_sections(settings)}
     if name in OTHER_NAMES and OTHER_NAMES[name][0] in known and OTHER_NAMES[name][0] != path:
         return readable, " is no setting. Here it is " + "".join(OTHER_NAMES[name])
+    if name == "config_path":
+        return readable, " is no setting. Write --config_path"
+    if of := [setting.types for setting in settings if _in_place_of(setting.path, path) == path and setting.types]:
+        return readable, f" is a setting of type {' and '.join(of[0])} alone, and the type here is another"
     near = _nearest(path, name, settings)
     if near:
         return readable, f" is no setting. The nearest: {', '.join(near)}"
