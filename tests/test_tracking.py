@@ -162,6 +162,16 @@ def read_metrics_of(tmp_path, lines: int) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()[:lines]]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b'{"loss": 1}', b"[1]", b"5", b'{"step": null}', b'{"step": "1"}', b'{"step": 1, "loss": "x"}', b"{", b"\xff"],
+)
+def test_a_line_of_metrics_that_is_none_is_named_by_its_number(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0, "loss": null}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: is .* remove the line to resume this run"):
+        cut_metrics(tmp_path, 3)
+
+
 def test_a_metric_that_is_not_one_number_is_refused_by_name(tmp_path):
     with start(tmp_path) as tracker, pytest.raises(TypeError, match="'train/loss' must be one number"):
         tracker.log({"train/loss": jnp.zeros(2)}, step=0)

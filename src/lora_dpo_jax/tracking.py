@@ -166,18 +166,27 @@ def cut_metrics(run_dir: Path, step: int) -> list[dict[str, Any]]:
     if jax.process_index() != 0 or not path.exists():
         return []
     _drop_torn_line(path)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    try:
-        read = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{path} has a line that is not JSON ({error}); remove it to go on with this run") from error
+    lines = path.read_bytes().splitlines(keepends=True)
+    read = [_read_metrics(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
     stays = [entry["step"] < step for entry in read]
     if not all(stays):
         logger.info("%s: %d lines from step %d on are taken out", path, stays.count(False), step)
         temporary = path.with_suffix(".cut")
-        temporary.write_text("".join(line for line, stay in zip(lines, stays, strict=True) if stay), encoding="utf-8")
+        temporary.write_bytes(b"".join(line for line, stay in zip(lines, stays, strict=True) if stay))
         os.replace(temporary, path)
     return [entry for entry, stay in zip(read, stays, strict=True) if stay]
+
+
+def _read_metrics(line: bytes, origin: str) -> dict[str, Any]:
+    """A step and its metrics, numbers or null. Raises ValueError that names the line."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{origin}: is not JSON ({error}); remove the line to resume this run") from error
+    step = entry.get("step") if isinstance(entry, dict) else None
+    if type(step) is not int or not all(x is None or isinstance(x, int | float) for x in entry.values()):
+        raise ValueError(f"{origin}: is no step and its metrics, all numbers; remove the line to resume this run")
+    return entry
 
 
 class ProgressBar:
