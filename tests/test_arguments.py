@@ -390,6 +390,8 @@ def test_a_name_that_others_use_leads_to_the_setting(told, name):
         (["--train_seq_len", "1e3"], "train_seq_len=1e3 must be a whole number"),
         (["--data.components", "{}"], "data.components is empty"),
         (["--data.components", "null"], "data.components is null; it must be a mapping from names to mappings"),
+        (["--data.components.olt.format.strings", "chat"], "data.components has old: was one meant?"),
+        (["--adapter", "{type: lora}"], "Here it is lora.r and others of lora for new adapters, or"),
         (["--data.train_weights", "{old: null}"], "data.train_weights.old is null; it must be a number"),
     ],
 )  # fmt: skip

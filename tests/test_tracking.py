@@ -66,7 +66,7 @@ def test_a_dumped_config_parses_to_itself(text):
     [
         ("mlflow", "tracker.0.type='mlflow' must be one of wandb, tensorboard, none"),
         ("[wandb, {project: p}]", "tracker.1.type is missing; it must be one of wandb, tensorboard, none"),
-        ("{type: tensorboard, project: p}", "tracker.0.project is no setting"),
+        ("{type: tensorboard, project: p}", "tracker.0.project is a setting of type wandb alone"),
         ("{type: wandb, mode: sometimes}", "tracker.0.mode='sometimes' must be one of online, offline, disabled"),
         ("{type: wandb, project: null, tags: null}", "tracker.0.tags is null; it must be a list of texts"),
     ],
@@ -177,6 +177,17 @@ def test_a_metric_that_is_not_one_number_is_refused_by_name(tmp_path):
         tracker.log({"train/loss": jnp.zeros(2)}, step=0)
 
 
+def test_a_wandb_that_does_not_start_is_told_by_the_setting(tmp_path, monkeypatch):
+    def refuse(**settings):
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(
+        OSError, match=r"^trainer\.tracker: wandb did not start: No API key configured\. .*mode: offline"
+    ):
+        WandbConfig().start(run_dir=tmp_path, run_id="r", resolved_config={})
+
+
 def test_each_tracker_may_be_named_once(tmp_path):
     with pytest.raises(ValueError, match="each may be named once"):
         start(tmp_path, TensorboardConfig(), TensorboardConfig())
@@ -275,7 +286,7 @@ def test_wandb_disabled_writes_nothing_of_its_own(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_run_that_raised_finishes_its_trackers_as_failed(tmp_path):
+def test_a_run_that_raised_finishes_its_trackers_as_failed(tmp_path, own_choices):
     finished = []
 
     class Recorder(TensorboardConfig):

@@ -141,7 +141,8 @@ class RedactingFormatter(logging.Formatter):
     """Messages and tracebacks alike, without secrets and without what a terminal would obey."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(redact(super().format(record)))
+        level = "warning: " if record.levelno >= logging.WARNING else ""
+        return level + printable(redact(super().format(record)))
 
 
 def log_to_stderr(level: int) -> None:

@@ -83,21 +83,27 @@ class WandbConfig(TrackerConfig):
     def start(self, *, run_dir: Path, run_id: str, resolved_config: dict) -> Tracker:
         import wandb
 
-        with _redacted_arguments():
-            run = wandb.init(
-                project=self.project,
-                entity=self.entity,
-                name=self.name or run_id,
-                group=self.group,
-                tags=self.tags,
-                mode=self.mode,
-                id=self.id or run_id,
-                # An offline run cannot be looked up; wandb warns when asked to. Syncing it later continues it by id.
-                resume=None if self.mode == "offline" else "allow",
-                dir=str(run_dir),
-                config=resolved_config,
-                allow_val_change=True,  # a resumed run may come with other settings
-            )
+        try:
+            with _redacted_arguments():
+                run = wandb.init(
+                    project=self.project,
+                    entity=self.entity,
+                    name=self.name or run_id,
+                    group=self.group,
+                    tags=self.tags,
+                    mode=self.mode,
+                    id=self.id or run_id,
+                    # An offline run cannot be looked up; wandb warns when asked to. Syncing continues it by id.
+                    resume=None if self.mode == "offline" else "allow",
+                    dir=str(run_dir),
+                    config=resolved_config,
+                    allow_val_change=True,  # a resumed run may come with other settings
+                )
+        except wandb.Error as error:
+            raise OSError(
+                f"trainer.tracker: wandb did not start: {' '.join(str(error).split())}. Log in with `wandb login`, or "
+                "set {type: wandb, mode: offline}"
+            ) from error
         return _WandbTracker(run)
 
 

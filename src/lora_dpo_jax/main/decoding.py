@@ -32,6 +32,10 @@ class SettingError(ValueError):
         self.path = path
 
 
+class MissingError(SettingError):
+    """A setting that must be given, and is not."""
+
+
 class Number(float):
     """A number and how it was written: a text that looks like one keeps its zeros."""
 
@@ -176,18 +180,30 @@ class _Decoder:
     def dict_of(self, item: Any, value: Any, path: str) -> dict[str, Any]:
         if not isinstance(value, Mapping):
             raise SettingError(path, f"={shown(value)} must be {kind(dict[str, item])}")
-        return {_name(key, path): self.value(item, entry, joined(path, str(key))) for key, entry in value.items()}
+        made = {}
+        for key, entry in value.items():
+            name = _name(key, path)
+            try:
+                made[name] = self.value(item, entry, joined(path, str(key)))
+            except MissingError as error:
+                others = [str(other) for other in value if other != key]
+                if difflib.get_close_matches(name, others, 1):
+                    raise SettingError(
+                        error.path, f" is missing; {path} has {', '.join(others)}: was one meant?"
+                    ) from None
+                raise
+        return made
 
     def _instead(self, path: str) -> str:
         """For a name that others use for something else."""
         return "" if path != "model" else ". The base model is initialize_from_hf"
 
-    def _missing(self, needed: list[tuple[str, Any]]) -> SettingError:
+    def _missing(self, needed: list[tuple[str, Any]]) -> MissingError:
         path, annotation = needed[0]
         advice = getattr(self.root, "if_missing", {}).get(path.partition(".")[0], "")
         if len(needed) > 1:
-            return SettingError("", f"{' and '.join(path for path, _ in needed)} are missing. {advice}".strip(" ."))
-        return SettingError(path, f" is missing; it must be {kind(annotation)}. {advice}".rstrip(" ."))
+            return MissingError("", f"{' and '.join(path for path, _ in needed)} are missing. {advice}".strip(" ."))
+        return MissingError(path, f" is missing; it must be {kind(annotation)}. {advice}".rstrip(" ."))
 
 
 def _nested(name: str, below: list[str]) -> str:
