@@ -30,3 +30,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if FIXTURES & set(getattr(item, "fixturenames", ()))]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture
+def own_choices(monkeypatch):
+    """What a test registers as a type of loss or tracker is gone after it."""
+    from lora_dpo_jax.losses import PreferenceLoss
+    from lora_dpo_jax.main.settings import settings_of
+    from lora_dpo_jax.tracking import TrackerConfig
+
+    for choice in (PreferenceLoss, TrackerConfig):  # subclasses register with their base
+        monkeypatch.setattr(choice, "_choice_registry", dict(choice.get_known_choices()))
+    yield
+    settings_of.cache_clear()

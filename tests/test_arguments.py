@@ -22,7 +22,7 @@ from lora_dpo_jax.main.help import help_text
 from lora_dpo_jax.main.launched import resuming_command
 from lora_dpo_jax.main.other_names import OTHER_NAMES
 from lora_dpo_jax.main.plan import PlanConfig
-from lora_dpo_jax.main.settings import NUMBER, settings_of
+from lora_dpo_jax.main.settings import NUMBER, comments_of, settings_of
 from lora_dpo_jax.main.setup import TrainConfig
 from lora_dpo_jax.tracking import TensorboardConfig, WandbConfig
 
@@ -88,7 +88,7 @@ def test_a_dotted_path_changes_or_adds_one_component(file):
     data = with_file(file, *added).data
     assert list(data.components) == ["old", "new"] and data.train_weights == {"old": 1.0, "new": 3.0}
     hub = ["--data.components.old.source.type", "hf", "--data.components.old.source.id", "some/rows"]
-    assert "train_urls is no setting" in str(how_it_ends(lambda: with_file(file, *hub)))
+    assert "train_urls is a setting of type url" in str(how_it_ends(lambda: with_file(file, *hub)))
     source = with_file(file, "--data.components.old.source", "{type: hf, id: some/rows}").data.components["old"].source
     assert source.id == "some/rows"
 
@@ -146,8 +146,11 @@ def test_the_last_of_two_words_counts_and_one_file_is_read(file):
 def test_the_command_line_may_say_in_its_way_what_the_file_says_in_another(file):
     trainer = with_file(file, "--trainer.num_train_epochs", "2").trainer
     assert (trainer.num_train_steps, trainer.num_train_epochs) == (None, 2.0)
+    assert with_file(file, "--trainer", "{num_train_epochs: 2}").trainer == trainer
     file.write_text(FILE + "beta: 0.3\n")
     assert with_file(file, "--loss.beta", "0.2").preference_loss.beta == 0.2
+    assert with_file(file, "--loss", "{beta: 0.2}").preference_loss.beta == 0.2
+    assert with_file(file, "--loss", "{label_smoothing: 0.1}").preference_loss.beta == 0.3
     file.write_text(FILE.replace("label_smoothing: 0.2", "beta: 0.3"))
     assert with_file(file, "--beta", "0.2").preference_loss.beta == 0.2
     file.write_text(FILE.replace("label_smoothing: 0.2", "beta: 0.1") + "beta: 0.2\n")
@@ -228,6 +231,13 @@ def test_draccus_reads_a_commands_settings_as_the_command_does(file, monkeypatch
         ),
         ("lora: !!python/object/apply:os.system [ls]\n", "lora has a YAML tag, which is not taken"),
         ("lora: !!bool maybe\n", "has a value that is not what its tag says"),
+        ("lora: !!int {r: 4}\n", "line 1, column 7 is no YAML: expected a scalar node, but found mapping"),
+        ("lora: !!float [4]\n", "line 1, column 7 is no YAML: expected a scalar node, but found sequence"),
+        ("lora.r: 4\n", "lora.r is no setting of a file. Write lora: {r: ...}"),
+        (
+            "trainer: {mesh.axes.data: 4}\n",
+            "trainer.mesh.axes.data is no setting of a file. Write mesh: {axes: {data: ...}}",
+        ),
         ("? [a]\n: b\n", "has a key that is no name"),
         ("lora: &a {r: *a}\n", "lora.r contains itself"),
         ("lora:\n\tr: 4\n", "is no YAML: a character that cannot stand there"),
@@ -326,6 +336,13 @@ def test_a_name_that_others_use_leads_to_the_setting(told, name):
         (["--data.components.old.source.train_url", "a"], "The nearest: data.components.old.source.train_urls"),
         (["--data.components.old.format.chosen", "a"], "The nearest: data.components.old.format.chosen_field"),
         (["--trainer.mesh.model_axis_size", "2"], "Here it is trainer.mesh.axes"),
+        (["--config-path", "run.yaml"], "--config-path is no setting. Write --config_path"),
+        (["--lora.r.", "5"], "--lora.r. is no setting"),
+        (["--lora.", "5"], "--lora. is no setting"),
+        (
+            ["--data.components.old.source.type", "hf"],
+            "data.components.old.source.train_urls is a setting of type url alone, and the type here is another",
+        ),
         (["--lora.target_modules", "all-linear"], "PEFT's word for every linear layer is null here; leave it out"),
         (["--lora.target_modules", "[q_proj"], "lora.target_modules='[q_proj' is no regular expression"),
         (["--lora.exclude_modules", "*_proj"], "lora.exclude_modules='*_proj' is no regular expression"),
@@ -373,6 +390,8 @@ def test_a_name_that_others_use_leads_to_the_setting(told, name):
         (["--train_seq_len", "1e3"], "train_seq_len=1e3 must be a whole number"),
         (["--data.components", "{}"], "data.components is empty"),
         (["--data.components", "null"], "data.components is null; it must be a mapping from names to mappings"),
+        (["--data.components.olt.format.strings", "chat"], "data.components has old: was one meant?"),
+        (["--adapter", "{type: lora}"], "Here it is lora.r and others of lora for new adapters, or"),
         (["--data.train_weights", "{old: null}"], "data.train_weights.old is null; it must be a number"),
     ],
 )  # fmt: skip
@@ -415,6 +434,13 @@ def test_help_shows_each_setting_once_with_its_own_comment_and_default(command, 
         assert "--initialize_from_hf TEXT  (must be given)" in text
         assert "--loss.type sigmoid|sigmoid_norm" in text
     assert max(map(len, text.splitlines())) < 130
+
+
+def test_a_setting_of_a_class_without_source_has_no_comment():
+    names: dict = {}
+    exec("import dataclasses\n@dataclasses.dataclass\nclass Own:\n    margin: float = 1.0  # of a notebook", names)
+    names["Own"].__module__ = "notebook"
+    assert comments_of(names["Own"]) == {}
 
 
 def test_help_ends_the_command(capsys):

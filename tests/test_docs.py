@@ -13,7 +13,7 @@ def code_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
 
 
-def test_the_code_of_the_library_page_runs(monkeypatch, tmp_path, capsys):
+def test_the_code_of_the_library_page_runs(monkeypatch, tmp_path, capsys, own_choices):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("LORA_DPO_JAX_CACHE", str(tmp_path))
     train, own_pairs, hinge, mesh = code_blocks("library.md")

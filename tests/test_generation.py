@@ -347,7 +347,13 @@ def test_the_command_names_the_setting_that_is_wrong(adapter_folder, settings, s
     [
         ("p.jsonl", '{"prompt": "Hi"}\n{"chosen": "x"}\n', r"row 2: needs `prompt`.*found \['chosen'\]"),
         ("p.jsonl", '{"prompt": []}\n', "row 1: needs `prompt`"),
-        ("p.jsonl", '{"prompt": [{"content": "x"}]}\n', "row 1: needs `prompt`"),
+        ("p.jsonl", '{"prompt": [{"content": "x"}]}\n', "row 1: message 1 of 'prompt' needs 'role' and 'content'"),
+        ("p.jsonl", '{"prompt": [{"role": "user"}]}\n', "row 1: message 1 of 'prompt' has a role and nothing else"),
+        (
+            "p.jsonl",
+            '{"prompt": [{"role": "user", "content": 3}]}\n',
+            "row 1: the content of message 1 of 'prompt' is int 3",
+        ),
         ("p.jsonl", '"Hi"\n', "row 1: needs `prompt`"),
         ("p.jsonl", "{\n", "row 1: is not JSON"),
         ("p.csv", "Hi\n", "suffix must be"),
@@ -392,6 +398,15 @@ def test_a_template_is_a_text_or_the_path_of_one(rendered, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "message", [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"from": "human", "value": "Hi"}]
+)
+def test_messages_of_a_file_are_read_as_those_that_are_trained_on(rendered, tmp_path, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": [message]}))
+    assert rendered(prompts=[], prompts_file=str(path), chat_template=TEMPLATE) == ["[Hi]"]
+
+
+@pytest.mark.parametrize(
     ("settings", "says"),
     [
         ({"chat_template": "gone.jinja"}, "chat_template='gone.jinja' is neither a Jinja template nor a file"),
@@ -404,10 +419,11 @@ def test_a_template_is_a_text_or_the_path_of_one(rendered, tmp_path):
             {"prompts": [], "prompts_file": "LINES", "chat_template": "{{ 1 / 0 }}"},
             "line 2: the chat template refuses it",
         ),
-        ({"prompts_file": "ROWS"}, "row 3: the chat template refuses it"),
+        ({"prompts_file": "ROWS"}, r"row 3: .*content"),
         ({"prompts_file": "ROWS", "system": "x"}, "row 3"),
         ({"chat_template_kwargs": {"tokenize": False}}, r"chat_template_kwargs may not set \['tokenize'\]"),
         ({"chat_template_kwargs": {"chat": False, "origins": 1}}, r"may not set \['chat', 'origins'\]"),
+        ({"chat_template_kwargs": {"messages": []}}, r"may not set \['messages'\]"),
     ],
 )
 def test_what_a_template_cannot_render_is_named(rendered, tmp_path, settings, says):
@@ -421,6 +437,12 @@ def test_what_a_template_cannot_render_is_named(rendered, tmp_path, settings, sa
     settings = {key: str(files[value][0]) if value in [*files] else value for key, value in settings.items()}
     with pytest.raises((FileNotFoundError, ValueError), match=says):
         rendered(**settings)
+
+
+def test_what_a_template_cannot_render_is_told_before_the_weights_are_read(monkeypatch):
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    with pytest.raises(ValueError, match=r"^prompts\[0\]: the chat template is not valid Jinja"):
+        command.main(command.GenerateConfig(model=str(FOLDER), prompts=["Hi"], chat_template="{% for"))
 
 
 def test_an_adapter_brings_the_template_it_was_trained_with(rendered, adapter_folder, tmp_path, monkeypatch):

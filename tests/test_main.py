@@ -551,7 +551,11 @@ data: {components: {prefs: {source: {type: url, train_urls: [./gone.jsonl]}}}}
         (CONFIG + "trainer: {num_train_steps: -1}", [], "trainer.num_train_steps=-1 must be positive"),
         (CONFIG, ["--loss.beta", "-1"], "loss.beta=-1.0 must be positive"),
         (CONFIG, [], "initialize_from_hf: ./gone: no such folder"),
-        (CONFIG, ["--data.tokenizer", "./lost"], "data.tokenizer: ./lost: no such folder"),
+        (
+            CONFIG,
+            ["--initialize_from_hf", "MODEL", "--data.tokenizer", "./lost"],
+            "data.tokenizer: ./lost: no such folder",
+        ),
         (CONFIG, ["--initialize_from_hf", "MODEL"], "./gone.jsonl does not exist"),
     ],
 )

@@ -67,9 +67,10 @@ def test_generate_replaces_no_input(home, monkeypatch, output):
 
 
 @pytest.mark.parametrize(
-    "output", ["prompts.jsonl/x.jsonl", "/proc/x.jsonl", "/dev/null/x.jsonl", "nowhere://x/y.jsonl"]
+    "output", ["prompts.jsonl/x.jsonl", "/proc/x.jsonl", "/dev/null/x.jsonl", "nowhere://x/y.jsonl", "loop", "loop/x"]
 )
 def test_an_output_that_cannot_be_written_is_told_before_the_work(home, monkeypatch, output):
+    (home / "loop").symlink_to("loop")
     monkeypatch.setattr(generate, "local_folder", no_work)
     with pytest.raises(OSError, match="^output: nothing can be written to "):
         generate.main(generate.parse(["--model", "model", "--prompt", "x", "--output", output]))

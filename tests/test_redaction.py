@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import draccus
 import fsspec
@@ -26,6 +27,8 @@ SECRETS = [
     # users and passwords in URLs, whatever the passwords hold
     ("https://me:pa55word@host/x.jsonl", "https://***@host/x.jsonl"),
     ("https://user:pa@lpha123@host/x", "https://***@host/x"),
+    ("https://me@example.org:pa55word@host/x", "https://***@host/x"),
+    ("'https://me:pa'55\"word@host/x' is gone", "'https://***@host/x' is gone"),
     ("https://me:pa55word@host/x?mail=a@b&page=1", "https://***@host/x?mail=a@b&page=1"),
     ("https://me:pa55word@a/x,https://b/y@v1", "https://***@a/x,https://b/y@v1"),
     (f"https://{TOKEN}@host/x.jsonl does not exist", "https://***@host/x.jsonl does not exist"),
@@ -39,6 +42,7 @@ SECRETS = [
     ("https://host/x?key=ab&client-secret=cd&accessToken=ef", "https://host/x?key=***&client-secret=***&accessToken=***"),
     ("https://host/x?sort_key=a1b2c3d4e5", "https://host/x?sort_key=***"),
     ("https://host/x#access_token=abcdefgh", "https://host/x#access_token=***"),
+    ("https://host/x?sessionid=0a1b2c3d4e5f&bearer=0a1b2c3d4e5f", "https://host/x?sessionid=***&bearer=***"),
     ("https://b.s3.com/x?X-Amz-Date=1&X-Amz-Signature=ff00#a", "https://b.s3.com/x?X-Amz-Date=1&X-Amz-Signature=***#a"),
     ("https://a.blob.net/x?sv=1&sig=a%2Fb%3D: 403", "https://a.blob.net/x?sv=1&sig=*** 403"),
     # headers
@@ -48,6 +52,10 @@ SECRETS = [
     ("{'authorization': 'Bearer abcdefgh', 'accept': '*'}", "{'authorization': 'Bearer ***', 'accept': '*'}"),
     ("Authorization: AWS4-HMAC-SHA256 Credential=a/b, Signature=c\nx", "Authorization: AWS4-HMAC-SHA256 ***\nx"),
     ("Authorization: 0a1b2c3d4e5f", "Authorization: ***"),
+    ("Authorization: Bearer abcdefgh", "Authorization: Bearer ***"),
+    ("authorization:basic YWJj", "authorization:basic ***"),
+    ('Authorization: Digest username="me", response="6629fae4"\nx', "Authorization: Digest ***\nx"),
+    ("-H 'Authorization: Digest username=\"me\", response=\"6629fae4\"' x", "-H 'Authorization: Digest ***' x"),
     ("it sent Bearer a1b2c3d4e5", "it sent Bearer ***"),
     # settings
     ('{"X-Api-Key": "correct horse", "n": 1}', '{"X-Api-Key": "***", "n": 1}'),
@@ -59,6 +67,8 @@ SECRETS = [
     ("curl -H 'X-Auth-Token: abcdefgh' https://x", "curl -H 'X-Auth-Token: ***' https://x"),
     ("Set-Cookie: session=abcdefgh; Path=/", "Set-Cookie: ***"),
     ("error: password=hunter2, retry", "error: password=***, retry"),
+    ('"{\\"token\\": \\"hunter2\\", \\"n\\": 1}"', '"{\\"token\\": \\"***\\", \\"n\\": 1}"'),
+    ("machine host login me password hunter2", "machine host login me password ***"),
     # shapes
     (f"401 for {TOKEN}.", "401 for ***."),
     (f"wandb login --relogin {COMMIT}", "wandb login --relogin ***"),
@@ -68,12 +78,15 @@ SECRETS = [
      "-----BEGIN RSA PRIVATE KEY-----***-----END RSA PRIVATE KEY-----\nx"),
     ('"-----BEGIN PRIVATE KEY-----\\nabcd', '"-----BEGIN PRIVATE KEY-----***'),
     ("https://hooks.slack.com/services/T0/B0/abcdefgh", "https://hooks.slack.com/services/***"),
+    ("https://discord.com/api/webhooks/12/ab-CD_ef", "https://discord.com/api/webhooks/***"),
+    ("https://api.telegram.org/bot12:ab-CD_ef/send", "https://api.telegram.org/bot***"),
     *[
         (f"{shape} was refused", "*** was refused")
         for shape in (
             "sk-" + "aB3" * 16, "sk-proj-ab_C-" + "aB3" * 16, "sk-ant-api03-" + "aB3" * 30, "gsk_" + "aB3" * 15,
             "ghp_" + "aB3" * 12, "github_pat_" + "aB3" * 20, "glpat-" + "aB3" * 7, "AKIA" + "AB34" * 4,
             "AIza" + "aB3-_" * 7, "ya29." + "aB3-_" * 7, "GOOG" + "1EAB" * 6, "xoxb-123456789012-abcdef",
+            "hf_oauth_" + "aB3" * 12, "pplx-" + "aB3" * 12, "lin_api_" + "aB3" * 12, "tskey-auth-" + "aB3" * 8,
             "xoxp-1234567890", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.ab-c_d", "npm_" + "aB3" * 12, "dapi" + KEY,
         )
     ],
@@ -101,6 +114,9 @@ INNOCENT = [
     "token=/run/secrets/hub.txt, private_key: ~/.ssh/id_rsa, s3://bucket/sort_key=a1b2c3d4e5/x.parquet",
     f"wandb run a1b2c3 of commit {COMMIT}",
     "someone@example.org, /home/a@b/c",
+    "{'a':'https://host:port','b':'me@example.org'}",
+    "s3://bucket/token=abc/part-0.parquet, /data/secret=santa/x",
+    "first_token=hello, next_token=world, Authorization: required",
     f"commit {COMMIT}, cache key {COMMIT}, sha256:{COMMIT * 2}",
     f"logs/20260801-120000-a1b2c3/checkpoints/step-200, {KEY}, 123e4567-e89b-12d3-a456-426614174000",
     "sk-learn-extension-package-2024, basic understanding, bearer authentication",
@@ -161,6 +177,21 @@ def test_values_of_secret_environment_variables_are_hidden_wherever_they_are(mon
     )
     assert redact("a1b2c3d4/e5+f6==, a1b2c3d4%2Fe5%2Bf6%3D%3D") == "***, ***"
     assert redact("correcthorse is no correcthorses") == "*** is no correcthorses"
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("MY_TOKEN", "a1b2c3d4e5\n"),  # as the file of a secret has it
+        ("MY_TOKEN", '"a1b2c3d4e5"'),  # as a file of variables has it
+        ("GITHUB_PAT", "a1b2c3d4e5"),
+        ("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"),  # no part of which looks like a secret
+    ],
+)
+def test_the_value_of_a_secret_variable_is_hidden_however_it_is_written(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    shown = value.strip().strip('"')
+    assert redact(f"{shown!r} was refused: {quote(shown, safe='')}") == "'***' was refused: ***"
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_a_completion_sends_no_escapes_and_is_written_as_it_is(tmp_path, monkeyp
 
 def test_a_report_sends_no_escapes(tmp_path, capsys):
     config = run_config(tmp_path, tmp_path / "rows.jsonl", sample_prompts=[ESCAPES], peft_save_path=f"out{ESCAPES}")
-    report = Report(config, None, None, None, None, True, [])  # type: ignore[arg-type]
+    report = Report(config, None, None, None, None, [])  # type: ignore[arg-type]
     report.samples = [[ESCAPES]] * 2
     report.print(tmp_path / ESCAPES)
     assert has_no_escapes(capsys.readouterr().out)
@@ -166,7 +166,7 @@ def test_a_log_sends_no_escapes_and_no_secrets_whoever_writes_it(library, monkey
         monkeypatch.setattr(logger, "propagate", False)
     log_to_stderr(logging.INFO)
     logger.warning("read %s", f"{ESCAPES}\udcff ?token=abcdefgh")
-    assert stderr.getvalue() == f"read {printable(ESCAPES)}\\udcff ?token=***\n"
+    assert stderr.getvalue() == f"warning: read {printable(ESCAPES)}\\udcff ?token=***\n"
 
 
 def test_what_a_terminal_cannot_show_ends_no_command(monkeypatch):

@@ -66,7 +66,7 @@ def test_a_dumped_config_parses_to_itself(text):
     [
         ("mlflow", "tracker.0.type='mlflow' must be one of wandb, tensorboard, none"),
         ("[wandb, {project: p}]", "tracker.1.type is missing; it must be one of wandb, tensorboard, none"),
-        ("{type: tensorboard, project: p}", "tracker.0.project is no setting"),
+        ("{type: tensorboard, project: p}", "tracker.0.project is a setting of type wandb alone"),
         ("{type: wandb, mode: sometimes}", "tracker.0.mode='sometimes' must be one of online, offline, disabled"),
         ("{type: wandb, project: null, tags: null}", "tracker.0.tags is null; it must be a list of texts"),
     ],
@@ -162,9 +162,30 @@ def read_metrics_of(tmp_path, lines: int) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()[:lines]]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b'{"loss": 1}', b"[1]", b"5", b'{"step": null}', b'{"step": "1"}', b'{"step": 1, "loss": "x"}', b"{", b"\xff"],
+)
+def test_a_line_of_metrics_that_is_none_is_named_by_its_number(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0, "loss": null}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: is .* remove the line to resume this run"):
+        cut_metrics(tmp_path, 3)
+
+
 def test_a_metric_that_is_not_one_number_is_refused_by_name(tmp_path):
     with start(tmp_path) as tracker, pytest.raises(TypeError, match="'train/loss' must be one number"):
         tracker.log({"train/loss": jnp.zeros(2)}, step=0)
+
+
+def test_a_wandb_that_does_not_start_is_told_by_the_setting(tmp_path, monkeypatch):
+    def refuse(**settings):
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(
+        OSError, match=r"^trainer\.tracker: wandb did not start: No API key configured\. .*mode: offline"
+    ):
+        WandbConfig().start(run_dir=tmp_path, run_id="r", resolved_config={})
 
 
 def test_each_tracker_may_be_named_once(tmp_path):
@@ -265,7 +286,7 @@ def test_wandb_disabled_writes_nothing_of_its_own(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_run_that_raised_finishes_its_trackers_as_failed(tmp_path):
+def test_a_run_that_raised_finishes_its_trackers_as_failed(tmp_path, own_choices):
     finished = []
 
     class Recorder(TensorboardConfig):

@@ -75,15 +75,28 @@ def complete(
     user message, if there is a template and `chat` is true; any other string is raw text. `stop_ids` end a completion
     as the tokenizer's own end of sequence does. `origins` say where each prompt stands, for errors.
     """
+    token_ids = encode_prompts(tokenizer, prompts, chat=chat, origins=origins, **template_kwargs)
+    stop_ids = {*stop_ids} | ({tokenizer.eos_token_id} - {None})
+    completions = generate(model, token_ids, config, stop_ids=stop_ids)
+    return [tokenizer.decode(completion, skip_special_tokens=True) for completion in completions]
+
+
+def encode_prompts(
+    tokenizer: Any,
+    prompts: Sequence[str | Sequence[Message]],
+    *,
+    chat: bool = True,
+    origins: Sequence[str] | None = None,
+    **template_kwargs: Any,
+) -> list[list[int]]:
+    """The tokens of each prompt; see `complete`. ValueError says which one cannot be."""
     token_ids = []
     for index, prompt in enumerate(prompts):
         try:
             token_ids.append(encode_prompt(tokenizer, prompt, chat=chat, **template_kwargs))
         except ValueError as error:
             raise ValueError(f"{origins[index] if origins else f'prompts[{index}]'}: {error}") from error
-    stop_ids = {*stop_ids} | ({tokenizer.eos_token_id} - {None})
-    completions = generate(model, token_ids, config, stop_ids=stop_ids)
-    return [tokenizer.decode(completion, skip_special_tokens=True) for completion in completions]
+    return token_ids
 
 
 def encode_prompt(

@@ -22,13 +22,13 @@ SHORTEST_KEY = 16  # of what looks random in the value of a variable such as SOR
 
 # Of names in lower case, with underscores between their words. A secret, whatever its value is...
 _SECRET_NAME = re.compile(
-    r"(?:password|passwd|passphrase|secret|token|signature|credentials?|(?:^|_)(?:pwd|pass|sig|sas|jwt)"
+    r"(?:password|passwd|passphrase|secret|token|signature|credentials?|(?:^|_)(?:pwd|pass|pat|sig|sas|jwt)"
     r"|(?:api|access|secret|private|account|shared|auth|encryption|signing|subscription|storage)_?key)$"
 )
 _PASSWORD_NAME = re.compile(r"(?:password|passwd|passphrase|(?:^|_)(?:pwd|pass))$")
 # ...unless it is a tokenizer's token or a count of them.
 _TOKEN_OF_A_TEXT = re.compile(
-    r"(?:^|_)(?:pad|eos|bos|unk|sep|cls|mask|stop|start|end|image|special|max|min|per)_token$"
+    r"(?:^|_)(?:pad|eos|bos|unk|sep|cls|mask|stop|start|end|first|next|last|image|special|max|min|per)_token$"
 )
 # Names that only settings have, not prose: at the end of a line, what follows their colon is a value.
 _SETTING_NAME = re.compile(
@@ -36,38 +36,41 @@ _SETTING_NAME = re.compile(
     r"|(?:access|api|auth|bearer|bot|github|gitlab|hf|hub|refresh|security|session)_?token)$"
 )
 # A secret if the value looks like one.
-_DOUBTFUL_NAME = re.compile(r"(?:^|_)(?:key|auth|authorization|cookie)$")
+_DOUBTFUL_NAME = re.compile(r"(?:^|_)(?:key|auth|authorization|bearer|cookie|session(?:_?id)?)$")
 _CREDENTIAL = ("key", "auth")  # a secret when it is all of the name of a setting or of a part of a query
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _NAMED_NUMBER = re.compile(r"[A-Za-z]+\d{1,4}|\d{1,4}[A-Za-z]+")
 _PLACEHOLDER = re.compile(
     r"(?i)none|null|true|false|\d{1,5}|\*{3}.*|\W*|\$.*|<.*>|(?:any|bool|bytes|int|optional|str)\b.*"
 )
+_KEY = re.compile(r"(?=.*[a-z])(?=.*[A-Z])(?=.*\d)[\w+/=-]{32,}")  # in Base64, cut by its signs into words
 _PATHS = ("/", "~", "./", "../")  # how a path begins
 _PATH_OR_ID = re.compile(r"[\w.~@:+=,*-]*(?:/[\w.~@+=,*-]*)+")  # of a file here or a repository of the hub; no URL
 
 # Each bounds what it repeats, so that no text takes long.
 _USER_OF_URL = re.compile(
     r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]{0,20}://)(?:"
-    # user:password@host, up to the last @ before a query, and no host:port/path@version
-    r"[^/\s@:?#'\"<>,\[\]]{0,200}:(?!\d{1,5}(?:[/?#\s,;)'\"]|$))(?:(?!://|[?&][\w.-]{1,40}=)[^\s'\"<>]){0,1000}@"
+    # user:password@host, up to the last @ before a query, and no host:port/path@version; a quote in a word ends none
+    r"(?:[^/\s:?#'\"<>,\[\]]|['\"](?=\w)){0,200}:(?!\d{1,5}(?:[/?#\s,;)'\"]|$))"
+    r"(?:(?!://|[?&][\w.-]{1,40}=)[^\s'\"<>]|['\"](?=\w)){0,1000}@"
     # token@host; where it is not the web, what has no colon is a name: abfss://container@account
     r"|(?<=http://)[^/\s@?#'\"]{1,500}@|(?<=https://)[^/\s@?#'\"]{1,500}@)"
 )
 _OF_QUERY = re.compile(r"([?&;#])([\w.%-]{1,64})=([^&;#\s'\"]+)")
 _ASSIGNED = re.compile(
     r"(?<![\w.-])(?P<flag>--)?(?=[\w.-]{0,60}(?i:pass|pwd|secret|token|signature|credential|key|sig|sas|jwt))"
-    r"(?P<name>[A-Za-z][\w.-]{0,63})(?P<sign>['\"]?\s{0,2}[=:]\s{0,2}|(?(flag)\s|(?!)))"
-    r"(?:b?(?P<quote>['\"])(?P<quoted>(?:(?!(?P=quote)).){1,2000})"
+    r"(?P<name>[A-Za-z][\w.-]{0,63})(?P<sign>\\?['\"]?\s{0,2}[=:]\s{0,2}|(?(flag)\s|(?!)))"
+    r"(?:b?(?P<quote>\\?['\"])(?P<quoted>(?:(?!(?P=quote)).){1,2000})"
     # what is assigned is no assignment itself
     r"|(?P<bare>(?![\w.-]{1,64}(?:=[^=\s]|:\s))[^\s'\",;&)}\]]{4,2000}))"
     r"(?P<end>(?=\s{0,3}(?:$|[\r\n,;)}\]'\"])))?"
 )
 _COOKIE = re.compile(r"(?i)(?<!\w)(cookie['\"]?\s{0,2}:\s{0,2}b?['\"]?)(?=[\w.-]{1,64}=)[^\r\n'\"]+")
 _HEADER = re.compile(
-    r"(?i)(authorization['\"]?\s{0,2}[=:]\s{0,2}b?['\"]?)"
+    r"(?i)(authorization\\?['\"]?\s{0,2}[=:]\s{0,2}(?:b?\\?['\"])?)"
     r"(?:((?:basic|bearer|token|key|apikey|negotiate)\s{1,3})([^\s'\",;]+)"
-    r"|((?:digest|hmac|aws4-hmac-sha256|sharedkey|sharedkeylite|sharedaccesssignature)\s{1,3})[^\r\n'\"]+"
+    r"|((?:digest|hmac|aws4-hmac-sha256|sharedkey|sharedkeylite|sharedaccesssignature)\s{1,3})"
+    r"(?:=\\?['\"][^\r\n'\"]*['\"]|[^\r\n'\"])+"  # with the quotes around its parts
     r"|([^\s'\",;]+))"
 )
 _BEARER = re.compile(r"(?i)(?<![\w-])(bearer\s{1,3}|basic\s{1,3})([\w.~+/=-]{8,})")
@@ -79,22 +82,27 @@ _SHAPES = re.compile(
     r"(?<![A-Za-z0-9])(?:"
     + "|".join(
         (
-            r"hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}",  # Hugging Face
+            r"hf_(?:oauth_)?[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}",  # Hugging Face
             r"wandb_v\d_[A-Za-z0-9_]{20,}",
             r"(?=sk-[\w-]{0,40}\d)sk-[\w-]{0,40}?[A-Za-z0-9]{16}[\w-]*",  # OpenAI, Anthropic, OpenRouter
-            r"gsk_[A-Za-z0-9]{30,}|nvapi-[\w-]{40,}|xai-[A-Za-z0-9]{40,}|r8_[A-Za-z0-9]{30,}",  # other model servers
+            r"gsk_[A-Za-z0-9]{30,}|nvapi-[\w-]{40,}|xai-[A-Za-z0-9]{40,}|(?:r8_|pplx-)[A-Za-z0-9]{30,}",  # servers
             r"gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{22,}|gl[a-z]{2,5}-[\w-]{20,}",  # GitHub, GitLab
             r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}(?![A-Za-z0-9])",  # Amazon
             r"AIza[\w-]{35,}|ya29\.[\w-]{20,}|GOCSPX-[\w-]{20,}|GOOG[A-Z0-9]{20,}",  # Google
             r"xox[a-z]-[\w-]{10,}|xapp-[\w-]{10,}",  # Slack
             r"(?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{16,}|SG\.[\w-]{16,}\.[\w-]{16,}|dckr_pat_[\w-]{20,}",
+            r"(?:lin_api|dop_v1|shp(?:at|ca|pa|ss)|whsec)_[A-Za-z0-9]{30,}|tskey-[a-z]{2,10}-[\w-]{16,}",
             r"npm_[A-Za-z0-9]{30,}|pypi-AgEI[\w-]{20,}|dapi[0-9a-f]{32}(?![0-9a-z])",
             r"eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*",  # a JSON web token
         )
     )
     + ")"
 )
-_HOOK = re.compile(r"(hooks\.slack\.com/(?:services|workflows)/)[\w/-]{8,}")
+# A path that is a secret: who has it may write there.
+_HOOK = re.compile(
+    r"(hooks\.slack\.com/(?:services|workflows)/|discord(?:app)?\.com/api/webhooks/|api\.telegram\.org/bot)[\w/:-]{8,}"
+)
+_NETRC = re.compile(r"(\blogin\s{1,3}\S{1,100}\s{1,3}password\s{1,3})\S+")
 # Keys of Weights & Biases were 40 hexadecimal digits, as commits are: only their surroundings tell them apart.
 _WANDB_KEY = re.compile(
     r"(?i)((?:password|api[ _-]?key|wandb\b[^\n]{0,40}?(?:login|key))(?: --\w{1,20})?\W{1,4}(?:key=\W?)?)"
@@ -133,7 +141,8 @@ class RedactingFormatter(logging.Formatter):
     """Messages and tracebacks alike, without secrets and without what a terminal would obey."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(redact(super().format(record)))
+        level = "warning: " if record.levelno >= logging.WARNING else ""
+        return level + printable(redact(super().format(record)))
 
 
 def log_to_stderr(level: int) -> None:
@@ -156,6 +165,7 @@ def _without_patterns(text: str) -> str:
     text = _WANDB_KEY.sub(rf"\1{HIDDEN}", text)
     text = _ASSIGNED.sub(_hide_assigned, text)
     text = _HOOK.sub(rf"\1{HIDDEN}", text)
+    text = _NETRC.sub(rf"\1{HIDDEN}", text)
     return _SHAPES.sub(HIDDEN, text)
 
 
@@ -179,8 +189,9 @@ def _hide_assigned(found: re.Match) -> str:
     # Prose and source code have names of secrets too: "token: the one of ...", f(token=self.token).
     is_code = _words(value).endswith(_words(name).rpartition("_")[2])
     is_setting = found["end"] is not None and ("-" in name or _SETTING_NAME.search(_words(name)))
+    is_folder = found.string[: found.start()].endswith("/")  # of a table that is split by columns: /token=abc/
     is_meant = part == "quoted" or found["flag"] or (not is_code and (found["sign"] == "=" or is_setting))
-    if not is_meant and not _looks_secret(value, SHORTEST):
+    if (is_folder or not is_meant) and not _looks_secret(value.split("/")[0] if is_folder else value, SHORTEST):
         return found[0]
     start, end = (position - found.start() for position in found.span(part))
     return found[0][:start] + HIDDEN + found[0][end:]
@@ -224,10 +235,11 @@ def _secret_variables() -> frozenset[tuple[str, bool]]:
     """Values of environment variables that are secrets, and whether they may be plain words, as passwords may."""
     found = set()
     for name, value in os.environ.items():
-        kind = _kind(name)
+        kind, value = _kind(name), value.strip().strip("'\"")  # files of secrets end in a line end
         if kind == "innocent" or len(value) < SHORTEST or value.startswith(_PATHS) or "://" in value:
             continue
-        if _looks_secret(value, SHORTEST if kind == "secret" else SHORTEST_KEY):
+        is_key = kind == "secret" and _KEY.fullmatch(value)
+        if is_key or _looks_secret(value, SHORTEST if kind == "secret" else SHORTEST_KEY):
             found.add((value, False))
         elif _PASSWORD_NAME.search(_words(name)):
             found.add((value, True))

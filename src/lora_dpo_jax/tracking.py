@@ -83,21 +83,27 @@ class WandbConfig(TrackerConfig):
     def start(self, *, run_dir: Path, run_id: str, resolved_config: dict) -> Tracker:
         import wandb
 
-        with _redacted_arguments():
-            run = wandb.init(
-                project=self.project,
-                entity=self.entity,
-                name=self.name or run_id,
-                group=self.group,
-                tags=self.tags,
-                mode=self.mode,
-                id=self.id or run_id,
-                # An offline run cannot be looked up; wandb warns when asked to. Syncing it later continues it by id.
-                resume=None if self.mode == "offline" else "allow",
-                dir=str(run_dir),
-                config=resolved_config,
-                allow_val_change=True,  # a resumed run may come with other settings
-            )
+        try:
+            with _redacted_arguments():
+                run = wandb.init(
+                    project=self.project,
+                    entity=self.entity,
+                    name=self.name or run_id,
+                    group=self.group,
+                    tags=self.tags,
+                    mode=self.mode,
+                    id=self.id or run_id,
+                    # An offline run cannot be looked up; wandb warns when asked to. Syncing continues it by id.
+                    resume=None if self.mode == "offline" else "allow",
+                    dir=str(run_dir),
+                    config=resolved_config,
+                    allow_val_change=True,  # a resumed run may come with other settings
+                )
+        except wandb.Error as error:
+            raise OSError(
+                f"trainer.tracker: wandb did not start: {' '.join(str(error).split())}. Log in with `wandb login`, or "
+                "set {type: wandb, mode: offline}"
+            ) from error
         return _WandbTracker(run)
 
 
@@ -166,18 +172,27 @@ def cut_metrics(run_dir: Path, step: int) -> list[dict[str, Any]]:
     if jax.process_index() != 0 or not path.exists():
         return []
     _drop_torn_line(path)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    try:
-        read = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{path} has a line that is not JSON ({error}); remove it to go on with this run") from error
+    lines = path.read_bytes().splitlines(keepends=True)
+    read = [_read_metrics(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
     stays = [entry["step"] < step for entry in read]
     if not all(stays):
         logger.info("%s: %d lines from step %d on are taken out", path, stays.count(False), step)
         temporary = path.with_suffix(".cut")
-        temporary.write_text("".join(line for line, stay in zip(lines, stays, strict=True) if stay), encoding="utf-8")
+        temporary.write_bytes(b"".join(line for line, stay in zip(lines, stays, strict=True) if stay))
         os.replace(temporary, path)
     return [entry for entry, stay in zip(read, stays, strict=True) if stay]
+
+
+def _read_metrics(line: bytes, origin: str) -> dict[str, Any]:
+    """A step and its metrics, numbers or null. Raises ValueError that names the line."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{origin}: is not JSON ({error}); remove the line to resume this run") from error
+    step = entry.get("step") if isinstance(entry, dict) else None
+    if type(step) is not int or not all(x is None or isinstance(x, int | float) for x in entry.values()):
+        raise ValueError(f"{origin}: is no step and its metrics, all numbers; remove the line to resume this run")
+    return entry
 
 
 class ProgressBar:

@@ -281,6 +281,14 @@ def test_an_overriding_template_decides_the_text(make_tokenizer):
     assert (text(tokenizer, pair.prompt), text(tokenizer, pair.chosen)) == (f"[{QUESTION[0]['content']}]", "[Paris]")
 
 
+@pytest.mark.parametrize("end", [None, ""])
+def test_strings_need_an_eos_that_ends_them(end, make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = end
+    with pytest.raises(ValueError, match="has no eos_token"):
+        tokenized(tokenizer, *ROWS["strings"])
+
+
 def test_a_tokenizer_without_template_says_so(make_tokenizer):
     with pytest.raises(ValueError, match="no chat template.*format.chat_template"):
         tokenized(make_tokenizer(), ROWS["messages"][0])

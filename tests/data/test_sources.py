@@ -185,6 +185,12 @@ def test_a_source_needs_urls():
         UrlSource()
 
 
+def test_a_data_set_needs_an_id():
+    for id in ("", " "):
+        with pytest.raises(ValueError, match="needs the id of a data set, or a local folder"):
+            HubSource(id)
+
+
 def test_data_sets_of_the_hub_give_the_same_rows(hub, no_network):
     (hub / "train.jsonl").write_bytes(LINES)
     (hub / "test.jsonl").write_bytes(LINES.splitlines()[0] + b"\n")
@@ -248,15 +254,15 @@ def test_a_saved_folder_takes_no_name_or_revision(hub):
         ({"train_split": "train[:x]"}, r"prefs \(train_split: train\[:x\]\): cannot be loaded: "),
         ({"name": "gone"}, "prefs .*: cannot be loaded: BuilderConfig 'gone' not found"),
         ({"id": "someone/gone"}, r"^someone/gone \(train_split: train\): cannot be loaded: .*someone/gone"),
+        ({"id": "FILE"}, r"prefs.train.jsonl is a file; read it with source: \{type: url, train_urls: \[.*jsonl\]\}$"),
         ({"id": "EMPTY"}, "empty .*: cannot be loaded: .*doesn't contain any data files"),
     ],
 )
 def test_a_data_set_that_cannot_be_had_is_named(settings, message, hub, no_network):
     (hub / "train.jsonl").write_bytes(LINES)
     (hub.parent / "empty").mkdir()
-    settings = {"id": str(hub)} | {
-        key: value.replace("EMPTY", str(hub.parent / "empty")) for key, value in settings.items()
-    }
+    paths = {"EMPTY": str(hub.parent / "empty"), "FILE": str(hub / "train.jsonl")}
+    settings = {"id": str(hub)} | {key: paths.get(value, value) for key, value in settings.items()}
     with pytest.raises(SourceError, match=message) as raised:
         HubSource(**settings).tables("train")
     assert len(str(raised.value).splitlines()) == 1

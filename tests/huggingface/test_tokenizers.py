@@ -25,6 +25,35 @@ def test_a_setting_of_the_wrong_kind_names_file_and_key(key, folder):
         read_tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("eos_token", {"content": "</s>", "lstrip": "no"}),
+        ("split_special_tokens", "no"),
+        ("model_input_names", 5),
+        ("model_specific_special_tokens", {"image_token": 5}),
+    ],
+)
+def test_a_setting_that_would_only_end_in_the_library_names_file_and_key(key, value, folder):
+    change(folder / "tokenizer_config.json", **{key: value})
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json: {key}=.* must be"):
+        read_tokenizer(folder)
+
+
+def test_an_added_token_without_a_number_names_file_and_token(folder):
+    (folder / "added_tokens.json").write_text('{"<new>": "x"}')
+    with pytest.raises(ValueError, match=r"added_tokens\.json: '<new>'='x' must be a whole number"):
+        read_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"])
+def test_a_template_that_is_not_utf8_is_named(name, folder):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"{{ \xff }}")
+    with pytest.raises(ValueError, match=rf"{name} is not UTF-8"):
+        read_tokenizer(folder)
+
+
 def test_a_damaged_vocabulary_names_its_file_and_place(folder):
     change(folder / "tokenizer.json", added_tokens="none")
     with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer: .* at line 1 column \d+$"):

@@ -197,6 +197,7 @@ def test_every_generation_setting_is_ignored():
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
         {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     ],
     ids=str,
 )
@@ -220,6 +221,12 @@ def test_a_mask_that_looks_ahead_is_one_that_transformers_would_use(tmp_path):
 def test_quantized_weights_are_refused_with_what_to_do_instead():
     with pytest.raises(ValueError, match="quantization_config=.*bitsandbytes.*model.quantization: nf4"):
         config_from_hf(LLAMA | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+
+
+@pytest.mark.parametrize("layer_types", [["full_attention", "sliding_attention", "full_attention"], None])
+def test_layers_of_mistral_may_differ_in_their_windows(layer_types, tmp_path):
+    folder = with_config("mistral", tmp_path / "model", {"layer_types": layer_types})
+    assert_logits_match(folder, random_tokens(1, LENGTH))
 
 
 def test_windows_that_are_not_switched_on_are_refused():

@@ -123,9 +123,12 @@ def test_a_process_of_another_machine_that_ends_in_the_meantime_is_followed(brie
         pass
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[1]", "null", '{"kernel": HERE, "process": 1}', '{"kernel": HERE, "process": null, "started": 1}'],
+)
 def test_a_damaged_lock_is_taken_over_after_a_while(brief, tmp_path, text):
-    (tmp_path / LOCK).write_text(text)
+    (tmp_path / LOCK).write_text(text.replace("HERE", json.dumps(run_lock._kernel())))
     with RunLock(tmp_path, "my-run"):
         pass
 

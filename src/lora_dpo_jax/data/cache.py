@@ -61,7 +61,8 @@ NOTES = {
     "too_long": "too long",
     "truncated": "truncated",
     "merged": "with a response tokenized by itself, as tokens would merge over the end of the prompt",
-    "plain": "of strings, which get no chat template although the tokenizer has one (format.strings: chat or plain)",
+    "plain": "kept as plain strings although the tokenizer has a chat template, which servers apply: set "
+    "format.strings to chat, or to plain if that is meant",
     "filled": "with tools that have null for a parameter, as tables fill them (docs/data.md: Nulls)",
     "template": "whose generation prompt ends in text that the template leaves out of whole conversations",
 }

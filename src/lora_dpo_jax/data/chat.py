@@ -108,7 +108,7 @@ class PairTokenizer:
 
     def _string_texts(self, prompt: str, chosen: str, rejected: str) -> _Texts:
         end = self.tokenizer.eos_token
-        if not isinstance(end, str):
+        if not (isinstance(end, str) and end):
             raise ValueError("The tokenizer has no eos_token, which must end responses that are plain strings")
         chosen, rejected = (text if text.endswith(end) else text + end for text in (chosen, rejected))
         return _Texts(prompt, prompt + chosen, prompt + rejected, "exact")

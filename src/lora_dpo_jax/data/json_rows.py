@@ -66,7 +66,7 @@ def utf8_lines(file: BinaryIO) -> Iterator[bytes]:
 
 def _line(line: bytes) -> Any:
     try:
-        return parse_json(line.decode())
+        return parse_json(line.decode().rstrip("\r\n"))  # else a text that breaks off seems to hold the line's end
     except UnicodeDecodeError as error:
         return Unreadable(f"is not UTF-8: {error}")
     except ValueError as error:

@@ -115,6 +115,10 @@ class HubSource(SourceConfig):
     train_split: str | None = "train"  # any split expression of `datasets`, such as train[:1000]
     validation_split: str | None = None  # likewise
 
+    def __post_init__(self):
+        if not self.id.strip():
+            raise ValueError(f"source: {{type: hf, id: {self.id!r}}} needs the id of a data set, or a local folder")
+
     def has_split(self, split: Split) -> bool:
         return self._split(split) is not None
 
@@ -123,6 +127,8 @@ class HubSource(SourceConfig):
         if expression is None:
             return []
         with _told_as(f"{self.id} ({split}_split: {expression}): cannot be loaded"):
+            if os.path.isfile(self.id):
+                raise SourceError(f"{self.id} is a file; read it with source: {{type: url, {split}_urls: [{self.id}]}}")
             saved = _is_saved(*url_to_fs(self.id))
             return [_saved_table(self, expression) if saved else _hub_table(self, expression)]
 

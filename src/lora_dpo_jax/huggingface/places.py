@@ -53,6 +53,12 @@ def is_within(inner: str | Path, outer: str | Path) -> bool:
     return any(same_place(path, outer) for path in (Path(inner), *Path(inner).parents))
 
 
+def leads_nowhere(path: str | Path) -> bool:
+    """Whether it is a link, or lies behind one, that leads back to itself: nothing can ever be there."""
+    place = place_of(path)
+    return not is_url(place) and any(os.path.islink(part) for part in (place, *Path(place).parents))
+
+
 def parent_of(path: str | Path) -> str:
     """The place that holds it."""
     place = place_of(path)

@@ -12,10 +12,12 @@ from lora_dpo_jax.json_objects import JsonObject, is_number, is_texts, read_json
 
 CHECKED = ("tokenizer_config.json", "special_tokens_map.json")
 ALSO_READ = ("added_tokens.json", "config.json")
+TEMPLATES = ("*.jinja", "additional_chat_templates/*.jinja")
 VOCABULARY = "tokenizer.json"  # large, so it is looked into only if nothing loads
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-MORE_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
-FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces")
+MORE_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
+FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "split_special_tokens")
+TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -25,6 +27,14 @@ def read_tokenizer(folder: Path) -> Any:
             settings = read_json_object(folder / name)
             if name in CHECKED:
                 _check(settings)
+            if name == "added_tokens.json":
+                for token in settings.values:
+                    settings.whole(token, least=0)
+    for path in (path for pattern in TEMPLATES for path in folder.glob(pattern) if path.is_file()):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: {error}") from error
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # hostile values raise any kind
@@ -60,6 +70,7 @@ def _check(settings: JsonObject) -> None:
         "chat_template": (_is_template, "a template, or several with their names"),
         **dict.fromkeys(FLAGS, (lambda value: isinstance(value, bool), "true or false")),
         **dict.fromkeys(SPECIAL_TOKENS, (_is_token, "text, or an object with its content")),
+        "model_input_names": (is_texts, "a list of texts"),
         **dict.fromkeys(MORE_SPECIAL_TOKENS, (_are_tokens, "a list of tokens, or an object of tokens by name")),
     }
     for key, (is_right, needed) in kinds.items():
@@ -87,7 +98,9 @@ def _is_template(value: Any) -> bool:
 
 
 def _is_token(value: Any) -> bool:
-    return isinstance(value.get("content") if isinstance(value, dict) else value, str)
+    if not isinstance(value, dict):
+        return isinstance(value, str)
+    return isinstance(value.get("content"), str) and all(isinstance(value.get(key, True), bool) for key in TOKEN_FLAGS)
 
 
 def _are_tokens(value: Any) -> bool:

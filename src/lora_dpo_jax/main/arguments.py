@@ -20,7 +20,7 @@ import draccus.argparsing
 from draccus.utils import is_choice_type
 
 from lora_dpo_jax.main.config_file import YamlError, read_config_file, read_yaml
-from lora_dpo_jax.main.decoding import SettingError, config_of, joined, shown
+from lora_dpo_jax.main.decoding import SettingError, config_of, found_in, joined, shown
 from lora_dpo_jax.main.help import help_text
 from lora_dpo_jax.main.other_names import unknown_setting
 from lora_dpo_jax.main.settings import hints_of, item_in, kind, members, section_in
@@ -92,18 +92,16 @@ def _advice(word: str) -> str:
 
 def _change(config_class: type, tree: dict[str, Any], path: str, text: str | None) -> None:
     """Sets the setting in the tree. Parts of the tree that it changes are copied, as aliases may share them."""
-    for pair in getattr(config_class, "either", ()):
-        for other in set(pair) - {path} if path in pair else ():
-            _remove(tree, other.split("."))
     node, annotation, rest, done = tree, config_class, path, ""
     while True:
         step = _step(annotation, node, rest)
         if step is None:
             raise _not_there(config_class, path, done if item_in(annotation, list) else "")
         name, annotation = step
-        done, rest = joined(done, name), rest[len(name) + 1 :]
-        if not rest:
+        done = joined(done, name)
+        if rest == name:
             break
+        rest = rest[len(name) + 1 :]
         below = node.get(name)
         if isinstance(below, str) and is_choice_type(section_in(annotation)):
             below = {"type": below}
@@ -111,7 +109,17 @@ def _change(config_class: type, tree: dict[str, Any], path: str, text: str | Non
         node = node[name]
     if text is None:
         raise SettingError(f"--{path}", f" needs a value: {kind(annotation)}")
-    node[name] = _merged(annotation, node.get(name), _value(annotation, text, path))
+    value = _value(annotation, text, path)
+    node[name] = _merged(annotation, node.get(name), value)
+    for pair in getattr(config_class, "either", ()):
+        said = {one for one in pair if one == path or _says(path, value, one)}
+        for other in set(pair) - said if said else ():
+            _remove(tree, other.split("."))
+
+
+def _says(path: str, value: Any, other: str) -> bool:
+    """Whether `value`, given for the section `path`, has the setting `other` in it."""
+    return other.startswith(f"{path}.") and found_in(value, other.removeprefix(f"{path}.")) is not None
 
 
 def _step(annotation: Any, node: Mapping[str, Any], path: str) -> tuple[str, Any] | None:

@@ -90,13 +90,17 @@ for _kind, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
-def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Number:
-    text = node.value.lower()
-    return Number(text.replace(".inf", "inf").replace(".nan", "nan") if "n" in text else node.value)
+def _number(loader: yaml.SafeLoader, node: Any) -> Number:
+    text = loader.construct_scalar(node)
+    return Number(text.lower().replace(".inf", "inf").replace(".nan", "nan") if "n" in text.lower() else text)
+
+
+def _whole_number(loader: yaml.SafeLoader, node: Any) -> int:
+    return int(loader.construct_scalar(node))
 
 
 _Loader.add_constructor("tag:yaml.org,2002:float", _number)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def _check(node: yaml.Node, path: str, sizes: dict[yaml.Node, int], above: set[yaml.Node]) -> int:

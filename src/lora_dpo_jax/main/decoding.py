@@ -32,6 +32,10 @@ class SettingError(ValueError):
         self.path = path
 
 
+class MissingError(SettingError):
+    """A setting that must be given, and is not."""
+
+
 class Number(float):
     """A number and how it was written: a text that looks like one keeps its zeros."""
 
@@ -126,7 +130,11 @@ class _Decoder:
         hints = hints_of(section)
         for name in value:
             if name not in hints:
-                raise SettingError(*unknown_setting(self.root, joined(path, str(name))))
+                where = joined(path, str(name))
+                first, *below = str(name).split(".")
+                if below and first in hints:
+                    raise SettingError(where, f" is no setting of a file. Write {_nested(first, below)}")
+                raise SettingError(*unknown_setting(self.root, where))
         fields = dataclasses.fields(section)
         arguments = {field.name: default_of(field) for field in fields}
         if type(default) is section:
@@ -172,18 +180,34 @@ class _Decoder:
     def dict_of(self, item: Any, value: Any, path: str) -> dict[str, Any]:
         if not isinstance(value, Mapping):
             raise SettingError(path, f"={shown(value)} must be {kind(dict[str, item])}")
-        return {_name(key, path): self.value(item, entry, joined(path, str(key))) for key, entry in value.items()}
+        made = {}
+        for key, entry in value.items():
+            name = _name(key, path)
+            try:
+                made[name] = self.value(item, entry, joined(path, str(key)))
+            except MissingError as error:
+                others = [str(other) for other in value if other != key]
+                if difflib.get_close_matches(name, others, 1):
+                    raise SettingError(
+                        error.path, f" is missing; {path} has {', '.join(others)}: was one meant?"
+                    ) from None
+                raise
+        return made
 
     def _instead(self, path: str) -> str:
         """For a name that others use for something else."""
         return "" if path != "model" else ". The base model is initialize_from_hf"
 
-    def _missing(self, needed: list[tuple[str, Any]]) -> SettingError:
+    def _missing(self, needed: list[tuple[str, Any]]) -> MissingError:
         path, annotation = needed[0]
         advice = getattr(self.root, "if_missing", {}).get(path.partition(".")[0], "")
         if len(needed) > 1:
-            return SettingError("", f"{' and '.join(path for path, _ in needed)} are missing. {advice}".strip(" ."))
-        return SettingError(path, f" is missing; it must be {kind(annotation)}. {advice}".rstrip(" ."))
+            return MissingError("", f"{' and '.join(path for path, _ in needed)} are missing. {advice}".strip(" ."))
+        return MissingError(path, f" is missing; it must be {kind(annotation)}. {advice}".rstrip(" ."))
+
+
+def _nested(name: str, below: list[str]) -> str:
+    return f"{name}: {{{_nested(below[0], below[1:])}}}" if below else f"{name}: ..."
 
 
 def _innermost(annotation: Any, path: str) -> tuple[str, Any]:
@@ -199,12 +223,13 @@ def _innermost(annotation: Any, path: str) -> tuple[str, Any]:
 def _refuse_disagreement(config_class: type, tree: Mapping[str, Any]) -> None:
     """For settings that are two ways to say one thing."""
     for names in getattr(config_class, "either", ()):
-        first, second = (_found(tree, name) for name in names)
+        first, second = (found_in(tree, name) for name in names)
         if None not in (first, second) and first != second:
             raise ValueError(f"{names[0]}={shown(first)} and {names[1]}={shown(second)} disagree; give one of them")
 
 
-def _found(tree: Any, path: str) -> Any:
+def found_in(tree: Any, path: str) -> Any:
+    """The plain value of a setting; None if it is not there."""
     for name in path.split("."):
         tree = tree.get(name) if isinstance(tree, Mapping) else None
     return tree

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from fsspec.core import url_to_fs
 from transformers import PreTrainedTokenizerBase
 
+from lora_dpo_jax.data.messages import read_messages
 from lora_dpo_jax.data.preferences import read_template
 from lora_dpo_jax.data.readers import decompress, suffixes
 from lora_dpo_jax.data.sources import RowError, RowFile
-from lora_dpo_jax.generation import GenerationConfig, complete, encode_prompt, read_stop_ids
+from lora_dpo_jax.generation import GenerationConfig, complete, encode_prompt, encode_prompts, read_stop_ids
 from lora_dpo_jax.huggingface.adapters import load_adapter, read_base_model
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
@@ -42,7 +43,7 @@ TAKEN = {
     name
     for function in (complete, encode_prompt, PreTrainedTokenizerBase.apply_chat_template)
     for name in inspect.signature(function).parameters
-} - OPTIONS
+} | {"messages"} - OPTIONS
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 
 
@@ -96,6 +97,8 @@ def main(config: GenerateConfig) -> list[str]:
     origins, prompts = _read_prompts(config)
     base, adapter = _model_folders(config)
     tokenizer = _load_tokenizer(config, base, adapter)
+    # Before the weights are read, so that a prompt that the template refuses is an error early.
+    encode_prompts(tokenizer, prompts, chat=config.chat, origins=origins, **template_kwargs)
     dtype = config.dtype or ("f32" if jax.default_backend() == "cpu" else "bf16")
     model = load_model(base, read_config(base), dtype=DTYPES[dtype], quantization=config.quantization)
     if adapter is not None:
@@ -156,9 +159,10 @@ def _row_prompt(row: Any, origin: str) -> Prompt:
     if isinstance(row, RowError):
         raise row
     prompt = row.get("prompt") if isinstance(row, dict) else None
-    is_message = lambda item: isinstance(item, dict) and isinstance(item.get("role"), str)  # noqa: E731
-    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(map(is_message, prompt))):
+    if isinstance(prompt, str):
         return prompt
+    if isinstance(prompt, list) and prompt:
+        return read_messages(prompt, "prompt", origin)  # as rows to train on are read
     found = sorted(row) if isinstance(row, dict) and prompt is None else repr(prompt or row)[:80]
     raise ValueError(f"{origin}: needs `prompt`, a string or a list of messages (`role`, `content`); found {found}")
 

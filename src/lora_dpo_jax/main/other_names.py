@@ -12,7 +12,7 @@ _LENGTH = (
 )
 _REFERENCE = (
     "peft_reference",
-    ": the base without adapters is the reference, with nothing to set, or a given adapter is",
+    ": the reference is the base without its adapters, or the adapter of initialize_from_peft",
 )
 _WARMUP = "optimizer.warmup", ": below 1 a fraction of the run, from 1 on a number of steps"
 _PRECISION = "trainer.mp", " (of adapters and computation), and model.dtype (of the frozen weights)"
@@ -39,6 +39,7 @@ OTHER_NAMES: dict[str, tuple[str, str]] = {
     "tokenizer_name_or_path": ("data.tokenizer", ""),
     "adapter_name_or_path": ("initialize_from_peft", ""),
     "adapter_path": ("initialize_from_peft", ""),
+    "adapter": ("lora.r", " and others of lora for new adapters, or initialize_from_peft for given ones"),
     "lora_model_dir": ("initialize_from_peft", ""),
     "dataset": _DATA,
     "datasets": _DATA,
@@ -86,6 +87,8 @@ OTHER_NAMES: dict[str, tuple[str, str]] = {
     "reference_model_path": _REFERENCE,
     "force_use_ref_model": _REFERENCE,
     "ref_adapter_name": _REFERENCE,
+    "reference": _REFERENCE,
+    "reference_is_hf": _REFERENCE,
     "reference_free": ("loss.reference_free", ""),
     "precompute_ref_log_probs": ("reference_log_probs", ": cached"),
     "learning_rate": ("optimizer.learning_rate", ""),
@@ -140,6 +143,11 @@ OTHER_NAMES: dict[str, tuple[str, str]] = {
     "save_path": _OUTPUT,
     "hf_save_path": _OUTPUT,
     "export_dir": _OUTPUT,
+    "hf_upload": _OUTPUT,
+    "merged_hf_upload": _OUTPUT,
+    "use_hf_model_config": ("initialize_from_hf", ", of which config.json is always used"),
+    "sample_packing": ("layout.packing", ""),
+    "sequence_length": _LENGTH,
     "bf16": _PRECISION,
     "fp16": _PRECISION,
     "precision": _PRECISION,
@@ -157,6 +165,7 @@ OTHER_NAMES: dict[str, tuple[str, str]] = {
     "fsdp_axis": _MESH,
     "deepspeed": _MESH,
     "tensor_parallel_size": _MESH,
+    "tensor_parallel_axes": _MESH,
     "chat_template_path": ("data.components.NAME.format.chat_template", ""),
     "config": ("config_path", ", the file of settings"),
     "config_file": ("config_path", ", the file of settings"),
@@ -173,6 +182,10 @@ def unknown_setting(config_class: type, path: str) -> tuple[str, str]:
     known = {"config_path", "beta", *(setting.path for setting in settings), *_sections(settings)}
     if name in OTHER_NAMES and OTHER_NAMES[name][0] in known and OTHER_NAMES[name][0] != path:
         return readable, " is no setting. Here it is " + "".join(OTHER_NAMES[name])
+    if name == "config_path":
+        return readable, " is no setting. Write --config_path"
+    if of := [setting.types for setting in settings if _in_place_of(setting.path, path) == path and setting.types]:
+        return readable, f" is a setting of type {' and '.join(of[0])} alone, and the type here is another"
     near = _nearest(path, name, settings)
     if near:
         return readable, f" is no setting. The nearest: {', '.join(near)}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import fsspec
 
-from lora_dpo_jax.huggingface.places import is_url, parent_of, place_of, same_place
+from lora_dpo_jax.huggingface.places import is_url, leads_nowhere, parent_of, place_of, same_place
 from lora_dpo_jax.main.outputs import check_writable
 
 STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # where the names of pipes, and of what a shell opened, begin
@@ -30,7 +30,7 @@ def check_output(output: str, *, columns: Iterable[str], inputs: Mapping[str, It
             raise FileExistsError(f"output={output!r} would replace a file of {setting}. Choose another file")
     if _is_stream(output):
         return
-    check_writable("output", parent_of(output))
+    check_writable("output", output if leads_nowhere(output) else parent_of(output))
     if not _may_be_replaced(place_of(output), set(columns)):
         raise FileExistsError(
             f"output={output!r} exists and is not what this command writes, so it is not replaced. Choose another file"

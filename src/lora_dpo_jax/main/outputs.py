@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import fsspec
 
 from lora_dpo_jax.huggingface.folders import check_export_target
-from lora_dpo_jax.huggingface.places import is_url, is_within, parent_of, place_of, same_place
+from lora_dpo_jax.huggingface.places import is_url, is_within, leads_nowhere, parent_of, place_of, same_place
 from lora_dpo_jax.main.identity import cache_folder
 from lora_dpo_jax.main.setup import TrainConfig
 
@@ -76,6 +76,8 @@ def check_writable(setting: str, folder: str | Path) -> None:
         if is_url(place):
             _try_url(place)
         else:
+            if leads_nowhere(place):
+                raise OSError("it is a link that leads back to itself")
             with tempfile.TemporaryFile(dir=existing_part(Path(place))) as file:
                 file.write(bytes(PROBE_BYTES))  # a full disk still makes empty files
     # Stores have errors of their own: a bucket that is missing, a key that is refused, a package not installed.

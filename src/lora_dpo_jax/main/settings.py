@@ -166,7 +166,7 @@ def _first_line(section: type) -> str:
 def _comments(section: type) -> dict[str, str]:
     try:
         source = textwrap.dedent(inspect.getsource(section))
-    except OSError:  # a program without its sources
+    except (OSError, TypeError):  # a program without its sources, a class of a notebook or a text
         return {}
     beside, alone = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

@@ -30,15 +30,15 @@ class Architecture:
     """What a `model_type` fixes in code."""
 
     biases: Literal["as configured", "qkv", "none"]
-    window: Literal["never", "every layer", "as layer_types says"]
+    has_windows: bool = True
     qk_norm: bool = False
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("as configured", "never"),
-    "mistral": Architecture("none", "every layer"),
-    "qwen2": Architecture("qkv", "as layer_types says"),
-    "qwen3": Architecture("as configured", "as layer_types says", qk_norm=True),
+    "llama": Architecture("as configured", has_windows=False),
+    "mistral": Architecture("none"),
+    "qwen2": Architecture("qkv"),
+    "qwen3": Architecture("as configured", qk_norm=True),
 }
 
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -207,6 +207,8 @@ def _check_rope(given: JsonObject) -> None:
     rope = scaling if scaling and scaling.values else parameters  # the older name counts before the newer
     if rope is None:
         return
+    if of_layers := [key for key, value in rope.values.items() if isinstance(value, dict)]:
+        raise rope.error(of_layers[0], "is not supported: all layers must have the same rotary settings")
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_NUMBERS:
         raise ValueError(f"{rope.where}: rope_type={brief(kind)} is not supported; known: {sorted(ROPE_NUMBERS)}")
@@ -224,6 +226,8 @@ def _check_rope(given: JsonObject) -> None:
 def _as_transformers_reads(given: JsonObject, model_type: str) -> Any:
     """The object of transformers' config class; ValueError with what it says if it takes no such values."""
     used = {key: copy.deepcopy(value) for key, value in given.values.items() if key in USED - {"model_type"}}
+    if model_type == "mistral" and "layer_types" in used:
+        model_type = "ministral"  # whose layers differ, as its AutoConfig does
     try:
         theirs = transformers.CONFIG_MAPPING[model_type](**used)
         # As its models do when they are built: only then it sees a top-level original_max_position_embeddings.
@@ -235,14 +239,17 @@ def _as_transformers_reads(given: JsonObject, model_type: str) -> Any:
 
 def _windows(architecture: Architecture, theirs: Any, given: JsonObject) -> tuple[int | None, ...] | None:
     """Of each layer, in tokens; None if all see everything."""
-    window, layers = theirs.sliding_window if architecture.window != "never" else None, theirs.num_hidden_layers
-    kinds = ["sliding_attention"] * layers
-    if architecture.window == "as layer_types says":
-        kinds = theirs.layer_types
-        if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-            raise given.error("layer_types", f"holds {sorted(unknown)}, which is not supported")
-        if window is None and "sliding_attention" in kinds:
-            raise given.error("layer_types", "holds sliding_attention, but use_sliding_window is not true")
+    if not architecture.has_windows:
+        return None
+    window, kinds = theirs.sliding_window, getattr(theirs, "layer_types", None)
+    if kinds is None:  # Mistral, of which all layers are alike
+        kinds = ["full_attention" if window is None else "sliding_attention"] * theirs.num_hidden_layers
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise given.error("layer_types", f"holds {sorted(unknown)}, which is not supported")
+    if window is None and "sliding_attention" in kinds:
+        raise given.error(
+            "layer_types", "holds sliding_attention, but sliding_window is null or use_sliding_window is not true"
+        )
     windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return windows if any(windows) else None
 

@@ -138,13 +138,17 @@ class RunLock:
     def _read(self) -> dict[str, Any] | None:
         """None: there is no such file."""
         try:
-            text = self.path.read_text()
+            content = self.path.read_bytes()
         except FileNotFoundError:
             return None
         try:
-            return dict(json.loads(text))
-        except (ValueError, TypeError):
-            return {"unreadable": text}
+            holder = dict(json.loads(content))
+            is_process = type(holder["process"]) is int and 0 < holder["process"] < 2**31
+            if is_process and isinstance(holder["started"], int | None):
+                return holder
+        except (ValueError, TypeError, KeyError):
+            pass
+        return {"unreadable": content}
 
     def _write(self, sign: int) -> None:
         text = json.dumps({**self.me, "sign": sign})
