@@ -421,6 +421,8 @@ def test_null_holds_out_nothing(file):
 @pytest.mark.parametrize("command", [TrainConfig, EvaluateConfig, PlanConfig, GenerateConfig])
 def test_help_shows_each_setting_once_with_its_own_comment_and_default(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "argv", ["main"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "lora_dpo_jax.main"])
     text = help_text(command)
     shown = re.findall(r"^  (?:--)?(\S+) \S.*  \((.*)\)$", text, flags=re.MULTILINE)
     assert [path for path, _ in shown] == [setting.path for setting in settings_of(command)]
