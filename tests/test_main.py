@@ -565,6 +565,7 @@ def test_a_mistake_is_told_in_a_line(tmp_path, monkeypatch, capsys, text, args, 
         Path("config.yaml").write_text(text)
     args = [str(instruct_folder()) if arg == "MODEL" else arg for arg in args]
     monkeypatch.setattr(sys, "argv", ["main", "--config_path", "config.yaml", *args])
+    monkeypatch.delitem(sys.modules, "lora_dpo_jax.main.__main__", raising=False)  # else runpy warns that it is there
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("lora_dpo_jax.main", run_name="__main__")
     told = capsys.readouterr().err
