@@ -205,7 +205,7 @@ def test_the_value_of_a_secret_variable_is_hidden_however_it_is_written(monkeypa
         ("GOOGLE_APPLICATION_CREDENTIALS", "/home/me/project-a1b2c3d4e5f6.json"),
         ("PAD_TOKEN", "<|endoftext|>"),
         ("CI_JOB_TOKEN", "quickstart"),
-        ("PWD", "/work/quickstart"),
+        ("PWD", "/home/ada/quickstart"),
     ],
 )
 def test_the_value_of_a_variable_that_looks_like_no_secret_stays(monkeypatch, name, value):
