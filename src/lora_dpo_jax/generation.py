@@ -102,7 +102,7 @@ def encode_prompts(
 def encode_prompt(
     tokenizer: Any, prompt: str | Sequence[Message], *, chat: bool = True, **template_kwargs: Any
 ) -> list[int]:
-    """The tokens a completion goes on from; see `complete`. ValueError if the tokenizer or its template cannot."""
+    """The tokens that a completion continues; see `complete`. ValueError if the tokenizer or its template cannot."""
     _refuse_surrogates(prompt)
     has_template = bool(tokenizer.chat_template or template_kwargs.get("chat_template"))
     if isinstance(prompt, str):

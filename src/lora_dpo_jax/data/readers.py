@@ -52,7 +52,7 @@ def suffixes(path: str) -> tuple[str, str | None]:
 
 
 def decompress(file: BinaryIO, compression: str | None) -> BinaryIO:
-    """Raises when it is read, if the file breaks off or goes on with something else."""
+    """Raises when it is read, if the file breaks off or something else follows."""
     if compression is None:
         return file
     return io.BufferedReader(_Streams(file, DECOMPRESSORS[compression]), BYTES_PER_READ)

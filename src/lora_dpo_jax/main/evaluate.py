@@ -110,7 +110,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
 
 
 def _data_files(config: EvaluateConfig) -> dict[str, list[str]]:
-    """By the setting, the files that rows are read from. What cannot be read is told when it is read."""
+    """By the setting, the files that rows are read from. What cannot be read is reported when it is read."""
     files: dict[str, list[str]] = {}
     for name, component in config.data.components.items():
         for setting in ("train_urls", "validation_urls"):

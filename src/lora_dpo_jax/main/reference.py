@@ -42,7 +42,7 @@ class ReferenceLogProbs:
         """Those of the pairs in `batches`, float32 [pair of `pairs`, chosen / rejected]; None: the steps compute them.
 
         `auto` takes the way of fewer forward passes: that of the steps for one epoch, be its last batch filled up from
-        the next one or not, of which nothing is cached. A run that goes on keeps its former `choice`, live or cached:
+        the next one or not, of which nothing is cached. A resumed run keeps its former `choice`, live or cached:
         the two differ in their last bits.
         """
         if self.cache is None:

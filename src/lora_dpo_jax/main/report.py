@@ -31,7 +31,7 @@ class Report:
         reference: ReferenceLogProbs | None,
         earlier: list[dict[str, Any]],
     ):
-        """`earlier`: what a run that goes on has logged so far."""
+        """`earlier`: what a resumed run has logged so far."""
         self.config, self.base, self.tracker, self.score = config, base, tracker, score
         self.reference = reference
         self.reference_scores: PairLogProbs | None = None

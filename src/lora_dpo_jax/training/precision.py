@@ -10,7 +10,7 @@ import jmp
 def precision_of(setting: str, text: str) -> jmp.Policy:
     """Dtypes of parameters and of computation, from f32, bf16 or p=f32,c=bfloat16.
 
-    Raises ValueError that names the setting, for float64 too unless JAX is told to compute in it.
+    Raises ValueError that names the setting, for float64 too unless JAX is set to compute in it.
     """
     if "half" in text:  # it depends on the devices, and asking for them here would be too early
         raise ValueError(f"{setting}={text!r}: half is float16 or bfloat16; name one of them")
