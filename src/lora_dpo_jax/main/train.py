@@ -142,18 +142,7 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState | None:
         report = Report(config, base, tracker, scorer(config, held_out, placement), log_probs, earlier)
         exports = Exports(config, lora, base, num_steps, first_step, run=run_id)
 
-        def save(info: StepInfo[TrainState]) -> None:
-            refuse_non_finite(info)
-            checkpoints.save(info.step, info.state.trained, notes=notes, is_last=info.step == num_steps)
-
-        hooks = [
-            # First, and before each export, so that the state is safe when a later one fails; those are called again by
-            # a run that goes on.
-            Hook(save, "checkpoint", every=config.hf_save_steps, when=checkpoints.is_due, at_stop=True),
-            Hook(report.evaluate, "evaluation", every=trainer.steps_per_eval, at_start=trainer.eval_at_start),
-            Hook(report.sample, "sample_prompts", at_start=True),
-            Hook(exports, "export", every=config.hf_save_steps),
-        ]
+        hooks = _hooks(config, checkpoints, notes, report, exports, num_steps)
         known = None
         if log_probs is not None:
             known = log_probs.of_steps(pairs, batch_ids, choice=notes.get("reference_log_probs", "auto"))
@@ -179,6 +168,26 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState | None:
     if is_first_process():
         report.print(run_dir)
     return state
+
+
+def _hooks(
+    config: TrainConfig, checkpoints: Checkpoints, notes: dict, report: Report, exports: Exports, num_steps: int
+) -> list[Hook]:
+    """What happens between steps. `notes` are saved with each checkpoint, as they are then."""
+    trainer = config.trainer
+
+    def save(info: StepInfo[TrainState]) -> None:
+        refuse_non_finite(info)
+        checkpoints.save(info.step, info.state.trained, notes=notes, is_last=info.step == num_steps)
+
+    return [
+        # First, and before each export, so that the state is safe when a later one fails; a resumed run calls those
+        # again.
+        Hook(save, "checkpoint", every=config.hf_save_steps, when=checkpoints.is_due, at_stop=True),
+        Hook(report.evaluate, "evaluation", every=trainer.steps_per_eval, at_start=trainer.eval_at_start),
+        Hook(report.sample, "sample_prompts", at_start=True),
+        Hook(exports, "export", every=config.hf_save_steps),
+    ]
 
 
 def _order(config: TrainConfig, pairs: PairTable) -> PairOrder:
