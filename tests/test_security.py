@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -175,3 +176,11 @@ def test_what_a_terminal_cannot_show_ends_no_command(monkeypatch):
     with told_in_a_line():
         print("Grüße", flush=True)
     assert terminal.getvalue() == b"Gr\\xfc\\xdfe\n"
+
+
+def test_a_command_whose_reader_has_gone_ends_without_a_word():
+    command = [sys.executable, "-m", "lora_dpo_jax.main", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(120)) == (b"", 141)

@@ -15,6 +15,7 @@ from lora_dpo_jax.redaction import redact
 from lora_dpo_jax.training.distributed import is_first_process
 from lora_dpo_jax.training.interruption import InterruptedTrainingError
 
+READER_GONE = 128 + 13  # as a shell reports SIGPIPE
 TRACEBACK = "LORA_DPO_JAX_TRACEBACK"  # set it to see where an error comes from
 FOR_USERS = Path(__file__).parents[1]  # the folder whose code raises errors for users to read
 
@@ -23,7 +24,8 @@ FOR_USERS = Path(__file__).parents[1]  # the folder whose code raises errors for
 def told_in_a_line() -> Iterator[None]:
     """Around a whole command: prints what users can mend, and exits with status 1.
 
-    A run that a signal stopped exits with InterruptedTrainingError.exit_code. Secrets are left out of traces too.
+    A run that a signal stopped exits with InterruptedTrainingError.exit_code. A command whose reader has gone (`| head`)
+    exits with READER_GONE and no word. Secrets are left out of traces too.
     """
     sys.excepthook = print_trace
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -33,11 +35,14 @@ def told_in_a_line() -> Iterator[None]:
     except InterruptedTrainingError as interruption:
         print(interruption, file=sys.stderr)
         if is_first_process():
-            print(f"To resume it:\n{redact(resuming_command(interruption.resume_with))}", file=sys.stderr)
+            print(f"To resume it:\n{_shown(resuming_command(interruption.resume_with))}", file=sys.stderr)
         raise SystemExit(interruption.exit_code) from interruption
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get(TRACEBACK) or not _is_for_users(error):
             raise
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+            raise SystemExit(READER_GONE) from error
         print(f"error: {_shown(str(error).strip())}\n({TRACEBACK}=1 shows where it comes from)", file=sys.stderr)
         raise SystemExit(1) from error
 
