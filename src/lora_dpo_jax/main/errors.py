@@ -24,8 +24,8 @@ FOR_USERS = Path(__file__).parents[1]  # the folder whose code raises errors for
 def told_in_a_line() -> Iterator[None]:
     """Around a whole command: prints what users can mend, and exits with status 1.
 
-    A run that a signal stopped exits with InterruptedTrainingError.exit_code; a command whose reader has gone (`| head`),
-    with READER_GONE and no word. Secrets are left out of traces too.
+    A run that a signal stopped exits with InterruptedTrainingError.exit_code. A command whose reader has gone (as in
+    `| head`) exits with READER_GONE and no word. Secrets are left out of traces too.
     """
     sys.excepthook = print_trace
     if isinstance(sys.stdout, io.TextIOWrapper):
