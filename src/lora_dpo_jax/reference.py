@@ -16,8 +16,6 @@ is computed.
 import hashlib
 import json
 import logging
-import os
-import uuid
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +28,7 @@ from tqdm import tqdm
 
 from lora_dpo_jax.data.loader import PairSource, PairTable
 from lora_dpo_jax.evaluation import PairScorer
+from lora_dpo_jax.files import replace_file
 from lora_dpo_jax.models import CausalLM
 
 logger = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ class ReferenceCache:
             if not np.isin(missing, planned).all():
                 planned = missing
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _replace(path, json.dumps(planned.tolist()).encode())
+                replace_file(path, json.dumps(planned.tolist()).encode())
             is_planned[planned] = True
         return np.flatnonzero(multihost_utils.broadcast_one_to_all(is_planned))
 
@@ -156,7 +155,7 @@ class _Records:
     def _write(self, records: bytes) -> None:
         if not self.folder.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            _replace(self.folder / "meta.json", self.description.encode())
+            replace_file(self.folder / "meta.json", self.description.encode())
         # Opened anew each time, as another run may have put a file without damage in its place; whole records in one
         # write, so that those of several runs do not mix.
         with open(self.path, "ab", buffering=0) as file:
@@ -189,7 +188,7 @@ class _Records:
             size % RECORD.itemsize,
             first,
         )
-        _replace(self.path, records[is_sound].tobytes())
+        replace_file(self.path, records[is_sound].tobytes())
 
 
 def _read_plan(path: Path, num_pairs: int) -> np.ndarray:
@@ -199,9 +198,3 @@ def _read_plan(path: Path, num_pairs: int) -> np.ndarray:
     except (OSError, ValueError, TypeError):
         return np.zeros(0, np.int64)
     return planned[(planned >= 0) & (planned < num_pairs)]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

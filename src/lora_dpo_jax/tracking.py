@@ -7,7 +7,6 @@ several hosts only process 0 writes and prints.
 import json
 import logging
 import math
-import os
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -21,6 +20,7 @@ import draccus
 import jax
 from tqdm import tqdm
 
+from lora_dpo_jax.files import replace_file
 from lora_dpo_jax.redaction import redact
 
 logger = logging.getLogger(__name__)
@@ -177,9 +177,7 @@ def cut_metrics(run_dir: Path, step: int) -> list[dict[str, Any]]:
     stays = [entry["step"] < step for entry in read]
     if not all(stays):
         logger.info("%s: %d lines from step %d on are taken out", path, stays.count(False), step)
-        temporary = path.with_suffix(".cut")
-        temporary.write_bytes(b"".join(line for line, stay in zip(lines, stays, strict=True) if stay))
-        os.replace(temporary, path)
+        replace_file(path, b"".join(line for line, stay in zip(lines, stays, strict=True) if stay))
     return [entry for entry, stay in zip(read, stays, strict=True) if stay]
 
 

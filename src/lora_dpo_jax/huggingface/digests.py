@@ -9,11 +9,11 @@ import json
 import mmap
 import os
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from lora_dpo_jax.files import replace_file
 from lora_dpo_jax.huggingface.tensors import TensorFiles
 
 CHUNK_BYTES = 2**24
@@ -40,9 +40,7 @@ def file_digest(path: Path, *, memory: Path) -> str:
     is_settled = time.time_ns() - before["mtime_ns"] > SETTLED_SECONDS * 1e9
     if is_settled and _state(path) == before:
         memory.mkdir(parents=True, exist_ok=True)
-        temporary = remembered.with_suffix(f".{uuid.uuid4().hex}")
-        temporary.write_text(json.dumps({"file": before, "digest": digest}), encoding="utf-8")
-        os.replace(temporary, remembered)
+        replace_file(remembered, json.dumps({"file": before, "digest": digest}).encode())
     return digest
 
 

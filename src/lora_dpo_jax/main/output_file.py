@@ -2,15 +2,14 @@
 
 import json
 import os
-import shutil
 import stat
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
+from lora_dpo_jax.files import replace_file
 from lora_dpo_jax.huggingface.places import is_url, leads_nowhere, parent_of, place_of, same_place
 from lora_dpo_jax.main.outputs import check_writable
 
@@ -49,19 +48,8 @@ def write_output(output: str, lines: Iterable[Mapping[str, Any]]) -> None:
         with Path(output).open("ab") as stream:
             stream.write(content)
     else:
-        _replace(Path(place), content)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_bytes(content)
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        replace_file(Path(place), content)
 
 
 def _is_stream(output: str) -> bool:

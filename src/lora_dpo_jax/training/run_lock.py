@@ -21,6 +21,8 @@ from typing import Any
 
 from etils import epath
 
+from lora_dpo_jax.files import replace_file
+
 logger = logging.getLogger("lora_dpo_jax")
 
 LOCK = "run.lock"
@@ -155,10 +157,7 @@ class RunLock:
         if not self.is_local:
             self.path.write_text(text)
             return
-        # Whole at any time.
-        temporary = self.folder / f".{LOCK}-{self.me['token']}"
-        temporary.write_text(text)
-        os.replace(temporary, self.path)
+        replace_file(Path(self.path), text.encode())
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
