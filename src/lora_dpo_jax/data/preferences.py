@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from lora_dpo_jax.data.sources import Reason, SourceConfig
+from lora_dpo_jax.places import is_url
 
 # The optional columns of a row and what they are called unless the config says otherwise.
 COLUMN_SETTINGS = {
@@ -74,7 +75,7 @@ class PreferenceDataConfig:
     def __post_init__(self):
         if not self.components:
             raise ValueError("data.components is empty; name at least one component with its source")
-        if self.cache_dir is not None and "://" in self.cache_dir:
+        if self.cache_dir is not None and is_url(self.cache_dir):
             raise ValueError(f"data.cache_dir={self.cache_dir!r} must be a folder of this machine")
         if self.train_weights is not None:
             self._check_weights(self.train_weights)

@@ -16,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from lora_dpo_jax.data.json_rows import Unreadable
 from lora_dpo_jax.data.readers import READERS, ROWS_PER_READ, decompress, read_rows, suffixes
+from lora_dpo_jax.places import place_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -146,7 +147,7 @@ class RowFile:
     def place(self) -> str:
         """The same for all spellings of one file."""
         local = isinstance(self.filesystem, LocalFileSystem)
-        return os.path.realpath(self.path) if local else self.filesystem.unstrip_protocol(self.path)
+        return place_of(self.path if local else self.filesystem.unstrip_protocol(self.path))
 
     def identity(self) -> str:
         with _told_as(f"{self.name}: cannot be read"):

@@ -14,7 +14,7 @@ import fsspec
 from huggingface_hub import snapshot_download
 
 from lora_dpo_jax.huggingface.manifest import MANIFEST, Manifest
-from lora_dpo_jax.huggingface.places import is_url, place_of
+from lora_dpo_jax.places import is_url, place_of
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*"]
 TEMPLATES = "additional_chat_templates"  # where tokenizers keep all but the first of their chat templates

@@ -23,7 +23,6 @@ from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.identity import cache_folder, refuse_other_settings
 from lora_dpo_jax.main.output_file import check_output, write_output
 from lora_dpo_jax.main.outputs import check_writable
-from lora_dpo_jax.main.paths import refuse_impossible_paths
 from lora_dpo_jax.main.reference import ReferenceLogProbs
 from lora_dpo_jax.main.setup import (
     TrainConfig,
@@ -37,6 +36,7 @@ from lora_dpo_jax.main.setup import (
     placement_of,
     scorer,
 )
+from lora_dpo_jax.places import refuse_impossible_paths
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.training.distributed import is_first_process
 

@@ -28,8 +28,8 @@ from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.main.arguments import parse as parse_settings
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.output_file import check_output, write_output
-from lora_dpo_jax.main.paths import refuse_impossible_paths
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
+from lora_dpo_jax.places import refuse_impossible_paths
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.redaction import log_to_stderr
 from lora_dpo_jax.training.distributed import DistributedConfig, is_first_process

@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 import fsspec
 
 from lora_dpo_jax.huggingface.folders import check_export_target
-from lora_dpo_jax.huggingface.places import is_url, is_within, leads_nowhere, parent_of, place_of, same_place
 from lora_dpo_jax.main.identity import cache_folder
 from lora_dpo_jax.main.setup import TrainConfig
+from lora_dpo_jax.places import is_url, is_within, leads_nowhere, parent_of, place_of, same_place
 
 logger = logging.getLogger("lora_dpo_jax")
 

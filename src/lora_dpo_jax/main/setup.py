@@ -22,17 +22,16 @@ from lora_dpo_jax.evaluation import PairScorer
 from lora_dpo_jax.generation import GenerationConfig, read_stop_ids
 from lora_dpo_jax.huggingface.adapters import load_adapter, read_adapter_config
 from lora_dpo_jax.huggingface.folders import local_folder
-from lora_dpo_jax.huggingface.places import same_place
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
 from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.lora import LoraConfig
 from lora_dpo_jax.losses import Dpo, PreferenceLoss
 from lora_dpo_jax.main.arguments import parse_arguments as parse_arguments  # for those who look for it here
 from lora_dpo_jax.main.decoding import config_of
-from lora_dpo_jax.main.paths import refuse_impossible_paths
 from lora_dpo_jax.models import CausalLM, ComputeConfig, DecoderConfig
 from lora_dpo_jax.models.attention import PLATFORMS
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
+from lora_dpo_jax.places import refuse_impossible_paths, same_place
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.distributed import in_turns
 from lora_dpo_jax.training.optimizer import OptimizerConfig

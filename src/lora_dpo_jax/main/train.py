@@ -17,7 +17,6 @@ from lora_dpo_jax.data.order import PairOrder
 from lora_dpo_jax.data.planning import RunLayout
 from lora_dpo_jax.data.preview import preview
 from lora_dpo_jax.huggingface.adapters import read_adapter_config
-from lora_dpo_jax.huggingface.places import is_within
 from lora_dpo_jax.lora import LoraConfig, frozen_copy, loraize, reference_model, trainable_filter, with_dropout
 from lora_dpo_jax.main.exports import Exports, with_trained_template
 from lora_dpo_jax.main.guard import Guard, refuse_non_finite
@@ -41,6 +40,7 @@ from lora_dpo_jax.main.setup import (
 )
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import parameter_count
+from lora_dpo_jax.places import is_within
 from lora_dpo_jax.redaction import redacted
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.tracking import cut_metrics, start_trackers

@@ -15,6 +15,7 @@ from typing import Any, Generic, Literal, TypeVar
 import jax
 import jmp
 
+from lora_dpo_jax.places import is_url
 from lora_dpo_jax.sharding import MeshConfig
 from lora_dpo_jax.tracking import NoTrackerConfig, ProgressBar, Tracker, TrackerConfigs, check_trackers
 from lora_dpo_jax.training.checkpoint import CheckpointerConfig
@@ -97,7 +98,7 @@ class TrainerConfig:
             self.precision  # noqa: B018  (raises if it cannot be parsed)
         if self.id is not None:
             _refuse_bad_id(self.id)
-        if "://" in self.log_dir:
+        if is_url(self.log_dir):
             raise ValueError(
                 f"trainer.log_dir={self.log_dir!r} must be a folder of this machine; checkpoints alone go to a bucket, "
                 "by trainer.checkpointer.base_path"

@@ -1,11 +1,14 @@
-"""One spelling for each place, so that two names of one folder or file are never taken for two."""
+"""Places, which are paths or URLs: one spelling for each, so that two names of one folder are never taken for two."""
 
 import os
 import posixpath
+from collections.abc import Mapping
 from pathlib import Path
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes; Linux's
 
 
 def is_url(path: str | Path) -> bool:
@@ -66,3 +69,16 @@ def parent_of(path: str | Path) -> str:
         return str(Path(place).parent)
     protocol, _, rest = place.partition("://")
     return f"{protocol}://{rest.rpartition('/')[0]}"
+
+
+def refuse_impossible_paths(settings: Mapping[str, str | None]) -> None:
+    """Raises ValueError that names the setting. They are paths, URLs or hub ids, by name; None where one is not set."""
+    for setting, path in settings.items():
+        if path is None or is_url(path):
+            continue
+        try:
+            whole = Path(path).expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"{setting}={path!r}: {path.split('/')[0]} is no user of this machine") from error
+        if any(len(os.fsencode(part)) > LONGEST_NAME for part in whole.parts) or len(os.fsencode(whole)) > LONGEST_PATH:
+            raise ValueError(f"{setting}={path[:40]!r}... is too long for a path")

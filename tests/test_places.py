@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_dpo_jax.huggingface.places import is_within, parent_of, place_of, same_place
+from lora_dpo_jax.places import is_within, parent_of, place_of, same_place
 
 
 @pytest.fixture
