@@ -4,172 +4,106 @@ import difflib
 
 from lora_dpo_jax.main.settings import NAME, NUMBER, Setting, settings_of
 
-_BATCH = "trainer.train_batch_size", ": pairs per update over all devices. Gradients accumulate by themselves"
-_PARALLELISM = "trainer.per_device_parallelism", ": what a device computes at once, in pairs of the longest length"
-_LENGTH = (
-    "train_seq_len",
-    ", which bounds prompt + one response; format.slice_strategy says what becomes of longer rows",
-)
-_REFERENCE = (
-    "peft_reference",
-    ": the reference is the base without its adapters, or the adapter of initialize_from_peft",
-)
-_WARMUP = "optimizer.warmup", ": below 1 a fraction of the run, from 1 on a number of steps"
-_PRECISION = "trainer.mp", " (of adapters and computation), and model.dtype (of the frozen weights)"
-_OUTPUT = (
-    "peft_save_path",
-    " (the adapter), merged_hf_save_path (the merged model) and trainer.log_dir (logs, checkpoints)",
-)
-_MESH = "trainer.mesh.axes", ": {data: -1} splits the weights over all devices, {model: 4} splits each layer over four"
-_CHECKPOINTS = "trainer.checkpointer.keep", " and trainer.checkpointer.save_interval"
-_EVAL = "trainer.steps_per_eval", ""
-_DATA = "data.components", ": NAME: {source: {type: url, train_urls: [...]}}"
-
-# What TRL, transformers, PEFT, axolotl, LLaMA-Factory and Levanter call what is here (a setting, and more on it).
+# A setting here, more on it, and what TRL, transformers, PEFT, axolotl, LLaMA-Factory and Levanter call it.
+_NAMES_ELSEWHERE = {
+    ("initialize_from_hf", ""): (
+        "model_name_or_path pretrained_model_name_or_path model_name model_id model_path base_model"
+    ),
+    ("hf_revision", ""): "model_revision revision",
+    ("data.tokenizer", ""): "tokenizer_name tokenizer_name_or_path",
+    ("initialize_from_peft", ""): "adapter_name_or_path adapter_path lora_model_dir",
+    ("lora.r", " and others of lora for new adapters, or initialize_from_peft for given ones"): "adapter",
+    ("data.components", ": NAME: {source: {type: url, train_urls: [...]}}"): (
+        "dataset datasets dataset_name dataset_path data_path data_files train_dataset train_file"
+    ),
+    ("validation_split_fraction", ""): "val_size val_set_size test_size",
+    (
+        "train_seq_len",
+        ", which bounds prompt + one response; format.slice_strategy says what becomes of longer rows",
+    ): (
+        "max_length max_len max_seq_len max_seq_length model_max_length max_prompt_length max_completion_length "
+        "max_target_length sequence_len seq_len cutoff_len sequence_length"
+    ),
+    ("data.components.NAME.format.slice_strategy", ""): "truncation_mode",
+    ("lora.r", ""): "rank lora_r lora_rank",
+    ("lora.alpha", ""): "lora_alpha",
+    ("lora.dropout", ""): "lora_dropout",
+    ("lora.target_modules", ": null is every linear layer of the decoder"): (
+        "lora_target lora_target_modules lora_target_linear target_modules"
+    ),
+    ("lora.a_init", ""): "init_lora_weights",
+    ("lora.target_modules", ": a regular expression for whole paths can name layers"): "layers_to_transform",
+    ("lora.r", " and the other settings of lora"): "peft_config",
+    ("loss.type", ""): "loss_type pref_loss",
+    ("beta", ""): "pref_beta dpo_beta",
+    ("peft_reference", ": the reference is the base without its adapters, or the adapter of initialize_from_peft"): (
+        "ref_model ref_model_path ref_model_name_or_path reference_model reference_model_path force_use_ref_model "
+        "ref_adapter_name reference reference_is_hf"
+    ),
+    ("loss.reference_free", ""): "reference_free",
+    ("reference_log_probs", ": cached"): "precompute_ref_log_probs",
+    ("optimizer.learning_rate", ""): "learning_rate lr",
+    ("optimizer.lr_schedule", ""): "lr_scheduler lr_scheduler_type",
+    ("optimizer.warmup", ": below 1 a fraction of the run, from 1 on a number of steps"): (
+        "warmup_ratio warmup_steps num_warmup_steps"
+    ),
+    ("optimizer.beta1", ""): "adam_beta1",
+    ("optimizer.beta2", ""): "adam_beta2",
+    ("optimizer.epsilon", ""): "adam_epsilon",
+    ("optimizer.max_grad_norm", ""): "gradient_clipping clip_grad_norm",
+    ("optimizer.learning_rate", " and the other settings of optimizer, which is AdamW"): "optim",
+    ("trainer.train_batch_size", ": pairs per update over all devices. Gradients accumulate by themselves"): (
+        "per_device_train_batch_size gradient_accumulation_steps batch_size global_batch_size"
+    ),
+    ("trainer.per_device_parallelism", ": what a device computes at once, in pairs of the longest length"): (
+        "micro_batch_size"
+    ),
+    ("trainer.per_device_eval_parallelism", ""): "per_device_eval_batch_size eval_batch_size",
+    ("trainer.num_train_steps", ""): "max_steps num_steps train_steps",
+    ("trainer.num_train_epochs", ""): "epochs num_epochs",
+    ("trainer.steps_per_eval", ""): "eval_steps eval_strategy evaluation_strategy evals_per_epoch",
+    ("trainer.eval_at_start", ""): "eval_on_start",
+    ("trainer.log_every", ""): "logging_steps",
+    ("trainer.log_dir", ""): "logging_dir",
+    ("trainer.checkpointer.keep", " and trainer.checkpointer.save_interval"): (
+        "save_steps save_strategy save_total_limit saves_per_epoch"
+    ),
+    ("trainer.checkpointer.base_path", ""): "checkpoint_dir",
+    ("trainer.id", ": a run of an id that was here before resumes; trainer.load_checkpoint"): "resume_from_checkpoint",
+    ("trainer.id", ": a run of an id that was here before resumes"): (
+        "auto_resume_from_checkpoints load_checkpoint_path"
+    ),
+    ("trainer.id", ""): "run_id",
+    ("trainer.id", ", or the name of trainer.tracker: {type: wandb, name: ...}"): "run_name",
+    ("trainer.tracker.N.type", ": trainer.tracker: [wandb, tensorboard]"): "report_to",
+    ("trainer.tracker.N.type", ": trainer.tracker: wandb"): "use_wandb",
+    ("trainer.tracker.N.project", ": trainer.tracker: {type: wandb, project: ...}"): "wandb_project",
+    ("trainer.tracker.N.entity", ": trainer.tracker: {type: wandb, entity: ...}"): "wandb_entity",
+    ("trainer.seed", ""): "seed data_seed",
+    (
+        "peft_save_path",
+        " (the adapter), merged_hf_save_path (the merged model) and trainer.log_dir (logs, checkpoints)",
+    ): ("output_dir save_path hf_save_path export_dir hf_upload merged_hf_upload"),
+    ("initialize_from_hf", ", of which config.json is always used"): "use_hf_model_config",
+    ("layout.packing", ""): "sample_packing",
+    ("trainer.mp", " (of adapters and computation), and model.dtype (of the frozen weights)"): (
+        "bf16 fp16 precision torch_dtype"
+    ),
+    ("model.quantization", ": nf4"): "load_in_4bit",
+    ("model.quantization", ": int8"): "load_in_8bit",
+    ("model.quantization", ": nf4 or int8"): "quantization_bit",
+    ("model.attention", ""): "attn_implementation flash_attention flash_attn",
+    ("model.gradient_checkpointing", ""): "remat",
+    (
+        "trainer.mesh.axes",
+        ": {data: -1} splits the weights over all devices, {model: 4} splits each layer over four",
+    ): ("model_axis_size replica_ici_axis_size fsdp fsdp_axis deepspeed tensor_parallel_size tensor_parallel_axes"),
+    ("data.components.NAME.format.chat_template", ""): "chat_template_path",
+    ("config_path", ", the file of settings"): "config config_file",
+    ("max_new_tokens", ""): "max_tokens",
+}
 OTHER_NAMES: dict[str, tuple[str, str]] = {
-    "model_name_or_path": ("initialize_from_hf", ""),
-    "pretrained_model_name_or_path": ("initialize_from_hf", ""),
-    "model_name": ("initialize_from_hf", ""),
-    "model_id": ("initialize_from_hf", ""),
-    "model_path": ("initialize_from_hf", ""),
-    "base_model": ("initialize_from_hf", ""),
-    "model_revision": ("hf_revision", ""),
-    "revision": ("hf_revision", ""),
-    "tokenizer_name": ("data.tokenizer", ""),
-    "tokenizer_name_or_path": ("data.tokenizer", ""),
-    "adapter_name_or_path": ("initialize_from_peft", ""),
-    "adapter_path": ("initialize_from_peft", ""),
-    "adapter": ("lora.r", " and others of lora for new adapters, or initialize_from_peft for given ones"),
-    "lora_model_dir": ("initialize_from_peft", ""),
-    "dataset": _DATA,
-    "datasets": _DATA,
-    "dataset_name": _DATA,
-    "dataset_path": _DATA,
-    "data_path": _DATA,
-    "data_files": _DATA,
-    "train_dataset": _DATA,
-    "train_file": _DATA,
-    "val_size": ("validation_split_fraction", ""),
-    "val_set_size": ("validation_split_fraction", ""),
-    "test_size": ("validation_split_fraction", ""),
-    "max_length": _LENGTH,
-    "max_len": _LENGTH,
-    "max_seq_len": _LENGTH,
-    "max_seq_length": _LENGTH,
-    "model_max_length": _LENGTH,
-    "max_prompt_length": _LENGTH,
-    "max_completion_length": _LENGTH,
-    "max_target_length": _LENGTH,
-    "sequence_len": _LENGTH,
-    "seq_len": _LENGTH,
-    "cutoff_len": _LENGTH,
-    "truncation_mode": ("data.components.NAME.format.slice_strategy", ""),
-    "rank": ("lora.r", ""),
-    "lora_r": ("lora.r", ""),
-    "lora_rank": ("lora.r", ""),
-    "lora_alpha": ("lora.alpha", ""),
-    "lora_dropout": ("lora.dropout", ""),
-    "lora_target": ("lora.target_modules", ": null is every linear layer of the decoder"),
-    "lora_target_modules": ("lora.target_modules", ": null is every linear layer of the decoder"),
-    "lora_target_linear": ("lora.target_modules", ": null is every linear layer of the decoder"),
-    "target_modules": ("lora.target_modules", ": null is every linear layer of the decoder"),
-    "init_lora_weights": ("lora.a_init", ""),
-    "layers_to_transform": ("lora.target_modules", ": a regular expression for whole paths can name layers"),
-    "peft_config": ("lora.r", " and the other settings of lora"),
-    "loss_type": ("loss.type", ""),
-    "pref_loss": ("loss.type", ""),
-    "pref_beta": ("beta", ""),
-    "dpo_beta": ("beta", ""),
-    "ref_model": _REFERENCE,
-    "ref_model_path": _REFERENCE,
-    "ref_model_name_or_path": _REFERENCE,
-    "reference_model": _REFERENCE,
-    "reference_model_path": _REFERENCE,
-    "force_use_ref_model": _REFERENCE,
-    "ref_adapter_name": _REFERENCE,
-    "reference": _REFERENCE,
-    "reference_is_hf": _REFERENCE,
-    "reference_free": ("loss.reference_free", ""),
-    "precompute_ref_log_probs": ("reference_log_probs", ": cached"),
-    "learning_rate": ("optimizer.learning_rate", ""),
-    "lr": ("optimizer.learning_rate", ""),
-    "lr_scheduler": ("optimizer.lr_schedule", ""),
-    "lr_scheduler_type": ("optimizer.lr_schedule", ""),
-    "warmup_ratio": _WARMUP,
-    "warmup_steps": _WARMUP,
-    "num_warmup_steps": _WARMUP,
-    "adam_beta1": ("optimizer.beta1", ""),
-    "adam_beta2": ("optimizer.beta2", ""),
-    "adam_epsilon": ("optimizer.epsilon", ""),
-    "gradient_clipping": ("optimizer.max_grad_norm", ""),
-    "clip_grad_norm": ("optimizer.max_grad_norm", ""),
-    "optim": ("optimizer.learning_rate", " and the other settings of optimizer, which is AdamW"),
-    "per_device_train_batch_size": _BATCH,
-    "gradient_accumulation_steps": _BATCH,
-    "batch_size": _BATCH,
-    "global_batch_size": _BATCH,
-    "micro_batch_size": _PARALLELISM,
-    "per_device_eval_batch_size": ("trainer.per_device_eval_parallelism", ""),
-    "eval_batch_size": ("trainer.per_device_eval_parallelism", ""),
-    "max_steps": ("trainer.num_train_steps", ""),
-    "num_steps": ("trainer.num_train_steps", ""),
-    "train_steps": ("trainer.num_train_steps", ""),
-    "epochs": ("trainer.num_train_epochs", ""),
-    "num_epochs": ("trainer.num_train_epochs", ""),
-    "eval_steps": _EVAL,
-    "eval_strategy": _EVAL,
-    "evaluation_strategy": _EVAL,
-    "evals_per_epoch": _EVAL,
-    "eval_on_start": ("trainer.eval_at_start", ""),
-    "logging_steps": ("trainer.log_every", ""),
-    "logging_dir": ("trainer.log_dir", ""),
-    "save_steps": _CHECKPOINTS,
-    "save_strategy": _CHECKPOINTS,
-    "save_total_limit": _CHECKPOINTS,
-    "saves_per_epoch": _CHECKPOINTS,
-    "checkpoint_dir": ("trainer.checkpointer.base_path", ""),
-    "resume_from_checkpoint": ("trainer.id", ": a run of an id that was here before resumes; trainer.load_checkpoint"),
-    "auto_resume_from_checkpoints": ("trainer.id", ": a run of an id that was here before resumes"),
-    "load_checkpoint_path": ("trainer.id", ": a run of an id that was here before resumes"),
-    "run_id": ("trainer.id", ""),
-    "run_name": ("trainer.id", ", or the name of trainer.tracker: {type: wandb, name: ...}"),
-    "report_to": ("trainer.tracker.N.type", ": trainer.tracker: [wandb, tensorboard]"),
-    "use_wandb": ("trainer.tracker.N.type", ": trainer.tracker: wandb"),
-    "wandb_project": ("trainer.tracker.N.project", ": trainer.tracker: {type: wandb, project: ...}"),
-    "wandb_entity": ("trainer.tracker.N.entity", ": trainer.tracker: {type: wandb, entity: ...}"),
-    "seed": ("trainer.seed", ""),
-    "data_seed": ("trainer.seed", ""),
-    "output_dir": _OUTPUT,
-    "save_path": _OUTPUT,
-    "hf_save_path": _OUTPUT,
-    "export_dir": _OUTPUT,
-    "hf_upload": _OUTPUT,
-    "merged_hf_upload": _OUTPUT,
-    "use_hf_model_config": ("initialize_from_hf", ", of which config.json is always used"),
-    "sample_packing": ("layout.packing", ""),
-    "sequence_length": _LENGTH,
-    "bf16": _PRECISION,
-    "fp16": _PRECISION,
-    "precision": _PRECISION,
-    "torch_dtype": _PRECISION,
-    "load_in_4bit": ("model.quantization", ": nf4"),
-    "load_in_8bit": ("model.quantization", ": int8"),
-    "quantization_bit": ("model.quantization", ": nf4 or int8"),
-    "attn_implementation": ("model.attention", ""),
-    "flash_attention": ("model.attention", ""),
-    "flash_attn": ("model.attention", ""),
-    "remat": ("model.gradient_checkpointing", ""),
-    "model_axis_size": _MESH,
-    "replica_ici_axis_size": _MESH,
-    "fsdp": _MESH,
-    "fsdp_axis": _MESH,
-    "deepspeed": _MESH,
-    "tensor_parallel_size": _MESH,
-    "tensor_parallel_axes": _MESH,
-    "chat_template_path": ("data.components.NAME.format.chat_template", ""),
-    "config": ("config_path", ", the file of settings"),
-    "config_file": ("config_path", ", the file of settings"),
-    "max_tokens": ("max_new_tokens", ""),
+    name: setting for setting, names in _NAMES_ELSEWHERE.items() for name in names.split()
 }
 MOST = 3  # names in an answer
 
