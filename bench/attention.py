@@ -22,8 +22,8 @@ from bench import pairs as benchmark_pairs
 from bench.measure import emit
 from lora_dpo_jax.data import Layout, PreferenceBatch, plan_rows
 from lora_dpo_jax.data.packing import pack
-from lora_dpo_jax.main.arguments import parse
 from lora_dpo_jax.models.attention import IMPLEMENTATIONS, KEY_POSITION, PackedMask, ScoreRule, attend
+from lora_dpo_jax.settings.arguments import parse
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from pathlib import Path
 
 from etils import epath
 
+from lora_dpo_jax.checkpoints.files import DESCRIPTION, check_files
 from lora_dpo_jax.data.cache import TokenizedPairs
 from lora_dpo_jax.huggingface.manifest import MANIFEST
-from lora_dpo_jax.reference import RECORD
-from lora_dpo_jax.training.checkpoint_files import DESCRIPTION, check_files
+from lora_dpo_jax.reference_cache import RECORD
 
 MARKERS = ("config.json", "adapter_config.json")  # what makes a folder an export to its readers
 # What to wait for, in the order in which a run comes there.

@@ -23,13 +23,13 @@ from bench.layouts import Savings, lay_out
 from bench.measure import Meter, emit
 from bench.models import decoder_config
 from bench.wiring import Subject, adapted_model, new_state, reference_log_probs
+from lora_dpo_jax.cost.flops import useful_flops
 from lora_dpo_jax.data import PairTable, PreferenceBatch
 from lora_dpo_jax.lora import LoraLinear, map_linear_layers, trainable_filter
 from lora_dpo_jax.losses import Dpo
-from lora_dpo_jax.main.arguments import parse
 from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.settings.arguments import parse
 from lora_dpo_jax.sharding import Placement
-from lora_dpo_jax.training.flops import useful_flops
 from lora_dpo_jax.training.step import TrainStep
 
 

@@ -16,7 +16,7 @@ import haliax as hax
 import numpy as np
 
 from lora_dpo_jax.data import Layout, PreferenceBatch, TokenizedPair, plan_rows
-from lora_dpo_jax.data.planning import PAIR, POSITION, TARGET, round_up
+from lora_dpo_jax.data.shapes import PAIR, POSITION, TARGET, round_up
 
 PADDING_ID = 0
 

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from bench import models
 from bench.measure import emit
 from lora_dpo_jax.huggingface.weights import load_model, read_config
-from lora_dpo_jax.main.arguments import parse
 from lora_dpo_jax.models.quantization import parameter_count
+from lora_dpo_jax.settings.arguments import parse
 from lora_dpo_jax.sharding import MeshConfig, Placement
 
 FIELDS = {"resident": "VmRSS", "own": "RssAnon"}  # with the pages of files that were read, and without

@@ -17,15 +17,15 @@ from bench import models
 from bench import pairs as benchmark_pairs
 from bench.measure import emit
 from bench.wiring import Lora, Subject, Trainer
+from lora_dpo_jax.cost.compiled import ProgramMemory, largest_arrays
+from lora_dpo_jax.cost.devices import described_devices
 from lora_dpo_jax.data import Layout, PreferenceBatch
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.losses import Dpo
-from lora_dpo_jax.main.arguments import parse
-from lora_dpo_jax.main.setup import ModelConfig, layout_of_run
+from lora_dpo_jax.runs.abstract import describe_state
+from lora_dpo_jax.runs.setup import ModelConfig, layout_of_run
+from lora_dpo_jax.settings.arguments import parse
 from lora_dpo_jax.sharding import Placement
-from lora_dpo_jax.training.described import describe_state
-from lora_dpo_jax.training.devices import described_devices
-from lora_dpo_jax.training.programs import ProgramMemory, largest_arrays
 from lora_dpo_jax.training.step import TrainState, TrainStep
 
 

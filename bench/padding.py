@@ -11,8 +11,8 @@ from typing import Any
 from bench import pairs as benchmark_pairs
 from bench.measure import emit
 from lora_dpo_jax.data import PairLayout, PairOrder, PairTable
-from lora_dpo_jax.main.arguments import parse
-from lora_dpo_jax.main.setup import layout_of_run
+from lora_dpo_jax.runs.setup import layout_of_run
+from lora_dpo_jax.settings.arguments import parse
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from bench import pairs as benchmark_pairs
 from bench.measure import Meter, emit, host
 from bench.models import decoder_config
 from bench.wiring import Options, Wired, wire
+from lora_dpo_jax.cost.devices import peak_flops
 from lora_dpo_jax.data import PairTable, PreferenceBatch
-from lora_dpo_jax.main.arguments import parse
-from lora_dpo_jax.training.devices import peak_flops
+from lora_dpo_jax.settings.arguments import parse
 
 
 def main() -> None:

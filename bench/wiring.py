@@ -21,13 +21,13 @@ from lora_dpo_jax.evaluation import PairScorer
 from lora_dpo_jax.huggingface.weights import load_model
 from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter, unwrap_lora
 from lora_dpo_jax.losses import Dpo
-from lora_dpo_jax.main.setup import ModelConfig, layout_of_run
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import quantize
+from lora_dpo_jax.runs.setup import ModelConfig, layout_of_run
 from lora_dpo_jax.sharding import Placement
+from lora_dpo_jax.training.loop import TrainerConfig
 from lora_dpo_jax.training.optimizer import OptimizerConfig
 from lora_dpo_jax.training.step import TrainState, TrainStep
-from lora_dpo_jax.training.trainer import TrainerConfig
 
 
 # A run's settings with other defaults. These are classes because a default object would be lost, and the usual defaults

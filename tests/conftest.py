@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def own_choices(monkeypatch):
     """What a test registers as a type of loss or tracker is gone after it."""
     from lora_dpo_jax.losses import PreferenceLoss
-    from lora_dpo_jax.main.settings import settings_of
+    from lora_dpo_jax.settings.schema import settings_of
     from lora_dpo_jax.tracking import TrackerConfig
 
     for choice in (PreferenceLoss, TrackerConfig):  # subclasses register with their base

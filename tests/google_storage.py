@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
-from processes import free_port
+from many_processes import free_port
 
 
 @contextmanager

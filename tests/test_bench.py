@@ -19,8 +19,8 @@ from bench.models import decoder_config, write_folder
 from bench.profiles import PROFILES, SHAPES
 from bench.wiring import Model, Options, Trainer, adapted_model
 from lora_dpo_jax.huggingface.weights import load_model, read_config
-from lora_dpo_jax.main.arguments import parse
 from lora_dpo_jax.models.attention import PackedMask
+from lora_dpo_jax.settings.arguments import parse
 from lora_dpo_jax.sharding import MeshConfig, Placement
 
 ROOT = Path(__file__).parents[1]

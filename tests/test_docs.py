@@ -49,7 +49,7 @@ def test_every_test_that_the_table_of_faults_names_is_there():
     "command", ["setup.TrainConfig", "evaluate.EvaluateConfig", "generate.GenerateConfig", "plan.PlanConfig"]
 )
 def test_every_setting_is_in_the_configuration_reference(command):
-    from lora_dpo_jax.main.settings import settings_of
+    from lora_dpo_jax.settings.schema import settings_of
 
     module, _, name = command.partition(".")
     config = getattr(import_module(f"lora_dpo_jax.main.{module}"), name)

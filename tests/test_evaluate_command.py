@@ -12,9 +12,9 @@ import transformers
 from tiny_models import summed_log_probs
 from tiny_runs import instruct_folder, plain_rows, preference_rows, run_config, write_rows
 
-from lora_dpo_jax.main.arguments import parse
 from lora_dpo_jax.main.evaluate import COLUMNS, EvaluateConfig, main
 from lora_dpo_jax.main.output_file import check_output
+from lora_dpo_jax.settings.arguments import parse
 
 # PEFT asks transformers for what transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

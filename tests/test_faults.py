@@ -14,8 +14,8 @@ from tiny_disks import flip_a_bit, no_file_larger_than
 from tiny_runs import instruct_folder, preference_rows, read_metrics, run_config, write_rows
 
 from lora_dpo_jax.data.sources import RowError
-from lora_dpo_jax.main.setup import TrainConfig
 from lora_dpo_jax.main.train import main
+from lora_dpo_jax.runs.setup import TrainConfig
 
 STEPS = 4
 

@@ -18,13 +18,15 @@ ROOT = Path(lora_dpo_jax.__file__).parent
 LAYERS = [
     ["files", "json_objects", "parameters", "places", "printable"],
     ["redaction"],
-    ["lora", "losses", "sharding", "tracking"],
+    ["settings"],
+    ["lora", "losses", "processes", "sharding", "tracking"],
     ["models", "data"],
-    ["log_probs"],
-    ["generation", "huggingface"],
+    ["log_probs", "checkpoints"],
+    ["generation", "huggingface", "cost"],
     ["evaluation"],
-    ["reference"],
+    ["reference_cache"],
     ["training"],
+    ["runs"],
     ["main"],
 ]
 
@@ -35,8 +37,8 @@ FORBIDDEN = [
     ("data", "models"),  # data never sees a model
     ("data", "lora"),
     ("data", "log_probs"),
-    ("training.trainer", "losses"),  # the trainer never sees DPO
-    ("training.trainer", "data"),
+    ("training.loop", "losses"),  # the trainer never sees DPO
+    ("training.loop", "data"),
 ]
 
 
@@ -129,4 +131,4 @@ def test_no_module_is_called_utils():
     ],
 )
 def test_every_way_of_importing_is_seen(source, found):
-    assert imports_of(source, "lora_dpo_jax.data.loader", is_package=False) == found
+    assert imports_of(source, "lora_dpo_jax.data.batches", is_package=False) == found

@@ -24,7 +24,7 @@ from tiny_pairs import (
 )
 
 from lora_dpo_jax import log_probs as log_probs_module
-from lora_dpo_jax.data.planning import Layout
+from lora_dpo_jax.data.shapes import Layout
 from lora_dpo_jax.log_probs import pair_log_probs, policy_and_reference_log_probs, target_log_probs
 from lora_dpo_jax.lora import LoraConfig, LoraLinear, TokenKey, frozen_copy, loraize, reference_model, trainable_filter
 from lora_dpo_jax.models import CausalLM, ComputeConfig, Head

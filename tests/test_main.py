@@ -33,18 +33,18 @@ from tiny_runs import (
     write_rows,
 )
 
-from lora_dpo_jax.data.loader import PairTable
+from lora_dpo_jax.data.batches import PairTable
 from lora_dpo_jax.data.memory import MemoryPairs
 from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.main import train as train_module
-from lora_dpo_jax.main.arguments import parse
 from lora_dpo_jax.main.errors import TRACEBACK
-from lora_dpo_jax.main.guard import NonFiniteStateError, refuse_non_finite
-from lora_dpo_jax.main.setup import TrainConfig, keep_programs, load_tables, load_tokenizer
 from lora_dpo_jax.main.train import main
-from lora_dpo_jax.training.run_lock import RunIsActiveError, RunLock
+from lora_dpo_jax.processes.run_lock import RunIsActiveError, RunLock
+from lora_dpo_jax.runs.checks import NonFiniteStateError, refuse_non_finite
+from lora_dpo_jax.runs.setup import TrainConfig, keep_programs, load_tables, load_tokenizer
+from lora_dpo_jax.settings.arguments import parse
+from lora_dpo_jax.training.loop import NonFiniteLossError, StepInfo
 from lora_dpo_jax.training.step import TrainStep
-from lora_dpo_jax.training.trainer import NonFiniteLossError, StepInfo
 
 # PEFT asks transformers for what transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

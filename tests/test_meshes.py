@@ -11,8 +11,8 @@ import pytest
 from bench import initialization
 from bench.initialization import DEFAULT
 from bench.meshes import DECODER, EVERYWHERE, MESHES, ONE_DEVICE, Outcome, adapters_of, train, wire
+from lora_dpo_jax.cost.compiled import collective_bytes
 from lora_dpo_jax.lora import LoraConfig
-from lora_dpo_jax.training.programs import collective_bytes
 
 # With all that a mesh could change: weights quantized in blocks, a head with adapters, dropout, rows laid out for it.
 SETTINGS = {"quantization": "nf4", "lora": dataclasses.replace(EVERYWHERE, dropout=0.1)}

@@ -9,14 +9,14 @@ import pytest
 from tiny_pairs import LLAMA, tiny_decoder
 from tiny_runs import instruct_folder
 
+from lora_dpo_jax.cost.compiled import ProgramMemory
 from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.lora import LoraConfig, loraize
 from lora_dpo_jax.losses import Dpo
 from lora_dpo_jax.main.plan import PlanConfig, expected_batch, main, plan, report
+from lora_dpo_jax.runs.abstract import bytes_of_a_device, describe_state
 from lora_dpo_jax.sharding import MeshConfig, Placement
-from lora_dpo_jax.training.described import bytes_of_a_device, describe_state
 from lora_dpo_jax.training.optimizer import OptimizerConfig
-from lora_dpo_jax.training.programs import ProgramMemory
 from lora_dpo_jax.training.step import TrainState, TrainStep
 
 # Fifty billion parameters in two layers: as quick to compile as two small ones.

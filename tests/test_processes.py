@@ -13,7 +13,7 @@ from pathlib import Path
 import draccus
 import numpy as np
 import pytest
-from processes import ended, start
+from many_processes import ended, start
 from safetensors.numpy import load_file
 from tiny_runs import preference_rows, run_config, write_rows
 
@@ -21,10 +21,10 @@ from lora_dpo_jax.main.evaluate import EvaluateConfig
 from lora_dpo_jax.main.evaluate import main as evaluate
 from lora_dpo_jax.main.generate import main as generate
 from lora_dpo_jax.main.generate import parse
-from lora_dpo_jax.main.setup import TrainConfig
 from lora_dpo_jax.main.train import main
-from lora_dpo_jax.training.interruption import RESTART_ME
-from lora_dpo_jax.training.run_lock import LOCK, RunLock
+from lora_dpo_jax.processes.run_lock import LOCK, RunLock
+from lora_dpo_jax.processes.signals import RESTART_ME
+from lora_dpo_jax.runs.setup import TrainConfig
 
 STEPS = 6
 MAIN = "lora_dpo_jax.main"
@@ -171,7 +171,7 @@ def test_scores_and_completions_of_two_processes_are_those_of_one(folder, on_two
 # Sends itself a signal after a step that is no checkpoint's, if it is the process that is meant.
 SIGNALLED = """
 import os, runpy, sys
-from lora_dpo_jax.training import trainer
+from lora_dpo_jax.training import loop as trainer
 
 signum, victim, at = (int(sys.argv.pop(1)) for _ in range(3))
 take = trainer._MetricsLog.take

@@ -18,11 +18,11 @@ from tiny_runs import instruct_folder, preference_rows, read_metrics, run_config
 
 from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.main import evaluate
-from lora_dpo_jax.main import reference as main_reference
-from lora_dpo_jax.main.reference import ReferenceLogProbs
-from lora_dpo_jax.main.setup import TrainConfig, load_base, load_peft_adapter, load_tables, load_tokenizer
 from lora_dpo_jax.main.train import main
-from lora_dpo_jax.reference import ReferenceCache
+from lora_dpo_jax.reference_cache import ReferenceCache
+from lora_dpo_jax.runs import reference_scores as main_reference
+from lora_dpo_jax.runs.reference_scores import ReferenceLogProbs
+from lora_dpo_jax.runs.setup import TrainConfig, load_base, load_peft_adapter, load_tables, load_tokenizer
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.step import TrainStep
 

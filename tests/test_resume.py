@@ -19,11 +19,11 @@ from safetensors.numpy import load_file, save_file
 from tiny_runs import instruct_folder, preference_rows, read_metrics, run_config, write_rows
 
 from lora_dpo_jax import tracking
-from lora_dpo_jax.main.arguments import parse
-from lora_dpo_jax.main.setup import TrainConfig
+from lora_dpo_jax.checkpoints.files import read_description
 from lora_dpo_jax.main.train import main
-from lora_dpo_jax.training.checkpoint_files import read_description
-from lora_dpo_jax.training.interruption import RESTART_ME, InterruptedTrainingError
+from lora_dpo_jax.processes.signals import RESTART_ME, InterruptedTrainingError
+from lora_dpo_jax.runs.setup import TrainConfig
+from lora_dpo_jax.settings.arguments import parse
 
 STEPS = 8
 ENVIRONMENT = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}

@@ -15,7 +15,7 @@ from tiny_models import load, tiny_folder
 from tiny_runs import instruct_folder, preference_rows, run_config, write_rows
 
 from lora_dpo_jax.data import cache
-from lora_dpo_jax.data.preferences import ComponentConfig
+from lora_dpo_jax.data.config import ComponentConfig
 from lora_dpo_jax.data.preview import preview
 from lora_dpo_jax.data.sources import UrlSource
 from lora_dpo_jax.huggingface.adapters import save_adapter
@@ -25,10 +25,10 @@ from lora_dpo_jax.huggingface.weights import save_merged
 from lora_dpo_jax.lora import LoraConfig, loraize
 from lora_dpo_jax.main import generate
 from lora_dpo_jax.main.errors import print_trace, told_in_a_line
-from lora_dpo_jax.main.report import Report
-from lora_dpo_jax.main.setup import load_tokenizer
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.redaction import log_to_stderr
+from lora_dpo_jax.runs.report import Report
+from lora_dpo_jax.runs.setup import load_tokenizer
 
 ESCAPES = "\x1b]0;title\x07\x1b[2J\r\x9b31m\u202e"
 CODE = "import pathlib\npathlib.Path(__file__).with_name('it_ran').touch()\nclass Mine:\n    pass\n"

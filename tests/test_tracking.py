@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_disks import no_file_larger_than
 from wandb.proto import wandb_internal_pb2
 
-from lora_dpo_jax.main.arguments import parse
-from lora_dpo_jax.main.config_file import read_yaml
-from lora_dpo_jax.main.decoding import config_of
+from lora_dpo_jax.settings.arguments import parse
+from lora_dpo_jax.settings.config_file import read_yaml
+from lora_dpo_jax.settings.decoding import config_of
 from lora_dpo_jax.tracking import (
     NoTrackerConfig,
     ProgressBar,

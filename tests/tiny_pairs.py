@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_dpo_jax.data.batches import PairTable, whole_table
 from lora_dpo_jax.data.chat import TokenizedPair
-from lora_dpo_jax.data.loader import PairTable, whole_table
 from lora_dpo_jax.data.memory import MemoryPairs
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
-from lora_dpo_jax.data.planning import Layout, plan_rows
+from lora_dpo_jax.data.shapes import Layout, plan_rows
 from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter
 from lora_dpo_jax.models import CausalLM, ComputeConfig, DecoderConfig, PackedMask
 

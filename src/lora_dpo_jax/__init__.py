@@ -13,7 +13,7 @@ from lora_dpo_jax.log_probs import pair_log_probs
 from lora_dpo_jax.lora import LoraConfig, LoraLinear, frozen_copy, loraize, merge_lora, trainable_filter, unwrap_lora
 from lora_dpo_jax.losses import Dpo, LengthNormalizedDpo, PairLogProbs, PreferenceLoss
 from lora_dpo_jax.models import CausalLM, DecoderConfig
-from lora_dpo_jax.reference import ReferenceCache
+from lora_dpo_jax.reference_cache import ReferenceCache
 from lora_dpo_jax.sharding import MeshConfig, Placement
 from lora_dpo_jax.training.optimizer import OptimizerConfig
 from lora_dpo_jax.training.step import TrainState, TrainStep

@@ -9,7 +9,7 @@ import haliax as hax
 import jax
 import numpy as np
 
-from lora_dpo_jax.data.loader import PairTable, packed_rows
+from lora_dpo_jax.data.batches import PairTable, packed_rows
 from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.log_probs import pair_log_probs
 from lora_dpo_jax.losses import PairLogProbs, PreferenceLoss, preference_metrics

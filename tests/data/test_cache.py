@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from lora_dpo_jax.data import cache
 from lora_dpo_jax.data.cache import load_pairs, tokenize_component
 from lora_dpo_jax.data.chat import PairTokenizer
-from lora_dpo_jax.data.preferences import ComponentConfig, FormatConfig, PreferenceDataConfig
+from lora_dpo_jax.data.config import ComponentConfig, FormatConfig, PreferenceDataConfig
 from lora_dpo_jax.data.rows import read_pair
 from lora_dpo_jax.data.sources import RowError, SourceError, UrlSource
 

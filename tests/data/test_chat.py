@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from lora_dpo_jax.data.chat import PairTokenizer, TokenizedPair, fit_to_length
-from lora_dpo_jax.data.preferences import FormatConfig
+from lora_dpo_jax.data.config import FormatConfig
 from lora_dpo_jax.data.rows import PreferencePair, read_pair
 from lora_dpo_jax.data.sources import RowError, attempt
 

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from lora_dpo_jax.data.cache import tokenize_component
-from lora_dpo_jax.data.preferences import ComponentConfig
+from lora_dpo_jax.data.config import ComponentConfig
 from lora_dpo_jax.data.preview import preview
 from lora_dpo_jax.data.sources import HubSource, UrlSource
 

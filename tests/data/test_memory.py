@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_dpo_jax.data.loader import split_by_prompt, whole_table
+from lora_dpo_jax.data.batches import split_by_prompt, whole_table
 from lora_dpo_jax.data.memory import MemoryPairs
 
 IDS = [([1, 2], [3], [4, 5]), (np.array([1, 2], np.int64), (6,), [7]), ([8], [3], [4, 5])]

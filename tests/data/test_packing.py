@@ -19,7 +19,7 @@ from lora_dpo_jax.data import packing
 from lora_dpo_jax.data.chat import TokenizedPair
 from lora_dpo_jax.data.memory import MemoryPairs
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
-from lora_dpo_jax.data.planning import Layout
+from lora_dpo_jax.data.shapes import Layout
 from lora_dpo_jax.log_probs import pair_log_probs
 from lora_dpo_jax.lora import trainable_filter
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lora_dpo_jax.data.cache import tokenize_component
-from lora_dpo_jax.data.preferences import ComponentConfig
+from lora_dpo_jax.data.config import ComponentConfig
 from lora_dpo_jax.data.preview import SHADES, preview
 from lora_dpo_jax.data.sources import UrlSource
 

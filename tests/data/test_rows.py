@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lora_dpo_jax.data.preferences import FormatConfig
+from lora_dpo_jax.data.config import FormatConfig
 from lora_dpo_jax.data.rows import read_pair
 from lora_dpo_jax.data.sources import RowError
 

@@ -17,7 +17,7 @@ from hostile_values import how_it_ends
 from huggingface_hub.utils import filter_repo_objects
 
 from lora_dpo_jax.huggingface.folders import check_export_target, export_folder, local_folder
-from lora_dpo_jax.main.setup import TOKENIZER_FILES
+from lora_dpo_jax.runs.setup import TOKENIZER_FILES
 
 
 def write_export(folder: Path, **files: str) -> None:

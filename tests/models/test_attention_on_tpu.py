@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from haliax import Axis, NamedArray
 
+from lora_dpo_jax.cost.devices import described_devices
 from lora_dpo_jax.models.attention import KEY_POSITION, PackedMask, ScoreRule, attend
 from lora_dpo_jax.sharding import MeshConfig, Placement
-from lora_dpo_jax.training.devices import described_devices
 
 KVHead, Group = Axis("kv_head", 4), Axis("q_heads_per_group", 2)
 

@@ -25,7 +25,8 @@ from tiny_pairs import (
     tiny_decoder,
 )
 
-from lora_dpo_jax.data.planning import plan_layout
+from lora_dpo_jax.cost.flops import useful_flops
+from lora_dpo_jax.data.shapes import plan_layout
 from lora_dpo_jax.generation import GenerationConfig, generate
 from lora_dpo_jax.log_probs import pair_log_probs
 from lora_dpo_jax.lora import linear_layers, loraize, merge_lora, trainable_filter, unwrap_lora
@@ -40,7 +41,6 @@ from lora_dpo_jax.models.quantization import (
     quantize,
     quantize_weight,
 )
-from lora_dpo_jax.training.flops import useful_flops
 
 KINDS = ["nf4", "int8"]
 PAIRS = table_of(random_pairs(8))

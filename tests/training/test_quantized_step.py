@@ -20,7 +20,7 @@ from tiny_pairs import (
 )
 
 from lora_dpo_jax.data.packing import pack
-from lora_dpo_jax.data.planning import plan_layout
+from lora_dpo_jax.data.shapes import plan_layout
 from lora_dpo_jax.lora import LoraConfig, loraize
 from lora_dpo_jax.losses import Dpo
 from lora_dpo_jax.models import CausalLM, ComputeConfig

@@ -23,11 +23,11 @@ from tiny_pairs import (
     weights_of,
 )
 
+from lora_dpo_jax.data.batches import packed_batches
 from lora_dpo_jax.data.chat import TokenizedPair
-from lora_dpo_jax.data.loader import packed_batches
 from lora_dpo_jax.data.memory import MemoryPairs
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
-from lora_dpo_jax.data.planning import Layout, RunLayout, plan_rows
+from lora_dpo_jax.data.shapes import Layout, RunLayout, plan_rows
 from lora_dpo_jax.evaluation import PairScorer
 from lora_dpo_jax.lora import frozen_copy, trainable_filter, unwrap_lora, with_dropout
 from lora_dpo_jax.losses import Dpo, LengthNormalizedDpo

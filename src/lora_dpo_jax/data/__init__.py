@@ -1,8 +1,6 @@
 """From raw preference rows to packed batches."""
 
-from lora_dpo_jax.data.cache import TokenizedPairs, load_pairs, tokenize_component
-from lora_dpo_jax.data.chat import PairTokenizer, TokenizedPair
-from lora_dpo_jax.data.loader import (
+from lora_dpo_jax.data.batches import (
     PairSource,
     PairTable,
     packed_batches,
@@ -10,12 +8,14 @@ from lora_dpo_jax.data.loader import (
     split_by_prompt,
     whole_table,
 )
+from lora_dpo_jax.data.cache import TokenizedPairs, load_pairs, tokenize_component
+from lora_dpo_jax.data.chat import PairTokenizer, TokenizedPair
+from lora_dpo_jax.data.config import ComponentConfig, FormatConfig, PreferenceDataConfig
 from lora_dpo_jax.data.memory import MemoryPairs
 from lora_dpo_jax.data.order import PairOrder
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
-from lora_dpo_jax.data.planning import Layout, PairLayout, RunLayout, plan_layout, plan_rows
-from lora_dpo_jax.data.preferences import ComponentConfig, FormatConfig, PreferenceDataConfig
 from lora_dpo_jax.data.rows import PreferencePair
+from lora_dpo_jax.data.shapes import Layout, PairLayout, RunLayout, plan_layout, plan_rows
 from lora_dpo_jax.data.sources import HubSource, UrlSource
 
 __all__ = [

@@ -35,13 +35,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lora_dpo_jax.data.chat import PairTokenizer, SliceStrategy, TokenizedPair, backend_of, fit_to_length
-from lora_dpo_jax.data.messages import holds_fills
-from lora_dpo_jax.data.preferences import (
+from lora_dpo_jax.data.config import (
     ComponentConfig,
     FormatConfig,
     PreferenceDataConfig,
     default_cache_dir,
 )
+from lora_dpo_jax.data.messages import holds_fills
 from lora_dpo_jax.data.rows import PreferencePair, read_pair
 from lora_dpo_jax.data.sources import RowError, RowTable, SourceError, Split, attempt, read_tables
 from lora_dpo_jax.printable import printable

@@ -19,7 +19,7 @@ import numpy as np
 from haliax import NamedArray
 
 from lora_dpo_jax.data.chat import TokenizedPair
-from lora_dpo_jax.data.planning import MICRO, PAIR, POSITION, ROW, TARGET, Layout
+from lora_dpo_jax.data.shapes import MICRO, PAIR, POSITION, ROW, TARGET, Layout
 
 
 class PreferenceBatch(eqx.Module):

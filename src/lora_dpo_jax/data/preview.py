@@ -7,8 +7,8 @@ from typing import TextIO
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lora_dpo_jax.data.batches import PairTable
 from lora_dpo_jax.data.cache import TokenizedPairs
-from lora_dpo_jax.data.loader import PairTable
 from lora_dpo_jax.printable import printable
 
 RESET = "\x1b[0m"

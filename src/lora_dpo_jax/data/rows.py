@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_dpo_jax.data.config import FormatConfig
 from lora_dpo_jax.data.messages import (
     INPUT_ROLES,
     Message,
@@ -15,7 +16,6 @@ from lora_dpo_jax.data.messages import (
     says_something,
     without_nulls,
 )
-from lora_dpo_jax.data.preferences import FormatConfig
 from lora_dpo_jax.data.sources import RowError
 
 # Where a prompt stands in rows without `prompt_field`: text first, then messages that wait for an answer.

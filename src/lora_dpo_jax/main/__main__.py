@@ -1,9 +1,9 @@
 """python -m lora_dpo_jax.main --config_path config/quickstart.yaml"""
 
-from lora_dpo_jax.main.arguments import parse_arguments
 from lora_dpo_jax.main.command import command
-from lora_dpo_jax.main.setup import TrainConfig, process_start
 from lora_dpo_jax.main.train import main
+from lora_dpo_jax.runs.setup import TrainConfig, process_start
+from lora_dpo_jax.settings.arguments import parse_arguments
 
 
 def run() -> None:

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from lora_dpo_jax.main.errors import print_trace, told_in_a_line
-from lora_dpo_jax.training.distributed import DistributedConfig, is_first_process, start_processes
-from lora_dpo_jax.training.interruption import InterruptedTrainingError
-from lora_dpo_jax.training.liveness import Liveness
+from lora_dpo_jax.processes.exchange import DistributedConfig, is_first_process, start_processes
+from lora_dpo_jax.processes.liveness import Liveness
+from lora_dpo_jax.processes.signals import InterruptedTrainingError
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_dpo_jax.main.launched import resuming_command
 from lora_dpo_jax.printable import printable
+from lora_dpo_jax.processes.exchange import is_first_process
+from lora_dpo_jax.processes.signals import InterruptedTrainingError
 from lora_dpo_jax.redaction import redact
-from lora_dpo_jax.training.distributed import is_first_process
-from lora_dpo_jax.training.interruption import InterruptedTrainingError
+from lora_dpo_jax.settings.launched import resuming_command
 
 READER_GONE = 128 + 13  # as a shell reports SIGPIPE
 TRACEBACK = "LORA_DPO_JAX_TRACEBACK"  # set it to see where an error comes from

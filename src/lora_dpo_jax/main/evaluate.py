@@ -12,19 +12,21 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from lora_dpo_jax.data.loader import PairTable, why_none_is_held_out
+from lora_dpo_jax.data.batches import PairTable, why_none_is_held_out
 from lora_dpo_jax.data.sources import expand_url
 from lora_dpo_jax.evaluation import summarize
 from lora_dpo_jax.huggingface.adapters import read_adapter_config
 from lora_dpo_jax.lora import equals_reference, frozen_copy
 from lora_dpo_jax.losses import PairLogProbs
-from lora_dpo_jax.main.arguments import parse_arguments
 from lora_dpo_jax.main.command import command
-from lora_dpo_jax.main.identity import cache_folder, refuse_other_settings
 from lora_dpo_jax.main.output_file import check_output, write_output
-from lora_dpo_jax.main.outputs import check_writable
-from lora_dpo_jax.main.reference import ReferenceLogProbs
-from lora_dpo_jax.main.setup import (
+from lora_dpo_jax.places import refuse_impossible_paths
+from lora_dpo_jax.printable import printable
+from lora_dpo_jax.processes.exchange import is_first_process
+from lora_dpo_jax.runs.identity import cache_folder, refuse_other_settings
+from lora_dpo_jax.runs.outputs import check_writable
+from lora_dpo_jax.runs.reference_scores import ReferenceLogProbs
+from lora_dpo_jax.runs.setup import (
     TrainConfig,
     check_models,
     folder_of,
@@ -36,9 +38,7 @@ from lora_dpo_jax.main.setup import (
     placement_of,
     scorer,
 )
-from lora_dpo_jax.places import refuse_impossible_paths
-from lora_dpo_jax.printable import printable
-from lora_dpo_jax.training.distributed import is_first_process
+from lora_dpo_jax.settings.arguments import parse_arguments
 
 logger = logging.getLogger("lora_dpo_jax")
 

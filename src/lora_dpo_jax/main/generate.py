@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from fsspec.core import url_to_fs
 from transformers import PreTrainedTokenizerBase
 
+from lora_dpo_jax.data.config import read_template
 from lora_dpo_jax.data.messages import read_messages
-from lora_dpo_jax.data.preferences import read_template
 from lora_dpo_jax.data.readers import decompress, suffixes
 from lora_dpo_jax.data.sources import RowError, RowFile
 from lora_dpo_jax.generation import GenerationConfig, complete, encode_prompt, encode_prompts, read_stop_ids
@@ -25,14 +25,14 @@ from lora_dpo_jax.huggingface.adapters import load_adapter, read_base_model
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
 from lora_dpo_jax.huggingface.weights import load_model, read_config
-from lora_dpo_jax.main.arguments import parse as parse_settings
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.output_file import check_output, write_output
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
 from lora_dpo_jax.places import refuse_impossible_paths
 from lora_dpo_jax.printable import printable
+from lora_dpo_jax.processes.exchange import DistributedConfig, is_first_process
 from lora_dpo_jax.redaction import log_to_stderr
-from lora_dpo_jax.training.distributed import DistributedConfig, is_first_process
+from lora_dpo_jax.settings.arguments import parse as parse_settings
 
 logger = logging.getLogger(__name__)
 

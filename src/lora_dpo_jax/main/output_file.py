@@ -10,8 +10,8 @@ from typing import Any
 import fsspec
 
 from lora_dpo_jax.files import replace_file
-from lora_dpo_jax.main.outputs import check_writable
 from lora_dpo_jax.places import is_url, leads_nowhere, parent_of, place_of, same_place
+from lora_dpo_jax.runs.outputs import check_writable
 
 STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # where the names of pipes, and of what a shell opened, begin
 LONGEST_LINE = 2**24  # bytes; of a file that is no output the first line may be all of it

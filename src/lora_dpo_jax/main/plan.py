@@ -16,23 +16,23 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from lora_dpo_jax.cost.compiled import ProgramMemory, collective_bytes
+from lora_dpo_jax.cost.devices import DeviceKind, described_devices
+from lora_dpo_jax.cost.flops import useful_flops
 from lora_dpo_jax.data import Layout, PreferenceBatch, TokenizedPair, plan_rows
 from lora_dpo_jax.data.packing import pack
-from lora_dpo_jax.data.planning import LENGTH_MULTIPLE, round_up
+from lora_dpo_jax.data.shapes import LENGTH_MULTIPLE, round_up
 from lora_dpo_jax.huggingface.weights import read_config
 from lora_dpo_jax.lora import trainable_filter
-from lora_dpo_jax.main.arguments import parse_arguments
 from lora_dpo_jax.main.errors import told_in_a_line
-from lora_dpo_jax.main.setup import TrainConfig, folder_of, row_bound
 from lora_dpo_jax.models import CausalLM, DecoderConfig
 from lora_dpo_jax.models.quantization import parameter_count
 from lora_dpo_jax.printable import printable
+from lora_dpo_jax.runs.abstract import bytes_of_a_device, describe_state
+from lora_dpo_jax.runs.setup import TrainConfig, folder_of, row_bound
+from lora_dpo_jax.settings.arguments import parse_arguments
 from lora_dpo_jax.sharding import Placement
-from lora_dpo_jax.training.described import bytes_of_a_device, describe_state
-from lora_dpo_jax.training.devices import DeviceKind, described_devices
-from lora_dpo_jax.training.flops import useful_flops
 from lora_dpo_jax.training.precision import precision_of
-from lora_dpo_jax.training.programs import ProgramMemory, collective_bytes
 from lora_dpo_jax.training.step import TrainState, TrainStep
 
 # Forward passes of the policy that the backward pass makes again.

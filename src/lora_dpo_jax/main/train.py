@@ -12,19 +12,29 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from lora_dpo_jax.data.loader import PairTable, packed_batches, why_none_is_held_out
+from lora_dpo_jax.checkpoints.store import Checkpoints
+from lora_dpo_jax.cost.devices import peak_flops
+from lora_dpo_jax.data.batches import PairTable, packed_batches, why_none_is_held_out
 from lora_dpo_jax.data.order import PairOrder
-from lora_dpo_jax.data.planning import RunLayout
 from lora_dpo_jax.data.preview import preview
+from lora_dpo_jax.data.shapes import RunLayout
 from lora_dpo_jax.huggingface.adapters import read_adapter_config
 from lora_dpo_jax.lora import LoraConfig, frozen_copy, loraize, reference_model, trainable_filter, with_dropout
-from lora_dpo_jax.main.exports import Exports, with_trained_template
-from lora_dpo_jax.main.guard import Guard, refuse_non_finite
-from lora_dpo_jax.main.identity import refuse_other_plans, refuse_other_settings, run_identity
-from lora_dpo_jax.main.outputs import check_outputs
-from lora_dpo_jax.main.reference import ReferenceLogProbs
-from lora_dpo_jax.main.report import Report
-from lora_dpo_jax.main.setup import (
+from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.models.quantization import parameter_count
+from lora_dpo_jax.places import is_within
+from lora_dpo_jax.processes.exchange import is_first_process
+from lora_dpo_jax.processes.run_lock import RunLock
+from lora_dpo_jax.processes.signals import InterruptedTrainingError, StopSignals
+from lora_dpo_jax.processes.stalls import Watch
+from lora_dpo_jax.redaction import redacted
+from lora_dpo_jax.runs.checks import Guard, refuse_non_finite
+from lora_dpo_jax.runs.exports import Exports, with_trained_template
+from lora_dpo_jax.runs.identity import refuse_other_plans, refuse_other_settings, run_identity
+from lora_dpo_jax.runs.outputs import check_outputs
+from lora_dpo_jax.runs.reference_scores import ReferenceLogProbs
+from lora_dpo_jax.runs.report import Report
+from lora_dpo_jax.runs.setup import (
     Base,
     TrainConfig,
     check_models,
@@ -38,20 +48,10 @@ from lora_dpo_jax.main.setup import (
     placement_of,
     scorer,
 )
-from lora_dpo_jax.models import CausalLM
-from lora_dpo_jax.models.quantization import parameter_count
-from lora_dpo_jax.places import is_within
-from lora_dpo_jax.redaction import redacted
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.tracking import cut_metrics, start_trackers
-from lora_dpo_jax.training.checkpoint import Checkpoints
-from lora_dpo_jax.training.devices import peak_flops
-from lora_dpo_jax.training.distributed import is_first_process
-from lora_dpo_jax.training.interruption import InterruptedTrainingError, StopSignals
-from lora_dpo_jax.training.run_lock import RunLock
+from lora_dpo_jax.training.loop import Hook, StepInfo, TrainerConfig, train
 from lora_dpo_jax.training.step import TrainState, TrainStep
-from lora_dpo_jax.training.trainer import Hook, StepInfo, TrainerConfig, train
-from lora_dpo_jax.training.watch import Watch
 
 logger = logging.getLogger("lora_dpo_jax")
 

@@ -12,12 +12,12 @@ import optax
 from haliax import NamedArray
 from jax.sharding import NamedSharding
 
+from lora_dpo_jax.cost.flops import useful_flops
 from lora_dpo_jax.data.packing import MICRO, PreferenceBatch
 from lora_dpo_jax.log_probs import pair_log_probs, policy_and_reference_log_probs
 from lora_dpo_jax.lora import equals_reference, trainable_filter
 from lora_dpo_jax.losses import PairLogProbs, PreferenceLoss, preference_metrics
 from lora_dpo_jax.models import CausalLM
-from lora_dpo_jax.training.flops import useful_flops
 
 
 class TrainState(eqx.Module):

@@ -1,0 +1,1 @@
+"""Resumable state of a run on disk."""

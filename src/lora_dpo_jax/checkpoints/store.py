@@ -1,0 +1,407 @@
+"""When a run saves its state, which checkpoints it keeps, and from which one it goes on."""
+
+import json
+import logging
+import re
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from lora_dpo_jax.checkpoints.files import (
+    DamagedCheckpointError,
+    check_files,
+    read_description,
+    refuse_foreign_files,
+)
+from lora_dpo_jax.processes.exchange import (
+    from_each_process,
+    from_first_process,
+    is_first_process,
+    wait_for_all,
+)
+
+logger = logging.getLogger("lora_dpo_jax")
+
+T = TypeVar("T")  # a tree of arrays
+STEP_FOLDER = re.compile(r"step-(\d+)")
+UNFINISHED_FOLDER = re.compile(r"step-\d+\.orbax-checkpoint-tmp.*")  # what Orbax writes into
+UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+LOOKS = 20  # how often in an interval several processes compare their clocks
+SECONDS_TO_SEE = 10.0  # how long a network file system may take to show one host what another wrote
+NONE_FOUND, REFUSED = -1, -2  # what the first process tells the others instead of a step
+SHOWN_DIFFERENCES = 12
+
+
+@dataclass(frozen=True)
+class CheckpointInterval:
+    """The checkpoints after every `every` steps are kept, up to step `until`."""
+
+    every: int  # steps
+    until: int | None = None  # the last step that the rule is for; null, in the last rule alone, is for ever
+
+
+@dataclass(frozen=True)
+class CheckpointerConfig:
+    """When checkpoints are saved and which are kept. Names and rules are Levanter's.
+
+    A checkpoint is kept if the first of `keep` that reaches its step says so; the last one always is. Those by the
+    clock, or on a signal, are temporary: they go when a newer one is complete.
+    """
+
+    base_path: str | None = None  # a folder or a gs:// URL; null is `checkpoints` in the run's folder
+    append_run_id_to_base_path: bool = True  # the id is a folder in base_path
+    save_interval: str | None = "15m"  # 1h30m, 90s; a bare number is in minutes; null saves none by the clock
+    # Which steps' checkpoints are saved and stay: rules, by rising `until`. The last step's always is.
+    keep: list[CheckpointInterval] = field(default_factory=lambda: [CheckpointInterval(every=10_000)])
+
+    def __post_init__(self):
+        if "://" in (self.base_path or "") and not str(self.base_path).startswith("gs://"):
+            raise ValueError(
+                f"trainer.checkpointer.base_path={self.base_path!r}: checkpoints go to a folder or to gs://, the only "
+                "object store that Orbax writes to. Elsewhere, mount the bucket as a folder"
+            )
+        if any(rule.every < 1 for rule in self.keep):
+            raise ValueError(f"trainer.checkpointer.keep={self.keep}: every must be at least 1")
+        untils = [rule.until for rule in self.keep]
+        known = [until for until in untils if until is not None]
+        if None in untils[:-1] or known != sorted(set(known)):
+            raise ValueError(f"trainer.checkpointer.keep: until={untils} must rise, and only the last may be null")
+        self.interval_seconds  # noqa: B018  (raises if it cannot be parsed)
+
+    @property
+    def interval_seconds(self) -> float | None:
+        return None if self.save_interval is None else _seconds(self.save_interval)
+
+    def keeps(self, step: int) -> bool:
+        rule = next((rule for rule in self.keep if rule.until is None or step <= rule.until), None)
+        return rule is not None and step % rule.every == 0
+
+    def folder(self, run_dir: Path, run_id: str) -> epath.Path:
+        if self.base_path is None:
+            return epath.Path(run_dir.absolute()) / "checkpoints"
+        base = epath.Path(self.base_path).expanduser()
+        base = base if "://" in self.base_path else base.absolute()
+        return base / run_id if self.append_run_id_to_base_path else base
+
+
+@dataclass(frozen=True)
+class Restored(Generic[T]):
+    """A checkpoint that was read: the arrays after `step` updates, and what else was saved with them."""
+
+    step: int
+    arrays: T
+    notes: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, as `step-<n>` in one folder. With several processes, all must make the same calls.
+
+    A context manager: at its end, what is still being written is waited for.
+    """
+
+    def __init__(
+        self,
+        folder: epath.Path,
+        config: CheckpointerConfig,
+        *,
+        identity: Mapping[str, Any],
+        settings: Mapping[str, Any],
+    ):
+        """`identity`: what a run and a checkpoint must have in common. `settings`: all of the run's, for the log.
+
+        Both are nested mappings that serialize to JSON; the first process's are taken.
+        """
+        self.folder, self.config = folder, config
+        self.identity, self.settings = _as_json(identity), _as_json(settings)
+        self._at_hand: int | None = None  # the step of which the newest checkpoint is
+        self._clock = _Clock(config.interval_seconds)
+        self._storage: Any = None
+        self._finishing: Future | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+
+    def restore(self, like: T, *, wanted: bool | None = None) -> Restored[T] | None:
+        """The newest whole checkpoint of this run, as a tree like `like`, each array where its namesake lies.
+
+        Damaged ones are left out and named in the log. None: there is none, which is an error if `wanted`; if `wanted`
+        is false there must be none. Raises ValueError if the newest one is of another run, with the differences.
+        """
+        arrays = _named(like)
+        step, error = NONE_FOUND, None
+        if jax.process_index() == 0:
+            try:
+                step = self._find(arrays, wanted)
+            except Exception as found:  # raised below, when the others have been told
+                step, error = REFUSED, found
+        step = int(multihost_utils.broadcast_one_to_all(np.int64(step)))
+        if error is not None:
+            raise error
+        if step == REFUSED:
+            raise ValueError(f"{self.folder}: the first process refused it; its log says why")
+        self._refuse_unshared_folder()
+        if step == NONE_FOUND:
+            return None
+        path = self._path(step)
+        values = self._open().read(path, arrays)
+        leaves = [values[name] for name in arrays]
+        self._at_hand = step
+        logger.info("going on from %s", path)
+        return Restored(step, jax.tree.unflatten(jax.tree.structure(like), leaves), read_description(path)["notes"])
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save after `step` updates, by the rules or the clock. To be asked once a step."""
+        if self._finishing is not None and self._finishing.done():
+            self.wait()  # raises where the writing failed
+        return self.config.keeps(step) or self._clock.is_due(step)
+
+    def save(self, step: int, arrays: Any, *, notes: Mapping[str, Any], is_last: bool = False) -> None:
+        """Saves in the background; the arrays may be donated as soon as this returns. `notes` serialize to JSON."""
+        if step == self._at_hand:
+            return
+        self.wait()
+        description = {
+            "step": step,
+            "is_temporary": not (is_last or self.config.keeps(step)),
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "notes": _as_json(notes),
+            "identity": {**self.identity, "arrays": _shapes(_named(arrays))},
+            "settings": self.settings,
+        }
+        try:
+            self._open().write(self._path(step), _named(arrays), description)
+        except Exception as error:
+            raise self._not_written(step, error) from error
+        self._at_hand = step
+        self._clock.restart()
+        self._finishing = self._thread.submit(self._finish, step)
+
+    def wait(self) -> None:
+        """Until the last save is on disk. Raises OSError if it could not be written."""
+        finishing, self._finishing = self._finishing, None
+        if finishing is not None:
+            finishing.result()
+
+    def __enter__(self) -> "Checkpoints":
+        self._clock.restart()
+        return self
+
+    def __exit__(self, exception_type, exception, traceback) -> None:
+        try:
+            self.wait()
+        except OSError as error:
+            if exception_type is None:
+                raise
+            logger.error("%s", error)  # what ended the block goes on
+        finally:
+            self._thread.shutdown()
+            if self._storage is not None:
+                self._storage.close()
+
+    def _find(self, arrays: Mapping[str, jax.Array], wanted: bool | None) -> int:
+        """The step to go on from, or NONE_FOUND."""
+        self._make_folder()
+        steps = sorted(self._steps(), reverse=True)
+        if wanted is False and steps:
+            raise ValueError(
+                f"trainer.load_checkpoint=false, but {self.folder} holds checkpoints of steps {steps[::-1]}, which the "
+                "next run of this id would take for its own: choose another trainer.id, or remove them"
+            )
+        for step in steps:
+            path = self._path(step)
+            try:
+                description = read_description(path)
+                check_files(path)
+            except DamagedCheckpointError as error:
+                refuse_foreign_files(path)
+                logger.warning("the checkpoint %s is damaged and is left out: %s", path, error)
+                continue
+            self._refuse_other_runs(path, description, arrays)
+            return step
+        if wanted:
+            raise FileNotFoundError(f"trainer.load_checkpoint=true, but {self.folder} holds no whole checkpoint")
+        return NONE_FOUND
+
+    def _refuse_other_runs(self, path: epath.Path, found: dict[str, Any], arrays: Mapping[str, jax.Array]) -> None:
+        theirs = dict(found["identity"])
+        shapes = theirs.pop("arrays")
+        # Which settings made the arrays differ says more than the arrays.
+        if differences := _differences(theirs, self.identity) or _differences(shapes, _shapes(arrays)):
+            raise ValueError(
+                f"{path} is a checkpoint of another run:\n{_listed(differences)}\n"
+                "Set these back to go on from it, or choose another trainer.id to begin anew."
+            )
+        if changed := _differences(found["settings"], self.settings):
+            logger.warning("since the checkpoint %s these settings have changed:\n%s", path, _listed(changed))
+
+    def _make_folder(self) -> None:
+        """So that a place where nothing can be written is found out before training. Removes halves."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".writable-{uuid.uuid4().hex}"
+            probe.write_text("")
+            probe.unlink()
+            for path in self._entries():
+                if UNFINISHED_FOLDER.fullmatch(path.name):
+                    logger.warning("the checkpoint %s was not finished and is left out", path)
+                    path.rmtree()
+        except OSError as error:
+            raise OSError(
+                f"{self.folder}: checkpoints cannot be written there ({error}). Set trainer.checkpointer.base_path, or "
+                "trainer.log_dir, to a place where they can"
+            ) from error
+
+    def _refuse_unshared_folder(self) -> None:
+        """Every process writes what its devices hold, and all of that is one checkpoint."""
+        probe = self.folder / from_first_process(f".seen-by-all-{uuid.uuid4().hex}")
+        if is_first_process():
+            probe.write_text("")
+        wait_for_all()
+        deadline = time.monotonic() + SECONDS_TO_SEE
+        while not (is_seen := probe.exists()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        seen = from_each_process("seen" if is_seen else "")
+        if is_first_process():
+            probe.unlink()
+        if not all(seen):
+            raise ValueError(
+                f"{self.folder} is not the same folder on all processes: {[i for i, x in enumerate(seen) if not x]} do "
+                "not see what process 0 writes there. Set trainer.checkpointer.base_path to one that all see, such as "
+                "a gs:// URL"
+            )
+
+    def _finish(self, step: int) -> None:
+        """In the background: waits until the checkpoint is whole, then deletes the temporary ones before it."""
+        try:
+            self._storage.wait()
+        except Exception as error:
+            raise self._not_written(step, error) from error
+        logger.info("saved %s", self._path(step))
+        if jax.process_index() == 0:
+            for earlier in self._steps():
+                if earlier < step and self._is_temporary(earlier):
+                    self._path(earlier).rmtree()
+
+    def _not_written(self, step: int, error: Exception) -> OSError:
+        return OSError(f"the checkpoint {self._path(step)} could not be written; earlier ones are whole. {error}")
+
+    def _is_temporary(self, step: int) -> bool:
+        """False where it cannot be read: what is not known to be temporary is not deleted."""
+        try:
+            return read_description(self._path(step))["is_temporary"]
+        except DamagedCheckpointError:
+            return False
+
+    def _entries(self) -> list[epath.Path]:
+        try:
+            return list(self.folder.iterdir())
+        except FileNotFoundError:  # in an object store, a folder without files is none
+            return []
+
+    def _steps(self) -> list[int]:
+        names = (STEP_FOLDER.fullmatch(path.name) for path in self._entries())
+        return [int(name[1]) for name in names if name]
+
+    def _path(self, step: int) -> epath.Path:
+        return self.folder / f"step-{step}"
+
+    def _open(self) -> Any:
+        if self._storage is None:
+            # Not with the other imports: what only needs the settings need not wait for Orbax.
+            from lora_dpo_jax.checkpoints.arrays import CheckpointArrays
+
+            self._storage = CheckpointArrays()
+        return self._storage
+
+
+class _Clock:
+    """Whether `seconds` have gone by since the last save, by the clock of the first process."""
+
+    def __init__(self, seconds: float | None):
+        self.seconds = seconds
+        self.restart()
+
+    def restart(self) -> None:
+        self.since = time.monotonic()
+        self.looked_at: tuple[float, int] | None = None  # the time and step of the last look
+        self.next_look = 0
+
+    def is_due(self, step: int) -> bool:
+        if self.seconds is None or step < self.next_look:
+            return False
+        now = time.monotonic()
+        is_due, ahead = now - self.since >= self.seconds, 1
+        if jax.process_count() > 1:
+            # Asking the first process is a collective that waits for the devices: it is done a few times in an
+            # interval, after a number of steps that is again the first process's.
+            if self.looked_at is not None:
+                then, at = self.looked_at
+                ahead = max(1, int(self.seconds / LOOKS / max((now - then) / (step - at), 1e-6)))
+            is_due, ahead = multihost_utils.broadcast_one_to_all(np.array([is_due, ahead]))
+        self.looked_at, self.next_look = (now, step), step + int(ahead)
+        return bool(is_due)
+
+
+def _seconds(text: str) -> float:
+    """Of 1h30m, 10m or 90s; a number alone is in minutes."""
+    compact = text.lower().replace(" ", "")
+    if re.fullmatch(r"\d+(\.\d+)?", compact):
+        compact += "m"
+    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", compact)
+    seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
+    if "".join(map("".join, parts)) != compact or not 0 < seconds < threading.TIMEOUT_MAX:
+        raise ValueError(f"trainer.checkpointer.save_interval={text!r} is no time; for example 10m, 1h30m or 90s")
+    return seconds
+
+
+def _named(arrays: Any) -> dict[str, jax.Array]:
+    """The leaves by their dotted paths, in the order of the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(arrays)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _shapes(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
+    return {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
+
+
+def _as_json(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(tree, default=str))
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """A line for each setting, by its dotted name, that is not the same."""
+    there, here = flat_settings(theirs), flat_settings(ours)
+    return [
+        f"{name}: {_shown(there, name)} in the checkpoint, {_shown(here, name)} in this run"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name) != here.get(name)
+    ]
+
+
+def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flat_settings(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    text = json.dumps(settings[name]) if name in settings else "nothing"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _listed(lines: list[str]) -> str:
+    more = len(lines) - SHOWN_DIFFERENCES
+    return "\n".join(f"  {line}" for line in lines[:SHOWN_DIFFERENCES] + ([f"and {more} more"] if more > 0 else []))

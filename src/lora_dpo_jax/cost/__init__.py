@@ -1,0 +1,1 @@
+"""What a step costs: operations, memory, traffic, and what devices can do."""

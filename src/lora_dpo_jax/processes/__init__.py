@@ -1,0 +1,1 @@
+"""What processes of one run say to each other, and how they end together."""

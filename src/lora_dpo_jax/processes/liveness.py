@@ -1,0 +1,132 @@
+"""Ends all processes of a run when one of them has ended, in words and soon, where they would wait for it for ever.
+
+Each process gives a sign of life every second to the service that JAX keeps on process 0, and listens there for news of
+the end. That news is given by a process that ends with an error, or by process 0 of one that has been
+silent for too long; process 0 is gone when the service does not answer.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+from lora_dpo_jax.printable import printable
+from lora_dpo_jax.processes.exchange import service, wait_for_all
+from lora_dpo_jax.processes.signals import RESTART_ME
+from lora_dpo_jax.redaction import redact
+
+SIGNS, NEWS = "lora_dpo_jax/alive", "lora_dpo_jax/ended"
+ALL_IS_DONE = "all is done"
+SECONDS_BETWEEN_SIGNS = 1.0
+SECONDS_TO_HEAR = 2.0  # how long the service outlives an error of process 0
+GONE = (
+    "it was killed, or its machine or the network is gone.\n"
+    "Start the same command again on all machines: a run with a trainer.id goes on from its newest checkpoint. "
+    f"This process exits with status {RESTART_ME}, which says so to launchers."
+)
+
+
+class Liveness:
+    """Watches over the processes of a run from `start` to `end` or `fail`, in a thread."""
+
+    def __init__(self, *, silence_seconds: float):
+        self.client, self.silence_seconds = service(), silence_seconds
+        self.me, self.count = jax.process_index(), jax.process_count()
+        self.name = f"process {self.me} of {self.count} ({socket.gethostname()})"
+        self._heard: dict[int, tuple[str, float]] = {}  # the last sign of each process, and when it was seen first
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="liveness")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        """The work is done: waits for the others, and lets all go."""
+        wait_for_all()
+        self._is_over.set()
+        if self.me == 0:
+            self._tell(ALL_IS_DONE)
+        self._thread.join()
+        jax.distributed.shutdown()
+
+    def fail(self, reason: str, status: int) -> None:
+        """Tells the others why this process ends, and ends it: JAX's own way to end would wait for them."""
+        self._is_over.set()
+        self._tell(_news(f"{self.name} {reason}", status))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.me == 0:
+            time.sleep(SECONDS_TO_HEAR)
+        os._exit(status)
+
+    @contextmanager
+    def explaining_errors(self) -> Iterator[None]:
+        """An error in the block that may come of another process's end is held back until that would have been told."""
+        try:
+            yield
+        except Exception as error:
+            if _may_be_anothers(error):
+                time.sleep(self.silence_seconds + 3 * SECONDS_BETWEEN_SIGNS)
+            raise
+
+    def _watch(self) -> None:
+        for number in range(sys.maxsize):
+            try:
+                self.client.key_value_set(f"{SIGNS}/{self.me}", f"{socket.gethostname()} {number}", True)
+                if self.me == 0:
+                    self._look_for_silence()
+                news = self.client.blocking_key_value_get(NEWS, int(1000 * SECONDS_BETWEEN_SIGNS))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" in str(error):
+                    continue
+                if not self._is_over.is_set():
+                    self._leave(f"process 0 does not answer any more: {GONE}", RESTART_ME)
+                return
+            if news != ALL_IS_DONE and not self._is_over.is_set():
+                self._leave(**json.loads(news))
+            return
+
+    def _look_for_silence(self) -> None:
+        now = time.monotonic()
+        signs = {key.rpartition("/")[2]: sign for key, sign in self.client.key_value_dir_get(SIGNS)}
+        for process in range(1, self.count):
+            sign = signs.get(str(process), "")
+            if sign != self._heard.get(process, (None,))[0]:
+                self._heard[process] = (sign, now)
+            elif now - self._heard[process][1] > self.silence_seconds:
+                host = sign.partition(" ")[0] or "it never came up"
+                name = f"process {process} of {self.count} ({host})"
+                silence = f"has given no sign of life for {self.silence_seconds:.0f} s"
+                self._tell(_news(f"{name} {silence}: {GONE}", RESTART_ME))
+
+    def _tell(self, news: str) -> None:
+        try:
+            self.client.key_value_set(NEWS, news)
+        except jax.errors.JaxRuntimeError:
+            pass  # another was faster, or there is nobody left to tell
+
+    def _leave(self, text: str, status: int) -> None:
+        # Past sys.stderr, whose lock a thread that hangs may hold.
+        os.write(2, f"error: {self.name} ends with the others. {printable(redact(text))}\n".encode())
+        if self.me == 0:
+            time.sleep(SECONDS_TO_HEAR)
+        os._exit(status)
+
+
+def _news(text: str, status: int) -> str:
+    return json.dumps({"text": text, "status": status})
+
+
+def _may_be_anothers(error: BaseException | None) -> bool:
+    """Whether JAX's services or collectives raised it, or what led to it: Gloo's errors have no type of their own."""
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

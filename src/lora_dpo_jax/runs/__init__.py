@@ -1,0 +1,1 @@
+"""A run, assembled once for all commands."""

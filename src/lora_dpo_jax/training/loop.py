@@ -1,0 +1,315 @@
+"""The training loop. It knows steps, metrics and hooks, and nothing of models, losses or data."""
+
+import logging
+import math
+import signal
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import jax
+import jmp
+
+from lora_dpo_jax.checkpoints.store import CheckpointerConfig
+from lora_dpo_jax.places import is_url
+from lora_dpo_jax.processes.exchange import DistributedConfig, from_first_process
+from lora_dpo_jax.processes.signals import InterruptedTrainingError
+from lora_dpo_jax.processes.stalls import FINISHING, INPUT, SENDING, Watch
+from lora_dpo_jax.sharding import MeshConfig
+from lora_dpo_jax.tracking import NoTrackerConfig, ProgressBar, Tracker, TrackerConfigs, check_trackers
+from lora_dpo_jax.training.precision import precision_of
+
+logger = logging.getLogger("lora_dpo_jax")
+
+S = TypeVar("S")
+COUNTS = ("pairs", "tokens", "flops")  # metrics of a step that are logged as rates
+MOST_STEPS = 2**31 - 1  # the optimizer counts them in int32
+LONGEST_ID = 200  # bytes; a file name may have 255, and the writers of checkpoints add to it
+METRICS_LAG = 1  # steps dispatched before the metrics of one are fetched, so that the device never waits for the host
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long, how fast and where a run runs; names are Levanter's where it has one."""
+
+    num_train_steps: int | None = None  # updates
+    num_train_epochs: float | None = None  # the other way to say how long; 1 if neither is given
+    train_batch_size: int = 32  # pairs per update
+    # What becomes of the pairs at the end of an epoch that make no whole batch. short: they are a batch of their own,
+    # as in transformers and TRL. fill: the next epoch fills it up. null: short, unless num_train_steps is given.
+    last_batch: Literal["short", "fill"] | None = None
+    # What a device computes at once, in pairs of the longest length; -1 is what makes up 16,384 tokens. Less uses less
+    # memory: the gradients of the rest are accumulated.
+    per_device_parallelism: int = -1
+    per_device_eval_parallelism: int = -1  # likewise in evaluation; -1 takes that of training, or 8
+    steps_per_eval: int | None = None  # null: evaluate before the first and after the last step only
+    eval_at_start: bool = True  # evaluate before the first step
+    log_every: int = 1  # steps
+    seed: int = 0  # of adapters, order, split and dropout
+    mp: str | None = None  # "f32", "bf16", "p=f32,c=bfloat16", ...; null computes in bfloat16 on accelerators
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    # Where metrics go besides metrics.jsonl: wandb, tensorboard, none, a mapping with settings, or a list of these.
+    tracker: TrackerConfigs = field(default_factory=lambda: [NoTrackerConfig()])
+    log_dir: str = "logs"  # the folder of all runs
+    # The run's folder in log_dir; null generates a name. A run of an id that was here before goes on where it was.
+    id: str | None = None
+    checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
+    load_checkpoint: bool | None = None  # null: go on from a checkpoint if there is one; true: there must be one
+    # A step whose loss or gradient is not finite makes no update. stop: the run ends there. skip: it goes on, until
+    # more than max_skips_in_a_row come one after the other.
+    non_finite: Literal["stop", "skip"] = "stop"
+    max_skips_in_a_row: int = 10  # with skip: more of them end the run
+    # How long the run waits for its input, its devices or a hook before the log says so; null: it never does.
+    stall_seconds: float | None = 120.0
+    # Where compiled programs are kept for the next run, a folder or a URL; null: what JAX is told elsewhere
+    # ($JAX_COMPILATION_CACHE_DIR), or `programs` where the run keeps its other caches.
+    jax_compilation_cache_dir: str | None = None
+
+    def __post_init__(self):
+        positive = ("train_batch_size", "log_every", "steps_per_eval", "num_train_steps", "num_train_epochs")
+        for name in (*positive, "max_skips_in_a_row", "stall_seconds"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"trainer.{name}={value} must be positive")
+        for name in ("num_train_steps", "num_train_epochs"):
+            if (getattr(self, name) or 0) > MOST_STEPS:
+                raise ValueError(f"trainer.{name}={getattr(self, name)} makes more steps than {MOST_STEPS:,}, the most")
+        for name in ("per_device_parallelism", "per_device_eval_parallelism"):
+            value = getattr(self, name)
+            if value < 1 and value != -1:
+                raise ValueError(f"trainer.{name}={value} must be positive, or -1 for all rows at once")
+        if self.non_finite not in ("stop", "skip"):
+            raise ValueError(f"trainer.non_finite={self.non_finite!r} must be stop or skip")
+        if self.last_batch not in ("short", "fill", None):
+            raise ValueError(f"trainer.last_batch={self.last_batch!r} must be short, fill or null")
+        if self.num_train_steps is not None and self.num_train_epochs is not None:
+            raise ValueError("trainer.num_train_steps and trainer.num_train_epochs exclude each other; set one to null")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"trainer.seed={self.seed} must be in [0, 2**32)")
+        if self.stall_seconds is not None and self.stall_seconds > threading.TIMEOUT_MAX:
+            raise ValueError(f"trainer.stall_seconds={self.stall_seconds} is longer than a clock can wait; set null")
+        if self.mp is not None:
+            self.precision  # noqa: B018  (raises if it cannot be parsed)
+        if self.id is not None:
+            _refuse_bad_id(self.id)
+        if is_url(self.log_dir):
+            raise ValueError(
+                f"trainer.log_dir={self.log_dir!r} must be a folder of this machine; checkpoints alone go to a bucket, "
+                "by trainer.checkpointer.base_path"
+            )
+        check_trackers(self.tracker)
+
+    @property
+    def precision(self) -> jmp.Policy:
+        """Dtypes of adapters (param) and of computation (compute)."""
+        # Not asked unless it must be: the devices are not there before the processes of a run have met.
+        mp = self.mp or ("f32" if jax.default_backend() == "cpu" else "p=f32,c=bfloat16")
+        return precision_of("trainer.mp", mp)
+
+    @property
+    def has_short_batches(self) -> bool:
+        """Whether an epoch ends with the pairs that are left, however few."""
+        return self.last_batch == "short" or (self.last_batch is None and self.num_train_steps is None)
+
+    def steps(self, num_pairs: int) -> int:
+        """How many updates the run makes, if an epoch has so many pairs."""
+        if self.num_train_steps is not None:
+            return self.num_train_steps
+        epochs = self.num_train_epochs or 1
+        if self.has_short_batches:
+            return math.ceil(epochs * math.ceil(num_pairs / self.train_batch_size))
+        return math.ceil(epochs * num_pairs / self.train_batch_size)
+
+    def run_id(self) -> str:
+        """The same on all processes, each of which must call this."""
+        return from_first_process(self.id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
+
+    def run_dir(self, run_id: str) -> Path:
+        return Path(self.log_dir).expanduser() / run_id
+
+
+def _refuse_bad_id(name: str) -> None:
+    """The id is the name of one folder, in log_dir and perhaps in a bucket."""
+    if name in (".", "..") or set(name) & set("/\\") or not name.isprintable() or name != name.strip():
+        raise ValueError(f"trainer.id={name!r} must be the name of one folder in trainer.log_dir, without slashes")
+    if len(name.encode()) > LONGEST_ID:
+        raise ValueError(
+            f"trainer.id={name[:20]!r}... has {len(name.encode())} bytes; it must have at most {LONGEST_ID}"
+        )
+
+
+@dataclass(frozen=True)
+class StepInfo(Generic[S]):
+    """What a hook sees: the state after `step` updates."""
+
+    step: int
+    state: S
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Calls `function` before the first step if `at_start`, after every `every` steps, and after the last one.
+
+    Also after the steps of which `when` says so; it is asked at most once a step. A run that was asked to stop calls
+    those hooks alone that are meant for it, `at_stop`.
+    """
+
+    function: Callable[[StepInfo], None]
+    name: str = "hook"  # for the log
+    every: int | None = None
+    at_start: bool = False
+    at_end: bool = True
+    at_stop: bool = False
+    when: Callable[[int], bool] = lambda step: False
+
+    def is_due(self, step: int, num_steps: int) -> bool:
+        if step == 0:
+            return self.at_start
+        if step == num_steps and self.at_end:
+            return True
+        return (self.every is not None and step % self.every == 0) or self.when(step)
+
+
+class NonFiniteLossError(RuntimeError):
+    """Training stopped as a loss or gradient was not a number; the message names the step and what was in its batch."""
+
+
+def train(
+    state: S,
+    step_fn: Callable[[S, Any], tuple[S, Any]],
+    batches: Iterable[Any],
+    *,
+    num_steps: int,
+    tracker: Tracker,
+    first_step: int = 0,
+    hooks: Sequence[Hook] = (),
+    log_every: int = 1,
+    peak_flops: float | None = None,
+    check: Callable[[int, Any, dict[str, float]], None] = lambda step, metrics, values: None,
+    stop: Callable[[], signal.Signals | None] = lambda: None,
+    began: float | None = None,
+    watch: Watch | None = None,
+) -> S:
+    """Runs `step_fn` over `batches` and returns the last state. Raises ValueError if there are too few batches.
+
+    A run that goes on has a state after `first_step` updates, and `batches` of the steps from there on. It begins with
+    the hooks that are due after so many steps: they may not have come to an end before.
+
+    The metrics of a step (their `values`: scalars by name) are fetched after the next step is on its way.
+    `check(step, metrics, values)` sees those of every step and may raise. `mfu` is logged if the devices' `peak_flops`
+    (FLOP/s) are given. How long the first step was in coming is counted from `began` (of time.perf_counter), or from
+    this call. When `stop`, asked after each step but the last, names a signal, hooks that are `at_stop` are called and
+    InterruptedTrainingError is raised. `watch` is told what the loop waits for.
+    """
+    began = time.perf_counter() if began is None else began
+    pending: deque[tuple[int, Any]] = deque()
+    with ProgressBar(num_steps, initial=first_step) as progress, watch or Watch(None) as watch:
+        log = _MetricsLog(tracker, progress, log_every, num_steps, peak_flops, check, watch)
+        _run([hook for hook in hooks if hook.is_due(first_step, num_steps)], StepInfo(first_step, state), watch)
+        log.start_clock()
+        batches = iter(batches)
+        for step in range(first_step, num_steps):
+            with watch.waiting_for(INPUT, step):
+                batch = _next(batches, step, num_steps)
+            with watch.waiting_for(SENDING, step):
+                state, metrics = step_fn(state, batch)
+            pending.append((step, metrics))
+            if step == first_step:
+                log.take(*pending.popleft())
+                seconds = time.perf_counter() - began
+                logger.info("the first step was done %.1f s after the start", seconds)
+                if step == 0:
+                    tracker.log_summary({"seconds_to_first_step": seconds})
+            if len(pending) > METRICS_LAG:
+                log.take(*pending.popleft())
+            done = step + 1
+            stopped_by = stop() if done < num_steps else None
+            due = [hook for hook in hooks if (hook.at_stop if stopped_by else hook.is_due(done, num_steps))]
+            if due:
+                while pending:
+                    log.take(*pending.popleft())
+                with log.paused_clock():
+                    _run(due, StepInfo(done, state), watch)
+            watch.end_step(step)
+            if stopped_by:
+                raise InterruptedTrainingError(stopped_by, done, num_steps)
+        while pending:
+            log.take(*pending.popleft())
+    return state
+
+
+def _next(batches: Iterator[Any], step: int, num_steps: int) -> Any:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise ValueError(f"the batches ended after {step} of {num_steps} steps") from None
+
+
+def _run(hooks: Sequence[Hook], info: StepInfo, watch: Watch) -> None:
+    for hook in hooks:
+        with watch.waiting_for(f"the hook {hook.name}", info.step, is_step=False):
+            hook.function(info)
+
+
+class _MetricsLog:
+    """Fetches metrics, adds rates, and hands them to tracker and progress bar."""
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        progress: ProgressBar,
+        log_every: int,
+        num_steps: int,
+        peak_flops: float | None,
+        check: Callable,
+        watch: Watch,
+    ):
+        self.tracker, self.progress, self.check, self.watch = tracker, progress, check, watch
+        self.log_every, self.num_steps, self.peak_flops = log_every, num_steps, peak_flops
+        self.counts = dict.fromkeys(COUNTS, 0.0)
+        self.since = time.perf_counter()
+
+    def start_clock(self) -> None:
+        self.since = time.perf_counter()
+
+    def paused_clock(self):
+        return _PausedClock(self)
+
+    def take(self, step: int, metrics: Any) -> None:
+        with self.watch.waiting_for(FINISHING, step):
+            values = {name: float(value) for name, value in jax.device_get(metrics.values).items()}
+        self.check(step, metrics, values)
+        for name in COUNTS:
+            self.counts[name] += values.pop(name, 0.0)
+        if step % self.log_every and step + 1 != self.num_steps:
+            self.progress.update(step)
+            return
+        now = time.perf_counter()
+        seconds, self.since = now - self.since, now
+        rates = {name: count / seconds for name, count in self.counts.items()}
+        values |= {"pairs_per_second": rates["pairs"], "tokens_per_second": rates["tokens"]}
+        if self.peak_flops is not None:
+            values["mfu"] = rates["flops"] / self.peak_flops
+        self.counts = dict.fromkeys(COUNTS, 0.0)
+        logged = {f"train/{name}": value for name, value in values.items()}
+        self.tracker.log(logged, step=step)
+        self.progress.update(step, logged)
+
+
+class _PausedClock:
+    """Time spent inside does not count as training."""
+
+    def __init__(self, log: _MetricsLog):
+        self.log = log
+
+    def __enter__(self) -> None:
+        self.entered = time.perf_counter()
+
+    def __exit__(self, *_) -> None:
+        self.log.since += time.perf_counter() - self.entered

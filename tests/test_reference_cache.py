@@ -1,0 +1,266 @@
+"""What the cache of the reference's log-probs gives is what was computed, whatever happened to its files."""
+
+import logging
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_disks import no_file_larger_than
+from tiny_pairs import new_adapters, random_pairs
+
+from lora_dpo_jax.data.batches import PairTable
+from lora_dpo_jax.evaluation import PairScorer
+from lora_dpo_jax.lora import unwrap_lora
+from lora_dpo_jax.reference_cache import RECORD, ReferenceCache
+
+SIZE = RECORD.itemsize
+
+
+ONE, TWO = random_pairs(13, seed=1), random_pairs(9, seed=2)
+
+
+def table(one, two=()) -> PairTable:
+    """Of the pairs with these indices."""
+    return PairTable({"one": (ONE, np.array(one, int)), "two": (TWO, np.array(two, int))})
+
+
+ALL = table(range(13), range(9))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return unwrap_lora(new_adapters())
+
+
+@pytest.fixture(scope="module")
+def truth(reference) -> np.ndarray:
+    """float32 [pair of ALL, chosen / rejected]"""
+    scores = PairScorer(ALL, rows=2)(reference)
+    return np.stack([scores.chosen.array, scores.rejected.array], axis=-1)
+
+
+@pytest.fixture
+def cache(tmp_path) -> ReferenceCache:
+    return ReferenceCache(tmp_path, {"weights": "abc"})
+
+
+def fill(cache: ReferenceCache, reference, pairs: PairTable = ALL) -> list[int]:
+    """Computes what is not known; gives the numbers of those pairs."""
+    missing = np.flatnonzero(np.isnan(cache.find(pairs)).any(axis=1))
+    if len(missing):
+        cache.compute(reference, PairScorer(pairs.subset(missing), rows=1))
+    return missing.tolist()
+
+
+def assert_right(found: np.ndarray, truth: np.ndarray) -> None:
+    assert found.dtype == np.float32
+    # Rows are packed in another way: the order of sums over some 50 nats.
+    np.testing.assert_allclose(found, truth, rtol=1e-5)
+
+
+def record_files(cache: ReferenceCache) -> dict[int, Path]:
+    """By the number of their records."""
+    return {path.stat().st_size // SIZE: path for path in cache.folder.glob("*/records.bin")}
+
+
+def test_what_was_computed_is_found_by_every_table_of_the_same_components(cache, reference, truth):
+    assert np.isnan(cache.find(ALL)).all()
+    assert fill(cache, reference) == list(range(22))
+    assert_right(cache.find(ALL), truth)
+    some = table([2, 3, 11], [0, 8])
+    np.testing.assert_array_equal(cache.find(some), cache.find(ALL)[[2, 3, 11, 13, 21]])
+    assert fill(cache, reference, some) == []
+
+
+def test_computing_gives_what_is_found_later(cache, reference):
+    some = table([4, 7], [1])
+    np.testing.assert_array_equal(cache.compute(reference, PairScorer(some, rows=1)), cache.find(some))
+    known = ~np.isnan(cache.find(ALL)).any(axis=1)
+    assert np.flatnonzero(known).tolist() == [4, 7, 14]
+
+
+def test_another_identity_or_other_pairs_find_nothing(cache, reference, tmp_path):
+    fill(cache, reference)
+    assert np.isnan(ReferenceCache(tmp_path, {"weights": "abd"}).find(ALL)).all()
+    other = PairTable({"one": (random_pairs(13, seed=3), np.arange(13))})
+    assert np.isnan(cache.find(other)).all()
+    assert not np.isnan(ReferenceCache(tmp_path, {"weights": "abc"}).find(ALL)).any()
+
+
+def test_a_folder_says_what_it_is_of(cache, reference):
+    fill(cache, reference)
+    (meta,) = (path.with_name("meta.json") for count, path in record_files(cache).items() if count == 9)
+    assert f'"pairs": "{TWO.fingerprint}"' in meta.read_text() and '"weights": "abc"' in meta.read_text()
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InterruptedScorer(PairScorer):
+    after = 3  # batches
+
+    def in_batches(self, model, *args, **kwargs):
+        for number, batch in enumerate(super().in_batches(model, *args, **kwargs)):
+            if number == self.after:
+                raise Interrupted
+            yield batch
+
+
+def test_interrupted_filling_resumes_with_the_rest(cache, reference, truth):
+    with pytest.raises(Interrupted):
+        cache.compute(reference, InterruptedScorer(ALL, rows=1))
+    left = np.flatnonzero(np.isnan(cache.find(ALL)).any(axis=1)).tolist()
+    assert 0 < len(left) < 22
+    assert fill(cache, reference) == left
+    assert_right(cache.find(ALL), truth)
+    assert sum(record_files(cache)) == 22, "nothing was computed twice"
+
+
+class SoonInterruptedScorer(InterruptedScorer):
+    after = 1
+
+
+def test_interrupted_filling_ends_with_the_same_bits(tmp_path, reference):
+    """The rest is packed with what was there before, or the order of sums would be another."""
+
+    def find_all(name: str, scorers: list[type[PairScorer]]) -> np.ndarray:
+        cache = ReferenceCache(tmp_path / name, {"weights": "abc"})
+        fill(cache, reference, table([4, 7], [1]))  # a run before, that is done
+        for scorer in scorers:
+            known = cache.find(ALL)
+            planned = cache.plan(ALL, np.flatnonzero(np.isnan(known).any(axis=1)))
+            assert planned.tolist() == [i for i in range(22) if i not in (4, 7, 14)]
+            try:
+                cache.compute(reference, scorer(ALL.subset(planned), rows=1), known[planned])
+            except Interrupted:
+                continue
+            cache.end_plan(ALL)
+        assert sum(record_files(cache)) == 22, "nothing was computed twice for the cache"
+        assert not list(cache.folder.glob("*.plan"))
+        return cache.find(ALL)
+
+    in_peace = find_all("in_peace", [PairScorer])
+    interrupted = find_all("interrupted", [SoonInterruptedScorer, SoonInterruptedScorer, PairScorer])
+    np.testing.assert_array_equal(interrupted, in_peace)
+
+
+@pytest.mark.parametrize("content", [None, "[]", "[99, 3]", '{"a": 1}', "half of", "[[1]]"])
+def test_a_plan_that_does_not_hold_what_is_missing_is_made_anew(cache, content):
+    missing = np.array([2, 3, 5])
+    cache.plan(ALL, np.array([1]))
+    (path,) = cache.folder.glob("*.plan")
+    path.unlink() if content is None else path.write_text(content)
+    assert cache.plan(ALL, missing).tolist() == [2, 3, 5]
+    assert cache.plan(ALL, missing[:1]).tolist() == [2, 3, 5]
+    assert cache.plan(table(range(13)), missing[:1]).tolist() == [2], "that of another table is another"
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[5 * SIZE + 6] ^= 1  # of the chosen response's log-prob
+    path.write_bytes(content)
+
+
+def cut_the_end(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def put_garbage_before(path: Path) -> None:
+    path.write_bytes(b"garbage!" + path.read_bytes())
+
+
+def fill_with_zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    "damage, lost, says",
+    [
+        (flip_a_byte, 1, "1 of 13 records are damaged or belong to another cache, and 0 bytes.*at byte 80"),
+        (cut_the_end, 1, "0 of 12 records are .* and 11 bytes at the end are no whole record.*at byte 192"),
+        (put_garbage_before, 13, "13 of 13 records .* and 8 bytes at the end .*at byte 0"),
+        (fill_with_zeros, 13, "13 of 13 records .* and 0 bytes"),
+    ],
+)
+def test_a_damaged_file_is_told_repaired_and_computed_again(cache, reference, truth, caplog, damage, lost, says):
+    fill(cache, reference)
+    damage(record_files(cache)[13])
+    known = cache.find(ALL)
+    (warning,) = caplog.records
+    assert warning.levelno == logging.WARNING
+    assert str(cache.folder) in warning.getMessage()
+    caplog.clear()
+    missing = np.isnan(known).any(axis=1)
+    assert missing.sum() == lost and not missing[13:].any()
+    assert_right(known[~missing], truth[~missing])
+    assert fill(cache, reference) == np.flatnonzero(missing).tolist()
+    assert_right(cache.find(ALL), truth)
+    assert not caplog.records
+    assert sorted(record_files(cache)) == [9, 13]
+    assert re.search(says, warning.getMessage())
+
+
+@pytest.mark.parametrize("source", ["another model", "another component"])
+def test_the_file_of_another_cache_is_not_believed(cache, reference, truth, tmp_path, caplog, source):
+    other = ReferenceCache(tmp_path / "other", {"weights": "abd"})
+    for each in (cache, other):
+        fill(each, reference)
+    foreign = record_files(other)[13] if source == "another model" else record_files(cache)[9]
+    record_files(cache)[13].write_bytes(foreign.read_bytes())
+    assert np.isnan(cache.find(ALL)[:13]).all()
+    assert "belong to another cache" in caplog.text
+    fill(cache, reference)
+    assert_right(cache.find(ALL), truth)
+
+
+def test_records_added_after_a_torn_one_are_found(cache, reference, truth):
+    """A run that is killed while writing leaves a part of a record; another run, which has read the file, goes on."""
+    fill(cache, reference, table(range(6)))
+    (path,) = record_files(cache).values()
+    with path.open("ab") as file:
+        file.write(b"torn off")
+    cache.compute(reference, PairScorer(table(range(6, 13)), rows=1))
+    assert_right(cache.find(ALL)[:13], truth[:13])
+
+
+def test_a_full_disk_is_told_and_what_was_written_is_kept(cache, reference, truth):
+    with (
+        no_file_larger_than(5 * SIZE + 3),
+        pytest.raises(
+            OSError, match="^data.cache_dir: the reference's log-probs could not be written to .*records.bin"
+        ),
+    ):
+        cache.compute(reference, PairScorer(table(range(13)), rows=1))
+    known = ~np.isnan(cache.find(ALL)).any(axis=1)
+    assert known.sum() <= 5
+    assert_right(cache.find(ALL)[known], truth[known])
+    fill(cache, reference)
+    assert_right(cache.find(ALL), truth)
+
+
+def test_what_is_not_finite_is_not_kept(cache, reference):
+    class Broken:
+        pairs = table([1, 2, 3])
+
+        def in_batches(self, model):
+            for ids, found in PairScorer(self.pairs, rows=8).in_batches(model):
+                found["chosen"][ids == 1] = np.nan
+                found["rejected"][ids == 2] = -np.inf
+                yield ids, found
+
+    computed = cache.compute(reference, Broken())  # pyright: ignore[reportArgumentType]
+    assert np.isnan(computed[1, 0]) and computed[2, 1] == -np.inf
+    found = cache.find(Broken.pairs)
+    np.testing.assert_array_equal(found[0], computed[0])
+    assert np.isnan(found[1:]).all()
+
+
+def test_several_runs_fill_at_once(cache, reference, truth, caplog):
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: cache.compute(reference, PairScorer(ALL, rows=1)), range(4)))
+    assert sorted(record_files(cache)) == [4 * 9, 4 * 13]
+    assert_right(cache.find(ALL), truth)
+    assert not caplog.records
