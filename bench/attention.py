@@ -20,10 +20,12 @@ from haliax import Axis, NamedArray
 
 from bench import pairs as benchmark_pairs
 from bench.measure import emit
-from lora_dpo_jax.data import Layout, PreferenceBatch, plan_rows
+from lora_dpo_jax.axes import HEAD_SIZE, KEY_POSITION, KV_HEAD, POSITION, Q_HEADS_PER_GROUP
+from lora_dpo_jax.data import PartShape, PreferenceBatch, fill_rows
 from lora_dpo_jax.data.packing import pack
-from lora_dpo_jax.models.attention import IMPLEMENTATIONS, KEY_POSITION, PackedMask, ScoreRule, attend
+from lora_dpo_jax.models.attention import IMPLEMENTATIONS, PackedMask, ScoreRule, attend
 from lora_dpo_jax.settings.arguments import parse
+from lora_dpo_jax.settings.choices import check_choice
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,7 @@ class Options:
     out: str | None = None  # also write the JSON to this file
 
     def __post_init__(self):
-        if self.attention not in IMPLEMENTATIONS:
-            raise ValueError(f"attention={self.attention!r} must be one of {[*IMPLEMENTATIONS]}")
+        check_choice("attention", self.attention, IMPLEMENTATIONS)
 
 
 def main() -> None:
@@ -55,9 +56,9 @@ def measure(options: Options) -> dict[str, Any]:
     """Median milliseconds of both, and the share of the dense one's products of query and key that ours needs."""
     batch = packed_rows(options)
     KVHead, Group, HeadSize = (
-        Axis("kv_head", options.kv_heads),
-        Axis("q_heads_per_group", options.group),
-        Axis("head_size", options.head_size),
+        Axis(KV_HEAD, options.kv_heads),
+        Axis(Q_HEADS_PER_GROUP, options.group),
+        Axis(HEAD_SIZE, options.head_size),
     )
     Row, Pos = batch.tokens.axes
     q, d_out, k, v = (
@@ -67,7 +68,7 @@ def measure(options: Options) -> dict[str, Any]:
     mask = PackedMask(batch.segment_ids, batch.branch_ids, batch.position_ids)
 
     def packed(q: NamedArray, k: NamedArray, v: NamedArray) -> NamedArray:
-        keys, values = (x.rename({"position": KEY_POSITION}) for x in (k, v))
+        keys, values = (x.rename({POSITION: KEY_POSITION}) for x in (k, v))
         return attend(q, keys, values, mask, ScoreRule(HeadSize.size**-0.5), HeadSize, options.attention)
 
     dense_kind = "cudnn" if jax.default_backend() == "gpu" else "xla"
@@ -96,8 +97,8 @@ def measure(options: Options) -> dict[str, Any]:
 def packed_rows(options: Options) -> PreferenceBatch:
     """One micro-batch of the fullest rows that pairs of the profile make, with its ids on the device."""
     pairs = benchmark_pairs.load(options.data, 64 * options.rows, vocab_size=32000)
-    rows = plan_rows([pair.size for pair in pairs], options.length)[: options.rows]
-    layout = Layout(1, options.rows, options.length, targets=options.length, pairs=max(map(len, rows)))
+    rows = fill_rows([pair.size for pair in pairs], options.length)[: options.rows]
+    layout = PartShape.of_pairs(1, options.rows, options.length, targets=options.length, pairs=max(map(len, rows)))
     batch = pack(pairs, [np.array(row) for row in rows], layout)
     return jax.tree.map(jnp.asarray, batch.micro_batch(0))
 

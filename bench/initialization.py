@@ -68,9 +68,9 @@ class Arrangement:
 
     def run(self, a_init: Any, config: OptimizerConfig) -> Run:
         lora = dataclasses.replace(EVERYWHERE, a_init=a_init)
-        step, state, batches = wire(self.mesh, RECORD, steps=self.steps, lora=lora, **self.settings)
-        self.step = self.step or step
-        return _summary(list(_trained(self.step, state, batches, config.build(self.steps))))
+        learner, batches = wire(self.mesh, RECORD, steps=self.steps, lora=lora, **self.settings)
+        self.step = self.step or learner.step
+        return _summary(list(_trained(self.step, learner.state, batches, config.build(self.steps))))
 
 
 def _record() -> optax.GradientTransformation:

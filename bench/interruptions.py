@@ -24,7 +24,7 @@ from pathlib import Path
 from etils import epath
 
 from lora_dpo_jax.checkpoints.files import DESCRIPTION, check_files
-from lora_dpo_jax.data.cache import TokenizedPairs
+from lora_dpo_jax.data.cache import TokenizedExamples
 from lora_dpo_jax.huggingface.manifest import MANIFEST
 from lora_dpo_jax.reference_cache import RECORD
 
@@ -141,7 +141,7 @@ class Run:
 
     def caches(self) -> dict[str, dict[str, bytes]]:
         """The files of each folder of tokenized pairs, opened as a run opens it."""
-        folders = [path for path in (self.cache / "pairs").glob("[0-9a-f]*") if TokenizedPairs(path)]
+        folders = [path for path in (self.cache / "pairs").glob("[0-9a-f]*") if TokenizedExamples(path)]
         return {path.name: {file.name: file.read_bytes() for file in path.iterdir()} for path in folders}
 
     def check_what_looks_whole(self, other: "Run") -> int:

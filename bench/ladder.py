@@ -22,15 +22,15 @@ from bench import pairs as benchmark_pairs
 from bench.layouts import Savings, lay_out
 from bench.measure import Meter, emit
 from bench.models import decoder_config
-from bench.wiring import Subject, adapted_model, new_state, reference_log_probs
+from bench.wiring import Subject, adapted_model, reference_log_probs
 from lora_dpo_jax.cost.flops import useful_flops
-from lora_dpo_jax.data import PairTable, PreferenceBatch
+from lora_dpo_jax.data import ExampleTable, PreferenceBatch
 from lora_dpo_jax.lora import LoraLinear, map_linear_layers, trainable_filter
 from lora_dpo_jax.losses import Dpo
 from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.runs.learner import real_learner
 from lora_dpo_jax.settings.arguments import parse
 from lora_dpo_jax.sharding import Placement
-from lora_dpo_jax.training.step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -147,29 +147,28 @@ def predicted_flops(model: CausalLM, batch: PreferenceBatch, *, with_reference: 
     return float(eqx.filter_jit(useful_flops)(model, everything, with_reference=with_reference))
 
 
-def _measure(rung: Rung, options: Options, model: CausalLM, pairs: PairTable, placement: Placement) -> Measured:
+def _measure(rung: Rung, options: Options, model: CausalLM, pairs: ExampleTable, placement: Placement) -> Measured:
     laid_out = lay_out(list(pairs), rung.savings, row_multiple=placement.row_shards)
     if rung.cached_reference:
         laid_out = _with_reference(laid_out, reference_log_probs(model, pairs, placement))
     batch = placement.put_batch(laid_out)
     total = options.warmup + options.steps
     optimizer = optax.chain(_remember_gradients(), options.optimizer.build(total))
-    state = new_state(_fresh(model), optimizer, placement)
-    step = TrainStep(Dpo(), optimizer, scope=placement.scope)
-    temporary = step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+    learner = real_learner(Dpo(), optimizer, _fresh(model), placement, key=jax.random.key(1))
+    temporary = learner.compile(batch).memory_analysis().temp_size_in_bytes
 
     meter = Meter(options.warmup)
     first: tuple[float, list[np.ndarray]] | None = None
     for _ in range(total):
-        state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
+        metrics = learner(batch)
+        jax.block_until_ready((learner.state, metrics))
         meter.end_step()
         if first is None:
-            gradients = [np.array(leaf) for leaf in jax.tree.leaves(state.opt_state[0])]
+            gradients = [np.array(leaf) for leaf in jax.tree.leaves(learner.state.opt_state[0])]
             first = float(metrics.values["loss"]), gradients
             meter.begin()
     assert first is not None
-    timing = meter.report([benchmark_pairs.real_tokens(pairs.lengths)] * options.steps, len(pairs))
+    timing = meter.report([benchmark_pairs.real_tokens(pairs.sizes)] * options.steps, len(pairs))
     return Measured(
         rung.name,
         rows=" x ".join(str(axis.size) for axis in laid_out.tokens.axes[1:]),
@@ -183,10 +182,11 @@ def _measure(rung: Rung, options: Options, model: CausalLM, pairs: PairTable, pl
 
 
 def _with_reference(batch: PreferenceBatch, reference: np.ndarray) -> PreferenceBatch:
-    ids = np.asarray(batch.pair_ids.array)
-    values = np.where(ids[..., None] >= 0, reference[ids], np.float32(0))
-    chosen, rejected = (hax.named(values[..., i], batch.pair_ids.axes) for i in range(2))
-    return dataclasses.replace(batch, reference_chosen=chosen, reference_rejected=rejected)
+    """`reference` is float32 [response of the table]; those of pair n are 2n and 2n + 1."""
+    ids = np.repeat(np.asarray(batch.examples.ids.array), 2, axis=-1)
+    is_rejected = np.arange(ids.shape[-1]) % 2
+    values = np.where(ids >= 0, reference[2 * ids + is_rejected], np.float32(0))
+    return dataclasses.replace(batch, reference=hax.named(values, batch.response_tokens.axes))
 
 
 def _remember_gradients() -> optax.GradientTransformation:

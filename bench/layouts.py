@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import haliax as hax
 import numpy as np
 
-from lora_dpo_jax.data import Layout, PreferenceBatch, TokenizedPair, plan_rows
-from lora_dpo_jax.data.shapes import PAIR, POSITION, TARGET, round_up
+from lora_dpo_jax.axes import COMPARISON, EXAMPLE, POSITION, RESPONSE, TARGET
+from lora_dpo_jax.data import PartShape, PreferenceBatch, TokenizedExample, fill_rows
+from lora_dpo_jax.data.shapes import round_up
+from lora_dpo_jax.losses import Examples
 
 PADDING_ID = 0
 
@@ -30,7 +32,7 @@ class Savings:
     response_only: bool = True  # logits that predict no response token
 
 
-def lay_out(pairs: Sequence[TokenizedPair], savings: Savings, *, row_multiple: int = 1) -> PreferenceBatch:
+def lay_out(pairs: Sequence[TokenizedExample], savings: Savings, *, row_multiple: int = 1) -> PreferenceBatch:
     """All pairs as one micro-batch of NumPy arrays, numbered in their order."""
     if savings.shared_prefix and not savings.packing:
         raise ValueError("a shared prefix without packing is not offered")
@@ -38,8 +40,8 @@ def lay_out(pairs: Sequence[TokenizedPair], savings: Savings, *, row_multiple: i
     if savings.packing:
         sizes = [pair.size + (0 if savings.shared_prefix else len(pair.prompt)) for pair in pairs]
         shortest = round_up(max(sizes), 64)
-        row_length = min(range(shortest, 4 * shortest, 64), key=lambda length: length * len(plan_rows(sizes, length)))
-        planned = plan_rows(sizes, row_length)
+        row_length = min(range(shortest, 4 * shortest, 64), key=lambda length: length * len(fill_rows(sizes, length)))
+        planned = fill_rows(sizes, row_length)
     else:
         row_length = round_up(2 * longest, 64)
         planned = [[index] for index in range(len(pairs))]
@@ -58,8 +60,8 @@ def lay_out(pairs: Sequence[TokenizedPair], savings: Savings, *, row_multiple: i
     if not savings.response_only:
         for row in rows:
             row.predict_everywhere(nowhere=2 * pairs_per_row)
-    targets = round_up(max(len(row.target_slot) for row in rows), 64)
-    layout = Layout(1, len(rows), row_length, targets=targets, pairs=pairs_per_row)
+    targets = round_up(max(len(row.target_response) for row in rows), 64)
+    layout = PartShape.of_pairs(1, len(rows), row_length, targets=targets, pairs=pairs_per_row)
     return _batch(rows, planned, pairs, layout)
 
 
@@ -68,22 +70,22 @@ class _Row:
 
     def __init__(self, length: int):
         self.tokens, self.segment_ids, self.branch_ids, self.position_ids = np.zeros((4, length), np.int32)
-        self.source, self.target_ids, self.target_slot = [], [], []
+        self.source, self.target_ids, self.target_response = [], [], []
         self.end = self.segments = 0
 
-    def add_shared(self, pair: TokenizedPair, slot: int) -> None:
+    def add_shared(self, pair: TokenizedExample, slot: int) -> None:
         """`prompt | chosen | rejected`, as the library lays a pair out."""
         self.segments += 1
         self._add(pair.prompt, branch=0, position=0)
         last_of_prompt = self.end - 1
-        for branch, response in ((1, pair.chosen), (2, pair.rejected)):
+        for branch, response in enumerate(pair.responses, start=1):
             sources = [last_of_prompt, *range(self.end, self.end + len(response) - 1)]
             self._add(response, branch=branch, position=len(pair.prompt))
             self._predict(sources, response, 2 * slot + branch - 1)
 
-    def add_twice(self, pair: TokenizedPair, slot: int, *, length: int | None) -> None:
+    def add_twice(self, pair: TokenizedExample, slot: int, *, length: int | None) -> None:
         """`prompt | chosen` and `prompt | rejected`, each filled up to `length`."""
-        for number, response in enumerate((pair.chosen, pair.rejected)):
+        for number, response in enumerate(pair.responses):
             self.segments += 1
             tokens = np.concatenate([pair.prompt, response])
             first = self.end + len(pair.prompt) - 1
@@ -104,11 +106,11 @@ class _Row:
     def _predict(self, sources: Sequence[int], ids: np.ndarray, slot: int) -> None:
         self.source += sources
         self.target_ids += ids.tolist()
-        self.target_slot += [slot] * len(ids)
+        self.target_response += [slot] * len(ids)
 
 
 def _batch(
-    rows: Sequence[_Row], planned: Sequence[Sequence[int]], pairs: Sequence[TokenizedPair], layout: Layout
+    rows: Sequence[_Row], planned: Sequence[Sequence[int]], pairs: Sequence[TokenizedExample], layout: PartShape
 ) -> PreferenceBatch:
     def named(lists: Sequence, axis: str, fill: int = 0) -> hax.NamedArray:
         axes = layout.axes(axis)
@@ -124,8 +126,14 @@ def _batch(
         },
         source=named([row.source for row in rows], TARGET),
         target_ids=named([row.target_ids for row in rows], TARGET),
-        target_slot=named([row.target_slot for row in rows], TARGET, fill=-1),
-        pair_ids=named(planned, PAIR, fill=-1),
-        chosen_tokens=named([[len(pairs[i].chosen) for i in ids] for ids in planned], PAIR),
-        rejected_tokens=named([[len(pairs[i].rejected) for i in ids] for ids in planned], PAIR),
+        target_response=named([row.target_response for row in rows], TARGET, fill=-1),
+        response_tokens=named([[len(r) for i in ids for r in pairs[i].responses] for ids in planned], RESPONSE),
+        examples=Examples(
+            ids=named(planned, EXAMPLE, fill=-1),
+            example_of_response=named([np.repeat(np.arange(len(ids)), 2) for ids in planned], RESPONSE, fill=-1),
+            chosen=named([2 * np.arange(len(ids)) for ids in planned], COMPARISON),
+            rejected=named([2 * np.arange(len(ids)) + 1 for ids in planned], COMPARISON),
+            example_of_comparison=named([np.arange(len(ids)) for ids in planned], COMPARISON, fill=-1),
+            weight=named([np.ones(len(ids)) for ids in planned], COMPARISON).astype(np.float32),
+        ),
     )

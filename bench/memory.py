@@ -17,16 +17,16 @@ from bench import models
 from bench import pairs as benchmark_pairs
 from bench.measure import emit
 from bench.wiring import Lora, Subject, Trainer
-from lora_dpo_jax.cost.compiled import ProgramMemory, largest_arrays
-from lora_dpo_jax.cost.devices import described_devices
-from lora_dpo_jax.data import Layout, PreferenceBatch
+from lora_dpo_jax.cost.devices import devices_of_topology
+from lora_dpo_jax.cost.memory import ProgramMemory, largest_arrays
+from lora_dpo_jax.data import PartShape, PreferenceBatch
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.losses import Dpo
-from lora_dpo_jax.runs.abstract import describe_state
-from lora_dpo_jax.runs.setup import ModelConfig, layout_of_run
+from lora_dpo_jax.runs.config import ModelConfig
+from lora_dpo_jax.runs.learner import Learner, abstract_learner
+from lora_dpo_jax.runs.steps import lay_out_steps
 from lora_dpo_jax.settings.arguments import parse
 from lora_dpo_jax.sharding import Placement
-from lora_dpo_jax.training.step import TrainState, TrainStep
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ class LargeLora(Lora):
 @dataclass(frozen=True)
 class LargeTrainer(Trainer):
     train_batch_size: int = 128
-    mp: str | None = "p=f32,c=bfloat16"
 
 
 @dataclass(frozen=True)
@@ -71,17 +70,14 @@ def main() -> None:
 
 def placement(options: Options) -> Placement:
     """Over devices that are only described."""
-    return Placement(options.trainer.mesh, described_devices(options.topology)[1][: options.devices])
+    return Placement(options.trainer.mesh, devices_of_topology(options.topology)[1][: options.devices])
 
 
 def measure(options: Options, placement: Placement, parts: tuple[PreferenceBatch, ...]) -> dict[str, Any]:
     """Of the step compiled for a batch, given as shapes: MB of a device."""
-    total = options.warmup + options.steps
-    optimizer = options.optimizer.build(total)
-    state = state_of(options, placement, optimizer)
-    step = TrainStep(Dpo(), optimizer, scope=placement.scope)
+    learner = learner_of(options, placement)
     began = time.perf_counter()
-    compiled = step.lower(state, placement.describe_batch(parts)).compile()
+    compiled = learner.compile(placement.abstract_batch(parts))
     memory = ProgramMemory.of(compiled)
     return {
         "rows": " + ".join(" x ".join(str(axis.size) for axis in part.tokens.axes) for part in parts),
@@ -94,17 +90,15 @@ def measure(options: Options, placement: Placement, parts: tuple[PreferenceBatch
     }
 
 
-def state_of(options: Options, placement: Placement, optimizer: Any) -> TrainState:
-    trainer = options.trainer
-    return describe_state(
+def learner_of(options: Options, placement: Placement) -> Learner:
+    return abstract_learner(
+        Dpo(),
+        options.optimizer.build(options.warmup + options.steps),
         models.decoder_config(options.shape),
-        options.lora,
-        optimizer,
         placement,
-        dtype=trainer.precision.compute_dtype,
-        adapter_dtype=trainer.precision.param_dtype,
-        compute=options.model.compute,
-        quantization=options.model.quantization,
+        lora=options.lora,
+        model=options.model,
+        precision=options.trainer.precision_on(placement.mesh.devices.flat[0].platform),
     )
 
 
@@ -125,7 +119,7 @@ def batches(options: Options, placement: Placement) -> list[tuple[PreferenceBatc
     """One of full rows for each length asked for, or what a step of the data's pairs is laid into."""
     if options.row_lengths:
         layouts = [
-            (Layout(2, placement.row_shards, length, targets=length, pairs=length // 128),)
+            (PartShape.of_pairs(2, placement.row_shards, length, targets=length, pairs=length // 128),)
             for length in options.row_lengths
         ]
     else:
@@ -135,12 +129,13 @@ def batches(options: Options, placement: Placement) -> list[tuple[PreferenceBatc
             options.data, count, vocab_size=vocab_size, tokenizer=options.tokenizer, cap=options.train_seq_len
         )
         parallelism = options.trainer.per_device_parallelism
-        layout = layout_of_run(pairs, [np.arange(count)], parallelism, options.layout, row_shards=placement.row_shards)
-        layouts = [layout.parts]
+        ids, row_shards = [np.arange(count)], placement.row_shards
+        steps = lay_out_steps(pairs, ids, options.layout, parallelism=parallelism, row_shards=row_shards)
+        layouts = [steps.shapes.parts]
     return [tuple(_empty(layout, options.reference) for layout in parts) for parts in layouts]
 
 
-def _empty(layout: Layout, reference: str) -> PreferenceBatch:
+def _empty(layout: PartShape, reference: str) -> PreferenceBatch:
     known = np.zeros((1, 2), np.float32) if reference == "cached" else None
     return pack([], [], layout, known)
 

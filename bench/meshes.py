@@ -19,21 +19,22 @@ import numpy as np
 import optax
 
 from lora_dpo_jax.data import (
-    MemoryPairs,
-    PairLayout,
-    PairTable,
+    ExampleTable,
+    MemoryExamples,
+    PackingConfig,
     PreferenceBatch,
     packed_batches,
-    plan_layout,
     whole_table,
 )
 from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter
 from lora_dpo_jax.losses import Dpo
 from lora_dpo_jax.models import CausalLM, ComputeConfig, DecoderConfig
 from lora_dpo_jax.models.quantization import quantize
+from lora_dpo_jax.runs.learner import Learner, real_learner
+from lora_dpo_jax.runs.steps import lay_out_steps
 from lora_dpo_jax.sharding import MeshConfig, Placement
 from lora_dpo_jax.training.optimizer import OptimizerConfig
-from lora_dpo_jax.training.step import TrainState, TrainStep
+from lora_dpo_jax.training.step import TrainState
 
 # All that a mesh splits divides by eight, after NF4 has put two outputs into a byte too.
 DECODER = DecoderConfig(
@@ -77,12 +78,9 @@ class Outcome:
 def train(config: MeshConfig, *, steps: int = 20, devices: list[Any] | None = None, **settings: Any) -> Outcome:
     """Trains on all devices, or on those given, in the order in which the mesh is to have them. Settings: `wire`'s."""
     optimizer = OptimizerConfig(learning_rate=1e-3).build(steps)
-    step, state, batches = wire(config, optimizer, steps=steps, devices=devices, **settings)
-    losses = []
-    for batch in batches:
-        state, metrics = step(state, batch)
-        losses.append(float(metrics.values["loss"]))
-    return Outcome(np.array(losses), [np.asarray(leaf) for leaf in jax.tree.leaves(adapters_of(state))])
+    learner, batches = wire(config, optimizer, steps=steps, devices=devices, **settings)
+    losses = [float(learner(batch).values["loss"]) for batch in batches]
+    return Outcome(np.array(losses), [np.asarray(leaf) for leaf in jax.tree.leaves(adapters_of(learner.state))])
 
 
 def wire(
@@ -95,48 +93,44 @@ def wire(
     quantization: str = "none",
     dtype: str = "float32",
     row_order: list[int] | None = None,
-) -> tuple[TrainStep, TrainState, Iterator]:
-    """A train step, the state to begin with, and the batches.
+) -> tuple[Learner, Iterator]:
+    """A learner and its batches.
 
     `dtype` is that of the weights and of computation, `row_order` the one in which rows are dealt to the devices.
     """
     placement = Placement(config, devices)
-    make = functools.partial(_new_state, lora, optimizer, quantization, dtype)
-    state = placement.put_parameters(jax.jit(make)())
+    model = jax.jit(functools.partial(_adapted_model, lora, quantization, dtype))()
     pairs = random_pairs(4 * PAIRS_A_STEP)
-    batch_ids = list(np.arange(steps * PAIRS_A_STEP).reshape(steps, -1) % len(pairs))
-    layout = plan_layout(
-        batch_ids, pairs.lengths, row_multiple=placement.row_shards, longest_row=128, pair_layout=PairLayout()
-    )
+    ids = list(np.arange(steps * PAIRS_A_STEP).reshape(steps, -1) % len(pairs))
+    shapes = lay_out_steps(pairs, ids, PackingConfig(), parallelism=1, row_shards=placement.row_shards).shapes
 
     def place(batch: tuple[PreferenceBatch, ...]) -> tuple[PreferenceBatch, ...]:
         if row_order is not None:
             batch = jax.tree.map(lambda leaf: leaf[:, row_order], batch)  # [micro-batch, row, ...]
         return placement.put_batch(batch)
 
-    batches = packed_batches(pairs, batch_ids, layout, place=place)
-    return TrainStep(Dpo(), optimizer, scope=placement.scope), state, batches
+    learner = real_learner(Dpo(), optimizer, model, placement, key=jax.random.key(2))
+    return learner, packed_batches(pairs, ids, shapes, place=place)
 
 
 def adapters_of(state: TrainState) -> Any:
     return eqx.filter(state.model, trainable_filter(state.model))
 
 
-def random_pairs(count: int, *, seed: int = 0) -> PairTable:
+def random_pairs(count: int, *, seed: int = 0) -> ExampleTable:
     rng = np.random.default_rng(seed)
 
     def tokens(longest: int) -> np.ndarray:
         return rng.integers(0, DECODER.vocab_size, rng.integers(2, longest + 1))
 
-    return whole_table({"random": MemoryPairs((tokens(24), tokens(32), tokens(32)) for _ in range(count))})
+    return whole_table({"random": MemoryExamples((tokens(24), tokens(32), tokens(32)) for _ in range(count))})
 
 
-def _new_state(lora: LoraConfig, optimizer: Any, quantization: str, dtype: str) -> TrainState:
+def _adapted_model(lora: LoraConfig, quantization: str, dtype: str) -> CausalLM:
     base = CausalLM.init(DECODER, COMPUTE, key=jax.random.key(0))
     # Large enough that attention and predictions are far from uniform.
     base = jax.tree.map(lambda leaf: (leaf * 1.5 if leaf.ndim > 1 else leaf).astype(dtype), base)
-    model = loraize(quantize(base, quantization), lora, key=jax.random.key(1))
-    return TrainState.init(model, optimizer, key=jax.random.key(2))
+    return loraize(quantize(base, quantization), lora, key=jax.random.key(1))
 
 
 def main() -> None:

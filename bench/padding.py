@@ -10,8 +10,8 @@ from typing import Any
 
 from bench import pairs as benchmark_pairs
 from bench.measure import emit
-from lora_dpo_jax.data import PairLayout, PairOrder, PairTable
-from lora_dpo_jax.runs.setup import layout_of_run
+from lora_dpo_jax.data import ExampleOrder, ExampleTable, PackingConfig
+from lora_dpo_jax.runs.steps import lay_out_steps
 from lora_dpo_jax.settings.arguments import parse
 
 
@@ -23,7 +23,7 @@ class Options:
     batch_sizes: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128])
     per_device_parallelism: int = -1
     devices: int = 1
-    layout: PairLayout = field(default_factory=PairLayout)
+    layout: PackingConfig = field(default_factory=PackingConfig)
     out: str | None = None
 
 
@@ -35,21 +35,21 @@ def main() -> None:
     emit({"data": options.data, "train_seq_len": options.train_seq_len, "pairs": len(pairs), "rows": rows}, options.out)
 
 
-def measure(pairs: PairTable, options: Options, batch_size: int) -> dict[str, Any]:
+def measure(pairs: ExampleTable, options: Options, batch_size: int) -> dict[str, Any]:
     """One epoch, without the last step if it is not full."""
-    order = PairOrder(tuple(pairs.sizes), seed=0)
+    order = ExampleOrder(tuple(pairs.counts), seed=0)
     batches = [order.batch(step, batch_size) for step in range(len(pairs) // batch_size)]
-    parallelism = options.per_device_parallelism
-    layout = layout_of_run(pairs, batches, parallelism, options.layout, row_shards=options.devices)
+    parallelism, row_shards = options.per_device_parallelism, options.devices
+    shapes = lay_out_steps(pairs, batches, options.layout, parallelism=parallelism, row_shards=row_shards).shapes
     real = computed = 0
     for ids in batches:
-        real += int(pairs.lengths[ids].sum())
-        for part, rows in zip(layout.parts, layout.plan(pairs.lengths[ids]), strict=True):
+        real += int(pairs.sizes.tokens[ids].sum())
+        for part, rows in zip(shapes.parts, shapes.rows_of(pairs.sizes[ids]), strict=True):
             micro_batches = -(-len(rows) // part.rows)
             computed += micro_batches * part.rows * part.row_length
     return {
         "pairs_per_step": batch_size,
-        "shapes": [f"{part.rows} x {part.row_length}" for part in layout.parts],
+        "shapes": [f"{part.rows} x {part.row_length}" for part in shapes.parts],
         "padding_fraction": 1 - real / computed,
     }
 

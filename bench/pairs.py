@@ -10,10 +10,11 @@ from transformers import AutoTokenizer
 from bench.profiles import PROFILES, Length, LengthProfile
 from lora_dpo_jax.data import (
     ComponentConfig,
+    ExampleSizes,
+    ExampleTable,
     FormatConfig,
-    MemoryPairs,
-    PairTable,
-    TokenizedPair,
+    MemoryExamples,
+    TokenizedExample,
     UrlSource,
     tokenize_component,
     whole_table,
@@ -22,7 +23,12 @@ from lora_dpo_jax.data import (
 BOS, EOS, FIRST_ID, LAST_ID = 1, 2, 3, 32000  # drawn ids are in [FIRST_ID, LAST_ID)
 
 
-def load(data: str, count: int, *, vocab_size: int, tokenizer: str | None = None, cap: int | None = None) -> PairTable:
+PARTS = ("prompt", "chosen", "rejected")
+
+
+def load(
+    data: str, count: int, *, vocab_size: int, tokenizer: str | None = None, cap: int | None = None
+) -> ExampleTable:
     """`count` pairs of a profile, or the first ones of a file (jsonl or parquet, tokenized with `tokenizer`'s folder).
 
     `cap` (tokens of prompt + one response) drops longer rows of a file. Raises ValueError if the file has too few.
@@ -35,12 +41,12 @@ def load(data: str, count: int, *, vocab_size: int, tokenizer: str | None = None
         raise ValueError(f"data={data!r} is a file, so tokenizer must name the folder of a tokenizer")
     else:
         pairs = from_file(data, count, tokenizer, cap or 1024)
-    if (highest := max(int(tokens.max()) for pair in pairs for tokens in pair)) >= vocab_size:
+    if (highest := max(int(tokens.max()) for pair in pairs for tokens in pair.parts)) >= vocab_size:
         raise ValueError(f"{data} holds token {highest}, but the model embeds only {vocab_size}; use another tokenizer")
-    return whole_table({data: MemoryPairs(pairs, data)})
+    return whole_table({data: MemoryExamples(pairs, data)})
 
 
-def synthetic(profile: LengthProfile, count: int, *, vocab_size: int, seed: int = 0) -> list[TokenizedPair]:
+def synthetic(profile: LengthProfile, count: int, *, vocab_size: int, seed: int = 0) -> list[TokenizedExample]:
     """Random ids; a prompt begins with BOS, a response ends with EOS.
 
     More pairs begin with the same ones, and lengths do not depend on the vocabulary.
@@ -59,11 +65,11 @@ def synthetic(profile: LengthProfile, count: int, *, vocab_size: int, seed: int 
         prompt = length(profile.prompt, profile.shortest_prompt, profile.longest_prompt)
         chosen, rejected = (length(of, 4, profile.cap - prompt) for of in (profile.chosen, profile.rejected))
         parts = [BOS, *ids(prompt - 1)], [*ids(chosen - 1), EOS], [*ids(rejected - 1), EOS]
-        pairs.append(TokenizedPair(*(np.array(part, np.int32) for part in parts)))
+        pairs.append(TokenizedExample.pair(*(np.array(part, np.int32) for part in parts)))
     return pairs
 
 
-def from_file(path: str, count: int, tokenizer: str, cap: int) -> list[TokenizedPair]:
+def from_file(path: str, count: int, tokenizer: str, cap: int) -> list[TokenizedExample]:
     """The first `count` usable pairs of at most `cap` tokens, read and tokenized as for training."""
     pairs = whole_file(path, tokenizer, cap)
     if len(pairs) < count:
@@ -71,30 +77,33 @@ def from_file(path: str, count: int, tokenizer: str, cap: int) -> list[Tokenized
     return [pairs[index] for index in range(count)]
 
 
-def whole_file(path: str, tokenizer: str, cap: int) -> PairTable:
+def whole_file(path: str, tokenizer: str, cap: int) -> ExampleTable:
     component = ComponentConfig(UrlSource(train_urls=[path]), FormatConfig(slice_strategy="drop", invalid_rows="drop"))
     pairs = tokenize_component(component, AutoTokenizer.from_pretrained(tokenizer), split="train", train_seq_len=cap)
     return whole_table({path: pairs})
 
 
-def real_tokens(lengths: np.ndarray) -> int:
+def real_tokens(sizes: ExampleSizes) -> int:
     """Prompt and response of each sequence: a prompt counts twice, padding never, whatever the system."""
-    return int((lengths * [2, 1, 1]).sum())
+    return int((sizes.prompt * sizes.responses + sizes.targets).sum())
 
 
-def write_jsonl(pairs: Sequence[TokenizedPair], path: Path) -> None:
+def write_jsonl(pairs: Sequence[TokenizedExample], path: Path) -> None:
     """For the peers, one object a line: prompt_ids, chosen_ids, rejected_ids."""
     with open(path, "w", encoding="utf-8") as file:
         for pair in pairs:
-            row = {f"{name}_ids": tokens.tolist() for name, tokens in pair._asdict().items()}
+            row = {
+                f"{name}_ids": tokens.tolist()
+                for name, tokens in zip(("prompt", "chosen", "rejected"), pair.parts, strict=True)
+            }
             file.write(json.dumps(row) + "\n")
 
 
-def load_jsonl(path: Path, count: int) -> PairTable:
+def load_jsonl(path: Path, count: int) -> ExampleTable:
     """The first `count` pairs that `write_jsonl` wrote. Raises ValueError if there are fewer."""
     with open(path, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file][:count]
     if len(rows) < count:
         raise ValueError(f"{path} holds {len(rows)} pairs; {count} were asked for")
-    pairs = [[row[f"{part}_ids"] for part in TokenizedPair._fields] for row in rows]
-    return whole_table({path.name: MemoryPairs(pairs, path.name)})
+    pairs = [[row[f"{part}_ids"] for part in PARTS] for row in rows]
+    return whole_table({path.name: MemoryExamples(pairs, path.name)})

@@ -19,7 +19,7 @@ from bench.measure import Meter, emit, host
 from bench.models import decoder_config
 from bench.wiring import Options, Wired, wire
 from lora_dpo_jax.cost.devices import peak_flops
-from lora_dpo_jax.data import PairTable, PreferenceBatch
+from lora_dpo_jax.data import ExampleTable, PreferenceBatch
 from lora_dpo_jax.settings.arguments import parse
 
 
@@ -30,19 +30,19 @@ def main() -> None:
 
 def measure(options: Options, devices: list | None = None) -> dict[str, Any]:
     """Trains through the warm-up and the timed steps, and says what the latter took."""
-    pairs = load_pairs(options)
+    pairs = load_examples(options)
     run = wire(options, pairs, devices)
     meter, programs = Meter(options.warmup), _Programs()
     metrics = _train(run, options, meter, programs)
 
-    timed = run.batch_ids[options.warmup :]
-    tokens = [benchmark_pairs.real_tokens(pairs.lengths[ids]) for ids in timed]
+    timed = run.steps.ids[options.warmup :]
+    tokens = [benchmark_pairs.real_tokens(pairs.sizes[ids]) for ids in timed]
     result = meter.report(tokens, options.trainer.train_batch_size)
     if (peak_bytes := _device_peak_bytes()) is not None:
         result["peak_memory_mb"] = round(peak_bytes / 2**20, 1)
     values = [jax.device_get(step.values) for step in metrics]
     flops_per_second = sum(float(v["flops"]) for v in values[options.warmup :]) / sum(meter.seconds[options.warmup :])
-    peak = peak_flops(list(run.placement.mesh.devices.flat))
+    peak = peak_flops(list(run.learner.placement.mesh.devices.flat))
     return {
         "system": "lora_dpo_jax",
         "shape": options.shape,
@@ -65,7 +65,7 @@ def measure(options: Options, devices: list | None = None) -> dict[str, Any]:
     }
 
 
-def load_pairs(options: Options) -> PairTable:
+def load_examples(options: Options) -> ExampleTable:
     if options.pairs_file is not None:
         return benchmark_pairs.load_jsonl(Path(options.pairs_file), options.pairs)
     return benchmark_pairs.load(
@@ -94,36 +94,35 @@ class _Programs:
             return
         self.shapes.add(shape)
         began = time.perf_counter()
-        compiled = run.step.lower(run.state, batch).compile()
+        compiled = run.learner.compile(batch)
         self.seconds += time.perf_counter() - began
         self.temporary_bytes = max(self.temporary_bytes, compiled.memory_analysis().temp_size_in_bytes)
 
 
 def _train(run: Wired, options: Options, meter: Meter, programs: _Programs) -> list[Any]:
     """All steps; their metrics."""
-    metrics = []
+    metrics, learner = [], run.learner
+    batches = run.steps.batches(learner.placement, reference=run.reference)
     meter.begin()
     for _ in range(options.warmup):
-        batch = next(run.batches)
+        batch = next(batches)
         programs.prepare(run, batch)
-        run.state, step_metrics = run.step(run.state, batch)
-        metrics.append(step_metrics)
+        metrics.append(learner(batch))
         # JAX runs ahead of itself: without this the warm-up would be counted in the first timed step.
-        jax.block_until_ready((run.state, metrics))
+        jax.block_until_ready((learner.state, metrics))
         meter.end_step()
-    compiled = run.step.num_compilations
+    compiled = learner.step.num_compilations
     # A CPU is host and device at once, so each step is awaited there; an accelerator is kept busy to the end.
     await_each = jax.default_backend() == "cpu"
     for _ in range(options.steps):
-        run.state, step_metrics = run.step(run.state, next(run.batches))
-        metrics.append(step_metrics)
+        metrics.append(learner(next(batches)))
         if await_each:
-            jax.block_until_ready((run.state, step_metrics))
+            jax.block_until_ready((learner.state, metrics[-1]))
             meter.end_step()
     if not await_each:
-        jax.block_until_ready((run.state, metrics))
+        jax.block_until_ready((learner.state, metrics))
         meter.end_step(options.steps)
-    if run.step.num_compilations != compiled:
+    if learner.step.num_compilations != compiled:
         raise RuntimeError(f"a timed step met a new shape of batch and was compiled; raise warmup={options.warmup}")
     return metrics
 
@@ -135,7 +134,7 @@ def _device_peak_bytes() -> int | None:
 
 
 def _device(run: Wired) -> str:
-    devices = run.placement.mesh.devices
+    devices = run.learner.placement.mesh.devices
     return host() if devices.flat[0].platform == "cpu" else f"{devices.size} x {devices.flat[0].device_kind}"
 
 

@@ -1,33 +1,27 @@
-"""The library's parts put together as `main/train.py` puts them together, around pairs and weights made for measuring.
-
-What is new in how a run is wired there belongs here too: everything else in this folder goes through `wire`.
-"""
+"""A run assembled by the functions of `lora_dpo_jax.runs`, around pairs and weights made for measuring."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import equinox as eqx
 import jax
-import jmp
 import numpy as np
-import optax
 
 from bench import models
-from lora_dpo_jax.data import PairLayout, PairOrder, PairTable, PreferenceBatch, RunLayout, packed_batches
-from lora_dpo_jax.evaluation import PairScorer
-from lora_dpo_jax.huggingface.weights import load_model
-from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter, unwrap_lora
+from lora_dpo_jax.data import ExampleOrder, ExampleTable, PackingConfig
+from lora_dpo_jax.evaluation import Scorer
+from lora_dpo_jax.lora import LoraConfig, unwrap_lora
 from lora_dpo_jax.losses import Dpo
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import quantize
-from lora_dpo_jax.runs.setup import ModelConfig, layout_of_run
+from lora_dpo_jax.runs.base import load_weights, with_new_adapters
+from lora_dpo_jax.runs.config import ModelConfig
+from lora_dpo_jax.runs.learner import Learner, real_learner
+from lora_dpo_jax.runs.steps import Steps, lay_out_steps
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.loop import TrainerConfig
 from lora_dpo_jax.training.optimizer import OptimizerConfig
-from lora_dpo_jax.training.step import TrainState, TrainStep
 
 
 # A run's settings with other defaults. These are classes because a default object would be lost, and the usual defaults
@@ -68,7 +62,7 @@ class Subject:
     tokenizer: str | None = None  # the folder of one, for a file
     train_seq_len: int = 1024  # tokens of prompt + one response; longer rows of a file are left out
     model: ModelConfig = field(default_factory=Model)
-    layout: PairLayout = field(default_factory=PairLayout)
+    layout: PackingConfig = field(default_factory=PackingConfig)
     lora: Lora = field(default_factory=Lora)
     optimizer: Optimizer = field(default_factory=Optimizer)
     trainer: Trainer = field(default_factory=Trainer)
@@ -96,82 +90,56 @@ class Options(Subject):
             raise ValueError(f"pairs={self.pairs} must be positive")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Wired:
     """A run, ready to go."""
 
-    placement: Placement
-    state: TrainState
-    step: TrainStep
-    batches: Iterator[tuple[PreferenceBatch, ...]]
-    batch_ids: list[np.ndarray]  # the pairs of each step, warm-up and all
-    layout: RunLayout
-    reference_seconds: float | None  # what computing the reference's log-probs took; None: they are computed live
+    learner: Learner
+    steps: Steps  # warm-up and all
+    reference: np.ndarray | None  # the reference's log-probs, float32 [pair, chosen / rejected]; None: each step's own
+    reference_seconds: float | None  # what computing them took
 
 
-def wire(options: Options, pairs: PairTable, devices: list | None = None) -> Wired:
+def wire(options: Options, pairs: ExampleTable, devices: list | None = None) -> Wired:
     """Everything up to the first step, on `devices` or on all there are."""
     trainer = options.trainer
     placement = Placement(trainer.mesh, devices)
     model = adapted_model(options, placement)
     num_steps = options.warmup + options.steps
-    optimizer, schedule = options.optimizer.build(num_steps), options.optimizer.schedule(num_steps)
-
-    order = PairOrder(tuple(pairs.sizes), trainer.seed, shuffle=False)
-    batch_ids = [order.batch(n, trainer.train_batch_size) for n in range(num_steps)]
-    parallelism = trainer.per_device_parallelism
-    layout = layout_of_run(pairs, batch_ids, parallelism, options.layout, row_shards=placement.row_shards)
+    order = ExampleOrder(tuple(pairs.counts), trainer.seed, shuffle=False)
+    ids = [order.batch(n, trainer.train_batch_size) for n in range(num_steps)]
+    parallelism, row_shards = trainer.per_device_parallelism, placement.row_shards
+    steps = lay_out_steps(pairs, ids, options.layout, parallelism=parallelism, row_shards=row_shards)
     reference, reference_seconds = None, None
     if options.reference == "cached":
         began = time.perf_counter()
         reference = reference_log_probs(model, pairs, placement)
         reference_seconds = time.perf_counter() - began
-    return Wired(
-        placement,
-        new_state(model, optimizer, placement),
-        TrainStep(Dpo(), optimizer, schedule=schedule, scope=placement.scope),
-        packed_batches(pairs, batch_ids, layout, place=placement.put_batch, reference=reference),
-        batch_ids,
-        layout,
-        reference_seconds,
-    )
+    optimizer, schedule = options.optimizer.build(num_steps), options.optimizer.schedule(num_steps)
+    learner = real_learner(Dpo(), optimizer, model, placement, key=jax.random.key(1), schedule=schedule)
+    return Wired(learner, steps, reference, reference_seconds)
 
 
 def adapted_model(options: Subject, placement: Placement) -> CausalLM:
     """Read from the folder or random, and with new adapters."""
-    trainer = options.trainer
-    config, compute = models.decoder_config(options.shape), options.model.compute
-    dtype = trainer.precision.compute_dtype
-    if options.model.dtype is not None:
-        dtype = jmp.get_policy(options.model.dtype).param_dtype
+    trainer, settings = options.trainer, options.model
+    decoder, precision = models.decoder_config(options.shape), trainer.precision
     if _has_weights(options.shape):
-        with placement.scope():
-            base = load_model(
-                Path(options.shape),
-                config,
-                dtype=dtype,
-                compute=compute,
-                mapping=placement.parameters,
-                quantization=options.model.quantization,
-            )
+        folder = Path(options.shape)
+        base = load_weights(folder, decoder, settings, placement, compute_dtype=precision.compute_dtype)
     else:
-        base = models.random_model(config, compute, placement, dtype=dtype, seed=trainer.seed)
-        base = quantize(base, options.model.quantization)
-    model = loraize(base, options.lora, key=jax.random.key(trainer.seed))
-    adapters, weights = eqx.partition(model, trainable_filter(model))
-    adapters = jax.tree.map(lambda x: x.astype(trainer.precision.param_dtype), adapters)
-    return eqx.combine(placement.put_parameters(adapters), weights)
+        dtype = settings.weights_dtype(precision.compute_dtype)
+        base = models.random_model(decoder, settings.compute, placement, dtype=dtype, seed=trainer.seed)
+        base = quantize(base, settings.quantization)
+    key = jax.random.key(trainer.seed)
+    return with_new_adapters(base, options.lora, placement, dtype=precision.param_dtype, key=key)
 
 
-def new_state(model: CausalLM, optimizer: optax.GradientTransformation, placement: Placement) -> TrainState:
-    return placement.put_parameters(TrainState.init(model, optimizer, key=jax.random.key(1)))
-
-
-def reference_log_probs(model: CausalLM, pairs: PairTable, placement: Placement) -> np.ndarray:
-    """float32 [pair, chosen / rejected] of the model without its adapters, as an evaluation computes them."""
-    score = PairScorer(pairs, rows=placement.row_shards, put_batch=placement.put_batch, scope=placement.scope)
+def reference_log_probs(model: CausalLM, pairs: ExampleTable, placement: Placement) -> np.ndarray:
+    """float32 [response of `pairs`] of the model without its adapters, as an evaluation computes them."""
+    score = Scorer(pairs, rows=placement.row_shards, put_batch=placement.put_batch, scope=placement.scope)
     scores = score(unwrap_lora(model))
-    return np.stack([np.asarray(scores.chosen.array), np.asarray(scores.rejected.array)], axis=1)
+    return np.asarray(scores.log_probs.array)
 
 
 def _has_weights(shape: str) -> bool:

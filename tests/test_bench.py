@@ -11,6 +11,7 @@ import haliax as hax
 import jax
 import numpy as np
 import pytest
+from tiny_pairs import lengths_of
 
 from bench import attention, compare, ladder, memory, pairs, throughput
 from bench.layouts import Savings, lay_out
@@ -18,6 +19,7 @@ from bench.measure import Meter
 from bench.models import decoder_config, write_folder
 from bench.profiles import PROFILES, SHAPES
 from bench.wiring import Model, Options, Trainer, adapted_model
+from lora_dpo_jax.data.memory import MemoryExamples
 from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.models.attention import PackedMask
 from lora_dpo_jax.settings.arguments import parse
@@ -43,7 +45,7 @@ def measured(reference: str) -> dict:
 @pytest.mark.parametrize("reference", ["live", "cached"])
 def test_throughput_counts_the_tokens_of_the_steps_it_times(reference):
     result = measured(reference)
-    lengths = pairs.load("hh512", 4, vocab_size=97).lengths
+    lengths = lengths_of(pairs.load("hh512", 4, vocab_size=97))
     assert result["steps"] == 2 and result["pairs_per_step"] == 2
     assert result["tokens"] == (lengths * [2, 1, 1]).sum()  # steps 1 and 2 train on pairs 2, 3, then 0, 1 again
     # Both rates come from the same seconds, the one with four pairs.
@@ -75,7 +77,7 @@ def test_memory_is_that_of_the_devices_asked_for(quantization):
     short, long = (memory.measure(options, placement, parts) for parts in memory.batches(options, placement))
     assert short["rows"] == "2 x 16 x 1024"
     assert long["temporary_mb"] < 2.5 * short["temporary_mb"]
-    state = memory.state_of(options, placement, options.optimizer.build(1))
+    state = memory.learner_of(options, placement).state
     of_a_device = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.model)
     )
@@ -111,12 +113,12 @@ def test_every_rung_of_the_ladder_has_the_same_loss_and_gradients():
 def test_layouts_compute_what_their_names_say():
     table = list(pairs.load("hh512", 6, vocab_size=97))
     longest = max(pair.length for pair in table)
-    real = pairs.real_tokens(np.array([[len(part) for part in pair] for pair in table]))
-    targets = sum(len(pair.chosen) + len(pair.rejected) for pair in table)
+    real = pairs.real_tokens(MemoryExamples(table).arrays.sizes)
+    targets = sum(sum(map(len, pair.responses)) for pair in table)
 
     def computed(batch) -> tuple[int, int]:
         """Tokens of some segment, and positions that reach the head."""
-        return int((batch.segment_ids.array > 0).sum()), int((batch.target_slot.array >= 0).sum())
+        return int((batch.segment_ids.array > 0).sum()), int((batch.target_response.array >= 0).sum())
 
     padded = lay_out(table, Savings(packing=False, shared_prefix=False, response_only=False))
     assert computed(padded) == (6 * 2 * longest, padded.tokens.array.size)
@@ -127,14 +129,14 @@ def test_layouts_compute_what_their_names_say():
 def test_pairs_of_a_profile_are_always_the_same():
     for name, profile in PROFILES.items():
         few, many = (pairs.load(name, count, vocab_size=32000) for count in (5, 40))
-        assert all(np.array_equal(a, b) for i in range(5) for a, b in zip(few[i], many[i], strict=True))
+        assert all(np.array_equal(a, b) for i in range(5) for a, b in zip(few[i].parts, many[i].parts, strict=True))
         # A smaller vocabulary changes the ids, not the lengths.
         other = pairs.load(name, 40, vocab_size=97)
-        np.testing.assert_array_equal(other.lengths, many.lengths)
-        assert max(int(part.max()) for pair in other for part in pair) < 97
+        np.testing.assert_array_equal(lengths_of(other), lengths_of(many))
+        assert max(int(part.max()) for pair in other for part in pair.parts) < 97
         assert all(pair.length <= profile.cap for pair in many)
     # Figures measured on these pairs, here and elsewhere, can be compared.
-    lengths = pairs.load("uf512", 4, vocab_size=32000).lengths
+    lengths = lengths_of(pairs.load("uf512", 4, vocab_size=32000))
     assert lengths.tolist() == [[67, 127, 185], [83, 100, 26], [110, 237, 56], [217, 140, 63]]
 
 
@@ -142,7 +144,7 @@ def test_pairs_that_are_written_for_the_peers_come_back(tmp_path):
     table = pairs.load("hh512", 5, vocab_size=97)
     pairs.write_jsonl(table, tmp_path / "pairs.jsonl")
     again = pairs.load_jsonl(tmp_path / "pairs.jsonl", 3)
-    assert all(np.array_equal(a, b) for i in range(3) for a, b in zip(again[i], table[i], strict=True))
+    assert all(np.array_equal(a, b) for i in range(3) for a, b in zip(again[i].parts, table[i].parts, strict=True))
     with pytest.raises(ValueError, match="holds 5 pairs; 6 were asked for"):
         pairs.load_jsonl(tmp_path / "pairs.jsonl", 6)
 
@@ -152,7 +154,7 @@ def test_pairs_of_a_file_are_read_as_for_training(monkeypatch, tmp_path):
     example = ROOT / "examples" / "quickstart"
     tokenizer = str(example / "model")
     table = pairs.load(str(example / "train.jsonl"), 8, vocab_size=10**6, tokenizer=tokenizer, cap=256)
-    assert len(table) == 8 and table.lengths.min() > 0
+    assert len(table) == 8 and lengths_of(table).min() > 0
     with pytest.raises(ValueError, match="the model embeds only 97"):
         pairs.load(str(example / "train.jsonl"), 8, vocab_size=97, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="tokenizer must name"):

@@ -30,7 +30,7 @@ hf_save_steps: 1000
 
 
 def parse(path: Path, args=()):
-    from lora_dpo_jax.main.train import TrainConfig
+    from lora_dpo_jax.runs.config import TrainConfig
 
     return draccus.parse(config_class=TrainConfig, config_path=path, args=list(args))
 

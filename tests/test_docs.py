@@ -1,10 +1,20 @@
 """What the documentation shows works, and what can be set is documented."""
 
+import dataclasses
 import re
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
+import optax
 import pytest
+from tiny_pairs import adapters_of, moved
+
+from lora_dpo_jax.data.memory import MemoryExamples
+from lora_dpo_jax.log_probs import score_with_reference
+from lora_dpo_jax.training.step import micro_batches
 
 ROOT = Path(__file__).parents[1]
 
@@ -13,28 +23,114 @@ def code_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
 
 
-def test_the_code_of_the_library_page_runs(monkeypatch, tmp_path, capsys, own_choices):
+@pytest.fixture
+def library(monkeypatch, tmp_path, capsys, own_choices) -> dict[str, Any]:
+    """The names that the library page defines, block by block; and what the first block printed."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("LORA_DPO_JAX_CACHE", str(tmp_path))
-    train, own_pairs, hinge, mesh = code_blocks("library.md")
-    names: dict = {}
+    names: dict[str, Any] = {}
+    train, *others = code_blocks("library.md")
     exec(train, names)
-    losses = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()]
+    names |= {"printed": capsys.readouterr().out, "others": others}
+    return names
+
+
+def new_state(names: dict[str, Any], seed: int = 1) -> Any:
+    """A state of the page's model with new adapters that are not zero, as if it had been trained."""
+    weights = names["load_model"](names["folder"], names["read_config"](names["folder"]), dtype="float32")
+    model = moved(names["loraize"](weights, names["LoraConfig"](r=4), key=jax.random.key(0)), size=0.02)
+    return names["TrainState"].init(model, names["optimizer"], key=jax.random.key(seed))
+
+
+def test_the_code_of_the_library_page_runs(library):
+    losses = [float(line.split()[0]) for line in library["printed"].splitlines()]
     assert losses[0] == pytest.approx(0.6931, abs=1e-4)
     assert losses[-1] < losses[0]
-    mine = dict(names)
+    own_pairs, hinge, sure, likelihood, my_step, mesh = library["others"]
+    mine = dict(library)
     exec(own_pairs, mine)
-    assert mine["pairs"].lengths.tolist() == [[3, 3, 2]]
-    exec(hinge, names)
-    exec(mesh, names)
-    state = names["TrainState"].init(
-        names["loraize"](names["model"], names["LoraConfig"](), key=names["jax"].random.key(0)),
-        names["optimizer"],
-        key=names["jax"].random.key(1),
+    assert mine["pairs"].arrays.response_tokens.tolist() == [3, 2]
+    assert mine["lists"].arrays.response_counts.tolist() == [3]
+    for block in (hinge, sure, likelihood, my_step):
+        exec(block, library)
+    exec(mesh, library)
+    state = library["TrainState"].init(
+        library["loraize"](library["model"], library["LoraConfig"](), key=jax.random.key(0)),
+        library["optimizer"],
+        key=jax.random.key(1),
     )
-    with names["placement"].scope():
-        state, metrics = names["step"](state, next(iter(names["batches"])))
+    with library["placement"].scope():
+        state, metrics = library["step"](state, next(iter(library["batches"])))
     assert float(metrics.values["loss"]) == pytest.approx(0.693, abs=0.05)
+
+
+def test_a_step_of_ones_own_gives_the_sums_of_a_train_step(library):
+    """Over several parts and micro-batches."""
+    *_, my_step, _ = library["others"]
+    exec(my_step, library)
+    ids = [np.arange(12)]
+    shapes = library["choose_shapes"](ids, library["pairs"].sizes, longest_row=256)
+    (batch,) = library["packed_batches"](library["pairs"], ids, shapes, place=jax.device_put)
+    assert sum(part.num_micro_batches for part in batch) > 2
+    state = new_state(library)
+    sgd, key = library["sgd"], jax.random.fold_in(state.key, 0)
+    mine, _, loss = library["my_step"](state.model, sgd.init(state.model), batch, key)
+    step = library["TrainStep"](library["PreferenceObjective"](library["Dpo"]()), sgd)
+    theirs, metrics = step(library["TrainState"].init(state.model, sgd, key=state.key), batch)
+    assert float(loss) == pytest.approx(float(metrics.values["loss"]), abs=1e-6)
+    for one, other in zip(jax.tree.leaves(adapters_of(mine)), jax.tree.leaves(adapters_of(theirs.model)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-7)
+
+
+def test_an_objective_of_ones_own_is_accumulated_over_all_parts(library):
+    *_, likelihood, _, _ = library["others"]
+    exec("import haliax as hax", library)
+    exec(likelihood, library)
+    table = library["pairs"].subset(np.arange(12))
+    ids = [np.arange(12)]
+    losses = []
+    for longest_row in (None, 256):
+        shapes = library["choose_shapes"](ids, table.sizes, longest_row=longest_row, max_shapes=2)
+        (batch,) = library["packed_batches"](table, ids, shapes, place=jax.device_put)
+        _, metrics = library["TrainStep"](library["likelihood"], library["optimizer"])(new_state(library), batch)
+        assert float(metrics.values["nll"]) == pytest.approx(float(metrics.values["loss"]), rel=1e-6)
+        losses.append(float(metrics.values["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] > 0.1
+
+
+def test_a_loss_of_tokens_and_a_column_is_what_it_says(library):
+    """Against the same in NumPy, from the scores of each token."""
+    _, hinge, sure, *_ = library["others"]
+    exec(hinge, library)
+    exec(sure, library)
+    examples = [
+        dataclasses.replace(x, columns={"difficulty": 0.1 * n})
+        for n, x in enumerate(library["pairs"][i] for i in range(6))
+    ]
+    table = library["whole_table"]({"mine": MemoryExamples(examples)})
+    ids = [np.arange(6)]
+    shapes = library["choose_shapes"](ids, table.sizes)
+    (batch,) = library["packed_batches"](table, ids, shapes, place=jax.device_put, columns=["difficulty"])
+    state, loss = new_state(library), library["Sure"](beta=0.5, temperature=1.5)
+    _, metrics = library["TrainStep"](library["PreferenceObjective"](loss), optax.sgd(0.0))(state, batch)
+
+    model = new_state(library).model
+    expected = []
+    for micro in micro_batches(batch):
+        policy, reference = score_with_reference(
+            model, None, micro, per_token=True, per_token_of_reference=True, statistics=("entropy",)
+        )
+        weight = np.exp(-np.asarray(policy.per_token.statistics["entropy"].array) / 1.5)
+        ratio = np.asarray(policy.per_token.log_probs.array - reference.per_token.log_probs.array) * weight
+        for row in range(ratio.shape[0]):
+            for slot, number in enumerate(np.asarray(micro.examples.ids.array[row])):
+                if number >= 0:
+                    of = [
+                        ratio[row][np.asarray(micro.target_response.array[row]) == 2 * slot + k].sum() for k in (0, 1)
+                    ]
+                    expected.append((1 - 0.1 * number) * np.logaddexp(0, -0.5 * (of[0] - of[1])))
+    assert float(metrics.values["loss"]) == pytest.approx(np.mean(expected), rel=1e-5)
+    assert float(metrics.values["sure_loss"]) == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 def test_every_test_that_the_table_of_faults_names_is_there():
@@ -46,13 +142,14 @@ def test_every_test_that_the_table_of_faults_names_is_there():
 
 
 @pytest.mark.parametrize(
-    "command", ["setup.TrainConfig", "evaluate.EvaluateConfig", "generate.GenerateConfig", "plan.PlanConfig"]
+    "command",
+    ["runs.config.TrainConfig", "main.evaluate.EvaluateConfig", "main.generate.GenerateConfig", "main.plan.PlanConfig"],
 )
 def test_every_setting_is_in_the_configuration_reference(command):
     from lora_dpo_jax.settings.schema import settings_of
 
-    module, _, name = command.partition(".")
-    config = getattr(import_module(f"lora_dpo_jax.main.{module}"), name)
+    module, _, name = command.rpartition(".")
+    config = getattr(import_module(f"lora_dpo_jax.{module}"), name)
     page = (ROOT / "docs" / "configuration.md").read_text()
     assert not [setting.path for setting in settings_of(config) if not re.search(rf"\b{setting.name}\b", code_in(page))]
 

@@ -12,7 +12,7 @@ import transformers
 from tiny_models import summed_log_probs
 from tiny_runs import instruct_folder, plain_rows, preference_rows, run_config, write_rows
 
-from lora_dpo_jax.main.evaluate import COLUMNS, EvaluateConfig, main
+from lora_dpo_jax.main.evaluate import LINES, EvaluateConfig, main
 from lora_dpo_jax.main.output_file import check_output
 from lora_dpo_jax.settings.arguments import parse
 
@@ -94,7 +94,7 @@ def test_a_policy_that_is_the_reference_ties_every_pair(tmp_path, policy):
     assert summary["dpo_accuracy"] == 0.5
     assert summary["loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert all(score["logp_chosen"] == score["ref_logp_chosen"] for score in read_scores(tmp_path))
-    check_output(config.output, columns=COLUMNS, inputs={})  # the same command may be given again
+    check_output(config.output, lines=LINES, inputs={})  # the same command may be given again
 
 
 def test_an_adapter_that_adds_nothing_ties_every_pair(tmp_path):

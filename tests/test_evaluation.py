@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from tiny_pairs import moved, new_adapters, plain_sequences, random_pairs, response_log_probs, table_of
 
-from lora_dpo_jax.data.memory import MemoryPairs
-from lora_dpo_jax.evaluation import PairScorer, summarize
+from lora_dpo_jax.data.memory import MemoryExamples
+from lora_dpo_jax.evaluation import Scorer, summarize
 from lora_dpo_jax.lora import unwrap_lora
-from lora_dpo_jax.losses import Dpo
+from lora_dpo_jax.losses import Dpo, Examples
 
 ALL = random_pairs(16, seed=7)
 
@@ -25,21 +25,24 @@ def truth(model):
     ]
 
 
-def scores(pairs: MemoryPairs, model, rows: int):
-    scorer = PairScorer(table_of(pairs), rows=rows)
+def examples(count: int) -> Examples:
+    return MemoryExamples(ALL.examples[:count]).arrays.examples
+
+
+def scores(pairs: MemoryExamples, model, rows: int):
+    scorer = Scorer(table_of(pairs), rows=rows)
     policy, reference = scorer(model), scorer(unwrap_lora(model))
     return policy, reference
 
 
 @pytest.mark.parametrize("count, rows", [(1, 4), (7, 2), (13, 1)])
 def test_the_last_partial_batch_is_exact(model, truth, count, rows):
-    policy, reference = scores(MemoryPairs(ALL.pairs[:count]), model, rows)
+    policy, reference = scores(MemoryExamples(ALL.examples[:count]), model, rows)
     for ours, expected in zip((policy, reference), truth, strict=True):
         # Sums of a dozen log-probs of a few nats each, in float32.
-        np.testing.assert_allclose(ours.chosen.array, expected[:count, 0], rtol=1e-5)
-        np.testing.assert_allclose(ours.rejected.array, expected[:count, 1], rtol=1e-5)
-    np.testing.assert_array_equal(policy.chosen_tokens.array, [len(pair.chosen) for pair in ALL.pairs[:count]])
-    np.testing.assert_array_equal(policy.rejected_tokens.array, [len(pair.rejected) for pair in ALL.pairs[:count]])
+        np.testing.assert_allclose(ours.log_probs.array, expected[:count].reshape(-1), rtol=1e-5)
+    lengths = [len(response) for pair in ALL.examples[:count] for response in pair.responses]
+    np.testing.assert_array_equal(policy.tokens.array, lengths)
 
     (policy_truth, reference_truth), loss = [x[:count].astype(np.float64) for x in truth], Dpo(beta=0.1)
     rewards = 0.1 * (policy_truth - reference_truth)
@@ -54,22 +57,26 @@ def test_the_last_partial_batch_is_exact(model, truth, count, rows):
         "dpo_margin_ref": (reference_truth[:, 0] - reference_truth[:, 1]).mean(),
         "logps/rejected": policy_truth[:, 1].mean(),
     }
-    summary = summarize(loss, policy, reference)
+    summary = summarize(loss, policy, reference, examples(count))
     # Differences of log-probs of some 50 nats: float32 leaves them 1e-5 nats.
     assert {name: summary[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_the_order_of_pairs_does_not_matter(model):
     order = np.random.default_rng(0).permutation(13)
-    pairs, shuffled = MemoryPairs(ALL.pairs[:13]), MemoryPairs([ALL.pairs[i] for i in order])
+    pairs, shuffled = MemoryExamples(ALL.examples[:13]), MemoryExamples([ALL.examples[i] for i in order])
     one, other = scores(pairs, model, rows=1), scores(shuffled, model, rows=1)
     for ours, theirs in zip(one, other, strict=True):
-        np.testing.assert_allclose(np.asarray(ours.chosen.array)[order], theirs.chosen.array, rtol=1e-5)
-    assert summarize(Dpo(), *one) == pytest.approx(summarize(Dpo(), *other), rel=1e-5, abs=1e-5)
+        np.testing.assert_allclose(
+            np.asarray(ours.log_probs.array).reshape(-1, 2)[order].reshape(-1), theirs.log_probs.array, rtol=1e-5
+        )
+    assert summarize(Dpo(), *one, examples(13)) == pytest.approx(
+        summarize(Dpo(), *other, examples(13)), rel=1e-5, abs=1e-5
+    )
 
 
 def test_a_scorer_compiles_once_for_all_its_batches_and_shows_progress(model):
-    scorer = PairScorer(table_of(MemoryPairs(ALL.pairs[:13])), rows=1)
+    scorer = Scorer(table_of(MemoryExamples(ALL.examples[:13])), rows=1)
     compilations = scorer._compiled._cached._cache_size  # of all scorers
     before, seen = compilations(), []
 

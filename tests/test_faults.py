@@ -15,7 +15,7 @@ from tiny_runs import instruct_folder, preference_rows, read_metrics, run_config
 
 from lora_dpo_jax.data.sources import RowError
 from lora_dpo_jax.main.train import main
-from lora_dpo_jax.runs.setup import TrainConfig
+from lora_dpo_jax.runs.config import TrainConfig
 
 STEPS = 4
 
@@ -175,7 +175,7 @@ def other_tokenizer(folder: Path) -> str:
 def test_another_tokenizer_takes_nothing_from_the_caches(folder, whole, tmp_path):
     """Nor does a run go on from a checkpoint of the former one's pairs."""
     tokenizer = other_tokenizer(tmp_path / "tokenizer")
-    before = {path.name for path in (folder / "cache" / "pairs").iterdir()}
+    before = {path.name for path in (folder / "cache" / "examples").iterdir()}
     configs = [config_of(folder, "other", data__tokenizer=tokenizer)]
     configs += [config_of(folder, "other_anew", data__tokenizer=tokenizer)]
     configs[1] = dataclasses.replace(
@@ -185,7 +185,7 @@ def test_another_tokenizer_takes_nothing_from_the_caches(folder, whole, tmp_path
         main(config)
     assert outcome(configs[0]) == outcome(configs[1])
     assert outcome(configs[0])["metrics"] != outcome(whole)["metrics"]
-    assert len({path.name for path in (folder / "cache" / "pairs").iterdir()} - before) == 1
-    changed = "data.components.prefs.(lengths.npy|tokens.bin): .* in the checkpoint, .* in this run"
+    assert len({path.name for path in (folder / "cache" / "examples").iterdir()} - before) == 1
+    changed = "data.components.prefs.([a-z_]+.npy|tokens.bin): .* in the checkpoint, .* in this run"
     with pytest.raises(ValueError, match=f"step-4 is a checkpoint of another run:(.|\n)*{changed}"):
         main(config_of(folder, "whole", data__tokenizer=tokenizer))

@@ -16,14 +16,14 @@ ROOT = Path(lora_dpo_jax.__file__).parent
 # From the bottom up. A name stands for a module or for all of a package. Modules of one layer know nothing of each
 # other; what a package does inside is its own affair.
 LAYERS = [
-    ["files", "json_objects", "parameters", "places", "printable"],
+    ["axes", "files", "json_objects", "objective", "parameters", "places", "printable"],
     ["redaction"],
     ["settings"],
     ["lora", "losses", "processes", "sharding", "tracking"],
     ["models", "data"],
     ["log_probs", "checkpoints"],
     ["generation", "huggingface", "cost"],
-    ["evaluation"],
+    ["evaluation", "preference_objective"],
     ["reference_cache"],
     ["training"],
     ["runs"],
@@ -37,9 +37,16 @@ FORBIDDEN = [
     ("data", "models"),  # data never sees a model
     ("data", "lora"),
     ("data", "log_probs"),
-    ("training.loop", "losses"),  # the trainer never sees DPO
+    ("training", "losses"),  # a step calls an objective, and knows neither its loss nor the scores it is made of
+    ("training", "log_probs"),
+    ("training", "preference_objective"),
     ("training.loop", "data"),
 ]
+
+# Those that may know the whole config of a run: the commands, and what reads, assembles or checks a whole run. All
+# others, hooks among them, are handed pieces of it.
+COMMANDS = {"main.train", "main.evaluate", "main.plan", "main.__main__", "main.setup"}
+KNOW_WHOLE_RUNS = {"runs.config", "runs.base", "runs.assembly", "runs.identity", "runs.outputs", "runs.capacity"}
 
 
 def imports_of(source: str, module: str, is_package: bool) -> set[str]:
@@ -112,6 +119,36 @@ def test_no_module_imports_the_package_itself(module):
     for name in MODULES[module]:
         exported = name and "." not in name and name not in MODULES
         assert not exported or name == "__version__", f"{module} imports {name} from {PACKAGE}; import its own module"
+
+
+def knows_whole_runs(imported: set[str]) -> bool:
+    """By its name, or by that of its module alone."""
+    of_module = {name for name in imported if name.startswith("runs.config.")}
+    return "runs.config.TrainConfig" in of_module or ("runs.config" in imported and not of_module)
+
+
+def test_no_module_outside_runs_imports_the_whole_runs_config_but_the_commands():
+    knowing = {module for module, imported in MODULES.items() if knows_whole_runs(imported)}
+    assert {name for name in knowing if not is_within(name, "runs")} <= COMMANDS
+    assert {name for name in knowing if is_within(name, "runs")} <= KNOW_WHOLE_RUNS
+    assert "main.train" in knowing and "runs.assembly" in knowing
+    bench = sorted((Path(__file__).parents[1] / "bench").glob("*.py"))
+    assert bench and not [
+        path.name for path in bench if knows_whole_runs(imports_of(path.read_text(encoding="utf-8"), "bench", False))
+    ]
+
+
+@pytest.mark.parametrize(
+    "source, knows",
+    [
+        ("from lora_dpo_jax.runs.config import TrainConfig", True),
+        ("from lora_dpo_jax.runs import config", True),
+        ("import lora_dpo_jax.runs.config", True),
+        ("from lora_dpo_jax.runs.config import ModelConfig", False),
+    ],
+)
+def test_every_way_to_the_whole_runs_config_is_seen(source, knows):
+    assert knows_whole_runs(imports_of(source, "lora_dpo_jax.runs.report", is_package=False)) is knows
 
 
 def test_no_module_is_called_utils():

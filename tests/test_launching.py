@@ -201,7 +201,7 @@ def test_the_job_of_gke_fails_on_mistakes_and_restarts_on_all_else():
 
 
 def test_the_task_of_skypilot_gives_each_host_what_it_needs_to_find_the_others():
-    from lora_dpo_jax.processes.exchange import _torch_arguments
+    from lora_dpo_jax.processes.start import _torch_arguments
 
     task = yaml.safe_load((SCRIPTS / "skypilot.yaml").read_text())
     assert task.keys() <= {"num_nodes", "resources", "workdir", "envs", "setup", "run", "name", "file_mounts"}

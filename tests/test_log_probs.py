@@ -24,8 +24,8 @@ from tiny_pairs import (
 )
 
 from lora_dpo_jax import log_probs as log_probs_module
-from lora_dpo_jax.data.shapes import Layout
-from lora_dpo_jax.log_probs import pair_log_probs, policy_and_reference_log_probs, target_log_probs
+from lora_dpo_jax.data.shapes import PartShape
+from lora_dpo_jax.log_probs import score_responses, score_with_reference, target_log_probs
 from lora_dpo_jax.lora import LoraConfig, LoraLinear, TokenKey, frozen_copy, loraize, reference_model, trainable_filter
 from lora_dpo_jax.models import CausalLM, ComputeConfig, Head
 from lora_dpo_jax.sharding import MeshConfig, Placement
@@ -71,6 +71,11 @@ def whole_log_probs(head, hidden, source, target_ids, is_target):
     return hax.named(jnp.where(is_target.array, picked, 0.0), is_target.axes)
 
 
+def ours_of(*arguments, **options):
+    log_probs, _ = target_log_probs(*arguments, **options)
+    return log_probs
+
+
 def weighted_sum(function, head, hidden):
     """d/d(adapters, hidden) of the log-probs' sum with random weights; the log-probs come along."""
     adapters, weights = eqx.partition(head, trainable_filter(head))
@@ -86,7 +91,7 @@ def weighted_sum(function, head, hidden):
 @pytest.mark.parametrize("kind", HEADS)
 def test_values_and_gradients_are_those_of_a_whole_softmax(kind, small_blocks):
     head, (hidden, _, _) = head_of(kind), inputs()
-    (d_adapters, d_hidden), ours = jax.jit(functools.partial(weighted_sum, target_log_probs))(head, hidden)
+    (d_adapters, d_hidden), ours = jax.jit(functools.partial(weighted_sum, ours_of))(head, hidden)
     (e_adapters, e_hidden), expected = jax.jit(functools.partial(weighted_sum, whole_log_probs))(head, hidden)
     np.testing.assert_allclose(ours.array, expected.array, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(d_hidden.rearrange(hidden.axes).array, e_hidden.array, rtol=1e-4, atol=1e-5)
@@ -103,7 +108,7 @@ def test_the_number_of_blocks_changes_nothing(kind, monkeypatch):
     values = []
     for size in (2**26, 1):
         monkeypatch.setattr(log_probs_module, "BLOCK_LOGITS_BYTES", size)
-        values.append(jax.jit(lambda head, hidden: target_log_probs(head, hidden, *targets))(head, hidden).array)
+        values.append(jax.jit(lambda head, hidden: ours_of(head, hidden, *targets))(head, hidden).array)
     np.testing.assert_allclose(*values, rtol=1e-6, atol=1e-6)
 
 
@@ -112,7 +117,7 @@ def test_no_targets_at_all_cost_nothing_and_give_zero(small_blocks):
     nothing = hax.zeros_like(is_target)
 
     def total(hidden):
-        return target_log_probs(head_of("frozen"), hidden, source, target_ids, nothing).sum().scalar()
+        return ours_of(head_of("frozen"), hidden, source, target_ids, nothing).sum().scalar()
 
     value, gradient = jax.jit(jax.value_and_grad(total))(hidden)
     assert value == 0 and not np.any(gradient.array)
@@ -127,7 +132,7 @@ def test_dropout_of_an_adapted_head_is_the_same_forward_and_backward(small_block
     @jax.jit
     def total(B):
         dropping = Head(dataclasses.replace(linear, lora_B=B))
-        return (target_log_probs(dropping, hidden, *targets, key=key) * cotangent).sum().scalar()
+        return (ours_of(dropping, hidden, *targets, key=key) * cotangent).sum().scalar()
 
     direction = hax.named(
         jnp.asarray(np.random.default_rng(1).normal(size=(VOCAB, 4)), jnp.float32), linear.lora_B.axes
@@ -157,7 +162,7 @@ def gradients_jaxpr(function, kind: str):
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_no_logits_beyond_a_block_exist(kind, small_blocks):
-    assert not too_large(gradients_jaxpr(target_log_probs, kind).jaxpr, tokens=ROWS * LEAST_BLOCK)
+    assert not too_large(gradients_jaxpr(ours_of, kind).jaxpr, tokens=ROWS * LEAST_BLOCK)
     # The same look at the plain way finds its [row, position, vocab].
     assert too_large(gradients_jaxpr(whole_log_probs, kind).jaxpr, tokens=ROWS * LEAST_BLOCK)
 
@@ -173,7 +178,7 @@ def test_a_frozen_head_has_no_gradient(kind, small_blocks):
     def weight_gradient(adapters, weights):
         return jax.grad(lambda weights: compute(whole_log_probs, adapters, weights)[1].sum().scalar())(weights)
 
-    assert not results_like_the_weight(functools.partial(compute, target_log_probs), adapters, weights)
+    assert not results_like_the_weight(functools.partial(compute, ours_of), adapters, weights)
     assert results_like_the_weight(weight_gradient, adapters, weights), "the same look finds a gradient that is there"
 
 
@@ -189,31 +194,31 @@ def results_like_the_weight(function, *arguments) -> list[str]:
 
 def test_no_logits_beyond_a_block_exist_in_the_whole_model(small_blocks):
     pairs = table_of(random_pairs(24, seed=1, response=20))
-    layout = Layout(micro_batches=1, rows=4, row_length=320, targets=384, pairs=24)
+    layout = PartShape.of_pairs(micro_batches=1, rows=4, row_length=320, targets=384, pairs=24)
     micro = packed(pairs, layout).micro_batch(0)
     model = moved(new_adapters())
     adapters, weights = eqx.partition(model, trainable_filter(model))
 
     def total(adapters, weights, micro):
-        log_probs = pair_log_probs(eqx.combine(adapters, weights), micro)
-        return (log_probs.chosen - log_probs.rejected).sum().scalar()
+        log_probs = score_responses(eqx.combine(adapters, weights), micro)
+        return log_probs.log_probs.sum().scalar()
 
     jaxpr = jax.make_jaxpr(jax.value_and_grad(total))(adapters, weights, micro).jaxpr
     assert not too_large(jaxpr, tokens=layout.rows * LEAST_BLOCK)
 
 
 def margin(log_probs) -> jax.Array:
-    return (log_probs.chosen - log_probs.rejected).sum().scalar()
+    return log_probs.log_probs.sum().scalar()
 
 
 def side_by_side(adapters, weights, frozen, micro):
     """A scalar of policy and reference computed together, whose reference must get no gradient."""
-    policy, reference = policy_and_reference_log_probs(eqx.combine(adapters, weights), frozen, micro)
+    policy, reference = score_with_reference(eqx.combine(adapters, weights), frozen, micro)
     return margin(policy) * margin(reference), (policy, reference)
 
 
 def policy_alone(adapters, weights, frozen, micro):
-    policy = pair_log_probs(eqx.combine(adapters, weights), micro)
+    policy = score_responses(eqx.combine(adapters, weights), micro)
     return margin(policy), policy
 
 
@@ -224,13 +229,13 @@ def gradients(function):
 @pytest.mark.parametrize("lora", ["everywhere", "some layers and lm_head"])
 @pytest.mark.parametrize("has_frozen_adapters", [False, True])
 def test_policy_and_reference_side_by_side_are_what_they_are_alone(lora, has_frozen_adapters):
-    micro = packed(table_of(random_pairs(6, seed=1)), Layout(1, 4, 64, targets=64, pairs=6)).micro_batch(0)
+    micro = packed(table_of(random_pairs(6, seed=1)), PartShape.of_pairs(1, 4, 64, targets=64, pairs=6)).micro_batch(0)
     model = moved(new_adapters("llama", lora))
     frozen = frozen_copy(moved(model, seed=8)) if has_frozen_adapters else None
     adapters, weights = eqx.partition(model, trainable_filter(model))
     (_, (policy, reference)), together = gradients(side_by_side)(adapters, weights, frozen, micro)
     (_, expected), alone = gradients(policy_alone)(adapters, weights, None, micro)
-    expected_reference = pair_log_probs(reference_model(model, frozen), micro)
+    expected_reference = score_responses(reference_model(model, frozen), micro)
     for found, wanted in ((policy, expected), (reference, expected_reference)):
         for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
             # Sums of a few dozen log-probs, float32.
@@ -247,7 +252,9 @@ def test_the_reference_beside_the_policy_leaves_nothing_for_the_backward_pass(ch
     config, compute = dataclasses.replace(LLAMA, num_layers=24), ComputeConfig(checkpointing)
     model = eqx.filter_eval_shape(lambda: loraize(CausalLM.init(config, compute, key=KEY), LoraConfig(r=4), key=KEY))
     adapters, weights = eqx.partition(model, trainable_filter(model))
-    micro = packed(table_of(random_pairs(40, seed=1)), Layout(1, 8, 256, targets=256, pairs=40)).micro_batch(0)
+    micro = packed(
+        table_of(random_pairs(40, seed=1)), PartShape.of_pairs(1, 8, 256, targets=256, pairs=40)
+    ).micro_batch(0)
 
     def temporary_bytes(function):
         compiled = gradients(function).lower(adapters, weights, None, micro).compile()
@@ -261,7 +268,7 @@ def test_weights_split_over_devices_are_gathered_once_for_both():
     placement = Placement(MeshConfig({"data": 8}))
     model = placement.put_parameters(moved(new_adapters()))
     adapters, weights = eqx.partition(model, trainable_filter(model))
-    batch = packed(table_of(random_pairs(16, seed=1)), Layout(1, 8, 128, targets=128, pairs=16))
+    batch = packed(table_of(random_pairs(16, seed=1)), PartShape.of_pairs(1, 8, 128, targets=128, pairs=16))
     micro = placement.put_batch(batch).micro_batch(0)
     embed = LLAMA.hidden_size
 

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -33,17 +32,16 @@ from tiny_runs import (
     write_rows,
 )
 
-from lora_dpo_jax.data.batches import PairTable
-from lora_dpo_jax.data.memory import MemoryPairs
 from lora_dpo_jax.huggingface.adapters import load_adapter
-from lora_dpo_jax.main import train as train_module
 from lora_dpo_jax.main.errors import TRACEBACK
+from lora_dpo_jax.main.setup import load_tables, load_tokenizer
 from lora_dpo_jax.main.train import main
 from lora_dpo_jax.processes.run_lock import RunIsActiveError, RunLock
-from lora_dpo_jax.runs.checks import NonFiniteStateError, refuse_non_finite
-from lora_dpo_jax.runs.setup import TrainConfig, keep_programs, load_tables, load_tokenizer
+from lora_dpo_jax.runs import learner
+from lora_dpo_jax.runs.checks import NonFiniteStateError
+from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.settings.arguments import parse
-from lora_dpo_jax.training.loop import NonFiniteLossError, StepInfo
+from lora_dpo_jax.training.loop import NonFiniteLossError
 from lora_dpo_jax.training.step import TrainStep
 
 # PEFT asks transformers for what transformers has renamed.
@@ -210,7 +208,7 @@ def test_the_log_says_what_becomes_of_an_epochs_last_pairs(tmp_path, rows, monke
             batches.append(int(metrics.values["pairs"]))
             return state, metrics
 
-    monkeypatch.setattr(train_module, "TrainStep", Recording)
+    monkeypatch.setattr(learner, "TrainStep", Recording)
     caplog.set_level(logging.INFO)
     main(run_config(tmp_path, rows, **EPOCH | settings))
     assert batches == pairs
@@ -222,14 +220,6 @@ def test_the_log_says_what_becomes_of_an_epochs_last_pairs(tmp_path, rows, monke
     assert line == f"12 training pairs, {expected}"
 
 
-def test_a_component_of_which_all_pairs_are_held_out_is_named(tmp_path):
-    order = train_module._order
-    config = run_config(tmp_path, tmp_path, data__train_weights={"prefs": 2.0})
-    nothing_left = PairTable({"prefs": (MemoryPairs([([1], [2], [3])]), np.zeros(0, int))})
-    with pytest.raises(ValueError, match=r"data\.train_weights\.prefs=2\.0, but all pairs of prefs are held out"):
-        order(config, nothing_left)
-
-
 def test_a_run_compiles_its_step_once(tmp_path, rows, monkeypatch):
     made: list[TrainStep] = []
 
@@ -237,7 +227,7 @@ def test_a_run_compiles_its_step_once(tmp_path, rows, monkeypatch):
         made.append(TrainStep(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(train_module, "TrainStep", make)
+    monkeypatch.setattr(learner, "TrainStep", make)
     main(run_config(tmp_path, rows))
     assert [step.num_compilations for step in made] == [1]
 
@@ -373,21 +363,6 @@ def test_what_the_last_update_spoiled_is_neither_saved_nor_exported(tmp_path, ro
     assert all(np.isfinite(tensor).all() for tensor in exported_adapter(config).values())
 
 
-@pytest.mark.parametrize(("part", "name"), [("adapters", "adapters"), ("optimizer", "optimizer's moments")])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_state_with_any_number_that_is_not_finite_is_named(part, name, value):
-    trained = {
-        "step": 1,
-        "adapters": {"a": np.ones(3, np.float32)},
-        "optimizer": {"mu": np.ones(3), "count": np.int32(1)},
-    }
-    info = StepInfo(7, SimpleNamespace(trained=trained))
-    refuse_non_finite(info)  # pyright: ignore[reportArgumentType]
-    next(iter(trained[part].values()))[1] = value
-    with pytest.raises(NonFiniteStateError, match=f"^after step 7: the update has made the {name} infinite or NaN"):
-        refuse_non_finite(info)  # pyright: ignore[reportArgumentType]
-
-
 def test_a_run_that_another_process_works_on_is_left_alone(tmp_path, rows):
     config = run_config(tmp_path, rows, peft_save_path=str(tmp_path / "adapter"))
     with RunLock(tmp_path / "logs" / "run", "run"):
@@ -445,7 +420,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, rows):
 
 
 def test_models_that_are_not_supported_end_a_run_before_its_data_are_read(tmp_path, given_adapter, monkeypatch):
-    monkeypatch.setattr("lora_dpo_jax.main.train.load_tables", lambda *_: pytest.fail("the data were read"))
+    monkeypatch.setattr("lora_dpo_jax.runs.assembly.load_tables", lambda *_: pytest.fail("the data were read"))
     config = run_config(tmp_path, tmp_path / "no_rows.jsonl", initialize_from_hf=str(given_adapter))
     with pytest.raises(FileNotFoundError, match="holds an adapter and no model.*initialize_from_peft"):
         main(config)
@@ -519,21 +494,6 @@ def test_the_config_of_levanters_guide_runs_without_torch_or_network(tmp_path):
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / "merged")
 
 
-def test_a_folder_for_programs_that_was_chosen_is_kept(tmp_path):
-    chosen = jax.config.jax_compilation_cache_dir
-    assert chosen, "by tiny_runs, in the place of the user"
-    try:
-        keep_programs(run_config(tmp_path, tmp_path))
-        assert jax.config.jax_compilation_cache_dir == chosen
-        keep_programs(run_config(tmp_path, tmp_path, trainer__jax_compilation_cache_dir="elsewhere"))
-        assert jax.config.jax_compilation_cache_dir == "elsewhere"
-        jax.config.update("jax_compilation_cache_dir", None)
-        keep_programs(run_config(tmp_path, tmp_path))
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache" / "programs")
-    finally:
-        jax.config.update("jax_compilation_cache_dir", chosen)
-
-
 CONFIG = """
 initialize_from_hf: ./gone
 data: {components: {prefs: {source: {type: url, train_urls: [./gone.jsonl]}}}}
@@ -544,12 +504,13 @@ data: {components: {prefs: {source: {type: url, train_urls: [./gone.jsonl]}}}}
     ("text", "args", "says"),
     [
         (None, [], "config.yaml"),
-        ("data: [", [], "config.yaml, line 1, column 8 is no YAML"),
+        ("data: [", [], "config.yaml ends before the list that opens in line 1, column 7 is closed"),
         ("{}", [], "data.components and initialize_from_hf are missing"),
         (CONFIG + "trainr: {}", [], "trainr is no setting. The nearest: trainer"),
         (CONFIG + "trainer: {num_train_steps: many}", [], "trainer.num_train_steps='many' must be a whole number"),
         (CONFIG + "trainer: {num_train_steps: -1}", [], "trainer.num_train_steps=-1 must be positive"),
         (CONFIG, ["--loss.beta", "-1"], "loss.beta=-1.0 must be positive"),
+        (CONFIG, ["--plugins", "[gone]"], "plugins: gone cannot be imported: there is no module gone on sys.path"),
         (CONFIG, [], "initialize_from_hf: ./gone: no such folder"),
         (
             CONFIG,

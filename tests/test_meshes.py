@@ -11,7 +11,7 @@ import pytest
 from bench import initialization
 from bench.initialization import DEFAULT
 from bench.meshes import DECODER, EVERYWHERE, MESHES, ONE_DEVICE, Outcome, adapters_of, train, wire
-from lora_dpo_jax.cost.compiled import collective_bytes
+from lora_dpo_jax.cost.traffic import collective_bytes
 from lora_dpo_jax.lora import LoraConfig
 
 # With all that a mesh could change: weights quantized in blocks, a head with adapters, dropout, rows laid out for it.
@@ -45,9 +45,10 @@ def test_the_order_of_a_sum_moves_the_last_digits_alone():
 
 def test_devices_exchange_weights_and_gradients_but_no_activations():
     """Of rows, which devices share among them, none needs to know what the others compute."""
-    step, state, batches = wire(MESHES["data 8"], optax.sgd(0.1), steps=1, lora=LoraConfig(r=4))
+    learner, batches = wire(MESHES["data 8"], optax.sgd(0.1), steps=1, lora=LoraConfig(r=4))
     (batch,) = batches
-    found = collective_bytes(step.lower(state, batch).compile().as_text())
+    state = learner.state
+    found = collective_bytes(learner.compile(batch).as_text())
     adapters = adapters_of(state)
     num_bytes = {
         "adapters": sum(leaf.nbytes for leaf in jax.tree.leaves(adapters)),

@@ -46,7 +46,7 @@ INPUTS += ["model/tokenizer.json", "./model/../train.jsonl"]
 def test_evaluate_replaces_no_input(home, monkeypatch, output):
     run = run_config(home, home / "train.jsonl", initialize_from_hf="model")
     fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
-    monkeypatch.setattr(evaluate, "load_tokenizer", no_work)
+    monkeypatch.setattr(evaluate, "load_data", no_work)
     before = listing(home)
     with pytest.raises(
         FileExistsError, match=f"^output='{output}' (would replace a file of data.comp|exists and is not)"
@@ -79,7 +79,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(home, monkeypa
 @pytest.mark.parametrize("output", ["", "model", ".", "model/"])
 def test_a_folder_is_no_output(home, output):
     with pytest.raises(IsADirectoryError, match=f"^output='{output}' is no file; name a .jsonl file"):
-        check_output(output, columns=COLUMNS, inputs={})
+        check_output(output, lines=[COLUMNS], inputs={})
 
 
 @pytest.mark.parametrize("scheme", ["", "memory://"])
@@ -89,7 +89,7 @@ def test_an_output_is_written_where_nothing_else_is(tmp_path, scheme, former):
     if former is not None:
         with fsspec.open(output, "w") as file:
             file.write(former)
-    check_output(output, columns=COLUMNS, inputs={"data": [f"{scheme}{tmp_path}/rows.jsonl"]})
+    check_output(output, lines=[COLUMNS], inputs={"data": [f"{scheme}{tmp_path}/rows.jsonl"]})
     write_output(output, [{"prompt": "é", "completion": "\ud83d"}, {"prompt": "a", "completion": "\u2028"}])
     with fsspec.open(output, "r", encoding="utf-8") as file:
         lines = file.read().split("\n")
@@ -98,7 +98,7 @@ def test_an_output_is_written_where_nothing_else_is(tmp_path, scheme, former):
         {"prompt": "a", "completion": "\u2028"},
     ]
     assert [path.name for path in tmp_path.iterdir()] == ([] if scheme else ["scores.jsonl"])
-    check_output(output, columns=COLUMNS, inputs={})
+    check_output(output, lines=[COLUMNS], inputs={})
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_an_output_is_written_where_nothing_else_is(tmp_path, scheme, former):
 def test_other_lines_are_not_replaced(tmp_path, text):
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(FileExistsError, match="exists and is not what this command writes"):
-        check_output(str(tmp_path / "x.jsonl"), columns=COLUMNS, inputs={})
+        check_output(str(tmp_path / "x.jsonl"), lines=[COLUMNS], inputs={})
     assert (tmp_path / "x.jsonl").read_text() == text
 
 
@@ -138,10 +138,10 @@ def test_an_output_keeps_its_link_and_its_permissions(tmp_path):
 def test_a_pipe_is_written_to_as_it_is(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    check_output(str(pipe), columns=COLUMNS, inputs={})
+    check_output(str(pipe), lines=[COLUMNS], inputs={})
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     write_output(str(pipe), [{"prompt": "a", "completion": "b"}])
     assert os.read(reader, 1000) == b'{"prompt": "a", "completion": "b"}\n' and pipe.is_fifo()
     os.close(reader)
     for device in ("/dev/null", "/dev/stdout"):
-        check_output(device, columns=COLUMNS, inputs={})
+        check_output(device, lines=[COLUMNS], inputs={})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_dpo_jax.places import is_within, parent_of, place_of, same_place
+from lora_dpo_jax.places import is_within, parent_of, place_of, same_place, spelled_alike
 
 
 @pytest.fixture
@@ -75,3 +75,24 @@ def test_what_holds_a_place():
     assert parent_of("gs://bucket/x.jsonl") == "gs://bucket"
     assert place_of(parent_of("memory://x.jsonl")) == "memory://"
     assert parent_of("https://host/a/b") == "https://host/a"
+
+
+@pytest.mark.parametrize(
+    "missing, found",
+    [
+        ("fil", "file"),
+        ("out/deepr", "out/deeper"),
+        ("~/flie", "HERE/file"),
+        ("ouut/deeper", "out/deeper"),
+        ("linc/deeper/more", "link"),
+    ],
+)
+def test_a_name_that_is_not_there_has_a_neighbour_that_is_spelled_alike(here, missing, found):
+    assert spelled_alike(missing) == f"; did you mean {found.replace('HERE', str(here))}?"
+
+
+@pytest.mark.parametrize(
+    "path", ["file", "out/other", "", ".", "~nobody-here/x", "a\0b", "x" * 5000, "gs://bucket/fil"]
+)
+def test_nothing_is_offered_where_nothing_is_alike(here, path):
+    assert spelled_alike(path) == ""

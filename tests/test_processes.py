@@ -23,8 +23,8 @@ from lora_dpo_jax.main.generate import main as generate
 from lora_dpo_jax.main.generate import parse
 from lora_dpo_jax.main.train import main
 from lora_dpo_jax.processes.run_lock import LOCK, RunLock
-from lora_dpo_jax.processes.signals import RESTART_ME
-from lora_dpo_jax.runs.setup import TrainConfig
+from lora_dpo_jax.processes.signals import RESTART_STATUS
+from lora_dpo_jax.runs.config import TrainConfig
 
 STEPS = 6
 MAIN = "lora_dpo_jax.main"
@@ -193,7 +193,7 @@ def signalled(config: TrainConfig, signum: signal.Signals, *, victim: int) -> li
 def test_sigterm_to_one_process_stops_all_and_the_run_goes_on_exactly(folder, on_two, alone, caplog):
     config = config_of(folder, "stopped", trainer__id="stopped")
     outcomes = ended(signalled(config, signal.SIGTERM, victim=1))
-    assert [status for status, _, _ in outcomes] == [RESTART_ME] * 2, [told[-2000:] for _, _, told in outcomes]
+    assert [status for status, _, _ in outcomes] == [RESTART_STATUS] * 2, [told[-2000:] for _, _, told in outcomes]
     stopped = [re.findall(r"stopped by SIGTERM after (\d) of 6 steps", told) for _, _, told in outcomes]
     assert stopped[0] == stopped[1] and len(stopped[0]) == 1
     assert (run_folder(config) / "checkpoints" / f"step-{stopped[0][0]}").is_dir()
@@ -233,7 +233,7 @@ def test_when_one_process_is_killed_the_other_ends_in_words(folder):
     seconds = time.monotonic() - began
     (status, _, told), (killed, _, _) = ended(processes)
     assert killed == -signal.SIGKILL
-    assert status == RESTART_ME, told[-3000:]
+    assert status == RESTART_STATUS, told[-3000:]
     assert re.search(r"process 1 of 2 \(.+\) has given no sign of life for 30 s: it was killed", told)
     assert "Start the same command again on all machines" in told and "Traceback" not in told
     assert seconds < 60

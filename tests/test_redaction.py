@@ -281,7 +281,7 @@ def test_a_run_writes_no_secret_of_its_config_anywhere(tmp_path, monkeypatch, ca
 
 def test_the_url_of_a_base_loses_its_secrets_in_an_export_and_nothing_else(tmp_path, monkeypatch):
     """It goes to adapter_config.json and the model card. memory:// takes the query for a part of the name."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "downloads"))
+    monkeypatch.setenv("LORA_DPO_JAX_CACHE", str(tmp_path / "downloads"))
     monkeypatch.setenv("SORT_KEY", "the-base")
     files = fsspec.filesystem("memory")
     for path in instruct_folder().iterdir():

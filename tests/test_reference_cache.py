@@ -10,10 +10,10 @@ import pytest
 from tiny_disks import no_file_larger_than
 from tiny_pairs import new_adapters, random_pairs
 
-from lora_dpo_jax.data.batches import PairTable
-from lora_dpo_jax.evaluation import PairScorer
+from lora_dpo_jax.data.table import ExampleTable
+from lora_dpo_jax.evaluation import Scorer
 from lora_dpo_jax.lora import unwrap_lora
-from lora_dpo_jax.reference_cache import RECORD, ReferenceCache
+from lora_dpo_jax.reference_cache import RECORD, ReferenceCache, missing_examples
 
 SIZE = RECORD.itemsize
 
@@ -21,9 +21,9 @@ SIZE = RECORD.itemsize
 ONE, TWO = random_pairs(13, seed=1), random_pairs(9, seed=2)
 
 
-def table(one, two=()) -> PairTable:
+def table(one, two=()) -> ExampleTable:
     """Of the pairs with these indices."""
-    return PairTable({"one": (ONE, np.array(one, int)), "two": (TWO, np.array(two, int))})
+    return ExampleTable({"one": (ONE, np.array(one, int)), "two": (TWO, np.array(two, int))})
 
 
 ALL = table(range(13), range(9))
@@ -36,9 +36,9 @@ def reference():
 
 @pytest.fixture(scope="module")
 def truth(reference) -> np.ndarray:
-    """float32 [pair of ALL, chosen / rejected]"""
-    scores = PairScorer(ALL, rows=2)(reference)
-    return np.stack([scores.chosen.array, scores.rejected.array], axis=-1)
+    """float32 [response of ALL]"""
+    scores = Scorer(ALL, rows=2)(reference)
+    return np.asarray(scores.log_probs.array)
 
 
 @pytest.fixture
@@ -46,12 +46,16 @@ def cache(tmp_path) -> ReferenceCache:
     return ReferenceCache(tmp_path, {"weights": "abc"})
 
 
-def fill(cache: ReferenceCache, reference, pairs: PairTable = ALL) -> list[int]:
+def fill(cache: ReferenceCache, reference, pairs: ExampleTable = ALL) -> list[int]:
     """Computes what is not known; gives the numbers of those pairs."""
-    missing = np.flatnonzero(np.isnan(cache.find(pairs)).any(axis=1))
+    missing = np.flatnonzero(missing_examples(pairs, cache.find(pairs)))
     if len(missing):
-        cache.compute(reference, PairScorer(pairs.subset(missing), rows=1))
+        cache.compute(reference, Scorer(pairs.subset(missing), rows=1))
     return missing.tolist()
+
+
+def responses_of(ids) -> np.ndarray:
+    return ALL.arrays.responses_of(np.asarray(ids))
 
 
 def assert_right(found: np.ndarray, truth: np.ndarray) -> None:
@@ -70,36 +74,36 @@ def test_what_was_computed_is_found_by_every_table_of_the_same_components(cache,
     assert fill(cache, reference) == list(range(22))
     assert_right(cache.find(ALL), truth)
     some = table([2, 3, 11], [0, 8])
-    np.testing.assert_array_equal(cache.find(some), cache.find(ALL)[[2, 3, 11, 13, 21]])
+    np.testing.assert_array_equal(cache.find(some), cache.find(ALL)[responses_of([2, 3, 11, 13, 21])])
     assert fill(cache, reference, some) == []
 
 
 def test_computing_gives_what_is_found_later(cache, reference):
     some = table([4, 7], [1])
-    np.testing.assert_array_equal(cache.compute(reference, PairScorer(some, rows=1)), cache.find(some))
-    known = ~np.isnan(cache.find(ALL)).any(axis=1)
+    np.testing.assert_array_equal(cache.compute(reference, Scorer(some, rows=1)), cache.find(some))
+    known = ~missing_examples(ALL, cache.find(ALL))
     assert np.flatnonzero(known).tolist() == [4, 7, 14]
 
 
 def test_another_identity_or_other_pairs_find_nothing(cache, reference, tmp_path):
     fill(cache, reference)
     assert np.isnan(ReferenceCache(tmp_path, {"weights": "abd"}).find(ALL)).all()
-    other = PairTable({"one": (random_pairs(13, seed=3), np.arange(13))})
+    other = ExampleTable({"one": (random_pairs(13, seed=3), np.arange(13))})
     assert np.isnan(cache.find(other)).all()
     assert not np.isnan(ReferenceCache(tmp_path, {"weights": "abc"}).find(ALL)).any()
 
 
 def test_a_folder_says_what_it_is_of(cache, reference):
     fill(cache, reference)
-    (meta,) = (path.with_name("meta.json") for count, path in record_files(cache).items() if count == 9)
-    assert f'"pairs": "{TWO.fingerprint}"' in meta.read_text() and '"weights": "abc"' in meta.read_text()
+    (meta,) = (path.with_name("meta.json") for count, path in record_files(cache).items() if count == 18)
+    assert f'"examples": "{TWO.fingerprint}"' in meta.read_text() and '"weights": "abc"' in meta.read_text()
 
 
 class Interrupted(Exception):
     pass
 
 
-class InterruptedScorer(PairScorer):
+class InterruptedScorer(Scorer):
     after = 3  # batches
 
     def in_batches(self, model, *args, **kwargs):
@@ -112,11 +116,11 @@ class InterruptedScorer(PairScorer):
 def test_interrupted_filling_resumes_with_the_rest(cache, reference, truth):
     with pytest.raises(Interrupted):
         cache.compute(reference, InterruptedScorer(ALL, rows=1))
-    left = np.flatnonzero(np.isnan(cache.find(ALL)).any(axis=1)).tolist()
+    left = np.flatnonzero(missing_examples(ALL, cache.find(ALL))).tolist()
     assert 0 < len(left) < 22
     assert fill(cache, reference) == left
     assert_right(cache.find(ALL), truth)
-    assert sum(record_files(cache)) == 22, "nothing was computed twice"
+    assert sum(record_files(cache)) == 44, "nothing was computed twice"
 
 
 class SoonInterruptedScorer(InterruptedScorer):
@@ -126,41 +130,41 @@ class SoonInterruptedScorer(InterruptedScorer):
 def test_interrupted_filling_ends_with_the_same_bits(tmp_path, reference):
     """The rest is packed with what was there before, or the order of sums would be another."""
 
-    def find_all(name: str, scorers: list[type[PairScorer]]) -> np.ndarray:
+    def find_all(name: str, scorers: list[type[Scorer]]) -> np.ndarray:
         cache = ReferenceCache(tmp_path / name, {"weights": "abc"})
         fill(cache, reference, table([4, 7], [1]))  # a run before, that is done
         for scorer in scorers:
             known = cache.find(ALL)
-            planned = cache.plan(ALL, np.flatnonzero(np.isnan(known).any(axis=1)))
-            assert planned.tolist() == [i for i in range(22) if i not in (4, 7, 14)]
+            started = cache.to_compute(ALL, np.flatnonzero(missing_examples(ALL, known)))
+            assert started.tolist() == [i for i in range(22) if i not in (4, 7, 14)]
             try:
-                cache.compute(reference, scorer(ALL.subset(planned), rows=1), known[planned])
+                cache.compute(reference, scorer(ALL.subset(started), rows=1), known[responses_of(started)])
             except Interrupted:
                 continue
-            cache.end_plan(ALL)
-        assert sum(record_files(cache)) == 22, "nothing was computed twice for the cache"
-        assert not list(cache.folder.glob("*.plan"))
+            cache.all_computed(ALL)
+        assert sum(record_files(cache)) == 44, "nothing was computed twice for the cache"
+        assert not list(cache.folder.glob("*.started"))
         return cache.find(ALL)
 
-    in_peace = find_all("in_peace", [PairScorer])
-    interrupted = find_all("interrupted", [SoonInterruptedScorer, SoonInterruptedScorer, PairScorer])
+    in_peace = find_all("in_peace", [Scorer])
+    interrupted = find_all("interrupted", [SoonInterruptedScorer, SoonInterruptedScorer, Scorer])
     np.testing.assert_array_equal(interrupted, in_peace)
 
 
 @pytest.mark.parametrize("content", [None, "[]", "[99, 3]", '{"a": 1}', "half of", "[[1]]"])
-def test_a_plan_that_does_not_hold_what_is_missing_is_made_anew(cache, content):
+def test_a_list_that_does_not_hold_what_is_missing_is_made_anew(cache, content):
     missing = np.array([2, 3, 5])
-    cache.plan(ALL, np.array([1]))
-    (path,) = cache.folder.glob("*.plan")
+    cache.to_compute(ALL, np.array([1]))
+    (path,) = cache.folder.glob("*.started")
     path.unlink() if content is None else path.write_text(content)
-    assert cache.plan(ALL, missing).tolist() == [2, 3, 5]
-    assert cache.plan(ALL, missing[:1]).tolist() == [2, 3, 5]
-    assert cache.plan(table(range(13)), missing[:1]).tolist() == [2], "that of another table is another"
+    assert cache.to_compute(ALL, missing).tolist() == [2, 3, 5]
+    assert cache.to_compute(ALL, missing[:1]).tolist() == [2, 3, 5]
+    assert cache.to_compute(table(range(13)), missing[:1]).tolist() == [2], "that of another table is another"
 
 
 def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[5 * SIZE + 6] ^= 1  # of the chosen response's log-prob
+    content[5 * SIZE + 6] ^= 1  # of a log-prob
     path.write_bytes(content)
 
 
@@ -179,27 +183,27 @@ def fill_with_zeros(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage, lost, says",
     [
-        (flip_a_byte, 1, "1 of 13 records are damaged or belong to another cache, and 0 bytes.*at byte 80"),
-        (cut_the_end, 1, "0 of 12 records are .* and 11 bytes at the end are no whole record.*at byte 192"),
-        (put_garbage_before, 13, "13 of 13 records .* and 8 bytes at the end .*at byte 0"),
-        (fill_with_zeros, 13, "13 of 13 records .* and 0 bytes"),
+        (flip_a_byte, 1, "1 of 26 records are damaged or belong to another cache, and 0 bytes.*at byte 60"),
+        (cut_the_end, 1, "0 of 25 records are .* and 7 bytes at the end are no whole record.*at byte 300"),
+        (put_garbage_before, 13, "26 of 26 records .* and 8 bytes at the end .*at byte 0"),
+        (fill_with_zeros, 13, "26 of 26 records .* and 0 bytes"),
     ],
 )
 def test_a_damaged_file_is_told_repaired_and_computed_again(cache, reference, truth, caplog, damage, lost, says):
     fill(cache, reference)
-    damage(record_files(cache)[13])
+    damage(record_files(cache)[26])
     known = cache.find(ALL)
     (warning,) = caplog.records
     assert warning.levelno == logging.WARNING
     assert str(cache.folder) in warning.getMessage()
     caplog.clear()
-    missing = np.isnan(known).any(axis=1)
+    missing = missing_examples(ALL, known)
     assert missing.sum() == lost and not missing[13:].any()
-    assert_right(known[~missing], truth[~missing])
+    assert_right(known[~np.isnan(known)], truth[~np.isnan(known)])
     assert fill(cache, reference) == np.flatnonzero(missing).tolist()
     assert_right(cache.find(ALL), truth)
     assert not caplog.records
-    assert sorted(record_files(cache)) == [9, 13]
+    assert sorted(record_files(cache)) in ([18, 26], [18, 27])
     assert re.search(says, warning.getMessage())
 
 
@@ -208,9 +212,9 @@ def test_the_file_of_another_cache_is_not_believed(cache, reference, truth, tmp_
     other = ReferenceCache(tmp_path / "other", {"weights": "abd"})
     for each in (cache, other):
         fill(each, reference)
-    foreign = record_files(other)[13] if source == "another model" else record_files(cache)[9]
-    record_files(cache)[13].write_bytes(foreign.read_bytes())
-    assert np.isnan(cache.find(ALL)[:13]).all()
+    foreign = record_files(other)[26] if source == "another model" else record_files(cache)[18]
+    record_files(cache)[26].write_bytes(foreign.read_bytes())
+    assert np.isnan(cache.find(ALL)[:26]).all()
     assert "belong to another cache" in caplog.text
     fill(cache, reference)
     assert_right(cache.find(ALL), truth)
@@ -222,8 +226,8 @@ def test_records_added_after_a_torn_one_are_found(cache, reference, truth):
     (path,) = record_files(cache).values()
     with path.open("ab") as file:
         file.write(b"torn off")
-    cache.compute(reference, PairScorer(table(range(6, 13)), rows=1))
-    assert_right(cache.find(ALL)[:13], truth[:13])
+    cache.compute(reference, Scorer(table(range(6, 13)), rows=1))
+    assert_right(cache.find(ALL)[:26], truth[:26])
 
 
 def test_a_full_disk_is_told_and_what_was_written_is_kept(cache, reference, truth):
@@ -233,8 +237,8 @@ def test_a_full_disk_is_told_and_what_was_written_is_kept(cache, reference, trut
             OSError, match="^data.cache_dir: the reference's log-probs could not be written to .*records.bin"
         ),
     ):
-        cache.compute(reference, PairScorer(table(range(13)), rows=1))
-    known = ~np.isnan(cache.find(ALL)).any(axis=1)
+        cache.compute(reference, Scorer(table(range(13)), rows=1))
+    known = ~np.isnan(cache.find(ALL))
     assert known.sum() <= 5
     assert_right(cache.find(ALL)[known], truth[known])
     fill(cache, reference)
@@ -243,24 +247,25 @@ def test_a_full_disk_is_told_and_what_was_written_is_kept(cache, reference, trut
 
 def test_what_is_not_finite_is_not_kept(cache, reference):
     class Broken:
-        pairs = table([1, 2, 3])
+        examples = table([1, 2, 3])
 
         def in_batches(self, model):
-            for ids, found in PairScorer(self.pairs, rows=8).in_batches(model):
-                found["chosen"][ids == 1] = np.nan
-                found["rejected"][ids == 2] = -np.inf
+            for ids, found in Scorer(self.examples, rows=8).in_batches(model):
+                pairs = found.reshape(-1, 2)
+                pairs[ids == 1, 0] = np.nan
+                pairs[ids == 2, 1] = -np.inf
                 yield ids, found
 
     computed = cache.compute(reference, Broken())  # pyright: ignore[reportArgumentType]
-    assert np.isnan(computed[1, 0]) and computed[2, 1] == -np.inf
-    found = cache.find(Broken.pairs)
-    np.testing.assert_array_equal(found[0], computed[0])
-    assert np.isnan(found[1:]).all()
+    assert np.isnan(computed[2]) and computed[5] == -np.inf
+    found = cache.find(Broken.examples)
+    np.testing.assert_array_equal(found[[0, 1, 3, 4]], computed[[0, 1, 3, 4]])
+    assert np.isnan(found[[2, 5]]).all()
 
 
 def test_several_runs_fill_at_once(cache, reference, truth, caplog):
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda _: cache.compute(reference, PairScorer(ALL, rows=1)), range(4)))
-    assert sorted(record_files(cache)) == [4 * 9, 4 * 13]
+        list(threads.map(lambda _: cache.compute(reference, Scorer(ALL, rows=1)), range(4)))
+    assert sorted(record_files(cache)) == [4 * 18, 4 * 26]
     assert_right(cache.find(ALL), truth)
     assert not caplog.records

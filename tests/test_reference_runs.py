@@ -19,10 +19,12 @@ from tiny_runs import instruct_folder, preference_rows, read_metrics, run_config
 from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.main import evaluate
 from lora_dpo_jax.main.train import main
-from lora_dpo_jax.reference_cache import ReferenceCache
-from lora_dpo_jax.runs import reference_scores as main_reference
+from lora_dpo_jax.reference_cache import ReferenceCache, missing_examples
+from lora_dpo_jax.runs import identity
+from lora_dpo_jax.runs.assembly import load_data, reference_log_probs
+from lora_dpo_jax.runs.base import load_base, load_peft_adapter
+from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.runs.reference_scores import ReferenceLogProbs
-from lora_dpo_jax.runs.setup import TrainConfig, load_base, load_peft_adapter, load_tables, load_tokenizer
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.step import TrainStep
 
@@ -45,7 +47,7 @@ def computed(monkeypatch) -> list[int]:
     counts, compute = [], ReferenceCache.compute
 
     def counting(self, model, score, known=None):
-        counts.append(len(score.pairs) if known is None else int(np.isnan(known).any(axis=1).sum()))
+        counts.append(len(score.examples) if known is None else int(missing_examples(score.examples, known).sum()))
         return compute(self, model, score, known)
 
     monkeypatch.setattr(ReferenceCache, "compute", counting)
@@ -98,10 +100,10 @@ def test_a_cached_run_is_the_live_run(tmp_path, rows, computed, batches, given_a
         return lines, load_file(tmp_path / mode / "adapter_model.safetensors")
 
     live, live_adapter = outcome("live")
-    assert computed == [] and all(batch.reference_chosen is None for batch in batches)
+    assert computed == [] and all(batch.reference is None for batch in batches)
     batches.clear()
     cached, cached_adapter = outcome("auto")
-    assert sorted(computed) == [3, 9] and all(batch.reference_chosen is not None for batch in batches)
+    assert sorted(computed) == [3, 9] and all(batch.reference is not None for batch in batches)
     assert len(cached) == len(live) > 6
     for ours, theirs in zip(cached, live, strict=True):
         # Rewards are differences of sums of some 100 nats, summed in another order.
@@ -135,7 +137,7 @@ def test_runs_that_differ_in_what_they_do_with_it_compute_it_once(tmp_path, rows
         )
     )
     assert computed == [12]
-    assert all(batch.reference_chosen is not None for batch in batches)
+    assert all(batch.reference is not None for batch in batches)
 
 
 def test_evaluation_takes_and_leaves_the_same_values(tmp_path, rows, computed):
@@ -175,32 +177,33 @@ def test_nothing_is_looked_up_for_a_loss_without_reference(tmp_path, rows, compu
 
 
 def references_of(config: TrainConfig) -> tuple[ReferenceLogProbs, list]:
-    """What a run asks for its values, and the tables of its pairs."""
-    tokenizer = load_tokenizer(config)
-    placement = Placement(config.trainer.mesh)
-    base = load_base(config, tokenizer, placement)
+    """What a run asks for its values, but with a scorer that computes nothing, and the tables of its pairs."""
+    data, placement = load_data(config), Placement(config.trainer.mesh)
+    base = load_base(config, data.tokenizer, placement)
     model = base.model
     if config.reference_adapter is not None:
-        model = load_peft_adapter(model, Path(config.reference_adapter), placement)
-    return ReferenceLogProbs(config, base, model, placement), [t for t in load_tables(config, tokenizer) if len(t)]
+        model = load_peft_adapter(base, "initialize_from_peft", config.reference_adapter, placement)
+    tables = [table for table in (data.pairs, data.held_out) if len(table)]
+    references = reference_log_probs(config, base, model, placement)
+    references.scorer = FakeScorer  # pyright: ignore[reportAttributeAccessIssue]
+    return references, tables
 
 
 class FakeScorer:
     """Gives every pair -1 and -2."""
 
-    def __init__(self, pairs):
-        self.pairs = pairs
+    def __init__(self, examples):
+        self.examples = examples
 
     def in_batches(self, model):
-        ids = np.arange(len(self.pairs))
-        yield ids, {"chosen": np.full(len(ids), -1.0), "rejected": np.full(len(ids), -2.0)}
+        yield np.arange(len(self.examples)), np.tile(np.float32([-1.0, -2.0]), len(self.examples))
 
 
 def remember(config: TrainConfig) -> None:
     references, tables = references_of(config)
     for table in tables:
         assert references.cache is not None
-        references.cache.compute(references.model, FakeScorer(table))  # pyright: ignore[reportArgumentType]
+        references.cache.compute(references.reference, FakeScorer(table))  # pyright: ignore[reportArgumentType]
 
 
 def is_known(config: TrainConfig) -> bool:
@@ -208,7 +211,7 @@ def is_known(config: TrainConfig) -> bool:
     assert references.cache is not None
     known = [~np.isnan(references.cache.find(table)) for table in tables]
     assert len({bool(value) for values in known for value in values.flat}) == 1
-    return bool(known[0][0, 0])
+    return bool(known[0][0])
 
 
 def model_copy(folder: Path, *, change_byte: bool = False, **config) -> str:
@@ -303,7 +306,7 @@ def test_every_setting_of_the_model_that_is_not_named_harmless_is_in_the_key(rem
     """So that one that is added later, such as a quantization, is in it too."""
     config = run_config(remembered, remembered / "train.jsonl")
     assert is_known(config)
-    monkeypatch.setattr(main_reference, "CHANGE_NO_NUMBERS", ("attention", "dtype"))
+    monkeypatch.setattr(identity, "CHANGE_NO_NUMBERS", ("attention", "dtype"))
     assert not is_known(config)
 
 
@@ -319,13 +322,12 @@ def test_every_setting_of_the_model_that_is_not_named_harmless_is_in_the_key(rem
     ],
 )
 def test_auto_takes_the_way_of_fewer_forward_passes(
-    tmp_path, rows, computed, monkeypatch, caplog, mode, known, epochs, computes, says
+    tmp_path, rows, computed, caplog, mode, known, epochs, computes, says
 ):
-    monkeypatch.setattr(main_reference, "scorer", lambda config, pairs, placement: FakeScorer(pairs))
     cached, (pairs,) = references_of(run_config(tmp_path, rows))
     assert cached.cache is not None
     if known:
-        cached.cache.compute(cached.model, FakeScorer(pairs.subset(np.arange(known))))  # pyright: ignore[reportArgumentType]
+        cached.cache.compute(cached.reference, FakeScorer(pairs.subset(np.arange(known))))  # pyright: ignore[reportArgumentType]
     computed.clear()
     caplog.set_level(logging.INFO)
     references, _ = references_of(run_config(tmp_path, rows, reference_log_probs=mode))
@@ -350,20 +352,16 @@ def test_auto_takes_the_way_of_fewer_forward_passes(
         (12, [range(12)], False),
     ],
 )
-def test_auto_is_live_for_one_epoch_of_which_nothing_is_cached(
-    tmp_path, rows, computed, monkeypatch, known, batches, is_live
-):
-    monkeypatch.setattr(main_reference, "scorer", lambda config, pairs, placement: FakeScorer(pairs))
+def test_auto_is_live_for_one_epoch_of_which_nothing_is_cached(tmp_path, rows, computed, known, batches, is_live):
     references, (pairs,) = references_of(run_config(tmp_path, rows))
     if known:
         assert references.cache is not None
-        references.cache.compute(references.model, FakeScorer(pairs.subset(np.arange(known))))  # pyright: ignore[reportArgumentType]
+        references.cache.compute(references.reference, FakeScorer(pairs.subset(np.arange(known))))  # pyright: ignore[reportArgumentType]
     found = references.of_steps(pairs, [np.array(batch) for batch in batches])
     assert (found is None) is is_live
 
 
-def test_a_run_that_goes_on_takes_the_way_that_it_took(tmp_path, rows, computed, monkeypatch):
-    monkeypatch.setattr(main_reference, "scorer", lambda config, pairs, placement: FakeScorer(pairs))
+def test_a_run_that_goes_on_takes_the_way_that_it_took(tmp_path, rows, computed):
     references, (pairs,) = references_of(run_config(tmp_path, rows))
     once = [np.arange(12)]
     assert references.of_steps(pairs, once) is None
@@ -373,9 +371,8 @@ def test_a_run_that_goes_on_takes_the_way_that_it_took(tmp_path, rows, computed,
     assert references.of_steps(pairs, once, choice="live") is None
 
 
-def test_a_pair_that_no_step_visits_is_not_computed(tmp_path, rows, computed, monkeypatch):
-    monkeypatch.setattr(main_reference, "scorer", lambda config, pairs, placement: FakeScorer(pairs))
+def test_a_pair_that_no_step_visits_is_not_computed(tmp_path, rows, computed):
     references, (pairs,) = references_of(run_config(tmp_path, rows, reference_log_probs="cached"))
     values = references.of_steps(pairs, [np.array([3, 7]), np.array([11, 0])])
     assert values is not None and computed == [4]
-    assert np.flatnonzero(~np.isnan(values).any(axis=1)).tolist() == [0, 3, 7, 11]
+    assert np.flatnonzero(~missing_examples(pairs, values)).tolist() == [0, 3, 7, 11]

@@ -18,12 +18,12 @@ from etils import epath
 from safetensors.numpy import load_file, save_file
 from tiny_runs import instruct_folder, preference_rows, read_metrics, run_config, write_rows
 
-from lora_dpo_jax import tracking
 from lora_dpo_jax.checkpoints.files import read_description
 from lora_dpo_jax.main.train import main
-from lora_dpo_jax.processes.signals import RESTART_ME, InterruptedTrainingError
-from lora_dpo_jax.runs.setup import TrainConfig
+from lora_dpo_jax.processes.signals import RESTART_STATUS, StoppedBySignalError
+from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.settings.arguments import parse
+from lora_dpo_jax.tracking.metrics_file import MetricsFile
 
 STEPS = 8
 ENVIRONMENT = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
@@ -31,17 +31,17 @@ ENVIRONMENT = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_comp
 # Runs the command line, and sends itself a signal as soon as the metrics of a step are on disk.
 SIGNALLED = """
 import os, runpy, sys
-from lora_dpo_jax import tracking
+from lora_dpo_jax.tracking.metrics_file import MetricsFile
 
 signum, at = int(sys.argv.pop(1)), int(sys.argv.pop(1))
-log = tracking._JsonLines.log
+log = MetricsFile.log
 
 def log_and_signal(self, metrics, *, step):
     log(self, metrics, step=step)
     if step == at and "train/loss" in metrics:
         os.kill(os.getpid(), signum)
 
-tracking._JsonLines.log = log_and_signal
+MetricsFile.log = log_and_signal
 runpy.run_module("lora_dpo_jax.main", run_name="__main__", alter_sys=True)
 """
 
@@ -125,7 +125,7 @@ def test_sigterm_saves_and_asks_to_be_started_again(folder, rows, whole):
     (run_dir,) = (folder / "stopped_logs").iterdir()
     config = dataclasses.replace(unnamed, trainer=dataclasses.replace(unnamed.trainer, id=run_dir.name))
     assert parse(TrainConfig, [], config_path=run_dir / "config.yaml") == config, "what it wrote resumes it too"
-    assert done.returncode == RESTART_ME, done.stderr[-3000:]
+    assert done.returncode == RESTART_STATUS, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     assert "stopped by SIGTERM after 5 of 8 steps" in done.stderr
     assert saved_steps(config) == ["step-3", "step-5"]
@@ -140,15 +140,15 @@ def test_sigterm_saves_and_asks_to_be_started_again(folder, rows, whole):
 
 def test_a_run_may_go_on_on_another_mesh(folder, rows, whole, monkeypatch):
     config = config_of(folder, rows, "moved", trainer__mesh={"axes": {"replica": 2, "data": 2, "model": 2}})
-    log = tracking._JsonLines.log
+    log = MetricsFile.log
 
     def log_and_stop(self, metrics, *, step):
         log(self, metrics, step=step)
         if step == 3 and "train/loss" in metrics:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with monkeypatch.context() as patched, pytest.raises(InterruptedTrainingError):
-        patched.setattr(tracking._JsonLines, "log", log_and_stop)
+    with monkeypatch.context() as patched, pytest.raises(StoppedBySignalError):
+        patched.setattr(MetricsFile, "log", log_and_stop)
         main(config)
     assert saved_steps(config) == ["step-3", "step-5"]
     main(dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, mesh=whole.trainer.mesh)))

@@ -27,8 +27,8 @@ from lora_dpo_jax.main import generate
 from lora_dpo_jax.main.errors import print_trace, told_in_a_line
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.redaction import log_to_stderr
-from lora_dpo_jax.runs.report import Report
-from lora_dpo_jax.runs.setup import load_tokenizer
+from lora_dpo_jax.runs.base import load_tokenizer
+from lora_dpo_jax.runs.report import HeldOutScores, Samples, print_report
 
 ESCAPES = "\x1b]0;title\x07\x1b[2J\r\x9b31m\u202e"
 CODE = "import pathlib\npathlib.Path(__file__).with_name('it_ran').touch()\nclass Mine:\n    pass\n"
@@ -136,10 +136,10 @@ def test_a_completion_sends_no_escapes_and_is_written_as_it_is(tmp_path, monkeyp
 
 
 def test_a_report_sends_no_escapes(tmp_path, capsys):
-    config = run_config(tmp_path, tmp_path / "rows.jsonl", sample_prompts=[ESCAPES], peft_save_path=f"out{ESCAPES}")
-    report = Report(config, None, None, None, None, [])  # type: ignore[arg-type]
-    report.samples = [[ESCAPES]] * 2
-    report.print(tmp_path / ESCAPES)
+    samples = Samples([ESCAPES], None, None, stop_ids=())  # type: ignore[arg-type]
+    samples.completions = [[ESCAPES]] * 2
+    scores = HeldOutScores(None, None, None, None, [])  # type: ignore[arg-type]
+    print_report(samples, scores, {"adapter": f"out{ESCAPES}", "metrics": tmp_path / ESCAPES})
     assert has_no_escapes(capsys.readouterr().out)
 
 

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_dpo_jax.data.batches import PairTable, whole_table
-from lora_dpo_jax.data.chat import TokenizedPair
-from lora_dpo_jax.data.memory import MemoryPairs
+from lora_dpo_jax.data.examples import TokenizedExample
+from lora_dpo_jax.data.memory import MemoryExamples
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
-from lora_dpo_jax.data.shapes import Layout, plan_rows
+from lora_dpo_jax.data.shapes import PartShape, fill_rows
+from lora_dpo_jax.data.table import ExampleTable, whole_table
 from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter
 from lora_dpo_jax.models import CausalLM, ComputeConfig, DecoderConfig, PackedMask
 
@@ -102,27 +102,32 @@ def _with_adapters(model: CausalLM, change: Callable[[np.ndarray], np.ndarray]) 
 
 def random_pairs(
     count: int, *, seed: int = 0, prompt: int = 9, response: int = 12, name: str = "memory"
-) -> MemoryPairs:
+) -> MemoryExamples:
     """Prompts of 1 to `prompt` tokens, responses of 1 to `response`."""
     rng = np.random.default_rng(seed)
 
     def tokens(longest: int) -> np.ndarray:
         return rng.integers(0, VOCAB, rng.integers(1, longest + 1)).astype(np.int32)
 
-    pairs = [TokenizedPair(tokens(prompt), tokens(response), tokens(response)) for _ in range(count)]
-    return MemoryPairs(pairs, name=name)
+    pairs = [TokenizedExample.pair(tokens(prompt), tokens(response), tokens(response)) for _ in range(count)]
+    return MemoryExamples(pairs, name=name)
 
 
-def table_of(pairs: MemoryPairs) -> PairTable:
+def table_of(pairs: MemoryExamples) -> ExampleTable:
     return whole_table({"pairs": pairs})
 
 
+def lengths_of(pairs: ExampleTable) -> np.ndarray:
+    """int [pair, 3]: tokens of prompt, chosen and rejected."""
+    return np.column_stack([pairs.arrays.prompt_tokens, pairs.arrays.response_tokens.reshape(-1, 2)])
+
+
 def packed(
-    pairs: PairTable, layout: Layout, rows: Sequence[Sequence[int]] | None = None, *, share_prefix: bool = True
+    pairs: ExampleTable, layout: PartShape, rows: Sequence[Sequence[int]] | None = None, *, share_prefix: bool = True
 ) -> PreferenceBatch:
     """All pairs as a batch, in the rows given or as tightly as can be."""
     if rows is None:
-        rows = plan_rows(pairs.lengths.sum(axis=1).tolist(), layout.row_length)
+        rows = fill_rows(pairs.sizes.tokens.tolist(), layout.row_length)
     batch = pack(pairs, [np.array(row) for row in rows], layout, share_prefix=share_prefix)
     return jax.tree.map(jnp.asarray, batch)
 
@@ -138,11 +143,11 @@ def response_log_probs(model: CausalLM, tokens: np.ndarray, is_response: np.ndar
     return jnp.sum(jnp.where(is_response[:, 1:], taken, 0.0), axis=1)
 
 
-def plain_sequences(pairs: Sequence[TokenizedPair]) -> tuple[np.ndarray, np.ndarray]:
+def plain_sequences(pairs: Sequence[TokenizedExample]) -> tuple[np.ndarray, np.ndarray]:
     """[prompt + chosen] and [prompt + rejected] of each pair, padded to 32: (tokens, where the response is)."""
     tokens, is_response = np.zeros((2 * len(pairs), 32), np.int32), np.zeros((2 * len(pairs), 32), bool)
     for index, pair in enumerate(pairs):
-        for branch, response in enumerate((pair.chosen, pair.rejected)):
+        for branch, response in enumerate(pair.responses):
             whole = np.concatenate([pair.prompt, response])
             tokens[2 * index + branch, : len(whole)] = whole
             is_response[2 * index + branch, len(pair.prompt) : len(whole)] = True

@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import draccus
-import jax
 import numpy as np
 import safetensors.numpy
 import tokenizers
 import transformers
 from chat_templates import CHATML
 
-from lora_dpo_jax.main.train import TrainConfig
+from lora_dpo_jax.runs.config import TrainConfig
 
 SESSION_FOLDER = tempfile.TemporaryDirectory(prefix="tiny_runs_")  # removed when the interpreter exits
-# Most of a tiny run is compilation; runs of one shape share it.
-jax.config.update("jax_compilation_cache_dir", f"{SESSION_FOLDER.name}/programs")
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 VOCAB = 300  # of the tokenizer and the model

@@ -5,14 +5,16 @@ import os
 # Without PyTorch, transformers advises to install it when it is imported; its tokenizers, all that is used, need none.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from lora_dpo_jax.evaluation import PairScorer, summarize
+from lora_dpo_jax.evaluation import Scorer, summarize
 from lora_dpo_jax.generation import GenerationConfig, complete, generate
 from lora_dpo_jax.huggingface.adapters import load_adapter, save_adapter
 from lora_dpo_jax.huggingface.weights import load_model, read_config, save_merged
-from lora_dpo_jax.log_probs import pair_log_probs
+from lora_dpo_jax.log_probs import score_responses
 from lora_dpo_jax.lora import LoraConfig, LoraLinear, frozen_copy, loraize, merge_lora, trainable_filter, unwrap_lora
-from lora_dpo_jax.losses import Dpo, LengthNormalizedDpo, PairLogProbs, PreferenceLoss
+from lora_dpo_jax.losses import Compared, Dpo, LengthNormalizedDpo, Loss, PreferenceLoss, Scores
 from lora_dpo_jax.models import CausalLM, DecoderConfig
+from lora_dpo_jax.objective import ExampleLosses
+from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.reference_cache import ReferenceCache
 from lora_dpo_jax.sharding import MeshConfig, Placement
 from lora_dpo_jax.training.optimizer import OptimizerConfig
@@ -22,19 +24,23 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CausalLM",
+    "Compared",
     "DecoderConfig",
     "Dpo",
+    "ExampleLosses",
     "GenerationConfig",
     "LengthNormalizedDpo",
     "LoraConfig",
     "LoraLinear",
+    "Loss",
     "MeshConfig",
     "OptimizerConfig",
-    "PairLogProbs",
-    "PairScorer",
     "Placement",
     "PreferenceLoss",
+    "PreferenceObjective",
     "ReferenceCache",
+    "Scorer",
+    "Scores",
     "TrainState",
     "TrainStep",
     "complete",
@@ -44,10 +50,10 @@ __all__ = [
     "load_model",
     "loraize",
     "merge_lora",
-    "pair_log_probs",
     "read_config",
     "save_adapter",
     "save_merged",
+    "score_responses",
     "summarize",
     "trainable_filter",
     "unwrap_lora",

@@ -1,47 +1,46 @@
-"""Scores of preference pairs: log-probs of policy and reference, pair by pair, and their summary."""
+"""Scores of a whole table under a model, and what a loss makes of those of policy and reference."""
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import equinox as eqx
 import haliax as hax
 import jax
 import numpy as np
 
-from lora_dpo_jax.data.batches import PairTable, packed_rows
+from lora_dpo_jax.axes import RESPONSE
+from lora_dpo_jax.data.batches import packed_rows
 from lora_dpo_jax.data.packing import PreferenceBatch
-from lora_dpo_jax.log_probs import pair_log_probs
-from lora_dpo_jax.losses import PairLogProbs, PreferenceLoss, preference_metrics
+from lora_dpo_jax.data.table import ExampleTable
+from lora_dpo_jax.log_probs import score_responses
+from lora_dpo_jax.losses import Examples, Loss, Scores
 from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.objective import Mean, Objective
 from lora_dpo_jax.sharding import on_host
 
-FIELDS = tuple(field.name for field in dataclasses.fields(PairLogProbs))
 
-
-class PairScorer:
-    """Log-probs of every pair of a table under a model; compiled once, each pair scored exactly once."""
+class Scorer:
+    """Scores of every response of a table under a model; compiled once, each response scored exactly once."""
 
     def __init__(
         self,
-        pairs: PairTable,
+        examples: ExampleTable,
         *,
         rows: int,
         put_batch: Callable = jax.device_put,
         scope: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        """`rows` of packed pairs are computed together."""
-        self.pairs, self.rows, self.put_batch, self.scope = pairs, rows, put_batch, scope
-        self._compiled = eqx.filter_jit(pair_log_probs)
+        """`rows` of packed examples are computed together."""
+        self.examples, self.rows, self.put_batch, self.scope = examples, rows, put_batch, scope
+        self._compiled = eqx.filter_jit(score_responses)
 
-    def __call__(self, model: CausalLM, progress: Callable = lambda batches, total: batches) -> PairLogProbs:
-        """float32 NumPy-backed arrays {pair}, in the table's order. `progress` wraps the iterator over batches."""
-        scores = {name: np.full(len(self.pairs), np.nan, np.float32) for name in FIELDS}
-        for ids, found in self.in_batches(model, progress):
-            for name, values in scores.items():
-                values[ids] = found[name]
-        Pair = hax.Axis("pair", len(self.pairs))
-        return PairLogProbs(**{name: hax.named(values, Pair) for name, values in scores.items()})
+    def __call__(self, model: CausalLM, progress: Callable = lambda batches, total: batches) -> Scores:
+        """NumPy-backed arrays {response}, in the table's order. `progress` wraps the iterator over batches."""
+        values = np.full(len(self.examples.arrays.response_tokens), np.nan, np.float32)
+        for ids, log_probs in self.in_batches(model, progress):
+            values[self.examples.arrays.responses_of(ids)] = log_probs
+        return scores_of(self.examples, values)
 
     def in_batches(
         self,
@@ -49,25 +48,58 @@ class PairScorer:
         progress: Callable = lambda batches, total: batches,
         *,
         wanted: np.ndarray | None = None,
-    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """The same as it comes: the numbers of some pairs, and the arrays of their `PairLogProbs` by name.
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The same as it comes: the numbers of some examples, and log p of their responses, float32 in nats.
 
-        Batches without any pair that is `wanted` (bool [pair]; None: all are) are left out.
+        Batches without any example that is `wanted` (bool [example]; None: all are) are left out.
         """
-        total, batches = packed_rows(self.pairs, rows=self.rows, place=self.put_batch)
+        total, batches = packed_rows(self.examples, rows=self.rows, place=self.put_batch)
         for batch in progress(batches, total):
             micro: PreferenceBatch = batch.micro_batch(0)
-            ids = on_host(micro.pair_ids.array)
+            ids = on_host(micro.examples.ids.array)
             if wanted is not None and not wanted[ids[ids >= 0]].any():
                 continue
             with self.scope():
-                log_probs = self._compiled(model, micro)
-            yield ids[ids >= 0], {name: on_host(getattr(log_probs, name).array)[ids >= 0] for name in FIELDS}
+                scores = self._compiled(model, micro)
+            is_response = on_host(micro.examples.is_response.array)
+            yield ids[ids >= 0], on_host(scores.log_probs.array)[is_response]
 
 
-def summarize(loss: PreferenceLoss, policy: PairLogProbs, reference: PairLogProbs | None) -> dict[str, float]:
-    """The means over all pairs, under the names of the training metrics."""
-    is_pair = hax.ones_like(policy.chosen, dtype=bool)
-    sums = preference_metrics(loss(policy, reference), policy, reference, is_pair)
-    means = {name: float(value.scalar()) / is_pair.size for name, value in sums.items()}
-    return {"loss": means["dpo_loss"], **means}
+def scores_of(examples: ExampleTable, log_probs: np.ndarray) -> Scores:
+    """From log p of every response of a table, float32 [response] in nats."""
+    tokens = examples.arrays.response_tokens
+    Response = hax.Axis(RESPONSE, len(tokens))
+    return Scores(hax.named(log_probs, Response), hax.named(np.asarray(tokens), Response))
+
+
+def summarize_by_tokens(
+    objective: Objective, columns: Sequence[str], score: Scorer, model: CausalLM, reference: Any
+) -> dict[str, float]:
+    """The same of an objective that needs more than the sums which `score` gives: it is called for each batch.
+
+    `reference` is the adapters of the reference, or None. `columns` are those that the objective reads.
+    """
+
+    @eqx.filter_jit
+    def losses_of(model: CausalLM, reference: Any, micro: PreferenceBatch) -> tuple[jax.Array, dict[str, Mean]]:
+        found = objective(model, reference, micro, key=None)
+        return found.loss.sum().scalar(), found.metrics
+
+    _, batches = packed_rows(score.examples, rows=score.rows, place=score.put_batch, columns=columns)
+    found = []
+    for batch in batches:
+        with score.scope():
+            found.append(losses_of(model, reference, batch.micro_batch(0)))
+    loss, metrics = jax.tree.map(lambda *parts: sum(float(part) for part in parts), *found)
+    return _means(loss / len(score.examples), metrics)
+
+
+def summarize(loss: Loss, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, float]:
+    """The means over all examples, under the names of the training metrics."""
+    losses = loss(policy, reference, examples)
+    return _means(float(losses.loss.sum().scalar()) / losses.loss.size, losses.metrics)
+
+
+def _means(loss: float, metrics: dict[str, Mean]) -> dict[str, float]:
+    sums = {name: (float(metric.total), float(metric.count)) for name, metric in metrics.items()}
+    return {"loss": loss, **{name: total / count if count else 0.0 for name, (total, count) in sums.items()}}

@@ -16,6 +16,7 @@ from haliax import Axis
 from jax import Array
 from jinja2 import TemplateSyntaxError
 
+from lora_dpo_jax.axes import COMPLETION, KEY_POSITION, POSITION
 from lora_dpo_jax.json_objects import is_whole, read_json_object
 from lora_dpo_jax.models import CachedMask, CausalLM
 from lora_dpo_jax.sharding import on_host
@@ -210,18 +211,17 @@ class _Decoding(eqx.Module):
 def _generate_batch(model: CausalLM, batch: _PromptBatch, seed: Any, stop_ids: Any, config: GenerationConfig) -> Array:
     """int32[row, max_new_tokens]; what follows a stop token is undefined."""
     num_rows, prompt_slots = batch.ids.shape
-    # Not "row", which a mesh would split: there may be fewer completions than devices.
-    Row, Slots = Axis("completion", num_rows), Axis("key_position", prompt_slots + config.max_new_tokens)
+    Row, Slots = Axis(COMPLETION, num_rows), Axis(KEY_POSITION, prompt_slots + config.max_new_tokens)
     key_positions = _key_positions(batch.lengths, prompt_slots, Slots.size)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch.indices)
 
     def forward(ids, positions, slot, cache, read_at) -> tuple[Array, Any]:
         """float32[row, vocab] at column `read_at` of each row."""
-        Pos = Axis("position", ids.shape[1])
+        Pos = Axis(POSITION, ids.shape[1])
         position_ids = hax.named(positions, (Row, Pos))
         mask = CachedMask(position_ids, hax.named(key_positions, (Row, Slots)))
         output = model.model(hax.named(ids, (Row, Pos)), position_ids, mask, cache=cache, slot=slot)
-        last = output.hidden["position", hax.named(read_at, Row)]
+        last = output.hidden[POSITION, hax.named(read_at, Row)]
         return model.head(last).rearrange((Row, model.config.Vocab)).array, output.cache
 
     def step(state: _Decoding, logits: Array, cache: Any) -> _Decoding:

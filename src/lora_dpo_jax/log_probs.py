@@ -1,10 +1,13 @@
-"""From a model and a packed batch to the log-probabilities of its pairs, with no `[tokens, vocab]` array.
+"""From a model and a packed micro-batch to the scores of its responses, with no `[tokens, vocab]` array.
 
 Only hidden states that predict a response token reach the head, a block at a time. Each block's logits live in float32
 for as long as the block is computed; the backward pass does not build them again: what the forward pass keeps is the
 gradient of each log-probability with respect to its hidden state, an array as large as those states.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -14,69 +17,133 @@ import jax
 import jax.numpy as jnp
 from haliax import Axis, NamedArray
 
-from lora_dpo_jax.data.packing import PAIR, POSITION, ROW, TARGET, PreferenceBatch
+from lora_dpo_jax.axes import MICRO, POSITION, RESPONSE, ROW, TARGET
+from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.lora import TokenKey, reference_model, split_key, trainable_filter
-from lora_dpo_jax.losses import PairLogProbs
+from lora_dpo_jax.losses import Scores, TokenScores
 from lora_dpo_jax.models import CausalLM, PackedMask
 from lora_dpo_jax.sharding import gathered
 
 BLOCK_LOGITS_BYTES = 2**26  # how much a block's logits may take on a device, unless 64 targets a row take more
 
 
-def pair_log_probs(model: CausalLM, batch: PreferenceBatch, *, key=None) -> PairLogProbs:
-    """Sums of log p(token) over each response, float32 {row, pair}, for one micro-batch.
+def _entropy(logits: NamedArray, log_normalizer: NamedArray, target_logit: NamedArray) -> NamedArray:
+    """Of the next token, in nats."""
+    log_probs = logits - log_normalizer
+    return -hax.sum(hax.exp(log_probs) * log_probs, axis="vocab")
 
-    `key` switches the adapters' dropout on. Empty pairs get 0.
+
+def _log_sum_of_squares(logits: NamedArray, log_normalizer: NamedArray, target_logit: NamedArray) -> NamedArray:
+    """log of the sum of p^2 over the vocabulary: the log of how likely a sampled token is to be drawn again."""
+    return hnn.logsumexp(2.0 * (logits - log_normalizer), axis="vocab")
+
+
+def _is_likeliest(logits: NamedArray, log_normalizer: NamedArray, target_logit: NamedArray) -> NamedArray:
+    """1.0 where no other token is likelier than the target."""
+    return (target_logit >= hax.max(logits, axis="vocab")).astype(jnp.float32)
+
+
+# What a loss may ask for of each token: from the block's logits {row, target, vocab}, the log of their normalizer and
+# the target's logit {row, target}.
+STATISTICS: dict[str, Callable[[NamedArray, NamedArray, NamedArray], NamedArray]] = {
+    "entropy": _entropy,
+    "log_sum_of_squares": _log_sum_of_squares,
+    "is_likeliest": _is_likeliest,
+}
+
+
+def score_responses(
+    model: CausalLM, micro: PreferenceBatch, *, key=None, per_token: bool = False, statistics: Sequence[str] = ()
+) -> Scores:
+    """The scores {row, response} of one micro-batch. `key` switches the adapters' dropout on. Empty slots get 0.
+
+    `per_token` adds the scores of each token, with the `statistics` of it. Raises ValueError for what has several
+    micro-batches.
     """
-    k_model, k_head = split_key(_token_key(key, batch), 2)
-    output = model.model(batch.tokens, batch.position_ids, _mask(batch), key=k_model)
-    return _response_log_probs(gathered(model.head), output.hidden, batch, key=k_head)
+    _refuse_many_micro_batches(micro)
+    k_model, k_head = split_key(_token_key(key, micro), 2)
+    output = model.model(micro.tokens, micro.position_ids, _mask(micro), key=k_model)
+    scores = _scores(gathered(model.head), output.hidden, micro, key=k_head, per_token=per_token, statistics=statistics)
+    return dataclasses.replace(scores, auxiliary=output.auxiliary)
 
 
-def policy_and_reference_log_probs(
-    model: CausalLM, reference: Any, batch: PreferenceBatch, *, key=None
-) -> tuple[PairLogProbs, PairLogProbs]:
-    """The same of the policy `model` and of `lora.reference_model(model, reference)`.
+def score_with_reference(
+    model: CausalLM,
+    reference: Any,
+    micro: PreferenceBatch,
+    *,
+    key=None,
+    per_token: bool = False,
+    per_token_of_reference: bool = False,
+    statistics: Sequence[str] = (),
+) -> tuple[Scores, Scores]:
+    """The same of the policy `model` and of `lora.reference_model(model, reference)`; statistics of the policy alone.
 
     Both pass through each layer together, so weights that are split over devices are gathered once for both.
     """
-    k_model, k_head = split_key(_token_key(key, batch), 2)
+    _refuse_many_micro_batches(micro)
+    k_model, k_head = split_key(_token_key(key, micro), 2)
     adapters = None if reference is None else reference.model
     output, reference_hidden = model.model.with_reference(
-        adapters, batch.tokens, batch.position_ids, _mask(batch), key=k_model
+        adapters, micro.tokens, micro.position_ids, _mask(micro), key=k_model
     )
     head = gathered(model.head)  # by itself, XLA would gather it for each block of targets
     reference_head = reference_model(head, None if reference is None else reference.head)
-    policy = _response_log_probs(head, output.hidden, batch, key=k_head)
-    return policy, _response_log_probs(reference_head, reference_hidden, batch)
+    policy = _scores(head, output.hidden, micro, key=k_head, per_token=per_token, statistics=statistics)
+    policy = dataclasses.replace(policy, auxiliary=output.auxiliary)
+    return policy, _scores(reference_head, reference_hidden, micro, per_token=per_token_of_reference)
 
 
-def _mask(batch: PreferenceBatch) -> PackedMask:
-    return PackedMask(batch.segment_ids, batch.branch_ids, batch.position_ids)
+def _refuse_many_micro_batches(micro: PreferenceBatch) -> None:
+    if micro.tokens.has_axis(MICRO):
+        raise ValueError(
+            "needed: one micro-batch; found: a batch of several. Go through training.step.micro_batches(batch), or let "
+            "training.step.accumulate do so"
+        )
 
 
-def _token_key(key, batch: PreferenceBatch) -> TokenKey | None:
-    """Tells tokens apart by their pair in the data, and by what they are in it."""
+def _mask(micro: PreferenceBatch) -> PackedMask:
+    return PackedMask(micro.segment_ids, micro.branch_ids, micro.position_ids)
+
+
+def _token_key(key, micro: PreferenceBatch) -> TokenKey | None:
+    """Tells tokens apart by their example in the data, and by what they are in it."""
     if key is None:
         return None
-    slot = jnp.maximum(batch.segment_ids.array - 1, 0)
-    pair = hax.named(jnp.take_along_axis(batch.pair_ids.array, slot, axis=-1), batch.segment_ids.axes)
-    return TokenKey(key, (pair, 3 * batch.position_ids + batch.branch_ids))
+    slot = jnp.maximum(micro.segment_ids.array - 1, 0)
+    example = hax.named(jnp.take_along_axis(micro.examples.ids.array, slot, axis=-1), micro.segment_ids.axes)
+    return TokenKey(key, (example, 3 * micro.position_ids + micro.branch_ids))
 
 
-def _response_log_probs(head: Any, hidden: NamedArray, batch: PreferenceBatch, *, key=None) -> PairLogProbs:
-    per_token = target_log_probs(head, hidden, batch.source, batch.target_ids, batch.target_slot >= 0, key=key)
-    Pair = batch.pair_ids.resolve_axis(PAIR)
-    Slot = Axis("slot", 2 * Pair.size)
-    belongs: Any = batch.target_slot.broadcast_axis(Slot) == hax.arange(Slot)
-    summed = _sum_rounded_once(hax.where(belongs, per_token, 0.0))
-    summed = summed.unflatten_axis(Slot, (Pair, Axis("response", 2))).rearrange((ROW, PAIR, "response"))
-    return PairLogProbs(
-        chosen=summed["response", 0],
-        rejected=summed["response", 1],
-        chosen_tokens=batch.chosen_tokens,
-        rejected_tokens=batch.rejected_tokens,
+def _scores(
+    head: Any,
+    hidden: NamedArray,
+    micro: PreferenceBatch,
+    *,
+    key=None,
+    per_token: bool = False,
+    statistics: Sequence[str] = (),
+) -> Scores:
+    is_target = micro.target_response >= 0
+    log_probs, found = target_log_probs(
+        head, hidden, micro.source, micro.target_ids, is_target, key=key, statistics=tuple(statistics)
     )
+    Response = micro.response_tokens.resolve_axis(RESPONSE)
+    belongs: Any = micro.target_response.broadcast_axis(Response) == hax.arange(Response)
+    summed = _sum_rounded_once(hax.where(belongs, log_probs, 0.0)).rearrange((ROW, RESPONSE))
+    tokens = None
+    if per_token or statistics:
+        tokens = TokenScores(log_probs, micro.target_response, _index_in_response(micro, belongs), found)
+    return Scores(summed, micro.response_tokens, tokens)
+
+
+def _index_in_response(micro: PreferenceBatch, belongs: NamedArray) -> NamedArray:
+    """int32 {row, target}: which token of its response each target is. Those of a response follow each other."""
+    Target = micro.source.resolve_axis(TARGET)
+    place = hax.arange(Target).broadcast_to(micro.source.axes)
+    first = hax.min(hax.where(belongs, place, Target.size), axis=TARGET)
+    of_mine = hax.sum(hax.where(belongs, first, 0), axis=RESPONSE).rearrange(place.axes)
+    return hax.where(micro.target_response >= 0, place - of_mine, 0)
 
 
 def _sum_rounded_once(per_token: NamedArray) -> NamedArray:
@@ -93,33 +160,39 @@ def target_log_probs(
     is_target: NamedArray,
     *,
     key: TokenKey | None = None,
-) -> NamedArray:
+    statistics: tuple[str, ...] = (),
+) -> tuple[NamedArray, dict[str, NamedArray]]:
     """log p(target | hidden state at source), float32 {row, target}; 0 where `is_target` is false.
 
     `head` maps to {vocab}; `hidden` is {row, position, embed}; the next three are {row, target},
     with true targets first; the tokens of `key`, for dropout, are {row, position}. A head without adapters gets no
-    gradient at all, not even a zero one.
+    gradient at all, not even a zero one. With them come the `statistics` asked for, by their names in STATISTICS,
+    alike in shape; no gradient flows from these.
     """
+    if unknown := sorted(set(statistics) - set(STATISTICS)):
+        raise ValueError(f"no statistics of tokens are called {unknown}; there are {sorted(STATISTICS)}")
     adapters, weights = eqx.partition(head, trainable_filter(head))
-    return _target_log_probs(adapters, hidden, weights, (source, target_ids, is_target), key)
+    return _target_log_probs(statistics, adapters, hidden, weights, (source, target_ids, is_target), key)
 
 
-@jax.custom_vjp
-def _target_log_probs(adapters, hidden, weights, targets, key):
-    log_probs, _ = _forward(adapters, hidden, weights, targets, key, keep_gradients=False)
-    return log_probs
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _target_log_probs(statistics, adapters, hidden, weights, targets, key):
+    log_probs, found, _ = _forward(adapters, hidden, weights, targets, key, statistics, keep_gradients=False)
+    return log_probs, found
 
 
-def _target_log_probs_fwd(adapters, hidden, weights, targets, key):
+def _target_log_probs_fwd(statistics, adapters, hidden, weights, targets, key):
     recompute = bool(jax.tree.leaves(adapters))
-    log_probs, gradients = _forward(adapters, hidden, weights, targets, key, keep_gradients=not recompute)
-    return log_probs, (adapters, hidden, weights, targets, key, gradients)
+    log_probs, found, gradients = _forward(
+        adapters, hidden, weights, targets, key, statistics, keep_gradients=not recompute
+    )
+    return (log_probs, found), (adapters, hidden, weights, targets, key, gradients)
 
 
-def _target_log_probs_bwd(saved, cotangent: NamedArray):
+def _target_log_probs_bwd(statistics, saved, cotangents):
     adapters, hidden, weights, targets, key, gradients = saved
     source, _, is_target = targets
-    cotangent = hax.where(is_target, cotangent, 0.0)
+    cotangent = hax.where(is_target, cotangents[0], 0.0)
     if gradients is not None:
         per_target = gradients * cotangent.astype(gradients.dtype)
         return None, _scatter(per_target, source, hidden), None, None, None
@@ -130,30 +203,32 @@ def _target_log_probs_bwd(saved, cotangent: NamedArray):
 _target_log_probs.defvjp(_target_log_probs_fwd, _target_log_probs_bwd)
 
 
-def _forward(adapters, hidden, weights, targets, key, *, keep_gradients: bool):
-    """Log-probs and, if asked for, their gradients {row, target, embed} with respect to the hidden states."""
+def _forward(adapters, hidden, weights, targets, key, statistics: tuple[str, ...], *, keep_gradients: bool):
+    """Log-probs, their statistics and, if asked for, their gradients {row, target, embed}: those by the states."""
     head = eqx.combine(adapters, weights)
     source, _, is_target = targets
     Block, num_blocks = _blocks(head, is_target)
     Embed = hidden.resolve_axis(head.Embed.name)
 
     def one_block(index, carry):
-        log_probs, gradients = carry
+        log_probs, found, gradients = carry
         at = index * Block.size
         states, targets_here, key_here = _take_block(hidden, targets, key, at, Block)
-        block_log_probs, pull = _block_log_probs(head, states, targets_here, key_here, keep_gradients)
-        log_probs = log_probs.updated_slice({TARGET: at}, block_log_probs)
+        of_block, more, pull = _block_log_probs(head, states, targets_here, key_here, statistics, keep_gradients)
+        log_probs = log_probs.updated_slice({TARGET: at}, of_block)
+        found = {name: values.updated_slice({TARGET: at}, more[name]) for name, values in found.items()}
         if keep_gradients:
             gradients = gradients.updated_slice({TARGET: at}, pull)
-        return log_probs, gradients
+        return log_probs, found, gradients
 
     log_probs = hax.zeros_like(is_target, dtype=jnp.float32)
+    found = {name: log_probs for name in statistics}
     gradients = hax.zeros((*source.axes, Embed), dtype=hidden.dtype) if keep_gradients else None
-    return jax.lax.fori_loop(0, num_blocks, one_block, (log_probs, gradients))
+    return jax.lax.fori_loop(0, num_blocks, one_block, (log_probs, found, gradients))
 
 
-def _block_log_probs(head, states, targets, key, keep_gradients: bool):
-    """log p of a block {row, target} and, if asked for, its gradient with respect to `states`."""
+def _block_log_probs(head, states, targets, key, statistics: tuple[str, ...], keep_gradients: bool):
+    """log p of a block {row, target}, its statistics and, if asked for, its gradient with respect to `states`."""
     _, target_ids, is_target = targets
     Vocab = head.Vocab
 
@@ -168,10 +243,13 @@ def _block_log_probs(head, states, targets, key, keep_gradients: bool):
     is_target_id = (target_ids.broadcast_axis(Vocab) == hax.arange(Vocab)).rearrange(logits.axes)
     target_logit = hax.sum(hax.where(is_target_id, logits, 0.0), axis=Vocab)
     log_probs = hax.where(is_target, target_logit - log_normalizer, 0.0)
+    found = {
+        name: hax.where(is_target, STATISTICS[name](logits, log_normalizer, target_logit), 0.0) for name in statistics
+    }
     if pullback is None:
-        return log_probs, None
+        return log_probs, found, None
     (gradients,) = pullback((is_target_id - hax.exp(logits - log_normalizer)).rearrange(logits.axes))
-    return log_probs, gradients
+    return log_probs, found, gradients
 
 
 def _recompute_gradients(adapters, hidden, weights, targets, key, cotangent):
@@ -186,7 +264,7 @@ def _recompute_gradients(adapters, hidden, weights, targets, key, cotangent):
 
         def log_probs_of(adapters, states):
             head = eqx.combine(adapters, weights)
-            return _block_log_probs(head, states, targets_here, key_here, keep_gradients=False)[0]
+            return _block_log_probs(head, states, targets_here, key_here, (), keep_gradients=False)[0]
 
         _, pullback = jax.vjp(log_probs_of, adapters, states)
         more_adapters, d_states = pullback(cotangent[{TARGET: hax.ds(at, Block)}])

@@ -1,5 +1,7 @@
 """Places, which are paths or URLs: one spelling for each, so that two names of one folder are never taken for two."""
 
+import difflib
+import itertools
 import os
 import posixpath
 from collections.abc import Mapping
@@ -8,6 +10,7 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+MOST_NAMES = 10_000  # of a folder that are compared with a name that is not there
 LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes; Linux's
 
 
@@ -27,7 +30,7 @@ def place_of(path: str | Path) -> str:
     protocol, _, rest = text.partition("://")
     try:
         store = fsspec.get_filesystem_class(protocol)
-    except (ImportError, ValueError):  # told where something is written there
+    except (ImportError, ValueError):  # reported where something is written there
         return f"{protocol}://{posixpath.normpath(rest)}"
     if issubclass(store, LocalFileSystem):
         return os.path.realpath(store._strip_protocol(text))
@@ -54,6 +57,28 @@ def is_within(inner: str | Path, outer: str | Path) -> bool:
     if is_url(inner) or is_url(outer):
         return inner == outer or inner.startswith(outer.rstrip("/") + "/")
     return any(same_place(path, outer) for path in (Path(inner), *Path(inner).parents))
+
+
+def spelled_alike(path: str | Path) -> str:
+    """For the end of a message about a path that is not there: "; did you mean data/rows.jsonl?", or nothing.
+
+    Compares the first name that is not there with its neighbours.
+    """
+    if is_url(path):
+        return ""
+    try:
+        whole = Path(path).expanduser()
+        parent = next(parent for parent in whole.parents if parent.is_dir())
+        name, *below = whole.relative_to(parent).parts
+        with os.scandir(parent) as entries:
+            names = [entry.name for entry in itertools.islice(entries, MOST_NAMES)]
+    except (OSError, RuntimeError, ValueError, StopIteration):  # no path at all, or a folder that may not be read
+        return ""
+    near = difflib.get_close_matches(name, sorted(names), 1, 0.75)
+    if not near or name in names:
+        return ""
+    found = parent / near[0]
+    return f"; did you mean {found.joinpath(*below) if found.joinpath(*below).exists() else found}?"
 
 
 def leads_nowhere(path: str | Path) -> bool:

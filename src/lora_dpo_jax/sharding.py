@@ -14,12 +14,10 @@ from haliax import Axis, NamedArray
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lora_dpo_jax.axes import EMBED, KV_HEAD, MLP, ROW, SPLITTABLE
+
 AxisMapping = Mapping[str, Any]
 MeshAxes = str | list[str] | None  # that an axis of arrays is split over
-
-
-# Axes of a model's arrays and of batches that may be split. Within a head or along a row, attention would be cut.
-SPLITTABLE = {"row", "embed", "mlp", "kv_head", "q_heads_per_group", "vocab", "lora_rank"}
 
 
 @dataclass(frozen=True)
@@ -35,10 +33,10 @@ class MeshConfig:
     # Sizes across slices, of axes of their own or of those above, which are then that many times longer.
     dcn_axes: dict[str, int] = field(default_factory=lambda: {"replica_dcn": -1})
     # From axes of arrays to the axes of the mesh that split them, of weights and of activations.
-    shared_mapping: dict[str, MeshAxes] = field(default_factory=lambda: {"mlp": "model", "kv_head": "model"})
+    shared_mapping: dict[str, MeshAxes] = field(default_factory=lambda: {MLP: "model", KV_HEAD: "model"})
     # Likewise, of activations.
-    compute_mapping: dict[str, MeshAxes] = field(default_factory=lambda: {"row": ["replica_dcn", "replica", "data"]})
-    param_mapping: dict[str, MeshAxes] = field(default_factory=lambda: {"embed": "data"})  # likewise, of weights
+    compute_mapping: dict[str, MeshAxes] = field(default_factory=lambda: {ROW: ["replica_dcn", "replica", "data"]})
+    param_mapping: dict[str, MeshAxes] = field(default_factory=lambda: {EMBED: "data"})  # likewise, of weights
 
     def __post_init__(self):
         object.__setattr__(self, "axes", _with_defaults("axes", self.axes, {"replica": 1, "data": -1, "model": 1}))
@@ -173,7 +171,7 @@ class Placement:
         self.mesh = config.mesh(devices)
         self.compute, self.parameters = config.compute, config.parameters
         # How many groups of devices share the rows of a batch.
-        self.row_shards = math.prod(self.mesh.shape[axis] for axis in _as_tuple(self.compute.get("row")))
+        self.row_shards = math.prod(self.mesh.shape[axis] for axis in _as_tuple(self.compute.get(ROW)))
 
     @contextmanager
     def scope(self) -> Iterator[None]:
@@ -188,12 +186,12 @@ class Placement:
     def put_parameters(self, tree: Any) -> Any:
         return self._place(tree, self.parameters, _put)
 
-    def describe_batch(self, batch: Any) -> Any:
+    def abstract_batch(self, batch: Any) -> Any:
         """What `put_batch` would give, as ShapeDtypeStructs: for compiling without arrays, or without the devices."""
-        return self._place(batch, self.compute, _described)
+        return self._place(batch, self.compute, _abstract)
 
-    def describe_parameters(self, tree: Any) -> Any:
-        return self._place(tree, self.parameters, _described)
+    def abstract_parameters(self, tree: Any) -> Any:
+        return self._place(tree, self.parameters, _abstract)
 
     def _place(self, tree: Any, mapping: AxisMapping, place: Callable[[Any, NamedSharding], Any]) -> Any:
         """NamedArrays are split by `mapping`, other arrays are whole on every device."""
@@ -226,5 +224,5 @@ def _put(array: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
-def _described(array: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def _abstract(array: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)

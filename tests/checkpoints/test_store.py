@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +15,10 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lora_dpo_jax.checkpoints import arrays as checkpoint_arrays
-from lora_dpo_jax.checkpoints import store as checkpoint_module
+from lora_dpo_jax.checkpoints import clock as checkpoint_clock
+from lora_dpo_jax.checkpoints.config import CheckpointerConfig, CheckpointInterval
 from lora_dpo_jax.checkpoints.files import DESCRIPTION, UNCHECKED, check_files, read_description
-from lora_dpo_jax.checkpoints.store import CheckpointerConfig, CheckpointInterval, Checkpoints
+from lora_dpo_jax.checkpoints.store import Checkpoints
 
 IDENTITY = {"lora": {"r": 4, "target_modules": None}, "data": {"pairs": 12}}
 SETTINGS = {"optimizer": {"learning_rate": 1e-4}}
@@ -101,20 +101,6 @@ def test_arrays_may_be_donated_while_they_are_written(tmp_path):
     found = checkpoints(tmp_path).restore({"x": jnp.zeros(2**20)})
     assert found is not None
     np.testing.assert_array_equal(found.arrays["x"], expected)
-
-
-@pytest.mark.parametrize(
-    "keep, kept",
-    [
-        ([], []),
-        ([(4, None)], [4, 8, 12, 16, 20, 24]),
-        ([(2, 6), (10, None)], [2, 4, 6, 10, 20]),
-        ([(1, 3), (5, 15)], [1, 2, 3, 5, 10, 15]),
-    ],
-)
-def test_the_first_rule_that_reaches_a_step_decides(keep, kept):
-    config = CheckpointerConfig(keep=[CheckpointInterval(*rule) for rule in keep])
-    assert [step for step in range(1, 26) if config.keeps(step)] == kept
 
 
 def test_a_temporary_checkpoint_goes_when_a_newer_one_is_complete(tmp_path):
@@ -318,8 +304,7 @@ def test_what_ended_the_run_is_not_hidden_by_a_failure_in_the_background(tmp_pat
 
 def test_the_clock_counts_from_the_last_save(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=100.0)
-    here = SimpleNamespace(monotonic=lambda: clock.now, strftime=time.strftime, gmtime=time.gmtime)
-    monkeypatch.setattr(checkpoint_module, "time", here)
+    monkeypatch.setattr(checkpoint_clock, "time", SimpleNamespace(monotonic=lambda: clock.now))
     run = checkpoints(tmp_path, save_interval="1m", keep=[CheckpointInterval(5)])
     clock.now += 1000  # before training begins
     with run:
@@ -330,37 +315,3 @@ def test_the_clock_counts_from_the_last_save(tmp_path, monkeypatch):
                 due.append(step)
                 run.save(step, state(step), notes={})
     assert due == [3, 5, 8, 10]
-
-
-@pytest.mark.parametrize(
-    "text, seconds", [("10m", 600), ("1h30m", 5400), ("90s", 90), ("15", 900), ("0.5", 30), ("2 h", 7200), (None, None)]
-)
-def test_intervals_are_read(text, seconds):
-    assert CheckpointerConfig(save_interval=text).interval_seconds == seconds
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        (dict(save_interval="soon"), "trainer.checkpointer.save_interval='soon' is no time; for example 10m"),
-        (dict(save_interval="10x"), "'10x' is no time"),
-        (dict(save_interval="0m"), "'0m' is no time"),
-        (dict(base_path="s3://bucket/runs"), "base_path='s3://bucket/runs': checkpoints go to a folder or to gs://"),
-        (dict(keep=[CheckpointInterval(0)]), "every must be at least 1"),
-        (dict(keep=[CheckpointInterval(1), CheckpointInterval(2)]), r"until=\[None, None\] must rise"),
-        (dict(keep=[CheckpointInterval(1, 9), CheckpointInterval(2, 9)]), r"until=\[9, 9\] must rise"),
-    ],
-    ids=str,
-)
-def test_settings_that_cannot_be_are_errors(settings, message):
-    with pytest.raises(ValueError, match=message):
-        CheckpointerConfig(**settings)
-
-
-def test_the_folder_is_the_runs_own_or_the_one_that_is_set(tmp_path):
-    run_dir = tmp_path / "logs" / "mine"
-    assert CheckpointerConfig().folder(run_dir, "mine") == epath.Path(run_dir / "checkpoints")
-    shared = CheckpointerConfig(base_path=str(tmp_path / "shared"))
-    assert shared.folder(run_dir, "mine") == epath.Path(tmp_path / "shared" / "mine")
-    flat = CheckpointerConfig(base_path=str(tmp_path / "shared"), append_run_id_to_base_path=False)
-    assert flat.folder(run_dir, "mine") == epath.Path(tmp_path / "shared")

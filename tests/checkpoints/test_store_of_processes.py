@@ -13,7 +13,8 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from many_processes import free_port
 
-from lora_dpo_jax.checkpoints.store import CheckpointerConfig, Checkpoints
+from lora_dpo_jax.checkpoints.config import CheckpointerConfig
+from lora_dpo_jax.checkpoints.store import Checkpoints
 
 # Goes on until the first process is sent SIGTERM: after 150 steps, or before the first one of a run that goes on. Only
 # that process knows what run it is, as in main/train.py.
@@ -26,7 +27,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 process, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
 
-from lora_dpo_jax.checkpoints.store import CheckpointerConfig, Checkpoints
+from lora_dpo_jax.checkpoints.config import CheckpointerConfig
+from lora_dpo_jax.checkpoints.store import Checkpoints
 from lora_dpo_jax.processes.signals import StopSignals
 
 place = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny_pairs import new_adapters, packed, random_pairs, table_of
+from tiny_pairs import lengths_of, new_adapters, packed, random_pairs, table_of
 
 from lora_dpo_jax.cost.devices import peak_flops
 from lora_dpo_jax.cost.flops import useful_flops
-from lora_dpo_jax.data.shapes import plan_layout
+from lora_dpo_jax.data.shapes import choose_shapes
 from lora_dpo_jax.lora import LoraLinear, linear_layers, unwrap_lora
 
 
@@ -20,12 +20,13 @@ def adapted():
 def test_a_pass_costs_two_operations_a_weight_and_token(adapted):
     """The cost model per pair: 2N a token and pass, 6 a parameter of the adapters, attention and head aside."""
     pairs = table_of(random_pairs(3))
-    batch = packed(pairs, plan_layout([np.arange(3)], pairs.lengths).parts[0])
+    batch = packed(pairs, choose_shapes([np.arange(3)], pairs.sizes).parts[0])
     config = adapted.config
-    prompt, chosen, rejected = pairs.lengths.sum(axis=0)
+    prompt, chosen, rejected = lengths_of(pairs).sum(axis=0)
     tokens, targets = prompt + chosen + rejected, chosen + rejected
     seen = sum(
-        sum(range(1, p + 1)) + sum(range(p + 1, p + c + 1)) + sum(range(p + 1, p + r + 1)) for p, c, r in pairs.lengths
+        sum(range(1, p + 1)) + sum(range(p + 1, p + c + 1)) + sum(range(p + 1, p + r + 1))
+        for p, c, r in lengths_of(pairs)
     )
     adapters = [linear for linear, _ in linear_layers(adapted.model) if isinstance(linear, LoraLinear)]
     in_adapters = sum(linear.lora_A.size + linear.lora_B.size for linear in adapters)

@@ -9,29 +9,25 @@ import numpy as np
 import pytest
 from tiny_pairs import random_pairs, table_of
 
-from lora_dpo_jax.data.batches import (
-    PairTable,
-    packed_batches,
-    packed_rows,
-    prefetch,
-    split_by_prompt,
-    whole_table,
-    why_none_is_held_out,
-)
-from lora_dpo_jax.data.memory import MemoryPairs
-from lora_dpo_jax.data.order import PairOrder
-from lora_dpo_jax.data.shapes import plan_layout
+from lora_dpo_jax.data.batches import packed_batches, packed_rows, prefetch
+from lora_dpo_jax.data.memory import MemoryExamples
+from lora_dpo_jax.data.order import ExampleOrder
+from lora_dpo_jax.data.shapes import choose_shapes
+from lora_dpo_jax.data.table import ExampleTable, split_by_prompt, whole_table, why_none_is_held_out
 
 
-def components_sharing_prompts() -> dict[str, MemoryPairs]:
+def components_sharing_prompts() -> dict[str, MemoryExamples]:
     """Prompts with one pair and with many, some of them in both components."""
     rng = np.random.default_rng(0)
     prompts = np.concatenate([rng.integers(0, 150, 300), rng.integers(100, 400, 200)])
-    pairs = [([prompt], *responses) for prompt, (_, *responses) in zip(prompts, random_pairs(500), strict=True)]
-    return {"one": MemoryPairs(pairs[:300], "one"), "two": MemoryPairs(pairs[300:], "two")}
+    pairs = [
+        ([prompt], *responses)
+        for prompt, (_, *responses) in zip(prompts, [pair.parts for pair in random_pairs(500)], strict=True)
+    ]
+    return {"one": MemoryExamples(pairs[:300], "one"), "two": MemoryExamples(pairs[300:], "two")}
 
 
-def prompts_of(table: PairTable, components: dict[str, MemoryPairs]) -> list[int]:
+def prompts_of(table: ExampleTable, components: dict[str, MemoryExamples]) -> list[int]:
     found = []
     for index in range(len(table)):
         name, row = table.origin(index).split(", row ")
@@ -42,12 +38,12 @@ def prompts_of(table: PairTable, components: dict[str, MemoryPairs]) -> list[int
 def test_a_subset_holds_the_same_pairs_in_the_same_order():
     table, _ = split_by_prompt(components_sharing_prompts(), 0.3, seed=0)
     ids = np.flatnonzero(np.random.default_rng(1).random(len(table)) < 0.4)
-    last_of_one, first_of_two = table.sizes[0] - 1, table.sizes[0]
+    last_of_one, first_of_two = table.counts[0] - 1, table.counts[0]
     for some in (ids, ids[:0], ids[ids > last_of_one], np.array([last_of_one, first_of_two])):
         subset = table.subset(some)
         assert [subset.origin(i) for i in range(len(subset))] == [table.origin(int(i)) for i in some]
-        np.testing.assert_array_equal(subset.lengths, table.lengths[some])
-        assert (subset.names, sum(subset.sizes)) == (table.names, len(some))
+        np.testing.assert_array_equal(subset.sizes.tokens, table.sizes.tokens[some])
+        assert (subset.names, sum(subset.counts)) == (table.names, len(some))
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3])
@@ -58,7 +54,7 @@ def test_training_and_validation_share_no_prompt(fraction):
     origins = [table.origin(i) for table in (train, validation) for i in range(len(table))]
     assert len(origins) == len(set(origins)) == 500
     assert len(validation) == pytest.approx(fraction * 500, abs=5)
-    for mine, expected in zip(validation.sizes, (300, 200), strict=True):
+    for mine, expected in zip(validation.counts, (300, 200), strict=True):
         assert mine == pytest.approx(fraction * expected, rel=0.6)
 
 
@@ -69,10 +65,10 @@ def test_the_split_depends_on_the_seed_alone():
     assert origins[0] == origins[1] != origins[2]
 
 
-def pairs_of_prompts(counts: list[int]) -> dict[str, MemoryPairs]:
+def pairs_of_prompts(counts: list[int]) -> dict[str, MemoryExamples]:
     """A component of so many pairs of each of the prompts."""
     prompts = np.repeat(np.arange(len(counts)), counts)
-    return {"all": MemoryPairs([([int(prompt)], [1, number], [2, number]) for number, prompt in enumerate(prompts)])}
+    return {"all": MemoryExamples([([int(prompt)], [1, number], [2, number]) for number, prompt in enumerate(prompts)])}
 
 
 @pytest.mark.parametrize(
@@ -98,15 +94,15 @@ def test_a_prompt_with_too_many_pairs_leaves_room_for_the_others(seed):
 
 def test_a_table_numbers_its_components_through():
     one, two = random_pairs(3, name="one"), random_pairs(4, seed=1, name="two")
-    table = PairTable({"one": (one, np.array([2, 0])), "none": (two, np.array([], int)), "two": (two, np.arange(4))})
-    expected = [one[2], one[0], *two.pairs]
-    assert len(table) == 6 and table.sizes == [2, 0, 4]
+    table = ExampleTable({"one": (one, np.array([2, 0])), "none": (two, np.array([], int)), "two": (two, np.arange(4))})
+    expected = [one[2], one[0], *two.examples]
+    assert len(table) == 6 and table.counts == [2, 0, 4]
     for pair, (index, mine) in zip(expected, enumerate(table), strict=True):
         assert mine is pair
-        assert table.lengths[index].tolist() == [len(tokens) for tokens in pair]
+        assert table.sizes.tokens[index] == pair.size
     assert [table.origin(i) for i in range(6)] == ["one, row 2", "one, row 0", *(f"two, row {i}" for i in range(4))]
     assert len(whole_table({"one": one, "two": two})) == 7
-    assert len(PairTable({})) == 0
+    assert len(ExampleTable({})) == 0
 
 
 @pytest.mark.parametrize("rows", [1, 4, 100])
@@ -116,20 +112,20 @@ def test_packed_rows_yield_each_pair_once(rows):
     batches = list(batches)
     assert len(batches) == total
     assert {batch.tokens.array.shape[:2] for batch in batches} == {(1, rows)}
-    ids = np.concatenate([np.ravel(batch.pair_ids.array) for batch in batches])
+    ids = np.concatenate([np.ravel(batch.examples.ids.array) for batch in batches])
     assert sorted(ids[ids >= 0]) == list(range(40))
 
 
 def test_batches_hold_the_pairs_asked_for_in_their_order():
     pairs = table_of(random_pairs(20, seed=2))
-    order = PairOrder((20,), seed=0)
+    order = ExampleOrder((20,), seed=0)
     wanted = [order.batch(step, 6) for step in range(5)]
-    layout = plan_layout(wanted, pairs.lengths)
+    layout = choose_shapes(wanted, pairs.sizes)
     placed = []
     batches = list(packed_batches(pairs, wanted, layout, place=lambda batch: placed.append(batch) or batch))
     assert all(batch is other for batch, other in zip(batches, placed, strict=True))
     for ids, batch in zip(wanted, batches, strict=True):
-        found = np.concatenate([np.ravel(part.pair_ids.array) for part in batch])
+        found = np.concatenate([np.ravel(part.examples.ids.array) for part in batch])
         assert sorted(found[found >= 0]) == sorted(ids)
 
 

@@ -9,10 +9,10 @@ from tiny_disks import no_file_larger_than
 from transformers import AutoTokenizer
 
 from lora_dpo_jax.data import cache
-from lora_dpo_jax.data.cache import load_pairs, tokenize_component
-from lora_dpo_jax.data.chat import PairTokenizer
+from lora_dpo_jax.data.cache import load_examples, tokenize_component
+from lora_dpo_jax.data.chat import ExampleTokenizer
 from lora_dpo_jax.data.config import ComponentConfig, FormatConfig, PreferenceDataConfig
-from lora_dpo_jax.data.rows import read_pair
+from lora_dpo_jax.data.rows import read_example
 from lora_dpo_jax.data.sources import RowError, SourceError, UrlSource
 
 
@@ -67,27 +67,27 @@ def load(tmp_path, tokenizer):
 def tokenized_rows(monkeypatch):
     """How many rows have gone through the tokenizer."""
     counts = []
-    original = PairTokenizer.tokenize
+    original = ExampleTokenizer.tokenize
 
     def counting(self, pairs):
         results = original(self, pairs)
         counts.append(len(results))
         return results
 
-    monkeypatch.setattr(PairTokenizer, "tokenize", counting)
+    monkeypatch.setattr(ExampleTokenizer, "tokenize", counting)
     return lambda: sum(counts)
 
 
 def test_pairs_from_disk_are_the_tokens_of_their_rows(write, load, tokenizer):
     path = write(ROWS, "rows.jsonl.gz")
     pairs = load(path)
-    expected = PairTokenizer(tokenizer).tokenize(read_pair(row, FormatConfig(), "") for row in ROWS)
+    expected = ExampleTokenizer(tokenizer).tokenize(read_example(row, FormatConfig(), "") for row in ROWS)
     assert len(pairs) == len(ROWS) == pairs.report["rows"] == pairs.report["kept"]
     for index, (pair, (tokens, _)) in enumerate(zip(pairs, expected, strict=True)):
-        for ours, theirs in zip(pair, tokens, strict=True):
+        for ours, theirs in zip(pair.parts, tokens.parts, strict=True):
             assert ours.dtype == np.int32
             np.testing.assert_array_equal(ours, theirs)
-        assert pairs.lengths[index].tolist() == [len(part) for part in pair]
+        assert pairs.arrays.sizes.tokens[index] == sum(map(len, pair.parts))
         assert pairs.origin(index) == f"{path}, row {index + 1}"
     with pytest.raises(IndexError):
         pairs[len(pairs)]
@@ -104,7 +104,7 @@ def test_prompts_that_were_cut_differently_still_have_equal_hashes(write, load):
     rows = [row("cat " * 50, "Hi", "cat " * n) for n in (5, 20)]
     pairs = load(write(rows), train_seq_len=60, slice_strategy="left")
     assert pairs.report["truncated"] == 2
-    assert pairs.lengths[0, 0] != pairs.lengths[1, 0]
+    assert pairs.arrays.prompt_tokens[0] != pairs.arrays.prompt_tokens[1]
     assert pairs.prompt_hashes[0] == pairs.prompt_hashes[1]
 
 
@@ -114,7 +114,7 @@ def test_rows_are_tokenized_once(write, load, tokenized_rows):
     again = load(path)
     assert tokenized_rows() == len(ROWS)
     assert first.fingerprint == again.fingerprint
-    np.testing.assert_array_equal(first[17].chosen, again[17].chosen)
+    np.testing.assert_array_equal(first[17].responses[0], again[17].responses[0])
     assert again.report == first.report
 
 
@@ -152,33 +152,33 @@ def test_whatever_shapes_the_pairs_changes_their_fingerprint(what, write, load, 
     assert load(path, tokenizer, **options).fingerprint != before.fingerprint
 
 
-@pytest.mark.parametrize("file", ["tokens.bin", "lengths.npy", "origins.npy", "prompt_hashes.npy", "meta.json"])
+@pytest.mark.parametrize("file", ["tokens.bin", "response_tokens.npy", "origins.npy", "prompt_hashes.npy", "meta.json"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
 def test_a_damaged_cache_is_noticed_and_made_again(file, damage, write, load, tokenized_rows, tmp_path, caplog):
     path = write(ROWS[:20])
-    expected = [[part.tolist() for part in pair] for pair in load(path)]
+    expected = [[part.tolist() for part in pair.parts] for pair in load(path)]
     [damaged] = (tmp_path / "cache").rglob(file)
     content = damaged.read_bytes()
     if damage == "gone":
         damaged.unlink()
     else:
         damaged.write_bytes(content[:-7] if damage == "cut" else content[:-7] + bytes(7))
-    assert [[part.tolist() for part in pair] for pair in load(path)] == expected
+    assert [[part.tolist() for part in pair.parts] for pair in load(path)] == expected
     assert tokenized_rows() == 40
     assert "damaged" in caplog.text
     load(path)
     assert tokenized_rows() == 40
-    assert len(list((tmp_path / "cache" / "pairs").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "examples").iterdir())) == 1
 
 
 def test_a_failure_leaves_nothing_in_the_cache(write, load, tmp_path):
     with pytest.raises(RowError):
         load(write(FAULTY))
-    assert list((tmp_path / "cache" / "pairs").iterdir()) == []
+    assert list((tmp_path / "cache" / "examples").iterdir()) == []
 
 
 def test_what_was_killed_while_it_wrote_is_removed_a_day_later(write, load, tmp_path):
-    folder, now, day = tmp_path / "cache" / "pairs", time.time(), 24 * 3600
+    folder, now, day = tmp_path / "cache" / "examples", time.time(), 24 * 3600
     for name, age in {"killed": day + 60, "writing": day - 60}.items():
         building = folder / f".building-{name}"
         building.mkdir(parents=True)
@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_nothing_in_the_cache(write, load, tmp_path):
     path = write(ROWS)
     with no_file_larger_than(2000), pytest.raises(OSError, match="^data.cache_dir: the tokenized pairs could not be"):
         load(path)
-    assert list((tmp_path / "cache" / "pairs").iterdir()) == []
+    assert list((tmp_path / "cache" / "examples").iterdir()) == []
     assert len(load(path)) == len(ROWS)
 
 
@@ -203,8 +203,8 @@ def test_the_slower_of_two_processes_takes_what_the_faster_made(write, load, tmp
     monkeypatch.setattr(cache, "_open", lambda folder, open=cache._open, calls=[]: calls.append(1) or (
         None if len(calls) == 1 else open(folder)))  # fmt: skip
     slower = load(path)
-    np.testing.assert_array_equal(slower[3].chosen, faster[3].chosen)
-    assert len(list((tmp_path / "cache" / "pairs").iterdir())) == 1
+    np.testing.assert_array_equal(slower[3].responses[0], faster[3].responses[0])
+    assert len(list((tmp_path / "cache" / "examples").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -220,6 +220,18 @@ def test_a_row_that_does_not_fit_is_an_error_that_names_it(row_number, message, 
     blank = [FAULTY[0]] * (row_number - 1)
     with pytest.raises(RowError, match=r"rows.jsonl, " + message):
         load(write([*blank, FAULTY[row_number - 1]]), train_seq_len=90)
+
+
+def test_a_row_that_is_not_json_is_told_how_to_be_dropped(write, load, tmp_path):
+    path = write(ROWS[:3])
+    with open(path, "a") as file:
+        file.write('{"chosen": "cut')
+    advice = "mend the row, or set data.components.data.format.invalid_rows to drop"
+    with pytest.raises(
+        RowError, match=rf"rows.jsonl, row 4: is not JSON: it breaks off after 15 characters: {advice}$"
+    ):
+        load(path)
+    assert load(path, invalid_rows="drop").report["malformed"] == 1
 
 
 def test_rows_that_do_not_fit_may_be_dropped_and_are_counted(write, load, caplog):
@@ -267,7 +279,7 @@ def test_plain_strings_beside_a_chat_template_are_warned_of_once(write, load, ma
 def test_strings_are_turns_where_the_config_brings_a_template(write, load, tokenizer):
     path = write(STRING_ROWS)
     turns = load(path, strings="chat")
-    assert tokenizer.decode(turns[0].chosen) == " sat there.<|im_end|>\n"
+    assert tokenizer.decode(turns[0].responses[0]) == " sat there.<|im_end|>\n"
     brought = load(path, chat_template=tokenizer.chat_template)
     assert [*map(str, brought)] == [*map(str, turns)]
     assert brought.report["plain"] == 0
@@ -281,7 +293,7 @@ def test_tools_that_a_table_has_filled_are_warned_of(write, load, caplog):
 
 
 def test_a_component_without_any_pair_is_an_error(write, load):
-    with pytest.raises(ValueError, match=r"No pair is left in data.components.data \(train\): 0 of 1 rows kept"):
+    with pytest.raises(ValueError, match=r"No row is left in data.components.data \(train\): 0 of 1 rows kept"):
         load(write([FAULTY[1]]), invalid_rows="drop")
 
 
@@ -317,8 +329,8 @@ def test_each_component_that_has_the_split_is_loaded(write, tokenizer, tmp_path)
         },
         cache_dir=str(tmp_path / "cache"),
     )
-    train = load_pairs(config, tokenizer, split="train", train_seq_len=128)
-    validation = load_pairs(config, tokenizer, split="validation", train_seq_len=128)
+    train = load_examples(config, tokenizer, split="train", train_seq_len=128)
+    validation = load_examples(config, tokenizer, split="validation", train_seq_len=128)
     assert {name: len(pairs) for name, pairs in train.items()} == {"both": 30, "train_only": 10}
     assert {name: len(pairs) for name, pairs in validation.items()} == {"both": 10}
     assert validation["both"].fingerprint == train["train_only"].fingerprint

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from lora_dpo_jax.data.chat import PairTokenizer, TokenizedPair, fit_to_length
+from lora_dpo_jax.data.chat import ExampleTokenizer, fit_to_length
 from lora_dpo_jax.data.config import FormatConfig
-from lora_dpo_jax.data.rows import PreferencePair, read_pair
+from lora_dpo_jax.data.examples import TokenizedExample
+from lora_dpo_jax.data.rows import Example, read_example
 from lora_dpo_jax.data.sources import RowError, attempt
 
 
@@ -68,12 +69,12 @@ LLAMA_ROWS = [
 
 
 def pairs_of(rows, **format):
-    return [read_pair(row, FormatConfig(**format), f"rows.jsonl, row {n}") for n, row in enumerate(rows, start=1)]
+    return [read_example(row, FormatConfig(**format), f"rows.jsonl, row {n}") for n, row in enumerate(rows, start=1)]
 
 
 def tokenized(tokenizer, *rows, template=None, **format):
     """The tokens of each row; raises if one is refused."""
-    results = PairTokenizer(tokenizer, template).tokenize(pairs_of(rows, **format))
+    results = ExampleTokenizer(tokenizer, template).tokenize(pairs_of(rows, **format))
     for result in results:
         if isinstance(result, RowError):
             raise result
@@ -85,7 +86,7 @@ def one(tokenizer, row, **options):
 
 
 def as_lists(pairs):
-    return [tuple(part.tolist() for part in pair) for pair, _ in pairs]
+    return [tuple(part.tolist() for part in pair.parts) for pair, _ in pairs]
 
 
 def text(tokenizer, ids):
@@ -123,14 +124,14 @@ def test_thinking_can_be_switched_off_by_row_as_in_trl(make_tokenizer, trl_pairs
     row = {**ROWS["messages"][0], "chat_template_kwargs": {"enable_thinking": False}}
     tokenizer = make_tokenizer("qwen")
     assert as_lists(tokenized(tokenizer, row)) == trl_pairs([row], tokenizer)
-    assert text(tokenizer, one(tokenizer, row).chosen) == "Paris<|im_end|>\n"
+    assert text(tokenizer, one(tokenizer, row).responses[0]) == "Paris<|im_end|>\n"
 
 
 def test_the_thoughts_that_the_template_adds_to_a_response_are_scored(make_tokenizer):
     tokenizer = make_tokenizer("qwen")
     pair = one(tokenizer, ROWS["messages"][0])
     assert text(tokenizer, pair.prompt).endswith("<|im_start|>assistant\n")
-    assert text(tokenizer, pair.chosen) == "<think>\n\n</think>\n\nParis<|im_end|>\n"
+    assert text(tokenizer, pair.responses[0]) == "<think>\n\n</think>\n\nParis<|im_end|>\n"
 
 
 def test_right_truncation_is_the_keep_start_of_trl(make_tokenizer, trl_pairs):
@@ -146,8 +147,8 @@ def test_right_truncation_is_the_keep_start_of_trl(make_tokenizer, trl_pairs):
     assert len(ours) == len(expected) < len(rows)
     for pair, (prompt, chosen, rejected) in zip(ours, expected, strict=True):
         # TRL cuts prompt + response in its collator.
-        assert np.concatenate([pair.prompt, pair.chosen]).tolist() == (prompt + chosen)[:40]
-        assert np.concatenate([pair.prompt, pair.rejected]).tolist() == (prompt + rejected)[:40]
+        assert np.concatenate([pair.prompt, pair.responses[0]]).tolist() == (prompt + chosen)[:40]
+        assert np.concatenate([pair.prompt, pair.responses[1]]).tolist() == (prompt + rejected)[:40]
 
 
 @settings(deadline=None, max_examples=60)
@@ -159,11 +160,11 @@ def test_right_truncation_is_the_keep_start_of_trl(make_tokenizer, trl_pairs):
 def test_the_prompt_is_what_the_model_is_given_and_the_rest_is_scored(question, answers, template, make_tokenizer):
     tokenizer = make_tokenizer(template)
     chosen, rejected = ([assistant(answer + "c")] for answer in answers)
-    pair = PreferencePair([user(question)], chosen, rejected, "row")
-    [(tokens, _)] = PairTokenizer(tokenizer).tokenize([pair])
+    pair = Example([user(question)], chosen, rejected, "row")
+    [(tokens, _)] = ExampleTokenizer(tokenizer).tokenize([pair])
     given_ids = tokenizer.apply_chat_template(pair.prompt, add_generation_prompt=True)["input_ids"]
     assert tokens.prompt.tolist() == given_ids
-    for response, ids in ((chosen, tokens.chosen), (rejected, tokens.rejected)):
+    for response, ids in ((chosen, tokens.responses[0]), (rejected, tokens.responses[1])):
         whole = tokenizer.apply_chat_template([*pair.prompt, *response], tokenize=False)
         assert text(tokenizer, np.concatenate([tokens.prompt, ids])) == whole
 
@@ -174,8 +175,8 @@ def test_tokens_that_merge_over_the_end_of_the_prompt_are_kept_apart(make_tokeni
     [(pair, boundary)] = tokenized(tokenizer, row)
     assert boundary == "merged"
     assert pair.prompt.tolist() == tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)["input_ids"]
-    assert text(tokenizer, pair.chosen) == "\n\nParis<|im_end|>\n"
-    assert text(tokenizer, pair.rejected) == "Hello<|im_end|>\n"
+    assert text(tokenizer, pair.responses[0]) == "\n\nParis<|im_end|>\n"
+    assert text(tokenizer, pair.responses[1]) == "Hello<|im_end|>\n"
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
@@ -186,8 +187,8 @@ def test_a_prompt_that_ends_within_a_word_ends_there(kind, make_tokenizer):
     )
     assert boundary == "merged"
     assert pair.prompt.tolist() == tokenizer("The capit", add_special_tokens=False)["input_ids"]
-    assert text(tokenizer, np.concatenate([pair.prompt, pair.chosen])).endswith("The capital of France<|im_end|>")
-    assert text(tokenizer, np.concatenate([pair.prompt, pair.rejected])).endswith("The capitol is bad<|im_end|>")
+    assert text(tokenizer, np.concatenate([pair.prompt, pair.responses[0]])).endswith("The capital of France<|im_end|>")
+    assert text(tokenizer, np.concatenate([pair.prompt, pair.responses[1]])).endswith("The capitol is bad<|im_end|>")
 
 
 def test_a_generation_prompt_that_conversations_lack_is_left_out(make_tokenizer, trl_pairs):
@@ -196,8 +197,8 @@ def test_a_generation_prompt_that_conversations_lack_is_left_out(make_tokenizer,
     [(pair, boundary)] = tokenized(tokenizer, row)
     assert boundary == "template"
     assert text(tokenizer, pair.prompt) == "<|bos|><|end|>What is the capital of France?<|start|>"
-    assert text(tokenizer, pair.chosen) == "Paris<|eot|>"
-    assert [tuple(part.tolist() for part in pair)] == trl_pairs([row], tokenizer)
+    assert text(tokenizer, pair.responses[0]) == "Paris<|eot|>"
+    assert [tuple(part.tolist() for part in pair.parts)] == trl_pairs([row], tokenizer)
 
 
 def test_a_response_of_several_turns_loses_the_thoughts_of_its_first(make_tokenizer, trl_pairs):
@@ -206,9 +207,9 @@ def test_a_response_of_several_turns_loses_the_thoughts_of_its_first(make_tokeni
     [(pair, boundary)] = tokenized(tokenizer, row)
     assert boundary == "template"
     assert text(tokenizer, pair.prompt).endswith("<|im_start|>assistant\n")
-    assert text(tokenizer, pair.chosen).startswith("Paris<|im_end|>")
-    assert text(tokenizer, pair.rejected) == "<think>\n\n</think>\n\nNo<|im_end|>\n"
-    assert [tuple(part.tolist() for part in pair)] == trl_pairs([row], tokenizer)
+    assert text(tokenizer, pair.responses[0]).startswith("Paris<|im_end|>")
+    assert text(tokenizer, pair.responses[1]) == "<think>\n\n</think>\n\nNo<|im_end|>\n"
+    assert [tuple(part.tolist() for part in pair.parts)] == trl_pairs([row], tokenizer)
 
 
 def test_thoughts_after_a_prompt_that_has_closed_them_are_refused(make_tokenizer):
@@ -219,7 +220,7 @@ def test_thoughts_after_a_prompt_that_has_closed_them_are_refused(make_tokenizer
 
 def test_a_prompt_rendered_otherwise_before_a_response_is_refused_by_number(make_tokenizer):
     good, bad = ROWS["messages"][0], ROWS["messages"][1]
-    first, second = PairTokenizer(make_tokenizer("shifting")).tokenize(pairs_of([good, bad]))
+    first, second = ExampleTokenizer(make_tokenizer("shifting")).tokenize(pairs_of([good, bad]))
     for number, refused in ((1, first), (2, second)):
         assert isinstance(refused, RowError) and refused.reason == "boundary"
         assert f"rows.jsonl, row {number}: the chat template renders the prompt differently" in str(refused)
@@ -278,7 +279,10 @@ def test_strings_taken_as_turns_are_the_messages_that_they_stand_for(make_tokeni
 def test_an_overriding_template_decides_the_text(make_tokenizer):
     tokenizer = make_tokenizer("llama")
     pair = one(tokenizer, ROWS["messages"][0], template="{% for m in messages %}[{{ m.content }}]{% endfor %}")
-    assert (text(tokenizer, pair.prompt), text(tokenizer, pair.chosen)) == (f"[{QUESTION[0]['content']}]", "[Paris]")
+    assert (text(tokenizer, pair.prompt), text(tokenizer, pair.responses[0])) == (
+        f"[{QUESTION[0]['content']}]",
+        "[Paris]",
+    )
 
 
 @pytest.mark.parametrize("end", [None, ""])
@@ -307,7 +311,7 @@ def test_bos_and_eos_stand_once(add_bos, add_eos, make_tokenizer):
         has_bos = add_bos or "<|bos|>" in row["prompt"]
         assert pair.prompt.tolist().count(tokenizer.bos_token_id) == has_bos
         assert tokenizer.eos_token_id not in pair.prompt
-        for response in (pair.chosen, pair.rejected):
+        for response in pair.responses:
             assert np.flatnonzero(response == tokenizer.eos_token_id).tolist() == [len(response) - 1]
     chat = one(tokenizer, ROWS["messages"][0])
     assert chat.prompt.tolist().count(tokenizer.bos_token_id) == 1
@@ -348,7 +352,7 @@ def test_a_thousand_bos_are_one(make_tokenizer):
     row = {"prompt": "<|bos|>" * 2000 + "The", "chosen": " cat" + "<|im_end|>" * 2000, "rejected": " world"}
     pair = one(tokenizer, row)
     assert text(tokenizer, pair.prompt) == "<|bos|>The"
-    assert text(tokenizer, pair.chosen) == " cat<|im_end|>"
+    assert text(tokenizer, pair.responses[0]) == " cat<|im_end|>"
 
 
 @pytest.mark.parametrize("part", ["prompt", "chosen", "tools"])
@@ -363,7 +367,7 @@ def test_half_a_surrogate_pair_in_a_conversation_is_malformed(part, make_tokeniz
 
 def test_half_a_surrogate_pair_is_malformed_and_spoils_no_other_row(make_tokenizer):
     rows = [{"prompt": "The", "chosen": " cat", "rejected": " \ud83d"}, ROWS["strings"][0]]
-    bad, good = PairTokenizer(make_tokenizer()).tokenize(pairs_of(rows))
+    bad, good = ExampleTokenizer(make_tokenizer()).tokenize(pairs_of(rows))
     assert isinstance(bad, RowError) and bad.reason == "malformed"
     assert not isinstance(good, RowError)
 
@@ -398,15 +402,15 @@ MESSAGES = st.lists(
     row=st.dictionaries(st.sampled_from(COLUMNS), MESSAGES | VALUES), strings=st.sampled_from(["auto", "plain", "chat"])
 )
 def test_any_row_becomes_tokens_or_is_refused_by_name(row, strings, make_tokenizer):
-    pair = attempt(read_pair, row, FormatConfig(strings=strings), "rows.jsonl, row 1")
-    [result] = PairTokenizer(make_tokenizer("llama")).tokenize([pair])
+    pair = attempt(read_example, row, FormatConfig(strings=strings), "rows.jsonl, row 1")
+    [result] = ExampleTokenizer(make_tokenizer("llama")).tokenize([pair])
     assert isinstance(result, RowError) or all(len(part) for part in result[0])
     if isinstance(result, RowError):
         assert str(result).startswith("rows.jsonl, row 1: ")
 
 
 def pair_of(prompt, chosen, rejected):
-    return TokenizedPair(*(np.arange(start, start + n, dtype=np.int32) for start, n in
+    return TokenizedExample.pair(*(np.arange(start, start + n, dtype=np.int32) for start, n in
                            ((100, prompt), (200, chosen), (300, rejected))))  # fmt: skip
 
 
@@ -428,14 +432,14 @@ def test_left_cuts_the_prompt_alone_and_keeps_its_bos():
     pair = pair_of(10, 3, 4)
     cut = fit_to_length(pair, 9, "left", "row")
     assert cut.prompt.tolist() == [105, 106, 107, 108, 109]
-    assert cut.chosen is pair.chosen and cut.rejected is pair.rejected
+    assert cut.responses is pair.responses
     assert fit_to_length(pair, 9, "left", "row", bos_token_id=100).prompt.tolist() == [100, 106, 107, 108, 109]
 
 
 def test_right_cuts_the_responses_alone():
     cut = fit_to_length(pair_of(6, 2, 8), 9, "right", "row")
     assert cut.prompt.tolist() == list(range(100, 106))
-    assert (cut.chosen.tolist(), cut.rejected.tolist()) == ([200, 201], [300, 301, 302])
+    assert (cut.responses[0].tolist(), cut.responses[1].tolist()) == ([200, 201], [300, 301, 302])
 
 
 @pytest.mark.parametrize(("strategy", "pair"), [("left", pair_of(3, 9, 1)), ("right", pair_of(9, 3, 1))])

@@ -5,7 +5,7 @@ import draccus
 import pytest
 import yaml
 
-from lora_dpo_jax.data.config import ComponentConfig, FormatConfig, PreferenceDataConfig, default_cache_dir
+from lora_dpo_jax.data.config import ComponentConfig, FormatConfig, PreferenceDataConfig
 from lora_dpo_jax.data.sources import HubSource, UrlSource
 
 
@@ -77,14 +77,6 @@ def test_weights_that_make_no_sense_are_errors(weights, message):
 def test_the_cache_must_be_a_folder_of_this_machine():
     with pytest.raises(ValueError, match="data.cache_dir='gs://x' must be a folder"):
         PreferenceDataConfig({"a": ComponentConfig(UrlSource(["a"]))}, cache_dir="gs://x")
-
-
-def test_the_environment_says_where_the_cache_is(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("LORA_DPO_JAX_CACHE", raising=False)
-    assert default_cache_dir() == tmp_path / "lora_dpo_jax"
-    monkeypatch.setenv("LORA_DPO_JAX_CACHE", str(tmp_path / "other"))
-    assert default_cache_dir() == tmp_path / "other"
 
 
 def test_a_template_may_be_a_text_or_a_file(tmp_path):

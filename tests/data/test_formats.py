@@ -109,7 +109,7 @@ def tokens_of(source, tokenizer, cache_dir):
     pairs = tokenize_component(
         ComponentConfig(source), tokenizer, split="train", train_seq_len=1024, cache_dir=cache_dir
     )
-    return [tuple(part.tolist() for part in pair) for pair in pairs]
+    return [tuple(part.tolist() for part in pair.parts) for pair in pairs]
 
 
 def test_the_same_rows_give_the_tokens_of_trl_from_every_kind_of_file(folder, make_tokenizer, trl_pairs):

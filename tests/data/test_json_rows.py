@@ -25,8 +25,10 @@ def test_lines_are_numbered_as_an_editor_numbers_them():
 @pytest.mark.parametrize(
     ("bad", "why"),
     [
-        (b"not json", "is not JSON: Expecting value"),
-        (b'{"a": 1', "is not JSON: Expecting ',' delimiter"),
+        (b"not json", "is not JSON: Expecting value at character 1"),
+        (b'{"a" 1}', "is not JSON: Expecting ':' delimiter at character 6"),
+        (b'{"a": 1', "is not JSON: it breaks off after 7 characters"),
+        (b'{"a": "x', "is not JSON: it breaks off after 8 characters"),
         (b'{"a": 1} {"a": 2}', "is not JSON: there is more after its end at character 9"),
         (b'{"a": "\xff"}', "is not UTF-8: 'utf-8' codec"),
         (b"9" * 5000, "is not JSON: Exceeds the limit"),

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_dpo_jax.data.order import BLOCK, PairOrder, _hash, _Mixture, _shuffled
+from lora_dpo_jax.data.order import BLOCK, ExampleOrder, _hash, _Mixture, _shuffled
 
 ORDERS = {
-    "shuffled": PairOrder((7, 20), seed=3),
-    "in order": PairOrder((7, 20), seed=3, shuffle=False),
-    "weighted": PairOrder((7, 20), seed=3, weights=(3.0, 1.0)),
-    "weighted, in order": PairOrder((7, 20), seed=3, shuffle=False, weights=(3.0, 1.0)),
+    "shuffled": ExampleOrder((7, 20), seed=3),
+    "in order": ExampleOrder((7, 20), seed=3, shuffle=False),
+    "weighted": ExampleOrder((7, 20), seed=3, weights=(3.0, 1.0)),
+    "weighted, in order": ExampleOrder((7, 20), seed=3, shuffle=False, weights=(3.0, 1.0)),
 }
 MANY = tuple(np.random.default_rng(0).lognormal(0, 2, 2000).tolist())
 # Of each component, never more than two draws more or less than its share: two rounded shares after each other.
@@ -38,7 +38,7 @@ def test_the_order_is_a_function_of_seed_and_step(name):
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=3).filter(any), st.integers(0, 3), st.booleans())
 def test_every_epoch_holds_each_pair_once(sizes, seed, shuffle):
     total = sum(sizes)
-    epochs = PairOrder(tuple(sizes), seed, shuffle).batch(0, 4 * total).reshape(4, total)
+    epochs = ExampleOrder(tuple(sizes), seed, shuffle).batch(0, 4 * total).reshape(4, total)
     for epoch in epochs:
         assert sorted(epoch) == list(range(total))
     if not shuffle:
@@ -47,19 +47,19 @@ def test_every_epoch_holds_each_pair_once(sizes, seed, shuffle):
 
 def test_without_weights_an_epoch_is_numpys_permutation_of_seed_and_epoch():
     """Runs that began with earlier versions resume with the same pairs."""
-    ids = PairOrder((7, 20), seed=3).batch(0, 3 * 27)
+    ids = ExampleOrder((7, 20), seed=3).batch(0, 3 * 27)
     expected = [np.random.default_rng([3, 0, epoch]).permutation(27) for epoch in range(3)]
     np.testing.assert_array_equal(ids, np.concatenate(expected))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    one, other = (PairOrder((50,), seed).batch(0, 100).reshape(2, 50).tolist() for seed in (0, 1))
+    one, other = (ExampleOrder((50,), seed).batch(0, 100).reshape(2, 50).tolist() for seed in (0, 1))
     assert one[0] != one[1] and one[0] != other[0] and one[0] != sorted(one[0])
 
 
 @pytest.mark.parametrize("weights", [None, (2.0, 1.0)])
 def test_a_short_batch_ends_an_epoch_and_a_new_batch_begins_the_next(weights):
-    order = PairOrder((3, 4), seed=0, weights=weights)
+    order = ExampleOrder((3, 4), seed=0, weights=weights)
     batches = [order.batch(step, 3, short_ends=True) for step in range(7)]
     assert [len(batch) for batch in batches] == [3, 3, 1, 3, 3, 1, 3]
     assert np.concatenate(batches).tolist() == order.batch(0, 17).tolist()
@@ -67,8 +67,8 @@ def test_a_short_batch_ends_an_epoch_and_a_new_batch_begins_the_next(weights):
 
 
 def test_an_epoch_is_as_long_as_the_components_that_are_drawn_from():
-    assert PairOrder((3, 4), seed=0).epoch == 7
-    assert PairOrder((3, 4), seed=0, weights=(0.0, 1.0)).epoch == 4
+    assert ExampleOrder((3, 4), seed=0).epoch == 7
+    assert ExampleOrder((3, 4), seed=0, weights=(0.0, 1.0)).epoch == 4
 
 
 def worst_error(weights: tuple[float, ...], component: np.ndarray, start: int = 0, before=None) -> float:
@@ -107,26 +107,26 @@ def test_shares_are_exact_after_any_number_of_positions(weights):
 
 
 def test_a_rare_component_is_drawn():
-    ids = PairOrder((100, 5), seed=0, weights=(3000.0, 1.0)).batch(0, 15_005)
+    ids = ExampleOrder((100, 5), seed=0, weights=(3000.0, 1.0)).batch(0, 15_005)
     assert sorted(ids[ids >= 100]) == [100, 101, 102, 103, 104]
 
 
 def test_a_batch_has_each_components_share():
-    ids = PairOrder((50, 50), seed=0, weights=(3.0, 1.0)).batch(0, 800).reshape(100, 8)
+    ids = ExampleOrder((50, 50), seed=0, weights=(3.0, 1.0)).batch(0, 800).reshape(100, 8)
     assert set(np.sum(ids >= 50, axis=1)) == {2}
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_each_component_goes_through_epochs_of_its_own(shuffle):
     sizes, starts = (30, 11, 400), np.cumsum([0, 30, 11, 400])
-    ids = PairOrder(sizes, seed=1, shuffle=shuffle, weights=(0.7, 0.2, 0.1)).batch(0, BLOCK + 100)
+    ids = ExampleOrder(sizes, seed=1, shuffle=shuffle, weights=(0.7, 0.2, 0.1)).batch(0, BLOCK + 100)
     for component, size in enumerate(sizes):
         own = ids[(ids >= starts[component]) & (ids < starts[component + 1])] - starts[component]
         epochs = [own[start : start + size].tolist() for start in range(0, len(own) - size + 1, size)]
         assert len(epochs) >= 2
         assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
         assert (epochs[0] == epochs[1]) is not shuffle
-    other_seed = PairOrder(sizes, seed=2, shuffle=shuffle, weights=(0.7, 0.2, 0.1)).batch(0, 500)
+    other_seed = ExampleOrder(sizes, seed=2, shuffle=shuffle, weights=(0.7, 0.2, 0.1)).batch(0, 500)
     assert np.array_equal(other_seed, ids[:500]) is not shuffle
 
 
@@ -157,7 +157,7 @@ def test_an_element_of_many_may_go_anywhere():
 
 def test_choosing_a_pair_costs_the_same_with_two_or_two_thousand_components():
     def seconds(count: int) -> float:
-        order = PairOrder((50,) * count, seed=0, weights=tuple(np.random.default_rng(1).random(count).tolist()))
+        order = ExampleOrder((50,) * count, seed=0, weights=tuple(np.random.default_rng(1).random(count).tolist()))
         start = time.process_time()
         for step in range(10 * BLOCK // 32):
             order.batch(step, 32)
@@ -176,4 +176,4 @@ def test_choosing_a_pair_costs_the_same_with_two_or_two_thousand_components():
 )
 def test_impossible_orders_are_errors(sizes, weights, message):
     with pytest.raises(ValueError, match=message):
-        PairOrder(sizes, seed=0, weights=weights)
+        ExampleOrder(sizes, seed=0, weights=weights)

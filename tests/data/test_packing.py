@@ -16,11 +16,11 @@ from tiny_pairs import (
 )
 
 from lora_dpo_jax.data import packing
-from lora_dpo_jax.data.chat import TokenizedPair
-from lora_dpo_jax.data.memory import MemoryPairs
+from lora_dpo_jax.data.examples import TokenizedExample
+from lora_dpo_jax.data.memory import MemoryExamples
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
-from lora_dpo_jax.data.shapes import Layout
-from lora_dpo_jax.log_probs import pair_log_probs
+from lora_dpo_jax.data.shapes import PartShape
+from lora_dpo_jax.log_probs import score_responses
 from lora_dpo_jax.lora import trainable_filter
 
 
@@ -34,31 +34,37 @@ def drawing() -> dict[str, list[str]]:
 def test_rows_are_laid_out_as_the_drawing_shows():
     letters = {letter: i for i, letter in enumerate(".pcrqde")}
 
-    def pair(prompt: str, chosen: str, rejected: str) -> TokenizedPair:
-        return TokenizedPair(
+    def pair(prompt: str, chosen: str, rejected: str) -> TokenizedExample:
+        return TokenizedExample.pair(
             *(np.array([letters[x] for x in tokens], np.int32) for tokens in (prompt, chosen, rejected))
         )
 
-    pairs = MemoryPairs([pair("ppp", "cc", "rrr"), pair("qq", "d", "ee")])
-    batch = pack(pairs, [np.array([0, 1])], Layout(micro_batches=1, rows=1, row_length=15, targets=9, pairs=3))
+    pairs = MemoryExamples([pair("ppp", "cc", "rrr"), pair("qq", "d", "ee")])
+    batch = pack(
+        pairs, [np.array([0, 1])], PartShape.of_pairs(micro_batches=1, rows=1, row_length=15, targets=9, pairs=3)
+    )
     drawn = drawing()
     assert len(drawn) == 4
     for name, line in drawn.items():
         expected = [letters[x] for x in line] if name == "tokens" else [int(x) for x in line]
         assert getattr(batch, name).array[0, 0].tolist() == expected, name
 
-    assert batch.pair_ids.array[0, 0].tolist() == [0, 1, -1]
-    assert batch.chosen_tokens.array[0, 0].tolist() == [2, 1, 0]
-    assert batch.rejected_tokens.array[0, 0].tolist() == [3, 2, 0]
+    assert batch.examples.ids.array[0, 0].tolist() == [0, 1, -1]
+    assert batch.response_tokens.array[0, 0].tolist() == [2, 3, 1, 2, 0, 0]
+    assert batch.examples.example_of_response.array[0, 0].tolist() == [0, 0, 1, 1, -1, -1]
+    assert batch.examples.chosen.array[0, 0].tolist() == [0, 2, 0]
+    assert batch.examples.rejected.array[0, 0].tolist() == [1, 3, 0]
+    assert batch.examples.example_of_comparison.array[0, 0].tolist() == [0, 1, -1]
+    assert batch.examples.weight.array[0, 0].tolist() == [1, 1, 0]
     # c c r r r d e e: each from the token before it, the first ones from the prompt's last.
     assert batch.source.array[0, 0].tolist() == [2, 3, 2, 5, 6, 9, 9, 11, 0]
     assert batch.target_ids.array[0, 0].tolist() == [letters[x] for x in "ccrrrdee."]
-    assert batch.target_slot.array[0, 0].tolist() == [0, 0, 1, 1, 1, 2, 3, 3, -1]
+    assert batch.target_response.array[0, 0].tolist() == [0, 0, 1, 1, 1, 2, 3, 3, -1]
 
 
 def test_without_a_shared_prefix_each_branch_begins_with_the_prompt():
-    pairs = MemoryPairs([TokenizedPair(*(np.array(x, np.int32) for x in ([7, 8], [1], [2, 3])))])
-    layout = Layout(micro_batches=1, rows=1, row_length=8, targets=4, pairs=1)
+    pairs = MemoryExamples([TokenizedExample.pair(*(np.array(x, np.int32) for x in ([7, 8], [1], [2, 3])))])
+    layout = PartShape.of_pairs(micro_batches=1, rows=1, row_length=8, targets=4, pairs=1)
     batch = pack(pairs, [np.array([0])], layout, share_prefix=False)
     assert batch.tokens.array[0, 0].tolist() == [7, 8, 1, 7, 8, 2, 3, 0]
     assert batch.branch_ids.array[0, 0].tolist() == [1, 1, 1, 2, 2, 2, 2, 0]
@@ -68,12 +74,12 @@ def test_without_a_shared_prefix_each_branch_begins_with_the_prompt():
 
 def test_more_rows_than_the_layout_has_are_an_error():
     pairs = random_pairs(3)
-    with pytest.raises(ValueError, match="3 rows do not fit the 2 of Layout"):
-        pack(pairs, [np.array([i]) for i in range(3)], Layout(2, 1, row_length=64, targets=64, pairs=1))
+    with pytest.raises(ValueError, match="3 rows do not fit the 2 of PartShape"):
+        pack(pairs, [np.array([i]) for i in range(3)], PartShape.of_pairs(2, 1, row_length=64, targets=64, pairs=1))
 
 
 # Three blocks of attention a row; more rows and slots than any test below fills.
-LAYOUT = Layout(micro_batches=1, rows=13, row_length=192, targets=192, pairs=14)
+LAYOUT = PartShape.of_pairs(micro_batches=1, rows=13, row_length=192, targets=192, pairs=14)
 PAIRS = random_pairs(12, seed=4)
 PACKINGS = {
     "as tightly as can be": None,
@@ -91,9 +97,11 @@ def packed_scores(adapters, weights, batch: PreferenceBatch):
     micro = batch.micro_batch(0)
 
     def total(adapters):
-        log_probs = pair_log_probs(eqx.combine(adapters, weights), micro)
-        both = jnp.stack([log_probs.chosen.array, log_probs.rejected.array], axis=-1)
-        return jnp.sum(jnp.where(micro.is_pair.array[..., None], both * WEIGHTS[micro.pair_ids.array], 0.0)), both
+        log_probs = score_responses(eqx.combine(adapters, weights), micro)
+        both = log_probs.log_probs.array.reshape(*micro.examples.ids.array.shape, 2)
+        return jnp.sum(
+            jnp.where(micro.examples.is_example.array[..., None], both * WEIGHTS[micro.examples.ids.array], 0.0)
+        ), both
 
     return jax.grad(total, has_aux=True)(adapters)
 
@@ -126,7 +134,7 @@ def test_packing_changes_no_log_prob_and_no_gradient(name, attention):
     batches["each prompt twice"] = packed(table_of(PAIRS), LAYOUT, PACKINGS["one pair a row"], share_prefix=False)
     for packing_name, batch in batches.items():
         gradients, log_probs = packed_scores(*parts(name, attention), batch)
-        ids = np.asarray(batch.pair_ids.array[0])
+        ids = np.asarray(batch.examples.ids.array[0])
         assert not np.any(log_probs[ids < 0]), "empty rows and slots give zero"
         # Sums of up to a dozen log-probs of several nats each, float32.
         np.testing.assert_allclose(

@@ -34,7 +34,7 @@ def shown(pairs, tokenizer, count, **options):
 
 def test_a_log_gets_labelled_blocks_of_plain_text(pairs, tokenizer):
     text = shown(pairs, tokenizer, 1)
-    sizes = pairs.lengths[0]
+    sizes = [len(part) for part in pairs[0].parts]
     assert f"=== pair 1 of 3: {pairs.origin(0)}\n--- prompt ({sizes[0]} tokens, not scored)\n" in text
     assert "<|im_start|>user↵\nHello<|im_end|>↵\n<|im_start|>assistant↵\n" in text
     assert f"--- chosen ({sizes[1]} tokens, scored)\nGrüße 🙂<|im_end|>↵\n" in text

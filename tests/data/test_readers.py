@@ -67,7 +67,7 @@ def test_a_compressed_file_that_breaks_off_anywhere_is_an_error(suffix):
 def test_what_is_no_compressed_stream_is_an_error_wherever_it_stands(suffix, place):
     one = COMPRESS[suffix](b"rows")
     content = {"beginning": b"rows" + one, "second stream": one + b"\0" + one, "end": one + b"rows"}[place]
-    with pytest.raises(Exception, match="(?i)invalid|incorrect|format|unknown frame"):
+    with pytest.raises(Exception, match="(?i)invalid|incorrect|format|unknown frame|it is no"):
         decompress(io.BytesIO(content), COMPRESSIONS[suffix]).read()
 
 

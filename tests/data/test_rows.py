@@ -3,7 +3,7 @@ import json
 import pytest
 
 from lora_dpo_jax.data.config import FormatConfig
-from lora_dpo_jax.data.rows import read_pair
+from lora_dpo_jax.data.rows import read_example
 from lora_dpo_jax.data.sources import RowError
 
 USER, HELLO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -14,12 +14,12 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 
 def read(row, **format):
-    return read_pair(row, FormatConfig(**format), "a.jsonl, row 3")
+    return read_example(row, FormatConfig(**format), "a.jsonl, row 3")
 
 
 def parts(row, **format):
     pair = read(row, **format)
-    return pair.prompt, pair.chosen, pair.rejected
+    return pair.prompt, *pair.responses
 
 
 @pytest.mark.parametrize(

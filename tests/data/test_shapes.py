@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_pairs import random_pairs, table_of
 
+from lora_dpo_jax.data.examples import ExampleSizes
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
-from lora_dpo_jax.data.shapes import MAX_SHAPES, PairLayout, RunLayout, plan_layout, plan_rows
+from lora_dpo_jax.data.shapes import MAX_SHAPES, PackingConfig, StepShapes, choose_shapes, fill_rows
 
 SIZES = st.integers(1, 300).flatmap(
     lambda length: st.tuples(st.lists(st.integers(1, length), max_size=80), st.just(length))
@@ -20,58 +21,58 @@ SIZES = st.integers(1, 300).flatmap(
 @given(SIZES)
 def test_planned_rows_hold_every_item_once_within_their_length(sizes_and_length):
     sizes, length = sizes_and_length
-    rows = plan_rows(sizes, length)
+    rows = fill_rows(sizes, length)
     assert sorted(item for row in rows for item in row) == list(range(len(sizes)))
     assert all(row for row in rows)
     assert all(sum(sizes[item] for item in row) <= length for row in rows)
     # Two rows never fit into one, so all but one are more than half full.
     assert len(rows) <= 2 * sum(sizes) / length + 1
-    assert rows == plan_rows(sizes, length)
+    assert rows == fill_rows(sizes, length)
 
 
 def test_an_item_longer_than_a_row_is_an_error():
     with pytest.raises(ValueError, match="an item of 11 tokens does not fit a row of 10"):
-        plan_rows([3, 11], 10)
+        fill_rows([3, 11], 10)
 
 
-def preference_lengths(count: int, seed: int = 0) -> np.ndarray:
-    """Prompt, chosen and rejected tokens as chat data have them: most short, some of 2,048."""
+def preference_sizes(count: int, seed: int = 0) -> ExampleSizes:
+    """Of pairs as chat data have them: most short, some of 2,048."""
     rng = np.random.default_rng(seed)
     prompt = np.clip(rng.lognormal(4.0, 0.9, count), 8, 1024)
     responses = [np.clip(rng.lognormal(5.1, 0.8, count), 2, 2048 - prompt) for _ in range(2)]
-    return np.stack([prompt, *responses], axis=1).astype(int)
+    return ExampleSizes.of_pairs(np.stack([prompt, *responses], axis=1).astype(int))
 
 
 def in_steps(count: int, size: int) -> list[np.ndarray]:
     return [np.arange(i, i + size) for i in range(0, count - size + 1, size)]
 
 
-def padding(layout: RunLayout, batches: list[np.ndarray], lengths: np.ndarray) -> float:
+def padding(layout: StepShapes, batches: list[np.ndarray], sizes: ExampleSizes) -> float:
     computed = 0
     for ids in batches:
-        for part, rows in zip(layout.parts, layout.plan(lengths[ids]), strict=True):
+        for part, rows in zip(layout.parts, layout.rows_of(sizes[ids]), strict=True):
             computed += -(-len(rows) // part.rows) * part.rows * part.row_length
-    return 1 - layout.pair_layout.sizes(lengths[np.concatenate(batches)]).sum() / computed
+    return 1 - layout.packing.tokens(sizes[np.concatenate(batches)]).sum() / computed
 
 
 def test_a_hundred_thousand_pairs_are_planned_in_seconds():
-    lengths = preference_lengths(100_000)
-    batches = in_steps(len(lengths), 128)
+    sizes = preference_sizes(100_000)
+    batches = in_steps(len(sizes), 128)
     start = time.process_time()
-    layout = plan_layout(batches, lengths, longest_row=8192)
+    layout = choose_shapes(batches, sizes, longest_row=8192)
     assert time.process_time() - start < 10
-    assert padding(layout, batches, lengths) < 0.02
+    assert padding(layout, batches, sizes) < 0.02
 
 
 @pytest.mark.parametrize("size, devices", [(16, 1), (32, 1), (128, 1), (128, 8)])
 def test_little_of_the_rows_is_padding(size, devices):
-    lengths = preference_lengths(1024)
-    batches = in_steps(len(lengths), size)
-    layout = plan_layout(batches, lengths, row_multiple=devices)
+    sizes = preference_sizes(1024)
+    batches = in_steps(len(sizes), size)
+    layout = choose_shapes(batches, sizes, row_multiple=devices)
     assert len(layout.parts) <= MAX_SHAPES
-    assert padding(layout, batches, lengths) < 0.05
-    one_shape = plan_layout(batches, lengths, row_multiple=devices, max_shapes=1)
-    assert padding(layout, batches, lengths) < padding(one_shape, batches, lengths)
+    assert padding(layout, batches, sizes) < 0.05
+    one_shape = choose_shapes(batches, sizes, row_multiple=devices, max_shapes=1)
+    assert padding(layout, batches, sizes) < padding(one_shape, batches, sizes)
 
 
 @settings(deadline=None, max_examples=30)
@@ -80,44 +81,42 @@ def test_little_of_the_rows_is_padding(size, devices):
     batch_size=st.integers(1, 12),
     row_multiple=st.sampled_from([1, 2, 8]),
     longest_row=st.sampled_from([None, 1, 256, 512]),
-    pair_layout=st.builds(PairLayout, st.booleans(), st.booleans()),
+    packing=st.builds(PackingConfig, st.booleans(), st.booleans()),
     seed=st.integers(0, 5),
 )
-def test_one_layout_holds_every_batch_of_a_run(count, batch_size, row_multiple, longest_row, pair_layout, seed):
+def test_one_layout_holds_every_batch_of_a_run(count, batch_size, row_multiple, longest_row, packing, seed):
     pairs = table_of(random_pairs(count, seed=seed, prompt=90, response=70))
     order = np.random.default_rng(seed).permutation(count)
     batches = [order[i : i + batch_size] for i in range(0, count, batch_size)]
-    layout = plan_layout(
-        batches, pairs.lengths, row_multiple=row_multiple, longest_row=longest_row, pair_layout=pair_layout
-    )
+    layout = choose_shapes(batches, pairs.sizes, row_multiple=row_multiple, longest_row=longest_row, packing=packing)
     assert 1 <= len(layout.parts) <= MAX_SHAPES
-    longest_pair = pair_layout.shortest_row(pairs.lengths)
+    longest_pair = packing.shortest_row(pairs.sizes)
     for part in layout.parts:
         assert part.rows == row_multiple
         assert longest_row is None or part.row_length <= max(longest_row, longest_pair)
     for ids in batches:
         found = {}
-        for part, rows in zip(layout.parts, layout.plan(pairs.lengths[ids]), strict=True):
-            assert pair_layout.packing or all(len(row) == 1 for row in rows)
-            batch = pack(pairs, [ids[row] for row in rows], part, share_prefix=pair_layout.share_prefix)
-            found |= read_pairs(batch, pair_layout.share_prefix)
-        assert found == {int(i): tuple(map(list, pairs[int(i)])) for i in ids}
+        for part, rows in zip(layout.parts, layout.rows_of(pairs.sizes[ids]), strict=True):
+            assert packing.packing or all(len(row) == 1 for row in rows)
+            batch = pack(pairs, [ids[row] for row in rows], part, share_prefix=packing.share_prefix)
+            found |= read_pairs(batch, packing.share_prefix)
+        assert found == {int(i): tuple(part.tolist() for part in pairs[int(i)].parts) for i in ids}
 
 
 def read_pairs(batch: PreferenceBatch, share_prefix: bool) -> dict[int, tuple[list[int], ...]]:
     """By id, the tokens of the pairs of a batch, read off its segments, branches and targets."""
     found = {}
-    names = ("tokens", "segment_ids", "branch_ids", "pair_ids", "chosen_tokens", "rejected_tokens")
-    flat = {name: np.asarray(getattr(batch, name).array) for name in names}
-    for tokens, segments, branches, ids, *counts in zip(
-        *(array.reshape(-1, array.shape[-1]) for array in flat.values()), strict=True
+    arrays = (batch.tokens, batch.segment_ids, batch.branch_ids, batch.examples.ids, batch.response_tokens)
+    flat = [np.asarray(array.array) for array in arrays]
+    for tokens, segments, branches, ids, counts in zip(
+        *(array.reshape(-1, array.shape[-1]) for array in flat), strict=True
     ):
         for slot, pair_id in enumerate(ids):
             if pair_id < 0:
                 continue
             of_branch = [tokens[(segments == slot + 1) & (branches == branch)].tolist() for branch in range(3)]
             if not share_prefix:
-                chosen, rejected = (len(of_branch[b]) - counts[b - 1][slot] for b in (1, 2))
+                chosen, rejected = (len(of_branch[b]) - counts[2 * slot + b - 1] for b in (1, 2))
                 assert not of_branch[0] and of_branch[1][:chosen] == of_branch[2][:rejected]
                 of_branch = [of_branch[1][:chosen], of_branch[1][chosen:], of_branch[2][rejected:]]
             found[int(pair_id)] = tuple(of_branch)

@@ -130,7 +130,12 @@ def test_a_file_that_breaks_off_says_where(suffix, tmp_path):
         ("rows.json", b"[]", "holds no rows"),
         ("rows.csv", b"prompt,chosen,rejected\n", "holds no rows"),
         ("rows.jsonl.gz", b"", ": cannot be read: it breaks off"),
-        ("rows.jsonl.gz", LINES, ": cannot be read: error: Error -3 while decompressing data: incorrect header check"),
+        ("rows.jsonl.gz", LINES, ": cannot be read: it is no gzip file, whatever its name says"),
+        ("rows.jsonl.gz", b"{", ": cannot be read: it is no gzip file, whatever its name says"),
+        ("rows.jsonl.gz", b"\x1f\x8b" + LINES, ": cannot be read: error: Error -3 while decompressing data"),
+        ("rows.jsonl.zst", LINES, ": cannot be read: it is no zstd file, whatever its name says"),
+        ("rows.jsonl.bz2", LINES, ": cannot be read: it is no bz2 file, whatever its name says"),
+        ("rows.jsonl.xz", LINES, ": cannot be read: it is no xz file, whatever its name says"),
         ("rows.parquet", b"", ": cannot be read: Parquet file size is 0 bytes"),
         ("rows.parquet", LINES, ": cannot be read: Parquet magic bytes not found"),
         ("rows.json", b'[{"a": 1}, {"a"', ": cannot be read beyond row 1: is not JSON"),
@@ -160,6 +165,20 @@ def test_urls_that_lead_nowhere_are_errors(tmp_path):
     ]:
         with pytest.raises(SourceError, match=message):
             UrlSource([str(tmp_path / url)]).tables("train")
+
+
+def test_a_url_with_a_typo_is_told_the_name_that_is_there(tmp_path):
+    (tmp_path / "prefs").mkdir()
+    (tmp_path / "prefs" / "train.jsonl").write_bytes(LINES)
+    for url in ("prefs/trian.jsonl", "perfs/train.jsonl"):
+        with pytest.raises(SourceError, match=rf"{url} does not exist; did you mean {tmp_path}/prefs/train\.jsonl\?$"):
+            UrlSource([str(tmp_path / url)]).tables("train")
+
+
+def test_a_frame_that_zstd_skips_may_come_first(tmp_path):
+    path = tmp_path / "rows.jsonl.zst"
+    path.write_bytes(b"\x50\x2a\x4d\x18\x04\x00\x00\x00note" + COMPRESS[".zst"](LINES))
+    assert rows_of(UrlSource([str(path)])) == ROWS
 
 
 def test_a_store_that_cannot_be_opened_is_named():

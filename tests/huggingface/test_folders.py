@@ -17,7 +17,7 @@ from hostile_values import how_it_ends
 from huggingface_hub.utils import filter_repo_objects
 
 from lora_dpo_jax.huggingface.folders import check_export_target, export_folder, local_folder
-from lora_dpo_jax.runs.setup import TOKENIZER_FILES
+from lora_dpo_jax.runs.base import TOKENIZER_FILES
 
 
 def write_export(folder: Path, **files: str) -> None:
@@ -329,7 +329,7 @@ def test_an_upload_ends_with_the_file_that_makes_it_whole(bucket, monkeypatch):
 
 
 def test_a_url_is_downloaded_once_and_again_when_it_changes(bucket, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("LORA_DPO_JAX_CACHE", str(tmp_path))
     bucket.pipe({"/model/config.json": b"first", "/model/optimizer.pt": b"no", "/model/deeper/config.json": b"no"})
     first = local_folder("memory://model")
     assert tree(first) == {"config.json": "first"}
@@ -368,7 +368,7 @@ def test_named_chat_templates_are_fetched_from_the_hub_and_no_other_folder(tmp_p
 
 
 def test_named_chat_templates_are_fetched_from_a_url_and_no_other_folder(bucket, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("LORA_DPO_JAX_CACHE", str(tmp_path))
     bucket.pipe({f"/bucket/model/{name}": name.encode() for name in REPOSITORY + NOT_FETCHED})
     fetched = local_folder("memory://bucket/model")
     assert tree(fetched) == {name: name for name in REPOSITORY}
@@ -397,6 +397,7 @@ def test_a_name_of_no_folder_ends_in_a_line(name, says, tmp_path, monkeypatch):
 
 def test_a_folder_that_is_here_needs_no_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("lora_dpo_jax.huggingface.folders.snapshot_download", lambda *_, **__: pytest.fail("hub"))
+    (tmp_path / "config.json").touch()
     assert local_folder(str(tmp_path)) == tmp_path
     monkeypatch.chdir(tmp_path.parent)
     assert local_folder(tmp_path.name) == Path(tmp_path.name)
@@ -409,6 +410,33 @@ def test_what_the_hub_does_not_give_is_named(monkeypatch):
     monkeypatch.setattr("lora_dpo_jax.huggingface.folders.snapshot_download", refuse)
     with pytest.raises(FileNotFoundError, match="'org/gated' is neither a folder here nor .*401"):
         local_folder("org/gated")
+
+
+@pytest.mark.parametrize("name", ["org/model", "no_such_model"])
+def test_what_the_hub_may_not_be_asked_for_is_told_so(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    told = (
+        f"'{name}' is neither a folder here nor in the local cache of the Hugging Face hub, and HF_HUB_OFFLINE=1 "
+        "forbids asking the hub: check the id, or unset HF_HUB_OFFLINE"
+    )
+    with pytest.raises(FileNotFoundError, match=f"^{told}$"):
+        local_folder(name)
+
+
+def test_an_empty_folder_is_told_what_it_needs(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path} is an empty folder. Copy or download the files into it"):
+        local_folder(tmp_path)
+
+
+def test_a_folder_with_a_typo_is_told_the_name_that_is_there(tmp_path, monkeypatch):
+    (tmp_path / "out" / "adapter").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=rf"no such folder; did you mean {tmp_path}/out/adapter\?$"):
+        local_folder(tmp_path / "out" / "adaptr")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"neither a folder here .*; did you mean out/adapter\?$"):
+        local_folder("out/adaptr")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c", "memory://nothing"])

@@ -12,7 +12,8 @@ import pytest
 from haliax import Axis
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from lora_dpo_jax.models.attention import KEY_POSITION, PackedMask, ScoreRule, attend
+from lora_dpo_jax.axes import KEY_POSITION
+from lora_dpo_jax.models.attention import PackedMask, ScoreRule, attend
 from lora_dpo_jax.models.attention.blocked import BlockedKernels
 from lora_dpo_jax.models.attention.gpu import GpuKernels
 from lora_dpo_jax.models.attention.packed_blocks import key_runs, packed_attention, visits

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 from haliax import Axis, NamedArray
 
-from lora_dpo_jax.cost.devices import described_devices
-from lora_dpo_jax.models.attention import KEY_POSITION, PackedMask, ScoreRule, attend
+from lora_dpo_jax.axes import KEY_POSITION
+from lora_dpo_jax.cost.devices import devices_of_topology
+from lora_dpo_jax.models.attention import PackedMask, ScoreRule, attend
 from lora_dpo_jax.sharding import MeshConfig, Placement
 
 KVHead, Group = Axis("kv_head", 4), Axis("q_heads_per_group", 2)
@@ -17,7 +18,7 @@ KVHead, Group = Axis("kv_head", 4), Axis("q_heads_per_group", 2)
 
 @functools.cache
 def placement(topology: str) -> Placement:
-    return Placement(MeshConfig({"data": 2, "model": 2}), described_devices(topology)[1])
+    return Placement(MeshConfig({"data": 2, "model": 2}), devices_of_topology(topology)[1])
 
 
 def compiled(topology: str, length: int, head_size: int, dtype, *, rows: int = 2, windowed: bool = False):

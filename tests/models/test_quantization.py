@@ -26,9 +26,9 @@ from tiny_pairs import (
 )
 
 from lora_dpo_jax.cost.flops import useful_flops
-from lora_dpo_jax.data.shapes import plan_layout
+from lora_dpo_jax.data.shapes import choose_shapes
 from lora_dpo_jax.generation import GenerationConfig, generate
-from lora_dpo_jax.log_probs import pair_log_probs
+from lora_dpo_jax.log_probs import score_responses
 from lora_dpo_jax.lora import linear_layers, loraize, merge_lora, trainable_filter, unwrap_lora
 from lora_dpo_jax.models import CausalLM, DecoderConfig
 from lora_dpo_jax.models.quantization import (
@@ -44,7 +44,7 @@ from lora_dpo_jax.models.quantization import (
 
 KINDS = ["nf4", "int8"]
 PAIRS = table_of(random_pairs(8))
-LAYOUT = plan_layout([np.arange(8)], PAIRS.lengths, row_multiple=8).parts[0]
+LAYOUT = choose_shapes([np.arange(8)], PAIRS.sizes, row_multiple=8).parts[0]
 BATCH = packed(PAIRS, LAYOUT, rows=[[i] for i in range(8)])
 
 
@@ -232,7 +232,7 @@ def test_forward_and_gradients_are_those_of_the_dequantized_model(kind, name):
         adapters, weights = eqx.partition(model, trainable_filter(model))
 
         def loss(adapters):
-            return hax.sum(pair_log_probs(eqx.combine(adapters, weights), micro).chosen).scalar()
+            return hax.sum(score_responses(eqx.combine(adapters, weights), micro).log_probs).scalar()
 
         return jax.value_and_grad(loss)(adapters)
 
@@ -279,7 +279,7 @@ def test_llama_3_1_8b_takes_less_than_5_8_gb():
 def test_the_reference_is_the_quantized_base_and_new_adapters_change_nothing():
     base, model = quantized("nf4", "llama"), adapted("nf4")
     assert {id(leaf) for leaf in jax.tree.leaves(unwrap_lora(model))} == {id(leaf) for leaf in jax.tree.leaves(base)}
-    tokens, is_response = plain_sequences(random_pairs(8).pairs)
+    tokens, is_response = plain_sequences(random_pairs(8).examples)
     policy, reference = (response_log_probs(m, tokens, is_response) for m in (model, unwrap_lora(model)))
     np.testing.assert_array_equal(policy, reference)
     assert np.abs(policy - response_log_probs(tiny_decoder(), tokens, is_response)).max() > 0.1
@@ -295,7 +295,7 @@ def test_a_merged_model_is_dense_and_computes_what_the_adapted_one_does(kind):
     model = moved(adapted(kind))
     merged = merge_lora(model)
     assert named_axes(merged) == named_axes(tiny_decoder())
-    tokens, is_response = plain_sequences(random_pairs(8).pairs)
+    tokens, is_response = plain_sequences(random_pairs(8).examples)
     np.testing.assert_allclose(
         response_log_probs(merged, tokens, is_response), response_log_probs(model, tokens, is_response), rtol=1e-5
     )

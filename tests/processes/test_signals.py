@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from lora_dpo_jax.processes.signals import RESTART_ME, InterruptedTrainingError, StopSignals
+from lora_dpo_jax.processes.signals import RESTART_STATUS, StoppedBySignalError, StopSignals
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -58,6 +58,6 @@ def test_off_the_main_thread_handlers_are_left_alone():
 
 
 def test_launchers_are_told_to_restart_after_sigterm_alone():
-    assert InterruptedTrainingError(signal.SIGTERM, 3, 9).exit_code == RESTART_ME == 75
-    assert InterruptedTrainingError(signal.SIGINT, 3, 9).exit_code == 130
-    assert str(InterruptedTrainingError(signal.SIGTERM, 3, 9)) == "stopped by SIGTERM after 3 of 9 steps"
+    assert StoppedBySignalError(signal.SIGTERM, 3, 9).exit_code == RESTART_STATUS == 75
+    assert StoppedBySignalError(signal.SIGINT, 3, 9).exit_code == 130
+    assert str(StoppedBySignalError(signal.SIGTERM, 3, 9)) == "stopped by SIGTERM after 3 of 9 steps"

@@ -100,7 +100,7 @@ def test_the_first_template_that_is_set_decides_and_the_log_names_those_that_dif
 ):
     tokenizer = read_tokenizer(instruct_folder())
     with caplog.at_level(logging.WARNING):
-        chosen = with_trained_template(config_of(tmp_path, templates, **settings), tokenizer)
+        chosen = with_trained_template(config_of(tmp_path, templates, **settings).data, tokenizer)
     assert chosen.chat_template == exported
     assert tokenizer.chat_template == OWN  # by which other rows are still rendered
     assert (f"; {', '.join(others)} " in caplog.text) if others else not caplog.text

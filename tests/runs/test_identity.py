@@ -7,11 +7,11 @@ import pytest
 from tiny_pairs import random_pairs
 from tiny_runs import run_config
 
-from lora_dpo_jax.data.batches import whole_table
 from lora_dpo_jax.data.order import MIXING
-from lora_dpo_jax.main.train import _order
+from lora_dpo_jax.data.table import whole_table
 from lora_dpo_jax.runs import identity as identity_module
 from lora_dpo_jax.runs.identity import run_identity
+from lora_dpo_jax.runs.steps import pair_order
 
 BY_EPOCHS = {"trainer__num_train_steps": None, "trainer__num_train_epochs": 2}
 
@@ -25,7 +25,8 @@ def identity(monkeypatch, tmp_path):
 
     def of(**settings) -> dict[str, Any]:
         config = run_config(tmp_path, tmp_path, **settings)
-        return run_identity(config, config.lora, base, pairs, _order(config, pairs))
+        order = pair_order(pairs, seed=0, shuffle=False, weights=config.data.train_weights)
+        return run_identity(config, config.lora, base, pairs, order)
 
     return of
 

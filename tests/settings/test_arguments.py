@@ -14,11 +14,12 @@ import pytest
 import yaml
 from hostile_values import how_it_ends
 
+from lora_dpo_jax.lora import LoraConfig
 from lora_dpo_jax.main.evaluate import EvaluateConfig
 from lora_dpo_jax.main.generate import GenerateConfig
 from lora_dpo_jax.main.generate import parse as parse_generate
 from lora_dpo_jax.main.plan import PlanConfig
-from lora_dpo_jax.runs.setup import TrainConfig
+from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.settings.arguments import parse
 from lora_dpo_jax.settings.help import help_text
 from lora_dpo_jax.settings.launched import resuming_command
@@ -221,7 +222,17 @@ def test_draccus_reads_a_commands_settings_as_the_command_does(file, monkeypatch
         ("- 1\n", "holds a list"),
         ("5\n", "holds a number"),
         ("true\n", "holds true or false"),
-        ("data: [", "config.yaml, line 1, column 8 is no YAML: expected the node content"),
+        ("data: [", "config.yaml ends before the list that opens in line 1, column 7 is closed"),
+        ("lora: {r: 4}\ndata: {a: [b],\n\n", "config.yaml ends before the mapping that opens in line 2, column 7 is"),
+        (
+            "lora: {r: 4\ntrainer:\n  seed: 1\n",
+            "config.yaml, line 2, column 8 is no YAML: expected ',' or '}', but got ':'; the mapping that opens in "
+            "line 1, column 7 is not closed",
+        ),
+        ("data: [a, {b: c}\nlora: {}\n", "; the list that opens in line 1, column 7 is not closed"),
+        ("lora: {r: [1, 2}\n", "; the list that opens in line 1, column 11 is not closed"),
+        ("id: 'x\nlora: {}\n", "config.yaml ends within the quotes that open in line 1, column 5"),
+        ("lora: {}\nid\n\n", "config.yaml, line 2, column 1 is no YAML: could not find expected ':'"),
         ("lora: {r: 4}\nlora: {r: 5}\n", "config.yaml, line 2: lora stands twice, in line 1 too"),
         ("lora:\n  r: 4\n  r: 5\n", "config.yaml, line 3: lora.r stands twice, in line 2 too"),
         ("data: {components: {a: {}, a: {}}}", "data.components.a stands twice"),
@@ -308,6 +319,17 @@ def test_a_config_path_that_cannot_be_read_is_told(path):
     assert line.startswith("error: config_path=") and line.isprintable()
 
 
+def test_a_config_path_with_a_typo_is_told_the_name_that_is_there(tmp_path):
+    (tmp_path / "run.yaml").touch()
+    line = str(how_it_ends(lambda: parse(TrainConfig, ["--config_path", str(tmp_path / "rum.yaml")])))
+    assert line.endswith(f"cannot be read: No such file or directory; did you mean {tmp_path / 'run.yaml'}?")
+
+
+@pytest.mark.parametrize("pattern", ["q_proj", r".*\.(q|v)_proj", r".*layers\.[0-9]{1,2}\..*_proj", "model.layers.0.x"])
+def test_a_regular_expression_is_no_list_of_names(pattern):
+    assert LoraConfig(target_modules=pattern).target_modules == pattern
+
+
 @pytest.mark.parametrize("name", OTHER_NAMES)
 def test_a_name_that_others_use_leads_to_the_setting(told, name):
     target, more = OTHER_NAMES[name]
@@ -344,15 +366,41 @@ def test_a_name_that_others_use_leads_to_the_setting(told, name):
             "data.components.old.source.train_urls is a setting of type url alone, and the type here is another",
         ),
         (["--lora.target_modules", "all-linear"], "PEFT's word for every linear layer is null here; leave it out"),
+        (
+            ["--lora.target_modules", "q_proj,v_proj"],
+            "lora.target_modules='q_proj,v_proj': a text is a regular expression for whole paths; for a list of names "
+            "write '[q_proj, v_proj]'",
+        ),
+        (["--lora.exclude_modules", "self_attn.q_proj, up_proj,"], "write '[self_attn.q_proj, up_proj]'"),
+        (
+            ["--lora.target_modules", "q_proj", "v_proj", "--lora.r", "4"],
+            "'v_proj' is no setting. lora.target_modules takes a list: write --lora.target_modules '[q_proj, v_proj]'",
+        ),
+        (["--lora.target_modules=[q_proj,", "v_proj]"], "write --lora.target_modules '[q_proj, v_proj]'"),
+        (
+            ["--data.components.old.source.train_urls", "a.jsonl", "b.jsonl", "c.jsonl"],
+            "write --data.components.old.source.train_urls '[a.jsonl, b.jsonl, c.jsonl]'",
+        ),
+        (["--lora.r", "4", "8"], "'8' is no setting. Settings are given as --SETTING VALUE"),
+        (
+            ["--output", "x"],
+            "--output is no setting. Here it is peft_save_path (the adapter) or merged_hf_save_path (the merged "
+            "model); output is one of evaluate and generate",
+        ),
+        (["--data.components.old.sorce", "{}"], "The nearest: data.components.old.source"),
+        (
+            ["--data.components.old.truncation_mode", "x"],
+            "Here it is data.components.old.format.slice_strategy",
+        ),
         (["--lora.target_modules", "[q_proj"], "lora.target_modules='[q_proj' is no regular expression"),
         (["--lora.exclude_modules", "*_proj"], "lora.exclude_modules='*_proj' is no regular expression"),
         (["--loss.type", "ipo"], "loss.type='ipo' must be one of sigmoid, sigmoid_norm"),
         (["--loss", "{type: sigmoid_nrm}"], "must be one of sigmoid, sigmoid_norm; did you mean sigmoid_norm?"),
-        (["--trainer.tracker", "mlflow"], "trainer.tracker.0.type='mlflow' must be one of wandb, tensorboard, none"),
+        (["--trainer.tracker", "mlflow"], "trainer.tracker.0.type='mlflow' must be one of none, tensorboard, wandb"),
         (["--trainer.tracker", "[wandb, wandb]"], "trainer.tracker names wandb, wandb; each may be named once"),
         (["--data.components.old.source.type", "s3"], "data.components.old.source.type='s3' must be one of url, hf"),
         (["--data.components.old.format.type", "chat"], "data.components.old.format.type='chat' must be one of"),
-        (["--sample_prompts", "[a, b"], "sample_prompts='[a, b', line 1, column 6 is no YAML"),
+        (["--sample_prompts", "[a, b"], "sample_prompts='[a, b' ends before the list that opens in line 1"),
         (["--sample_prompts", "a"], "sample_prompts='a' must be a list of texts"),
         (["--lora.r"], "--lora.r needs a value: a whole number"),
         (["--trainer.eval_at_start", "--lora.r", "4"], "--trainer.eval_at_start needs a value: true or false"),

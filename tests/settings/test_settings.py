@@ -12,7 +12,7 @@ from hostile_values import hostile_values, how_it_ends
 from lora_dpo_jax.main.evaluate import EvaluateConfig
 from lora_dpo_jax.main.generate import GenerateConfig
 from lora_dpo_jax.main.plan import PlanConfig
-from lora_dpo_jax.runs.setup import TrainConfig
+from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.settings.arguments import parse
 from lora_dpo_jax.settings.decoding import config_of
 from lora_dpo_jax.settings.schema import NAME, NUMBER, Setting, hints_of, settings_of

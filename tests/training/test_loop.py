@@ -8,7 +8,7 @@ import draccus
 import jax.numpy as jnp
 import pytest
 
-from lora_dpo_jax.processes.signals import InterruptedTrainingError
+from lora_dpo_jax.processes.signals import StoppedBySignalError
 from lora_dpo_jax.tracking import Tracker
 from lora_dpo_jax.training import loop as trainer_module
 from lora_dpo_jax.training.loop import Hook, StepInfo, TrainerConfig, train
@@ -186,7 +186,7 @@ def test_a_run_that_is_asked_to_stop_calls_the_hooks_meant_for_it_and_ends():
         Hook(lambda info: events.append(("evaluate", info.step, info.state)), every=1),
     ]
     tracker = Recorder()
-    with pytest.raises(InterruptedTrainingError, match="stopped by SIGTERM after 3 of 9 steps"):
+    with pytest.raises(StoppedBySignalError, match="stopped by SIGTERM after 3 of 9 steps"):
         run(9, tracker=tracker, hooks=hooks, stop=signalled(3))
     assert events == [("evaluate", 1, 1), ("evaluate", 2, 2), ("save", 3, 3)]
     assert [step for step, _ in tracker.logged] == [0, 1, 2], "all that was done is logged before it is saved"
@@ -259,8 +259,8 @@ def test_time_in_hooks_does_not_count(clock):
         ),
         (dict(stall_seconds=0.0), r"trainer\.stall_seconds=0.0 must be positive"),
         (dict(max_skips_in_a_row=0), r"trainer\.max_skips_in_a_row=0 must be positive"),
-        (dict(last_batch="drop"), r"trainer\.last_batch='drop' must be short, fill or null"),
-        (dict(non_finite="warn"), r"trainer\.non_finite='warn' must be stop or skip"),
+        (dict(last_batch="drop"), r"trainer\.last_batch='drop' must be one of short, fill, or null"),
+        (dict(non_finite="warn"), r"trainer\.non_finite='warn' must be one of stop, skip"),
         (dict(mp="f31"), r"trainer\.mp='f31' is no precision; for example f32"),
         (dict(mp="p=f32,q=bf16"), r"trainer\.mp='p=f32,q=bf16' is no precision"),
         (dict(mp="half"), r"trainer\.mp='half': half is float16 or bfloat16"),

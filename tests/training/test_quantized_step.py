@@ -20,11 +20,12 @@ from tiny_pairs import (
 )
 
 from lora_dpo_jax.data.packing import pack
-from lora_dpo_jax.data.shapes import plan_layout
+from lora_dpo_jax.data.shapes import choose_shapes
 from lora_dpo_jax.lora import LoraConfig, loraize
 from lora_dpo_jax.losses import Dpo
 from lora_dpo_jax.models import CausalLM, ComputeConfig
 from lora_dpo_jax.models.quantization import quantize
+from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.sharding import MeshConfig, Placement
 from lora_dpo_jax.training.step import TrainState, TrainStep
 
@@ -35,14 +36,14 @@ DESCENT = optax.sgd(0.1)
 
 def trained(kind: str, placement: Placement | None = None) -> tuple[list[float], dict[str, np.ndarray]]:
     """(losses, adapters) of two steps over the same pairs, a pair a row."""
-    layout = plan_layout([np.arange(8)], PAIRS.lengths, row_multiple=8).parts[0]
+    layout = choose_shapes([np.arange(8)], PAIRS.sizes, row_multiple=8).parts[0]
     batch = pack(PAIRS, [np.array([i]) for i in range(8)], layout)
     model = loraize(eqx.filter_jit(quantize)(tiny_decoder(), kind), ADAPTERS["everywhere"], key=jax.random.key(2))
     state = TrainState.init(moved(model), DESCENT, key=jax.random.key(0))
-    step = TrainStep(Dpo(), DESCENT)
+    step = TrainStep(PreferenceObjective(Dpo()), DESCENT)
     if placement is not None:
         state, batch = placement.put_parameters(state), placement.put_batch(batch)
-        step = TrainStep(Dpo(), DESCENT, scope=placement.scope)
+        step = TrainStep(PreferenceObjective(Dpo()), DESCENT, scope=placement.scope)
     weights = {path: np.array(leaf) for path, leaf in weights_of(state.model).items()}
     losses = []
     for _ in range(2):
@@ -68,7 +69,7 @@ def test_meshes_change_nothing_and_weights_never_move(kind):
 def test_no_dequantized_layer_is_kept_for_the_backward_pass(gradient_checkpointing):
     """Memory of the compiled step grows by less than the activations and the codes of a layer with each layer."""
     pairs = table_of(random_pairs(1))
-    batch = packed(pairs, dataclasses.replace(plan_layout([np.arange(1)], pairs.lengths).parts[0], row_length=64))
+    batch = packed(pairs, dataclasses.replace(choose_shapes([np.arange(1)], pairs.sizes).parts[0], row_length=64))
     tokens = batch.tokens.size
 
     def temporary_bytes(num_layers: int) -> tuple[int, int]:
@@ -86,7 +87,7 @@ def test_no_dequantized_layer_is_kept_for_the_backward_pass(gradient_checkpointi
             return TrainState.init(loraize(model, LoraConfig(r=1), key=key), DESCENT, key=key)
 
         state = eqx.filter_eval_shape(init, jax.random.key(0))
-        memory = TrainStep(Dpo(), DESCENT).lower(state, batch).compile().memory_analysis()
+        memory = TrainStep(PreferenceObjective(Dpo()), DESCENT).lower(state, batch).compile().memory_analysis()
         dense = eqx.filter_eval_shape(CausalLM.init, config, key=jax.random.key(0)).model.layers
         return memory.temp_size_in_bytes, sum(4 * leaf.size for leaf in jax.tree.leaves(dense)) // num_layers
 

@@ -15,6 +15,7 @@ from tiny_pairs import (
     adapters_of,
     fresh,
     intermediates,
+    lengths_of,
     moved,
     new_adapters,
     packed,
@@ -24,31 +25,32 @@ from tiny_pairs import (
 )
 
 from lora_dpo_jax.data.batches import packed_batches
-from lora_dpo_jax.data.chat import TokenizedPair
-from lora_dpo_jax.data.memory import MemoryPairs
+from lora_dpo_jax.data.examples import TokenizedExample
+from lora_dpo_jax.data.memory import MemoryExamples
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
-from lora_dpo_jax.data.shapes import Layout, RunLayout, plan_rows
-from lora_dpo_jax.evaluation import PairScorer
+from lora_dpo_jax.data.shapes import PartShape, StepShapes, fill_rows
+from lora_dpo_jax.evaluation import Scorer
 from lora_dpo_jax.lora import frozen_copy, trainable_filter, unwrap_lora, with_dropout
 from lora_dpo_jax.losses import Dpo, LengthNormalizedDpo
+from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.sharding import MeshConfig, Placement
 from lora_dpo_jax.training.optimizer import OptimizerConfig
 from lora_dpo_jax.training.step import TrainState, TrainStep
 
 PAIRS = table_of(random_pairs(24, seed=5))
 BATCHES = np.arange(24).reshape(3, 8)  # the pairs of three steps
-LAYOUT = Layout(micro_batches=1, rows=8, row_length=64, targets=128, pairs=8)
+LAYOUT = PartShape.of_pairs(micro_batches=1, rows=8, row_length=64, targets=128, pairs=8)
 PARTS = [(1, 128), (4, 64)]  # micro-batches of one row, and its length
 # The steps of plain gradient descent are the gradients themselves; those of AdamW would blow up what is nearly zero.
 DESCENT = optax.sgd(0.1)
 ADAMW = OptimizerConfig(learning_rate=1e-2, lr_schedule="constant").build(10)
 # Each compiled once for all tests that share LAYOUT.
-DESCEND = TrainStep(Dpo(), DESCENT, schedule=lambda step: 0.5 + 0.1 * step.astype(jnp.float32))
-ADAM = TrainStep(Dpo(), ADAMW)
+DESCEND = TrainStep(PreferenceObjective(Dpo()), DESCENT, schedule=lambda step: 0.5 + 0.1 * step.astype(jnp.float32))
+ADAM = TrainStep(PreferenceObjective(Dpo()), ADAMW)
 
 
 def tightly(ids: np.ndarray) -> list[np.ndarray]:
-    return [ids[row] for row in plan_rows(PAIRS.lengths[ids].sum(axis=1).tolist(), LAYOUT.row_length)]
+    return [ids[row] for row in fill_rows(PAIRS.sizes[ids].tokens.tolist(), LAYOUT.row_length)]
 
 
 def one_pair_a_row(ids: np.ndarray) -> list[np.ndarray]:
@@ -59,16 +61,22 @@ def rows_and_pairs_reversed(ids: np.ndarray) -> list[np.ndarray]:
     return [row[::-1] for row in tightly(ids)][::-1]
 
 
+def by_pair(reference: np.ndarray | None):
+    return None if reference is None else PAIRS.arrays.by_example(reference)
+
+
 def trained(
     step: TrainStep,
-    layout: Layout = LAYOUT,
+    layout: PartShape = LAYOUT,
     rows_of=tightly,
     placement: Placement | None = None,
     reference: np.ndarray | None = None,
 ) -> dict:
     """Three steps from the same adapters: losses, gradient norms, all metrics of the last step, how adapters moved."""
     put_batch = functools.partial(jax.tree.map, jnp.asarray) if placement is None else placement.put_batch
-    return trained_on(step, (put_batch(pack(PAIRS, rows_of(ids), layout, reference)) for ids in BATCHES), placement)
+    return trained_on(
+        step, (put_batch(pack(PAIRS, rows_of(ids), layout, by_pair(reference))) for ids in BATCHES), placement
+    )
 
 
 def trained_on(step: TrainStep, batches: Iterable, placement: Placement | None = None) -> dict:
@@ -121,7 +129,7 @@ def test_packing_and_the_order_of_rows_change_nothing_and_compile_nothing(rows_o
 def test_micro_batches_change_nothing(rows_per_micro_batch):
     """Eight micro-batches of a row and four of two, filled and with empty ones at the end."""
     layout = dataclasses.replace(LAYOUT, micro_batches=8 // rows_per_micro_batch, rows=rows_per_micro_batch)
-    step = TrainStep(Dpo(), DESCENT)
+    step = TrainStep(PreferenceObjective(Dpo()), DESCENT)
     assert_same(trained(step, layout, one_pair_a_row))
     assert_same(trained(step, layout, tightly))
     assert step.num_compilations == 1
@@ -129,12 +137,12 @@ def test_micro_batches_change_nothing(rows_per_micro_batch):
 
 def in_parts() -> Iterator[tuple[PreferenceBatch, ...]]:
     """A long row, which may stay empty, and up to four short ones."""
-    layout = RunLayout(tuple(dataclasses.replace(LAYOUT, micro_batches=m, rows=1, row_length=n) for m, n in PARTS))
+    layout = StepShapes(tuple(dataclasses.replace(LAYOUT, micro_batches=m, rows=1, row_length=n) for m, n in PARTS))
     return packed_batches(PAIRS, BATCHES, layout, place=functools.partial(jax.tree.map, jnp.asarray))
 
 
 def test_parts_of_different_shapes_change_nothing():
-    step = TrainStep(Dpo(), DESCENT)
+    step = TrainStep(PreferenceObjective(Dpo()), DESCENT)
     assert_same(trained_on(step, in_parts()))
     assert step.num_compilations == 1
 
@@ -142,7 +150,7 @@ def test_parts_of_different_shapes_change_nothing():
 def test_what_a_step_does_not_use_is_not_computed():
     """XLA moves out of a loop what is the same in each turn, and computes it even where there is none."""
     state = TrainState.init(moved(new_adapters()), DESCENT, key=jax.random.key(0))
-    lowered = TrainStep(Dpo(reference_free=True), DESCENT).lower(state, next(in_parts()))
+    lowered = TrainStep(PreferenceObjective(Dpo(reference_free=True)), DESCENT).lower(state, next(in_parts()))
     main = lowered.compile().as_text().partition("\nENTRY ")[2]
     # The loop over the short rows, and the choice whether there is a long one. Those over layers are inside of them.
     assert (main.count(" while("), main.count(" conditional(")) == (1, 1)
@@ -152,7 +160,7 @@ def test_what_a_step_does_not_use_is_not_computed():
 @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 4, "model": 2}], ids=str)
 def test_meshes_change_nothing(axes):
     placement = Placement(MeshConfig(axes))
-    step = TrainStep(Dpo(), DESCENT, scope=placement.scope)
+    step = TrainStep(PreferenceObjective(Dpo()), DESCENT, scope=placement.scope)
     assert_same(trained(step, rows_of=one_pair_a_row, placement=placement))
     assert_same(trained(step, rows_of=tightly, placement=placement))
     assert step.num_compilations == 1
@@ -160,13 +168,13 @@ def test_meshes_change_nothing(axes):
 
 @functools.cache
 def known_reference() -> np.ndarray:
-    scores = PairScorer(PAIRS, rows=2)(unwrap_lora(new_adapters()))
-    return np.stack([scores.chosen.array, scores.rejected.array], axis=-1)
+    scores = Scorer(PAIRS, rows=2)(unwrap_lora(new_adapters()))
+    return np.asarray(scores.log_probs.array)
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, dataclasses.replace(LAYOUT, micro_batches=4, rows=2)], ids=["one", "four"])
 def test_a_reference_that_is_known_changes_nothing(layout):
-    step = TrainStep(Dpo(), DESCENT)
+    step = TrainStep(PreferenceObjective(Dpo()), DESCENT)
     found = trained(step, layout, reference=known_reference())
     # It saves work; see test_flops for how that is counted.
     assert found["metrics"].pop("flops") < 0.8 * expected()["metrics"]["flops"]
@@ -179,8 +187,8 @@ def test_a_reference_that_is_known_is_not_computed():
     state = state_of(new_adapters(), ADAMW)
 
     def flops(loss: Dpo, reference: np.ndarray | None) -> float:
-        batch = jax.tree.map(jnp.asarray, pack(PAIRS, tightly(BATCHES[0]), LAYOUT, reference))
-        return TrainStep(loss, ADAMW).lower(state, batch).compile().cost_analysis()["flops"]
+        batch = jax.tree.map(jnp.asarray, pack(PAIRS, tightly(BATCHES[0]), LAYOUT, by_pair(reference)))
+        return TrainStep(PreferenceObjective(loss), ADAMW).lower(state, batch).compile().cost_analysis()["flops"]
 
     without, live, known = flops(Dpo(reference_free=True), None), flops(Dpo(), None), flops(Dpo(), known_reference())
     assert live > 1.2 * without
@@ -211,7 +219,7 @@ def test_the_loss_of_step_0_is_ln_2():
 
 
 def test_from_frozen_adapters_as_the_reference_the_loss_of_step_0_is_ln_2_too():
-    step = TrainStep(Dpo(), DESCENT)
+    step = TrainStep(PreferenceObjective(Dpo()), DESCENT)
     model = moved(new_adapters())
     state = state_of(model, DESCENT, reference=frozen_copy(model))
     held = [np.array(leaf) for leaf in jax.tree.leaves(state.reference)]
@@ -233,10 +241,14 @@ def test_a_policy_that_is_its_reference_ties_with_it_whatever_the_rounding():
     # As from a cache whose rows were packed in another way.
     rounding = np.random.default_rng(0).choice([-1e-5, 1e-5], known_reference().shape).astype(np.float32)
     reference = known_reference() + rounding
-    known = jax.tree.map(jnp.asarray, pack(PAIRS, tightly(BATCHES[0]), LAYOUT, reference))
+    known = jax.tree.map(jnp.asarray, pack(PAIRS, tightly(BATCHES[0]), LAYOUT, by_pair(reference)))
     for step, state, batch in (
-        (TrainStep(Dpo(), still), state_of(fresh(new_adapters()), still), known),
-        (TrainStep(Dpo(), still), state_of(model, still, reference=frozen_copy(model)), batch_of(BATCHES[0])),
+        (TrainStep(PreferenceObjective(Dpo()), still), state_of(fresh(new_adapters()), still), known),
+        (
+            TrainStep(PreferenceObjective(Dpo()), still),
+            state_of(model, still, reference=frozen_copy(model)),
+            batch_of(BATCHES[0]),
+        ),
     ):
         for _ in range(2):
             state, metrics = step(state, batch)
@@ -270,7 +282,7 @@ def test_nothing_is_kept_or_added_up_for_frozen_weights():
     assert not shapes & adapters
     assert {leaf.shape for leaf in jax.tree.leaves(state.opt_state)} <= adapters | {()}
 
-    jaxpr = jax.make_jaxpr(TrainStep(Dpo(), ADAMW).__call__)(state, batch_of(BATCHES[0])).jaxpr
+    jaxpr = jax.make_jaxpr(TrainStep(PreferenceObjective(Dpo()), ADAMW).__call__)(state, batch_of(BATCHES[0])).jaxpr
     computed = {(op, shape) for op, shape in intermediates(jaxpr)}
     assert any(op == "dot_general" and shape in {shape[1:] for shape in adapters} for op, shape in computed)
     sums = {"dot_general", "add", "add_any", "broadcast_in_dim", "scan", "while"}
@@ -283,7 +295,11 @@ def test_nothing_is_kept_or_added_up_for_frozen_weights():
     ids=["cDPO", "reference-free sigmoid_norm"],
 )
 def test_every_loss_trains(loss):
-    step, state, batch = TrainStep(loss, ADAMW), state_of(fresh(new_adapters()), ADAMW), batch_of(BATCHES[1])
+    step, state, batch = (
+        TrainStep(PreferenceObjective(loss), ADAMW),
+        state_of(fresh(new_adapters()), ADAMW),
+        batch_of(BATCHES[1]),
+    )
     values = []
     for _ in range(8):
         state, metrics = step(state, batch)
@@ -296,16 +312,18 @@ def test_every_loss_trains(loss):
 
 def test_a_batch_that_is_not_finite_moves_nothing_and_is_told_by_its_pairs():
     """Token 96 has no embedding but NaN, and pair 2 alone holds it."""
-    pairs = [TokenizedPair(*(np.minimum(tokens, 95) for tokens in pair)) for pair in random_pairs(8, seed=6).pairs]
-    pairs[2].chosen[-1] = pairs[2].rejected[0] = 96
+    pairs = [
+        TokenizedExample.pair(*(np.minimum(tokens, 95) for tokens in pair.parts)) for pair in random_pairs(8, seed=6)
+    ]
+    pairs[2].responses[0][-1] = pairs[2].responses[1][0] = 96
     model = fresh(new_adapters())
     embedding = model.model.embed_tokens.weight
     broken = eqx.tree_at(lambda model: model.model.embed_tokens.weight, model, embedding.at["vocab", 96].set(jnp.nan))
     state = state_of(broken, ADAMW)
     before, opt_state = adapters_of(broken), [np.array(leaf) for leaf in jax.tree.leaves(state.opt_state)]
-    state, metrics = ADAM(state, packed(table_of(MemoryPairs(pairs)), LAYOUT, [[i] for i in range(8)]))
+    state, metrics = ADAM(state, packed(table_of(MemoryExamples(pairs)), LAYOUT, [[i] for i in range(8)]))
     assert np.isnan(metrics.values["loss"])
-    ids, losses = np.asarray(metrics.pair_ids[0].array), np.asarray(metrics.pair_losses[0].array)
+    ids, losses = np.asarray(metrics.example_ids[0].array), np.asarray(metrics.example_losses[0].array)
     assert ids[np.isnan(losses) & (ids >= 0)].tolist() == [2]
     assert (int(state.step), int(state.skipped)) == (1, 1)
     assert float(metrics.values["skipped_steps"]) == 1
@@ -314,7 +332,7 @@ def test_a_batch_that_is_not_finite_moves_nothing_and_is_told_by_its_pairs():
     for leaf, old in zip(jax.tree.leaves(state.opt_state), opt_state, strict=True):
         np.testing.assert_array_equal(leaf, old)
 
-    others = packed(table_of(MemoryPairs(pairs)), LAYOUT, [[i] for i in range(8) if i != 2])
+    others = packed(table_of(MemoryExamples(pairs)), LAYOUT, [[i] for i in range(8) if i != 2])
     state, metrics = ADAM(state, others)
     assert float(metrics.values["loss"]) == pytest.approx(math.log(2), abs=1e-6)
     assert (int(state.step), int(state.skipped)) == (2, 1)
@@ -324,7 +342,7 @@ def test_a_batch_that_is_not_finite_moves_nothing_and_is_told_by_its_pairs():
 def test_schedules_go_by_the_updates_that_were_made():
     """The metric says what the optimizer takes: its own count does not move in a step that makes no update."""
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup=4)
-    step = TrainStep(Dpo(), optimizer.build(8), schedule=optimizer.schedule(8))
+    step = TrainStep(PreferenceObjective(Dpo()), optimizer.build(8), schedule=optimizer.schedule(8))
     state = state_of(fresh(new_adapters()), optimizer.build(8))
     rates = []
     for is_finite in (True, False, True, True):
@@ -341,7 +359,7 @@ def test_schedules_go_by_the_updates_that_were_made():
 
 def test_dropout_is_for_the_policy_alone_and_new_in_every_step():
     still = optax.sgd(0.0)
-    step = TrainStep(Dpo(), still)
+    step = TrainStep(PreferenceObjective(Dpo()), still)
 
     def values(seed: int) -> list[dict[str, float]]:
         state, found = TrainState.init(with_dropout(moved(new_adapters()), 0.5), still, key=jax.random.key(seed)), []
@@ -357,8 +375,11 @@ def test_dropout_is_for_the_policy_alone_and_new_in_every_step():
 
 
 def test_dropout_is_the_same_however_the_pairs_are_laid_out():
-    def run(layout: Layout, rows_of) -> tuple[list[float], dict[str, np.ndarray]]:
-        step, state = TrainStep(Dpo(), DESCENT), state_of(with_dropout(moved(new_adapters()), 0.5), DESCENT)
+    def run(layout: PartShape, rows_of) -> tuple[list[float], dict[str, np.ndarray]]:
+        step, state = (
+            TrainStep(PreferenceObjective(Dpo()), DESCENT),
+            state_of(with_dropout(moved(new_adapters()), 0.5), DESCENT),
+        )
         losses = []
         for ids in BATCHES:
             state, metrics = step(state, jax.tree.map(jnp.asarray, pack(PAIRS, rows_of(ids), layout)))
@@ -379,11 +400,12 @@ def test_metrics_say_what_was_in_the_batch():
     ids = BATCHES[0][:5]
     _, metrics = DESCEND(state, batch_of(ids))
     values = {name: float(value) for name, value in metrics.values.items()}
-    prompt, chosen, rejected = PAIRS.lengths[ids].sum(axis=0)
+    prompt, chosen, rejected = lengths_of(PAIRS)[ids].sum(axis=0)
     assert values["pairs"] == 5
     assert values["tokens"] == 2 * prompt + chosen + rejected
     assert values["padding_fraction"] == pytest.approx(1 - (prompt + chosen + rejected) / (8 * 64))
     assert values["learning_rate"] == pytest.approx(0.8)
-    is_pair, losses = np.asarray(metrics.pair_ids[0].array) >= 0, np.asarray(metrics.pair_losses[0].array)
+    is_pair, losses = np.asarray(metrics.example_ids[0].array) >= 0, np.asarray(metrics.example_losses[0].array)
     assert is_pair.sum() == 5
-    assert values["loss"] == values["dpo_loss"] == pytest.approx(losses[is_pair].mean())
+    assert values["loss"] == pytest.approx(values["dpo_loss"], rel=1e-6)
+    assert values["loss"] == pytest.approx(losses[is_pair].mean())

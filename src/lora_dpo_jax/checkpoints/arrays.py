@@ -23,7 +23,7 @@ class CheckpointArrays:
     def write(self, folder: epath.Path, arrays: Mapping[str, jax.Array], description: Mapping[str, Any]) -> None:
         """Returns once the arrays are copied to the host; `wait` returns when all is on disk.
 
-        Replaces what is at `folder`. `description`: see `checkpoint_files.describe`.
+        Replaces what is at `folder`. `description`: see `files.describe`.
         """
         self._orbax.wait_until_finished()
         self._handler.description = description  # nothing is on its way that could still take the former one

@@ -2,7 +2,7 @@
 
     step-<n>/
       checkpoint.json       the description, and the size and CRC-32 of every file below
-      _METADATA, d/, ...    the arrays by name: see checkpoint_arrays.py
+      _METADATA, d/, ...    the arrays by name: see arrays.py
 
 checkpoint.json is the last file to be written: a folder without it is half a checkpoint. (In a bucket, where nothing is
 renamed, Orbax writes commit_success.txt after it.)
@@ -17,6 +17,8 @@ from typing import Any
 from etils import epath
 from fsspec.config import conf as fsspec_settings
 
+from lora_dpo_jax.files import size_and_crc32
+
 DESCRIPTION = "checkpoint.json"
 VERSION = 1  # raise it when the files get another layout
 COMMITTED = "commit_success.txt"  # what Orbax takes no checkpoint without that has no folder of another name before
@@ -24,8 +26,6 @@ UNCHECKED = ("_CHECKPOINT_METADATA", COMMITTED)  # written by Orbax later still;
 # What a checkpoint has right in its folder; of one that was deleted by half, something is left.
 NAMES = (DESCRIPTION, *UNCHECKED, "_METADATA", "_sharding", "array_metadatas", "d", "manifest.ocdbt")
 OURS = re.compile("|".join(map(re.escape, NAMES)) + r"|ocdbt\.process_\d+")
-BLOCK_BYTES = 2**24
-
 
 # Orbax writes arrays past fsspec, which would not see them in the listings that it keeps.
 for protocol in ("gs", "gcs"):
@@ -39,7 +39,7 @@ class DamagedCheckpointError(ValueError):
 def describe(folder: epath.Path, description: Mapping[str, Any]) -> None:
     """Writes checkpoint.json, when all other files are written. `description` must serialize to JSON."""
     files = {
-        path.relative_to(folder).as_posix(): [path.stat().length, _checksum(path)]
+        path.relative_to(folder).as_posix(): size_and_crc32(path)
         for path in _files(folder)
         if path.name not in UNCHECKED
     }
@@ -48,7 +48,7 @@ def describe(folder: epath.Path, description: Mapping[str, Any]) -> None:
 
 
 def read_description(folder: epath.Path) -> dict[str, Any]:
-    """What `describe` was given. Raises DamagedCheckpointError if that cannot be told."""
+    """What `describe` was given. Raises DamagedCheckpointError if it cannot be read."""
     return _read(folder)["description"]
 
 
@@ -60,9 +60,10 @@ def check_files(folder: epath.Path) -> None:
         path = folder / name
         if not path.exists():
             raise DamagedCheckpointError(f"its file {name} is missing")
-        if (found := path.stat().length) != size:
-            raise DamagedCheckpointError(f"its file {name} has {found:,} bytes, not {size:,}")
-        if _checksum(path) != checksum:
+        found_size, found_checksum = size_and_crc32(path)
+        if found_size != size:
+            raise DamagedCheckpointError(f"its file {name} has {found_size:,} bytes, not {size:,}")
+        if found_checksum != checksum:
             raise DamagedCheckpointError(f"the content of its file {name} has changed")
 
 
@@ -97,14 +98,6 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
             yield from _files(path)
         else:
             yield path
-
-
-def _checksum(path: epath.Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 def _checksum_of_json(content: Any) -> int:

@@ -1,15 +1,13 @@
-"""When a run saves its state, which checkpoints it keeps, and from which one it goes on."""
+"""The checkpoints of a run: saved in the background, deleted when they are no longer needed, restored."""
 
 import json
 import logging
 import re
-import threading
 import time
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -17,6 +15,9 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from lora_dpo_jax.checkpoints.clock import SaveClock
+from lora_dpo_jax.checkpoints.config import CheckpointerConfig
+from lora_dpo_jax.checkpoints.differences import differences, listed
 from lora_dpo_jax.checkpoints.files import (
     DamagedCheckpointError,
     check_files,
@@ -35,63 +36,8 @@ logger = logging.getLogger("lora_dpo_jax")
 T = TypeVar("T")  # a tree of arrays
 STEP_FOLDER = re.compile(r"step-(\d+)")
 UNFINISHED_FOLDER = re.compile(r"step-\d+\.orbax-checkpoint-tmp.*")  # what Orbax writes into
-UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
-LOOKS = 20  # how often in an interval several processes compare their clocks
 SECONDS_TO_SEE = 10.0  # how long a network file system may take to show one host what another wrote
-NONE_FOUND, REFUSED = -1, -2  # what the first process tells the others instead of a step
-SHOWN_DIFFERENCES = 12
-
-
-@dataclass(frozen=True)
-class CheckpointInterval:
-    """The checkpoints after every `every` steps are kept, up to step `until`."""
-
-    every: int  # steps
-    until: int | None = None  # the last step that the rule is for; null, in the last rule alone, is for ever
-
-
-@dataclass(frozen=True)
-class CheckpointerConfig:
-    """When checkpoints are saved and which are kept. Names and rules are Levanter's.
-
-    A checkpoint is kept if the first of `keep` that reaches its step says so; the last one always is. Those by the
-    clock, or on a signal, are temporary: they go when a newer one is complete.
-    """
-
-    base_path: str | None = None  # a folder or a gs:// URL; null is `checkpoints` in the run's folder
-    append_run_id_to_base_path: bool = True  # the id is a folder in base_path
-    save_interval: str | None = "15m"  # 1h30m, 90s; a bare number is in minutes; null saves none by the clock
-    # Which steps' checkpoints are saved and stay: rules, by rising `until`. The last step's always is.
-    keep: list[CheckpointInterval] = field(default_factory=lambda: [CheckpointInterval(every=10_000)])
-
-    def __post_init__(self):
-        if "://" in (self.base_path or "") and not str(self.base_path).startswith("gs://"):
-            raise ValueError(
-                f"trainer.checkpointer.base_path={self.base_path!r}: checkpoints go to a folder or to gs://, the only "
-                "object store that Orbax writes to. Elsewhere, mount the bucket as a folder"
-            )
-        if any(rule.every < 1 for rule in self.keep):
-            raise ValueError(f"trainer.checkpointer.keep={self.keep}: every must be at least 1")
-        untils = [rule.until for rule in self.keep]
-        known = [until for until in untils if until is not None]
-        if None in untils[:-1] or known != sorted(set(known)):
-            raise ValueError(f"trainer.checkpointer.keep: until={untils} must rise, and only the last may be null")
-        self.interval_seconds  # noqa: B018  (raises if it cannot be parsed)
-
-    @property
-    def interval_seconds(self) -> float | None:
-        return None if self.save_interval is None else _seconds(self.save_interval)
-
-    def keeps(self, step: int) -> bool:
-        rule = next((rule for rule in self.keep if rule.until is None or step <= rule.until), None)
-        return rule is not None and step % rule.every == 0
-
-    def folder(self, run_dir: Path, run_id: str) -> epath.Path:
-        if self.base_path is None:
-            return epath.Path(run_dir.absolute()) / "checkpoints"
-        base = epath.Path(self.base_path).expanduser()
-        base = base if "://" in self.base_path else base.absolute()
-        return base / run_id if self.append_run_id_to_base_path else base
+NONE_FOUND, REFUSED = -1, -2  # sent by the first process instead of a step
 
 
 @dataclass(frozen=True)
@@ -124,7 +70,7 @@ class Checkpoints:
         self.folder, self.config = folder, config
         self.identity, self.settings = _as_json(identity), _as_json(settings)
         self._at_hand: int | None = None  # the step of which the newest checkpoint is
-        self._clock = _Clock(config.interval_seconds)
+        self._clock = SaveClock(config.interval_seconds)
         self._storage: Any = None
         self._finishing: Future | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoints")
@@ -140,7 +86,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             try:
                 step = self._find(arrays, wanted)
-            except Exception as found:  # raised below, when the others have been told
+            except Exception as found:  # raised below, once the other processes know of it
                 step, error = REFUSED, found
         step = int(multihost_utils.broadcast_one_to_all(np.int64(step)))
         if error is not None:
@@ -200,7 +146,7 @@ class Checkpoints:
         except OSError as error:
             if exception_type is None:
                 raise
-            logger.error("%s", error)  # what ended the block goes on
+            logger.error("%s", error)  # the block's own error is raised
         finally:
             self._thread.shutdown()
             if self._storage is not None:
@@ -234,13 +180,13 @@ class Checkpoints:
         theirs = dict(found["identity"])
         shapes = theirs.pop("arrays")
         # Which settings made the arrays differ says more than the arrays.
-        if differences := _differences(theirs, self.identity) or _differences(shapes, _shapes(arrays)):
+        if different := differences(theirs, self.identity) or differences(shapes, _shapes(arrays)):
             raise ValueError(
-                f"{path} is a checkpoint of another run:\n{_listed(differences)}\n"
+                f"{path} is a checkpoint of another run:\n{listed(different)}\n"
                 "Set these back to go on from it, or choose another trainer.id to begin anew."
             )
-        if changed := _differences(found["settings"], self.settings):
-            logger.warning("since the checkpoint %s these settings have changed:\n%s", path, _listed(changed))
+        if changed := differences(found["settings"], self.settings):
+            logger.warning("since the checkpoint %s these settings have changed:\n%s", path, listed(changed))
 
     def _make_folder(self) -> None:
         """So that a place where nothing can be written is found out before training. Removes halves."""
@@ -322,46 +268,6 @@ class Checkpoints:
         return self._storage
 
 
-class _Clock:
-    """Whether `seconds` have gone by since the last save, by the clock of the first process."""
-
-    def __init__(self, seconds: float | None):
-        self.seconds = seconds
-        self.restart()
-
-    def restart(self) -> None:
-        self.since = time.monotonic()
-        self.looked_at: tuple[float, int] | None = None  # the time and step of the last look
-        self.next_look = 0
-
-    def is_due(self, step: int) -> bool:
-        if self.seconds is None or step < self.next_look:
-            return False
-        now = time.monotonic()
-        is_due, ahead = now - self.since >= self.seconds, 1
-        if jax.process_count() > 1:
-            # Asking the first process is a collective that waits for the devices: it is done a few times in an
-            # interval, after a number of steps that is again the first process's.
-            if self.looked_at is not None:
-                then, at = self.looked_at
-                ahead = max(1, int(self.seconds / LOOKS / max((now - then) / (step - at), 1e-6)))
-            is_due, ahead = multihost_utils.broadcast_one_to_all(np.array([is_due, ahead]))
-        self.looked_at, self.next_look = (now, step), step + int(ahead)
-        return bool(is_due)
-
-
-def _seconds(text: str) -> float:
-    """Of 1h30m, 10m or 90s; a number alone is in minutes."""
-    compact = text.lower().replace(" ", "")
-    if re.fullmatch(r"\d+(\.\d+)?", compact):
-        compact += "m"
-    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", compact)
-    seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
-    if "".join(map("".join, parts)) != compact or not 0 < seconds < threading.TIMEOUT_MAX:
-        raise ValueError(f"trainer.checkpointer.save_interval={text!r} is no time; for example 10m, 1h30m or 90s")
-    return seconds
-
-
 def _named(arrays: Any) -> dict[str, jax.Array]:
     """The leaves by their dotted paths, in the order of the tree."""
     leaves = jax.tree_util.tree_leaves_with_path(arrays)
@@ -374,34 +280,3 @@ def _shapes(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
 
 def _as_json(tree: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(tree, default=str))
-
-
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """A line for each setting, by its dotted name, that is not the same."""
-    there, here = flat_settings(theirs), flat_settings(ours)
-    return [
-        f"{name}: {_shown(there, name)} in the checkpoint, {_shown(here, name)} in this run"
-        for name in dict.fromkeys([*there, *here])
-        if there.get(name) != here.get(name)
-    ]
-
-
-def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flat_settings(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def _shown(settings: Mapping[str, Any], name: str) -> str:
-    text = json.dumps(settings[name]) if name in settings else "nothing"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _listed(lines: list[str]) -> str:
-    more = len(lines) - SHOWN_DIFFERENCES
-    return "\n".join(f"  {line}" for line in lines[:SHOWN_DIFFERENCES] + ([f"and {more} more"] if more > 0 else []))

@@ -55,7 +55,7 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
     return None if None in kinds else float(sum(kind.flops for kind in kinds if kind is not None))
 
 
-def described_devices(topology: str) -> tuple[DeviceKind, list[Any]]:
+def devices_of_topology(topology: str) -> tuple[DeviceKind, list[Any]]:
     """Devices of a TPU slice, without any TPU; those that stand for GPUs are TPU chips with the most memory."""
     name, _, shape = topology.partition(":")
     kind = next((kind for kind in DEVICE_KINDS if kind.name == name), None)

@@ -5,30 +5,29 @@ import jax
 import jax.numpy as jnp
 
 from lora_dpo_jax.data.packing import PreferenceBatch
-from lora_dpo_jax.lora import LoraLinear, linear_layers
+from lora_dpo_jax.lora import Adapter, linear_layers, unwrapped
 from lora_dpo_jax.models import CausalLM
 
 
 def useful_flops(model: CausalLM, batch: PreferenceBatch, *, with_reference: bool) -> jax.Array:
     """Floating-point operations that the batch's tokens need, a shared prompt counted once; float32 scalar.
 
-    Forward, and backward to the inputs of frozen weights (as much again); both factors of the adapters get gradients
+    Forward, and backward to the inputs of frozen weights (as much again); the factors of the adapters get gradients
     too. Attention by the keys each token sees, the head at predicting positions. The reference, if it is computed in
     the step, adds a forward pass. Padding and recomputation do not count.
     """
     config = model.config
     weights = adapters = 0
-    for linear, _ in linear_layers(model.model):
-        wrapped = linear.wrapped if isinstance(linear, LoraLinear) else linear
-        weights += wrapped.weight.size
-        adapters += linear.lora_A.size + linear.lora_B.size if isinstance(linear, LoraLinear) else 0
+    for layer, _ in linear_layers(model.model):
+        weights += unwrapped(layer).weight.size
+        adapters += layer.flops_per_token if isinstance(layer, Adapter) else 0
     passes = 3.0 if with_reference else 2.0
     is_token = batch.segment_ids > 0
     tokens = hax.sum(is_token).scalar().astype(jnp.float32)
-    targets = hax.sum(batch.target_slot >= 0).scalar().astype(jnp.float32)
+    targets = hax.sum(batch.target_response >= 0).scalar().astype(jnp.float32)
     # A token sees what stands before it in its own sequence, and itself.
     seen = hax.sum(hax.where(is_token, batch.position_ids + 1, 0).astype(jnp.float32)).scalar()
-    products = tokens * (2.0 * weights * passes + 6.0 * adapters)
+    products = tokens * (2.0 * weights * passes + 3.0 * adapters)
     # Scores and sums of values; their gradients cost twice as much as they do.
     attention = seen * 4.0 * config.num_layers * config.num_heads * config.head_dim * (passes + 1.0)
     head = targets * 2.0 * config.hidden_size * config.vocab_size * passes

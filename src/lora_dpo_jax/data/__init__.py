@@ -1,47 +1,44 @@
-"""From raw preference rows to packed batches."""
+"""From raw rows to packed batches of examples."""
 
-from lora_dpo_jax.data.batches import (
-    PairSource,
-    PairTable,
-    packed_batches,
-    packed_rows,
-    split_by_prompt,
-    whole_table,
-)
-from lora_dpo_jax.data.cache import TokenizedPairs, load_pairs, tokenize_component
-from lora_dpo_jax.data.chat import PairTokenizer, TokenizedPair
+from lora_dpo_jax.data.batches import packed_batches, packed_rows
+from lora_dpo_jax.data.cache import TokenizedExamples, load_examples, tokenize_component
+from lora_dpo_jax.data.chat import ExampleTokenizer
 from lora_dpo_jax.data.config import ComponentConfig, FormatConfig, PreferenceDataConfig
-from lora_dpo_jax.data.memory import MemoryPairs
-from lora_dpo_jax.data.order import PairOrder
+from lora_dpo_jax.data.examples import ExampleArrays, ExampleSizes, TokenizedExample
+from lora_dpo_jax.data.memory import MemoryExamples
+from lora_dpo_jax.data.order import ExampleOrder
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
-from lora_dpo_jax.data.rows import PreferencePair
-from lora_dpo_jax.data.shapes import Layout, PairLayout, RunLayout, plan_layout, plan_rows
+from lora_dpo_jax.data.rows import Example
+from lora_dpo_jax.data.shapes import PackingConfig, PartShape, StepShapes, choose_shapes, fill_rows
 from lora_dpo_jax.data.sources import HubSource, UrlSource
+from lora_dpo_jax.data.table import ExampleSource, ExampleTable, split_by_prompt, whole_table
 
 __all__ = [
     "ComponentConfig",
+    "Example",
+    "ExampleArrays",
+    "ExampleOrder",
+    "ExampleSizes",
+    "ExampleSource",
+    "ExampleTable",
+    "ExampleTokenizer",
     "FormatConfig",
     "HubSource",
-    "Layout",
-    "MemoryPairs",
-    "PairLayout",
-    "PairOrder",
-    "PairSource",
-    "PairTable",
-    "PairTokenizer",
+    "MemoryExamples",
+    "PackingConfig",
+    "PartShape",
     "PreferenceBatch",
     "PreferenceDataConfig",
-    "PreferencePair",
-    "RunLayout",
-    "TokenizedPair",
-    "TokenizedPairs",
+    "StepShapes",
+    "TokenizedExample",
+    "TokenizedExamples",
     "UrlSource",
-    "load_pairs",
+    "choose_shapes",
+    "fill_rows",
+    "load_examples",
     "pack",
     "packed_batches",
     "packed_rows",
-    "plan_layout",
-    "plan_rows",
     "split_by_prompt",
     "tokenize_component",
     "whole_table",

@@ -1,13 +1,14 @@
-"""Tokenized pairs on disk, under a key made of everything that shaped them.
+"""Tokenized examples on disk, under a key made of everything that shaped them.
 
-    <cache_dir>/pairs/<fingerprint>/
-      tokens.bin           int32: prompt, chosen, rejected of pair 0, then of pair 1, ...
-      lengths.npy          int32 [n, 3]
+    <cache_dir>/examples/<fingerprint>/
+      tokens.bin           int32: prompt and responses of example 0, then of example 1, ...
+      <array>.npy          those of ExampleArrays, such as response_tokens
+      column-<k>.npy       float32: the k-th column of the data
       origins.npy          int32 [n, 2]: table, row
       prompt_hashes.npy    uint64 [n]
-      meta.json            fingerprint, names of the tables, report, size and checksum of the files above
+      meta.json            fingerprint, names of the tables and columns, report, size and checksum of the files above
 
-A folder is written under another name and renamed when it is whole, so that any number of processes may share it.
+A folder gets its name when it is whole, so that any number of processes may share it.
 """
 
 import dataclasses
@@ -16,11 +17,7 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import sys
-import time
-import uuid
-import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,24 +31,28 @@ import transformers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lora_dpo_jax.data.chat import PairTokenizer, SliceStrategy, TokenizedPair, backend_of, fit_to_length
-from lora_dpo_jax.data.config import (
-    ComponentConfig,
-    FormatConfig,
-    PreferenceDataConfig,
-    default_cache_dir,
-)
+from lora_dpo_jax.data.chat import ExampleTokenizer, backend_of, fit_to_length
+from lora_dpo_jax.data.config import ComponentConfig, FormatConfig, PreferenceDataConfig
+from lora_dpo_jax.data.examples import Column, ExampleArrays, TokenizedExample
 from lora_dpo_jax.data.messages import holds_fills
-from lora_dpo_jax.data.rows import PreferencePair, read_pair
-from lora_dpo_jax.data.sources import RowError, RowTable, SourceError, Split, attempt, read_tables
+from lora_dpo_jax.data.rows import Example, read_example
+from lora_dpo_jax.data.sources import (
+    RowError,
+    RowTable,
+    SourceError,
+    Split,
+    UnreadableRowError,
+    attempt,
+    read_tables,
+)
+from lora_dpo_jax.files import cache_folder, new_folder, size_and_crc32
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # raise it when the same rows would become other tokens, or the files another layout
+VERSION = 3  # raise it when the same rows would become other tokens, or the files another layout
 ROWS_PER_BATCH = 256
-LITTER_SECONDS = 24 * 3600
 # What a report counts beside `rows`, `kept` and `exact`, in words.
 NOTES = {
     "empty": "empty",
@@ -68,16 +69,16 @@ NOTES = {
 }
 WARNED_OF = ("plain", "filled", "template")  # though the rows are kept
 PATHS = ("name_or_path", "vocab_file", "tokenizer_file", "merges_file")
-ARRAYS = ("lengths", "origins", "prompt_hashes")
+ARRAYS = ("prompt_tokens", "response_counts", "response_tokens", "comparison_counts", "comparisons", "weights")
 
 
-class TokenizedPairs:
-    """A sequence of TokenizedPair on disk, memory-mapped."""
+class TokenizedExamples:
+    """A sequence of TokenizedExample on disk, memory-mapped."""
 
-    fingerprint: str  # hex; of everything that shaped the pairs
-    lengths: np.ndarray  # int32 [n, 3]: tokens of prompt, chosen, rejected
+    fingerprint: str  # hex; of everything that shaped the examples
+    arrays: ExampleArrays
     prompt_hashes: np.ndarray  # uint64 [n]; of the prompt's tokens before any were cut
-    checksums: dict[str, int]  # CRC-32; the same for the same pairs, wherever they came from
+    checksums: dict[str, int]  # CRC-32; the same for the same examples, wherever they came from
     report: dict[str, int]  # how many rows there were, were kept, were tokenized exactly as TRL does, and NOTES
 
     def __init__(self, folder: Path):
@@ -86,26 +87,31 @@ class TokenizedPairs:
         if meta["fingerprint"] != folder.name:
             raise ValueError(f"{folder / 'meta.json'} is damaged")
         for name, (size, checksum) in meta["files"].items():
-            if os.path.getsize(folder / name) != size or _checksum(folder / name) != checksum:
+            if size_and_crc32(folder / name) != (size, checksum):
                 raise ValueError(f"{folder / name} is damaged")
         self.fingerprint, self.report, self._tables = meta["fingerprint"], meta["report"], meta["tables"]
-        self.checksums = {name: meta["files"][name][1] for name in ("tokens.bin", "lengths.npy")}
-        self.lengths, self._origins, self.prompt_hashes = (
-            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS
-        )
+        self.checksums = {name: crc32 for name, (_, crc32) in meta["files"].items() if name != "origins.npy"}
+
+        def load(name: str) -> np.ndarray:
+            return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+        columns = {
+            name: Column(load(f"column-{number}"), per_response)
+            for number, (name, per_response) in enumerate(meta["columns"])
+        }
+        self.arrays = ExampleArrays(**{name: load(name) for name in ARRAYS}, columns=columns)
+        self._origins, self.prompt_hashes = load("origins"), load("prompt_hashes")
         self._tokens = np.asarray(np.memmap(folder / "tokens.bin", np.int32, mode="r"))
-        self._starts = np.concatenate([[0], np.cumsum(self.lengths.sum(axis=1, dtype=np.int64))])
+        self._starts = np.concatenate([[0], np.cumsum(self.arrays.sizes.tokens, dtype=np.int64)])
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.arrays)
 
-    def __getitem__(self, index: int) -> TokenizedPair:
+    def __getitem__(self, index: int) -> TokenizedExample:
         index = range(len(self))[index]
-        tokens = self._tokens[self._starts[index] : self._starts[index + 1]]
-        prompt, chosen, _ = self.lengths[index]
-        return TokenizedPair(tokens[:prompt], tokens[prompt : prompt + chosen], tokens[prompt + chosen :])
+        return self.arrays.example(index, self._tokens[self._starts[index] : self._starts[index + 1]])
 
-    def __iter__(self) -> Iterator[TokenizedPair]:
+    def __iter__(self) -> Iterator[TokenizedExample]:
         return (self[index] for index in range(len(self)))
 
     def origin(self, index: int) -> str:
@@ -113,10 +119,10 @@ class TokenizedPairs:
         return _origin(self._tables[table], row)
 
 
-def load_pairs(
+def load_examples(
     config: PreferenceDataConfig, tokenizer: PreTrainedTokenizerBase, *, split: Split, train_seq_len: int
-) -> dict[str, TokenizedPairs]:
-    """By name, the tokenized pairs of the components that have this split."""
+) -> dict[str, TokenizedExamples]:
+    """By name, the tokenized examples of the components that have this split."""
     return {
         name: tokenize_component(
             component, tokenizer, split=split, train_seq_len=train_seq_len, cache_dir=config.cache_dir, name=name
@@ -134,37 +140,33 @@ def tokenize_component(
     train_seq_len: int,
     cache_dir: str | os.PathLike | None = None,
     name: str = "data",
-) -> TokenizedPairs:
+) -> TokenizedExamples:
     """From the cache, or read, tokenized and cached.
 
     Raises SourceError for a file that cannot be read, RowError for a row that the format does not let drop, and
-    ValueError if no pair is left.
+    ValueError if no example is left.
     """
     with _names_component(name):
         tables = component.source.tables(split)
         fingerprint = _fingerprint(component, tables, tokenizer, train_seq_len)
-    folder = Path(cache_dir or default_cache_dir()).expanduser() / "pairs" / fingerprint
-    pairs = _open(folder)
-    if pairs is None:
-        _remove_litter(folder.parent)
-        building = folder.parent / f".building-{uuid.uuid4().hex}"
+    folder = cache_folder(cache_dir) / "examples" / fingerprint
+    examples = _open(folder)
+    if examples is None:
         try:
-            building.mkdir(parents=True)
-            with _Writer(building) as writer, _names_component(name):
-                report = _tokenize(component, tables, tokenizer, train_seq_len, writer, f"{name} ({split})")
-            writer.finish(fingerprint=fingerprint, tables=redacted([table.name for table in tables]), report=report)
-            pairs = _publish(building, folder)
+            with new_folder(folder, is_whole=lambda folder: _open(folder) is not None) as building:
+                with _Writer(building) as writer, _names_component(name):
+                    report = _tokenize(component, tables, tokenizer, train_seq_len, writer, f"{name} ({split})")
+                writer.finish(fingerprint=fingerprint, tables=redacted([table.name for table in tables]), report=report)
+            examples = TokenizedExamples(folder)
         except OSError as error:  # those of sources have become ValueErrors
             raise OSError(
-                f"data.cache_dir: the tokenized pairs could not be written to {folder.parent} ({error}). Make room, or "
-                "set it to another folder"
+                f"data.cache_dir: the tokenized examples could not be written to {folder.parent} ({error}). Make room, "
+                "or set it to another folder"
             ) from error
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    as_is = pairs.report["kept"] == pairs.report["rows"] and not any(pairs.report[note] for note in WARNED_OF)
+    as_is = examples.report["kept"] == examples.report["rows"] and not any(examples.report[note] for note in WARNED_OF)
     level = logging.INFO if as_is else logging.WARNING
-    logger.log(level, "data.components.%s", describe(pairs.report, f"{name} ({split})"))
-    return pairs
+    logger.log(level, "data.components.%s", describe(examples.report, f"{name} ({split})"))
+    return examples
 
 
 @contextmanager
@@ -174,6 +176,9 @@ def _names_component(name: str) -> Iterator[None]:
         yield
     except SourceError as error:
         raise SourceError(f"data.components.{name}.source: {error}") from error
+    except UnreadableRowError as error:
+        setting = f"data.components.{name}.format.invalid_rows"
+        raise RowError(error.reason, str(error), f"mend the row, or set {setting} to drop") from error
 
 
 def describe(report: dict[str, int], name: str) -> str:
@@ -192,9 +197,9 @@ def _tokenize(
     writer: "_Writer",
     name: str,
 ) -> dict[str, int]:
-    """Writes the pairs of all tables and returns the report."""
+    """Writes the examples of all tables and returns the report."""
     format = component.format
-    pair_tokenizer = PairTokenizer(tokenizer, format.template_text())
+    example_tokenizer = ExampleTokenizer(tokenizer, format.template_text())
     counts = Counter(dict.fromkeys(("rows", "kept", "exact", *NOTES), 0))
     columns: set[str] = set()
     warns_of_strings = format.strings == "auto" and tokenizer.chat_template is not None
@@ -204,38 +209,42 @@ def _tokenize(
         counts["rows"] += len(batch)
         origins = [_origin(tables[index].name, number) for index, number, _ in batch]
         columns.update(*(row for _, _, row in batch if isinstance(row, dict)))
-        pairs = [
-            row if isinstance(row, RowError) else attempt(read_pair, row, format, origin)
+        examples = [
+            row if isinstance(row, RowError) else attempt(read_example, row, format, origin)
             for (_, _, row), origin in zip(batch, origins, strict=True)
         ]
-        results = pair_tokenizer.tokenize(pairs)
-        for (index, number, _), origin, pair, result in zip(batch, origins, pairs, results, strict=True):
+        results = example_tokenizer.tokenize(examples)
+        for (index, number, _), origin, example, result in zip(batch, origins, examples, results, strict=True):
             if not isinstance(result, RowError):
                 whole, boundary = result
-                result = attempt(_usable, whole, train_seq_len, format.slice_strategy, origin, tokenizer.bos_token_id)
+                result = attempt(_usable, whole, train_seq_len, format, origin, tokenizer.bos_token_id)
             if isinstance(result, RowError):
                 if format.refuses(result.reason):
                     raise result
                 counts[result.reason] += 1
                 continue
             counts.update(kept=1, truncated=int(result.size < whole.size), **{boundary: 1})
-            if isinstance(pair, PreferencePair):
-                counts["plain"] += warns_of_strings and isinstance(pair.prompt, str)
-                counts["filled"] += holds_fills(pair.tools or [])
+            if isinstance(example, Example):
+                counts["plain"] += warns_of_strings and isinstance(example.prompt, str)
+                counts["filled"] += holds_fills(example.tools or [])
             writer.add(result, index, number, whole.prompt_hash)
     _check_columns(format, columns, name)
     if not counts["kept"]:
-        raise ValueError(f"No pair is left in data.components.{describe(counts, name)}")
+        raise ValueError(f"No row is left in data.components.{describe(counts, name)}")
     return dict(counts)
 
 
 def _usable(
-    pair: TokenizedPair, train_seq_len: int, strategy: SliceStrategy, origin: str, bos_token_id: Any
-) -> TokenizedPair:
-    pair = fit_to_length(pair, train_seq_len, strategy, origin, bos_token_id)
-    if np.array_equal(pair.chosen, pair.rejected):
-        raise RowError("identical", origin, f"chosen and rejected are the same {len(pair.chosen)} tokens")
-    return pair
+    example: TokenizedExample, train_seq_len: int, format: FormatConfig, origin: str, bos_token_id: Any
+) -> TokenizedExample:
+    names = format.response_names
+    example = fit_to_length(example, train_seq_len, format.slice_strategy, origin, bos_token_id, names)
+    for chosen, rejected in example.comparisons:
+        response = example.responses[chosen]
+        if np.array_equal(response, example.responses[rejected]):
+            both = f"{names[chosen]} and {names[rejected]}"
+            raise RowError("identical", origin, f"{both} are the same {len(response)} tokens")
+    return example
 
 
 def _check_columns(format: FormatConfig, columns: set[str], name: str) -> None:
@@ -249,10 +258,14 @@ def _check_columns(format: FormatConfig, columns: set[str], name: str) -> None:
 
 
 class _Writer:
+    """Puts examples into a folder as they come."""
+
     def __init__(self, folder: Path):
         self.folder = folder
         self._tokens = open(folder / "tokens.bin", "wb")
-        self._lengths, self._origins, self._prompt_hashes = array("i"), array("i"), array("Q")
+        self._parts: list[ExampleArrays] = []
+        self._waiting: list[TokenizedExample] = []
+        self._origins, self._prompt_hashes = array("i"), array("Q")
 
     def __enter__(self) -> "_Writer":
         return self
@@ -260,57 +273,45 @@ class _Writer:
     def __exit__(self, *exception) -> None:
         self._tokens.close()
 
-    def add(self, pair: TokenizedPair, table: int, row: int, prompt_hash: int) -> None:
-        for part in pair:
+    def add(self, example: TokenizedExample, table: int, row: int, prompt_hash: int) -> None:
+        for part in example.parts:
             self._tokens.write(part.tobytes())
-        self._lengths.extend(map(len, pair))
+        self._waiting.append(example)
+        if len(self._waiting) == ROWS_PER_BATCH:
+            self._take_in()
         self._origins.extend((table, row))
         self._prompt_hashes.append(prompt_hash)
 
+    def _take_in(self) -> None:
+        """Keeps the sizes of the examples that came, and lets go of their tokens."""
+        if self._waiting:
+            self._parts.append(ExampleArrays.of(self._waiting, str))
+            self._waiting = []
+
     def finish(self, **meta) -> None:
-        arrays = {
-            "lengths": np.asarray(self._lengths, np.int32).reshape(-1, 3),
-            "origins": np.asarray(self._origins, np.int32).reshape(-1, 2),
-            "prompt_hashes": np.asarray(self._prompt_hashes, np.uint64),
+        self._take_in()
+        arrays = ExampleArrays.joined(self._parts)
+        files = {name: getattr(arrays, name) for name in ARRAYS}
+        files |= {f"column-{number}": column.values for number, column in enumerate(arrays.columns.values())}
+        files["origins"] = np.asarray(self._origins, np.int32).reshape(-1, 2)
+        files["prompt_hashes"] = np.asarray(self._prompt_hashes, np.uint64)
+        for name, values in files.items():
+            np.save(self.folder / f"{name}.npy", values)
+        meta["columns"] = [[name, column.per_response] for name, column in arrays.columns.items()]
+        meta["files"] = {
+            name: size_and_crc32(self.folder / name) for name in ["tokens.bin", *(f"{name}.npy" for name in files)]
         }
-        for name in ARRAYS:
-            np.save(self.folder / f"{name}.npy", arrays[name])
-        names = ["tokens.bin", *(f"{name}.npy" for name in ARRAYS)]
-        meta["files"] = {name: [os.path.getsize(self.folder / name), _checksum(self.folder / name)] for name in names}
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def _open(folder: Path) -> TokenizedPairs | None:
+def _open(folder: Path) -> TokenizedExamples | None:
     if not folder.exists():
         return None
     try:
-        return TokenizedPairs(folder)
+        return TokenizedExamples(folder)
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        logger.warning("The tokenized pairs in %s are damaged (%s) and are made again", folder, error)
+        logger.warning("The tokenized examples in %s are damaged (%s) and are made again", folder, error)
         return None
-
-
-def _remove_litter(folder: Path) -> None:
-    """What processes left that were killed while they wrote it. One that still writes does so within a day."""
-    for building in folder.glob(".building-*"):
-        try:
-            last_write = max(path.stat().st_mtime for path in [building, *building.iterdir()])
-        except OSError:  # its process has just put it in its place, or removed it
-            continue
-        if time.time() - last_write > LITTER_SECONDS:
-            shutil.rmtree(building, ignore_errors=True)
-
-
-def _publish(building: Path, folder: Path) -> TokenizedPairs:
-    try:
-        building.rename(folder)
-    except OSError:  # a folder stands there: another process was faster, or it is damaged
-        if pairs := _open(folder):
-            return pairs
-        folder.rename(building.with_suffix(".damaged"))
-        shutil.rmtree(building.with_suffix(".damaged"), ignore_errors=True)
-        building.rename(folder)
-    return TokenizedPairs(folder)
 
 
 def _fingerprint(
@@ -340,14 +341,6 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "split_special_tokens": tokenizer.split_special_tokens,
         "chat_template": tokenizer.chat_template,
     }
-
-
-def _checksum(path: Path) -> int:
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 def _origin(table: str, row: int) -> str:

@@ -1,21 +1,21 @@
-"""From a PreferencePair to tokens: the chat template's text, and exactly where in it the prompt ends.
+"""From an Example to tokens: the chat template's text, and exactly where in it the prompt ends.
 
     text      <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n | Hello!<|im_end|>\\n
-    tokens                                              prompt | chosen: all of it is scored
+    tokens                                              prompt | response: all of it is scored
 
-What is asked of the template is what TRL asks: the prompt alone with its generation prompt, and both conversations
-whole. The prompt's tokens are those a model is given at inference, and the same for both responses. Almost always they
-begin both conversations, and the rest of these is scored, token for token as in TRL. Where they do not:
+What is asked of the template is what TRL asks: the prompt alone with its generation prompt, and all conversations
+whole. The prompt's tokens are those a model is given at inference, and the same for all responses. Almost always they
+begin all conversations, and the rest of these is scored, token for token as in TRL. Where they do not:
 
 - tokens merge over the boundary ("assistant\\n" before "\\nHello"): the response is tokenized by itself;
 - the generation prompt holds text that whole conversations lack (`<think>`): the prompt ends where the two part;
 - the template renders the prompt's own messages differently when a response follows: the row is refused.
 """
 
-import hashlib
 import inspect
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from os.path import commonprefix
 from typing import Any, Literal, NamedTuple, cast
 
@@ -25,49 +25,26 @@ from jinja2.defaults import DEFAULT_NAMESPACE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from lora_dpo_jax.data.config import SliceStrategy
+from lora_dpo_jax.data.examples import TokenizedExample
 from lora_dpo_jax.data.messages import Message
-from lora_dpo_jax.data.rows import PreferencePair
+from lora_dpo_jax.data.rows import Example
 from lora_dpo_jax.data.sources import RowError, attempt
 
-SliceStrategy = Literal["raise", "drop", "left", "right"]
 # exact: as TRL. merged: a response was tokenized by itself. template: the end of the generation prompt was left out.
 Boundary = Literal["exact", "merged", "template"]
 
 
-class TokenizedPair(NamedTuple):
-    """Token ids, int32. Every token of `chosen` and `rejected` is scored, none of `prompt`."""
-
-    prompt: np.ndarray
-    chosen: np.ndarray
-    rejected: np.ndarray
-
-    @property
-    def size(self) -> int:
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and the longer response: what train_seq_len bounds."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
-
-    @property
-    def prompt_hash(self) -> int:
-        """64 bits, of the prompt's tokens: pairs with the same belong together when a table is split."""
-        digest = hashlib.blake2b(self.prompt.astype("<i4").tobytes(), digest_size=8).digest()
-        return int.from_bytes(digest, "little")
-
-
 class _Texts(NamedTuple):
-    """`chosen` and `rejected` begin with `prompt`."""
+    """Each of `whole` is `prompt` and a response."""
 
     prompt: str
-    chosen: str
-    rejected: str
+    whole: tuple[str, ...]
     boundary: Boundary
 
 
-class PairTokenizer:
-    """Tokenizes pairs in batches with a Hugging Face tokenizer and its chat template, or `chat_template` instead."""
+class ExampleTokenizer:
+    """Tokenizes examples in batches with a Hugging Face tokenizer and its chat template, or `chat_template` instead."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None):
         self.tokenizer = tokenizer
@@ -75,15 +52,17 @@ class PairTokenizer:
         self._leading = _leading_special_tokens(tokenizer)
         self._reserved = _names_of_the_renderer(tokenizer)
 
-    def tokenize(self, pairs: Iterable[PreferencePair | RowError]) -> list[tuple[TokenizedPair, Boundary] | RowError]:
-        """In the order of `pairs`. A pair that cannot be tokenized comes as the RowError that says why."""
-        pairs = list(pairs)
-        texts = [pair if isinstance(pair, RowError) else attempt(self._texts, pair) for pair in pairs]
-        ids = iter(self.encode([text for item in texts if isinstance(item, _Texts) for text in item[:3]]))
+    def tokenize(self, examples: Iterable[Example | RowError]) -> list[tuple[TokenizedExample, Boundary] | RowError]:
+        """In the order of `examples`. One that cannot be tokenized comes as the RowError that says why."""
+        examples = list(examples)
+        texts = [example if isinstance(example, RowError) else attempt(self._texts, example) for example in examples]
+        wholes = [text for item in texts if isinstance(item, _Texts) for text in (item.prompt, *item.whole)]
+        ids = iter(self.encode(wholes))
         results = []
-        for pair, item in zip(pairs, texts, strict=True):
-            if isinstance(pair, PreferencePair) and isinstance(item, _Texts):
-                item = attempt(self._split, pair, item, *itertools.islice(ids, 3))
+        for example, item in zip(examples, texts, strict=True):
+            if isinstance(example, Example) and isinstance(item, _Texts):
+                prompt, *whole = itertools.islice(ids, 1 + len(item.whole))
+                item = attempt(self._split, example, item, prompt, whole)
             results.append(item)
         return results
 
@@ -96,111 +75,115 @@ class PairTokenizer:
             return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore
 
-    def _texts(self, pair: PreferencePair) -> _Texts:
-        if isinstance(pair.prompt, str):
-            texts = self._string_texts(pair.prompt, str(pair.chosen), str(pair.rejected))
-            _refuse_surrogates(texts.chosen + texts.rejected, pair.origin)
+    def _texts(self, example: Example) -> _Texts:
+        if isinstance(example.prompt, str):
+            texts = self._string_texts(example.prompt, [str(response) for response in example.responses])
+            _refuse_surrogates("".join(texts.whole), example.origin)
         else:
-            texts = self._chat_texts(pair)
-        if len(texts.prompt) in (len(texts.chosen), len(texts.rejected)):
-            raise RowError("empty", pair.origin, "the chat template writes nothing for one of the responses")
+            texts = self._chat_texts(example)
+        if len(texts.prompt) in map(len, texts.whole):
+            raise RowError("empty", example.origin, "the chat template writes nothing for one of the responses")
         return texts
 
-    def _string_texts(self, prompt: str, chosen: str, rejected: str) -> _Texts:
+    def _string_texts(self, prompt: str, responses: list[str]) -> _Texts:
         end = self.tokenizer.eos_token
         if not (isinstance(end, str) and end):
             raise ValueError("The tokenizer has no eos_token, which must end responses that are plain strings")
-        chosen, rejected = (text if text.endswith(end) else text + end for text in (chosen, rejected))
-        return _Texts(prompt, prompt + chosen, prompt + rejected, "exact")
+        ended = (text if text.endswith(end) else text + end for text in responses)
+        return _Texts(prompt, tuple(prompt + text for text in ended), "exact")
 
-    def _chat_texts(self, pair: PreferencePair) -> _Texts:
-        prompt = self._render(pair, pair.prompt, add_generation_prompt=True)
-        chosen = self._render(pair, [*pair.prompt, *pair.chosen])
-        rejected = self._render(pair, [*pair.prompt, *pair.rejected])
-        if chosen.startswith(prompt) and rejected.startswith(prompt):
-            return _Texts(prompt, chosen, rejected, "exact")
-        start = self._end_without_generation_prompt(pair, prompt)
-        if start is not None and chosen.startswith(start) and rejected.startswith(start):
-            return _Texts(start, chosen, rejected, "template")
-        shared = len(commonprefix([prompt, chosen, rejected]))
+    def _chat_texts(self, example: Example) -> _Texts:
+        prompt = self._render(example, example.prompt, add_generation_prompt=True)
+        whole = tuple(self._render(example, [*example.prompt, *response]) for response in example.responses)
+        if all(text.startswith(prompt) for text in whole):
+            return _Texts(prompt, whole, "exact")
+        start = self._end_without_generation_prompt(example, prompt)
+        if start is not None and all(text.startswith(start) for text in whole):
+            return _Texts(start, whole, "template")
+        shared = len(commonprefix([prompt, *whole]))
+        before = (
+            f"before {name} with {_excerpt(text, shared)}" for name, text in zip(example.names, whole, strict=True)
+        )
         raise RowError(
             "boundary",
-            pair.origin,
+            example.origin,
             "the chat template renders the prompt differently when a response follows, so it has no exact end: "
-            f"alone it goes on with {_excerpt(prompt, shared)}, before chosen with {_excerpt(chosen, shared)}, "
-            f"before rejected with {_excerpt(rejected, shared)}. "
+            f"alone it goes on with {_excerpt(prompt, shared)}, {', '.join(before)}. "
             "Change the messages, or set format.chat_template to a template that renders them alike",
         )
 
-    def _end_without_generation_prompt(self, pair: PreferencePair, prompt: str) -> str | None:
-        """As much of the prompt's text as begins every conversation that goes on from it, whatever the answer.
+    def _end_without_generation_prompt(self, example: Example, prompt: str) -> str | None:
+        """As much of the prompt's text as begins every conversation that continues it, whatever the answer.
 
         None if that is not all of the prompt's messages, or if it ends within a token.
         """
         probes = [
-            self._render(pair, [*pair.prompt, {"role": first["role"], "content": content}, *others])
-            for first, *others in cast(list[list[Message]], [pair.chosen, pair.rejected])
+            self._render(example, [*example.prompt, {"role": first["role"], "content": content}, *others])
+            for first, *others in cast(tuple[list[Message], ...], example.responses)
             for content in ("A", "B")
         ]
         start = commonprefix([prompt, *probes])
-        if not start.startswith(self._render(pair, pair.prompt)):
+        if not start.startswith(self._render(example, example.prompt)):
             return None
         ids, *continued = self.encode([start, prompt, *probes])
         return start if all(other[: len(ids)] == ids for other in continued) else None
 
-    def _render(self, pair: PreferencePair, messages: Any, add_generation_prompt: bool = False) -> str:
+    def _render(self, example: Example, messages: Any, add_generation_prompt: bool = False) -> str:
         if self.tokenizer.chat_template is None and self.chat_template is None:
             raise ValueError(
-                f"{pair.origin}: the tokenizer has no chat template for messages. Set format.chat_template"
+                f"{example.origin}: the tokenizer has no chat template for messages. Set format.chat_template"
             )
-        if reserved := sorted(self._reserved & set(pair.chat_template_kwargs)):
-            raise RowError("malformed", pair.origin, f"its chat_template_kwargs may not set {reserved}")
+        if reserved := sorted(self._reserved & set(example.chat_template_kwargs)):
+            raise RowError("malformed", example.origin, f"its chat_template_kwargs may not set {reserved}")
         render: Any = self.tokenizer.apply_chat_template
         try:
             text = render(
                 messages,
-                tools=pair.tools,
+                tools=example.tools,
                 chat_template=self.chat_template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **pair.chat_template_kwargs,
+                **example.chat_template_kwargs,
             )
         except TemplateSyntaxError as error:
             whose = "the tokenizer's chat template" if self.chat_template is None else "format.chat_template"
             raise ValueError(f"{whose} is not valid Jinja: line {error.lineno}: {error.message}") from error
         except Exception as error:  # a template is a program: what it raises over odd messages has no one type
-            raise RowError("malformed", pair.origin, f"the chat template refuses it: {error}") from error
-        _refuse_surrogates(text, pair.origin)
+            raise RowError("malformed", example.origin, f"the chat template refuses it: {error}") from error
+        _refuse_surrogates(text, example.origin)
         return text
 
     def _split(
-        self, pair: PreferencePair, texts: _Texts, prompt: list[int], chosen: list[int], rejected: list[int]
-    ) -> tuple[TokenizedPair, Boundary]:
+        self, example: Example, texts: _Texts, prompt: list[int], whole: list[list[int]]
+    ) -> tuple[TokenizedExample, Boundary]:
         boundary = texts.boundary
-        if pair.implicit_prompt:
-            # No text says where the prompt ends, so it ends with the last whole token that all three share.
-            prompt = list(commonprefix([prompt, chosen, rejected]))
+        if example.implicit_prompt:
+            # No text says where the prompt ends, so it ends with the last whole token that all share.
+            prompt = list(commonprefix([prompt, *whole]))
         responses = []
-        for whole, text in ((chosen, texts.chosen), (rejected, texts.rejected)):
-            if whole[: len(prompt)] == prompt:
-                responses.append(whole[len(prompt) :])
+        for ids, text in zip(whole, texts.whole, strict=True):
+            if ids[: len(prompt)] == prompt:
+                responses.append(ids[len(prompt) :])
             else:
-                responses.append(self._encode_alone(pair, text[len(texts.prompt) :], prompt, whole))
+                responses.append(self._encode_alone(example, text[len(texts.prompt) :], prompt, ids))
                 boundary = "merged" if boundary == "exact" else boundary
-        if isinstance(pair.prompt, str):
+        if isinstance(example.prompt, str):
             prompt = self._leading + prompt
-        tokens = TokenizedPair(
-            self._without_second_bos(_array(prompt)), *(self._without_second_eos(_array(ids)) for ids in responses)
+        tokens = TokenizedExample(
+            self._without_second_bos(_array(prompt)),
+            tuple(self._without_second_eos(_array(ids)) for ids in responses),
+            example.comparisons,
+            columns=example.columns,
         )
         if not len(tokens.prompt):
             raise RowError(
-                "empty", pair.origin, "the prompt has no token to predict the first token of the responses from"
+                "empty", example.origin, "the prompt has no token to predict the first token of the responses from"
             )
-        if not (len(tokens.chosen) and len(tokens.rejected)):
-            raise RowError("empty", pair.origin, "one of the responses has no tokens")
+        if not all(map(len, tokens.responses)):
+            raise RowError("empty", example.origin, "one of the responses has no tokens")
         return tokens, boundary
 
-    def _encode_alone(self, pair: PreferencePair, response: str, prompt: list[int], whole: list[int]) -> list[int]:
+    def _encode_alone(self, example: Example, response: str, prompt: list[int], whole: list[int]) -> list[int]:
         """Tokens of a response that follow those of the prompt and together spell the same text as `whole`."""
         expected = self._decode(whole)
         # Some tokenizers put a space before whatever begins a text; after an anchor, nothing begins.
@@ -210,7 +193,7 @@ class PairTokenizer:
                 return both[len(before) :]
         raise RowError(
             "boundary",
-            pair.origin,
+            example.origin,
             f"tokens merge over the end of the prompt ({_excerpt(self._decode(prompt[-4:]), 0)} before "
             f"{_excerpt(response, 0)}), and the tokenizer cannot write the response by itself",
         )
@@ -226,28 +209,34 @@ class PairTokenizer:
 
 
 def fit_to_length(
-    pair: TokenizedPair, train_seq_len: int, strategy: SliceStrategy, origin: str, bos_token_id: int | None = None
-) -> TokenizedPair:
-    """The pair within train_seq_len, cut as format.slice_strategy says. Raises RowError where that is to refuse it.
+    example: TokenizedExample,
+    train_seq_len: int,
+    strategy: SliceStrategy,
+    origin: str,
+    bos_token_id: int | None = None,
+    names: Sequence[str] = ("chosen", "rejected"),
+) -> TokenizedExample:
+    """The example within train_seq_len, cut as format.slice_strategy says. Raises RowError where that is to refuse it.
 
     left: the beginning of the prompt goes, but for its BOS. right: the ends of the responses go, as with TRL's
-    keep_start. Either way both responses keep the same prompt, and each part keeps at least one token.
+    keep_start. Either way all responses keep the same prompt, and each part keeps at least one token. `names` are what
+    messages call the responses.
     """
-    if pair.length <= train_seq_len:
-        return pair
-    if strategy == "right" and len(pair.prompt) < train_seq_len:
-        room = train_seq_len - len(pair.prompt)
-        return TokenizedPair(pair.prompt, pair.chosen[:room], pair.rejected[:room])
-    room = train_seq_len - max(len(pair.chosen), len(pair.rejected))
+    if example.length <= train_seq_len:
+        return example
+    if strategy == "right" and len(example.prompt) < train_seq_len:
+        room = train_seq_len - len(example.prompt)
+        return replace(example, responses=tuple(response[:room] for response in example.responses))
+    room = train_seq_len - max(map(len, example.responses))
     if strategy == "left" and room > 0:
-        keeps_bos = room > 1 and pair.prompt[0] == bos_token_id
-        tail = pair.prompt[len(pair.prompt) - room + keeps_bos :]
-        return pair._replace(prompt=np.concatenate([pair.prompt[:1], tail]) if keeps_bos else tail)
-    longer = "chosen" if len(pair.chosen) >= len(pair.rejected) else "rejected"
+        keeps_bos = room > 1 and example.prompt[0] == bos_token_id
+        tail = example.prompt[len(example.prompt) - room + keeps_bos :]
+        return replace(example, prompt=np.concatenate([example.prompt[:1], tail]) if keeps_bos else tail)
+    longest = names[max(range(len(names)), key=lambda number: len(example.responses[number]))]
     raise RowError(
         "too_long",
         origin,
-        f"prompt + {longer} is {pair.length:,} tokens, more than train_seq_len={train_seq_len}. "
+        f"prompt + {longest} is {example.length:,} tokens, more than train_seq_len={train_seq_len}. "
         "Raise train_seq_len, or set format.slice_strategy to drop, left or right.",
     )
 

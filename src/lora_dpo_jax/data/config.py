@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from lora_dpo_jax.data.sources import Reason, SourceConfig
-from lora_dpo_jax.places import is_url
+from lora_dpo_jax.places import is_url, spelled_alike
+from lora_dpo_jax.settings.choices import check_choices
+
+SliceStrategy = Literal["raise", "drop", "left", "right"]
 
 # The optional columns of a row and what they are called unless the config says otherwise.
 COLUMN_SETTINGS = {
@@ -19,35 +22,56 @@ COLUMN_SETTINGS = {
 
 @dataclass(frozen=True)
 class FormatConfig:
-    """In which columns a row's parts stand, and what becomes of rows that do not fit. Each row tells its own shape.
+    """In which columns a row's parts stand, and what becomes of rows that do not fit. The shape is read off each row.
 
     As in Levanter, `system_prompt` and `chat_template_kwargs` are names of columns, not their values.
     """
 
-    type: Literal["preference_chat"] = "preference_chat"  # the only one
+    # preference_chat: a chosen and a rejected response. unpaired: one response and whether it is a desirable one.
+    type: Literal["preference_chat", "unpaired"] = "preference_chat"
     chosen_field: str = "chosen"  # a column
     rejected_field: str = "rejected"  # a column
+    completion_field: str = "completion"  # a column, of unpaired rows
+    label_field: str = "label"  # a column of true and false, of unpaired rows
     prompt_field: str | None = "prompt"  # null: the prompt is what chosen and rejected share
     system_prompt: str | None = "system"  # the column of a system message
     tools_field: str | None = "tools"  # the column of tool schemas
     chat_template_kwargs: str | None = "chat_template_kwargs"  # the column of arguments for the template
+    columns: list[str] = field(default_factory=list)  # that the loss takes; each row has a number
+    response_columns: list[str] = field(default_factory=list)  # likewise; each row has a list, one for each response
     chat_template: str | None = None  # instead of the tokenizer's own: a Jinja text, or the path of one
     # Rows of strings. plain: as they are. chat: the prompt is the user's turn, a response the assistant's.
     # auto: chat if chat_template is set, or if the row has what only a template can write; else plain.
     strings: Literal["auto", "plain", "chat"] = "auto"
-    slice_strategy: Literal["raise", "drop", "left", "right"] = "raise"  # of rows longer than train_seq_len
+    slice_strategy: SliceStrategy = "raise"  # of rows longer than train_seq_len
     invalid_rows: Literal["raise", "drop"] = "raise"  # empty, malformed, identical, or without a clear prompt boundary
 
     def __post_init__(self):
-        _require_choice("format.slice_strategy", self.slice_strategy, ("raise", "drop", "left", "right"))
-        _require_choice("format.invalid_rows", self.invalid_rows, ("raise", "drop"))
-        _require_choice("format.strings", self.strings, ("auto", "plain", "chat"))
+        check_choices(self, "format")
+        names = [*self.columns, *self.response_columns]
+        if self.type == "unpaired":
+            names.append("label")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"format.columns and format.response_columns name {twice} twice; needed: once")
 
     @property
     def named_columns(self) -> dict[str, str]:
         """Setting -> column, of the columns that the user named: all but the defaults."""
         columns = {setting: getattr(self, setting) for setting in COLUMN_SETTINGS}
-        return {name: column for name, column in columns.items() if column not in (None, COLUMN_SETTINGS[name])}
+        named = {name: column for name, column in columns.items() if column not in (None, COLUMN_SETTINGS[name])}
+        for setting, names in (("columns", self.columns), ("response_columns", self.response_columns)):
+            named |= {f"{setting}[{number}]": column for number, column in enumerate(names)}
+        return named
+
+    @property
+    def response_names(self) -> tuple[str, ...]:
+        """What messages call the responses of a row."""
+        return ("completion",) if self.type == "unpaired" else ("chosen", "rejected")
+
+    @property
+    def answer_columns(self) -> tuple[str, ...]:
+        """In the order of `response_names`."""
+        return (self.completion_field,) if self.type == "unpaired" else (self.chosen_field, self.rejected_field)
 
     def refuses(self, reason: Reason) -> bool:
         """Whether a row with this fault is an error. Otherwise it is dropped and counted."""
@@ -104,19 +128,8 @@ def read_template(setting: str, template: str) -> str:
         return template
     path = os.path.expanduser(template)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{setting}={template!r} is neither a Jinja template nor a file")
+        raise FileNotFoundError(f"{setting}={template!r} is neither a Jinja template nor a file{spelled_alike(path)}")
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{setting}={template!r} cannot be read as UTF-8 text: {error}") from error
-
-
-def default_cache_dir() -> Path:
-    if explicit := os.environ.get("LORA_DPO_JAX_CACHE"):
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_dpo_jax"
-
-
-def _require_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{setting}={value!r} must be one of {', '.join(choices)}")

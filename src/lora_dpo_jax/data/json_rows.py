@@ -70,7 +70,17 @@ def _line(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         return Unreadable(f"is not UTF-8: {error}")
     except ValueError as error:
-        return Unreadable(str(error))
+        return Unreadable(_why(line, error))
+
+
+def _why(line: bytes, error: ValueError) -> str:
+    """Without the decoder's line number, which is always 1."""
+    fault = error.__cause__
+    if not isinstance(fault, json.JSONDecodeError):
+        return str(error)
+    if fault.pos >= len(line.decode().rstrip()) or fault.msg.startswith("Unterminated string"):
+        return f"is not JSON: it breaks off after {len(line.decode().rstrip()):,} characters"
+    return f"is not JSON: {fault.msg} at character {fault.pos + 1}"
 
 
 def _read_array(text: str) -> Iterator[tuple[int, Any]]:

@@ -1,4 +1,4 @@
-"""Tokenized pairs that a script holds in memory."""
+"""Tokenized examples that a script holds in memory."""
 
 import hashlib
 import zlib
@@ -7,43 +7,57 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lora_dpo_jax.data.chat import TokenizedPair
+from lora_dpo_jax.data.examples import PAIR, ExampleArrays, TokenizedExample
 
 
-class MemoryPairs(Sequence[TokenizedPair]):
-    """All that `TokenizedPairs` offers of pairs on disk, of (prompt, chosen, rejected), token ids each.
+class MemoryExamples(Sequence[TokenizedExample]):
+    """All that `TokenizedExamples` offers of examples on disk.
 
-    Raises ValueError for a part that does not hold ids, or holds none: a prompt needs at least the token that the first
-    one of a response is predicted from.
+    Each is a `TokenizedExample`, or a pair as (prompt, chosen, rejected), token ids each. Raises ValueError for a part
+    that does not hold ids, or holds none: a prompt needs at least the token that the first one of a response is
+    predicted from.
     """
 
-    def __init__(self, pairs: Iterable[Sequence[ArrayLike]], name: str = "memory"):
+    def __init__(self, examples: Iterable[TokenizedExample | Sequence[ArrayLike]], name: str = "memory"):
         self.name = name
-        self.pairs = [TokenizedPair(*self._parts(number, pair)) for number, pair in enumerate(pairs)]
-        self.lengths = np.array([[len(part) for part in pair] for pair in self.pairs], np.int32).reshape(-1, 3)
-        self.prompt_hashes = np.array([pair.prompt_hash for pair in self.pairs], np.uint64)
-        tokens = b"".join(part.astype("<i4").tobytes() for pair in self.pairs for part in pair)
-        lengths = self.lengths.astype("<i4").tobytes()
-        self.checksums = {"tokens": zlib.crc32(tokens), "lengths": zlib.crc32(lengths)}
-        self.fingerprint = hashlib.sha256(lengths + tokens).hexdigest()
+        self.examples = [self._checked(number, example) for number, example in enumerate(examples)]
+        self.arrays = ExampleArrays.of(self.examples, self.origin)
+        self.prompt_hashes = np.array([example.prompt_hash for example in self.examples], np.uint64)
+        tokens = b"".join(part.astype("<i4").tobytes() for example in self.examples for part in example.parts)
+        shapes = self.arrays.to_bytes()
+        self.checksums = {"tokens": zlib.crc32(tokens), "lengths": zlib.crc32(shapes)}
+        self.fingerprint = hashlib.sha256(shapes + tokens).hexdigest()
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.examples)
 
     def __getitem__(self, index):
-        return self.pairs[index]
+        return self.examples[index]
 
     def origin(self, index: int) -> str:
         return f"{self.name}, row {index}"
 
-    def _parts(self, number: int, pair: Sequence[ArrayLike]) -> list[np.ndarray]:
-        if len(pair) != 3:
-            raise ValueError(f"{self.origin(number)}: a pair is (prompt, chosen, rejected), but has {len(pair)} parts")
-        parts = [np.asarray(part) for part in pair]
-        for name, part in zip(TokenizedPair._fields, parts, strict=True):
-            if part.ndim != 1 or part.size == 0 or not np.issubdtype(part.dtype, np.integer) or part.min() < 0:
+    def _checked(self, number: int, example: TokenizedExample | Sequence[ArrayLike]) -> TokenizedExample:
+        if not isinstance(example, TokenizedExample):
+            if len(example) != 3:
                 raise ValueError(
-                    f"{self.origin(number)}: {name} must be one or more token ids, but is of shape {part.shape} and "
-                    f"{part.dtype}: {part}"
+                    f"{self.origin(number)}: a pair is (prompt, chosen, rejected), but has {len(example)} parts"
                 )
-        return [part.astype(np.int32) for part in parts]
+            prompt, *responses = (np.asarray(part) for part in example)
+            example = TokenizedExample(prompt, tuple(responses), PAIR)
+        names = ["prompt", *(f"response {k}" for k in range(1, len(example.responses) + 1))]
+        if example.is_pair:
+            names = ["prompt", "chosen", "rejected"]
+        if not example.responses:
+            raise ValueError(f"{self.origin(number)}: an example needs at least one response")
+        parts = [self._ids(number, name, part) for name, part in zip(names, example.parts, strict=True)]
+        return TokenizedExample(parts[0], tuple(parts[1:]), example.comparisons, example.weights, example.columns)
+
+    def _ids(self, number: int, name: str, part: ArrayLike) -> np.ndarray:
+        ids = np.asarray(part)
+        if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0:
+            raise ValueError(
+                f"{self.origin(number)}: {name} must be one or more token ids, but is of shape {ids.shape} and "
+                f"{ids.dtype}: {ids}"
+            )
+        return ids.astype(np.int32)

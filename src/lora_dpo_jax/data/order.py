@@ -15,7 +15,7 @@ GOLDEN = 0x9E3779B97F4A7C15  # the step of splitmix64
 
 
 @dataclass(frozen=True)
-class PairOrder:
+class ExampleOrder:
     """Which pairs the steps of a run train on.
 
     Without `weights`, epochs over all pairs follow each other. With them, components are interleaved in exactly these
@@ -156,7 +156,7 @@ def _shuffled(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarra
 
 
 def _hash(key: np.ndarray, number: int, half: np.ndarray) -> np.ndarray:
-    """splitmix64 (https://doi.org/10.1145/2714064.2660195) of a sum that tells the three apart, uint64."""
+    """splitmix64 (https://doi.org/10.1145/2714064.2660195) of a sum in which each of the three counts, uint64."""
     x = key + half * GOLDEN + number * 0xD1B54A32D192ED03 % 2**64
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB

@@ -1,29 +1,33 @@
-"""Packed batches: pairs laid into rows as `prompt | chosen | rejected`, the prompt once.
+"""Packed rows: examples laid into rows as `prompt | response 1 | ... | response K`, the prompt once.
 
     position      0 1 2 3 4 5 6 7 8 9 ...
     tokens        p p p c c r r r q q d e e . .      two pairs, then padding
-    segment_ids   1 1 1 1 1 1 1 1 2 2 2 2 2 0 0      which pair of the row; 0 = padding
-    branch_ids    0 0 0 1 1 2 2 2 0 0 1 2 2 0 0      prompt, chosen, rejected
-    position_ids  0 1 2 3 4 3 4 5 0 1 2 2 3 0 0      the rejected branch restarts where the prompt ended
+    segment_ids   1 1 1 1 1 1 1 1 2 2 2 2 2 0 0      which example of the row; 0 = padding
+    branch_ids    0 0 0 1 1 2 2 2 0 0 1 2 2 0 0      prompt, first response, second response
+    position_ids  0 1 2 3 4 3 4 5 0 1 2 2 3 0 0      each response begins where the prompt ended
 
 What must be predicted is a list beside the rows: for each response token, where its logits are found (`source`, the
-token before it in its own sequence, so the last prompt token serves both responses), the token (`target_ids`) and
-which log-probability it adds to (`target_slot` = 2 * pair of the row, + 1 if rejected).
+token before it in its own sequence, so the last prompt token serves all responses), the token (`target_ids`) and which
+response of the row it belongs to (`target_response`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import equinox as eqx
 import haliax as hax
 import numpy as np
 from haliax import NamedArray
 
-from lora_dpo_jax.data.chat import TokenizedPair
-from lora_dpo_jax.data.shapes import MICRO, PAIR, POSITION, ROW, TARGET, Layout
+from lora_dpo_jax.axes import COMPARISON, EXAMPLE, MICRO, POSITION, RESPONSE, ROW, TARGET
+from lora_dpo_jax.data.examples import TokenizedExample
+from lora_dpo_jax.data.shapes import PartShape
+from lora_dpo_jax.losses.examples import Examples, take
 
 
 class PreferenceBatch(eqx.Module):
-    """The pairs of one step, int32 but for the reference. Axes {micro, row, ...}; a micro-batch has no `micro`."""
+    """A part of a step, int32 but for what is said. Axes {micro, row, ...}; a micro-batch has no `micro`."""
 
     tokens: NamedArray  # {position}
     segment_ids: NamedArray  # {position}
@@ -31,111 +35,164 @@ class PreferenceBatch(eqx.Module):
     position_ids: NamedArray  # {position}
     source: NamedArray  # {target}
     target_ids: NamedArray  # {target}
-    target_slot: NamedArray  # {target}; -1 = empty
-    pair_ids: NamedArray  # {pair}: index in the data; -1 = empty
-    chosen_tokens: NamedArray  # {pair}
-    rejected_tokens: NamedArray  # {pair}
-    # float32 {pair}: log p under the reference, in nats, if it is known beforehand
-    reference_chosen: NamedArray | None = None
-    reference_rejected: NamedArray | None = None
-
-    @property
-    def is_pair(self) -> NamedArray:
-        return self.pair_ids >= 0
+    target_response: NamedArray  # {target}; -1 = empty
+    response_tokens: NamedArray  # {response}: how many; 0 = empty
+    examples: Examples  # {example}, {response}, {comparison}
+    reference: NamedArray | None = None  # float32 {response}: log p under the reference in nats, where it is known
 
     def micro_batch(self, index) -> "PreferenceBatch":
         """The micro-batch `index` (a number, or a traced one inside a loop)."""
         return hax.tree_util.tree_map(lambda x: x[MICRO, index], self)
 
     @property
+    def num_micro_batches(self) -> int:
+        return self.tokens.resolve_axis(MICRO).size
+
+    @property
     def num_used_micro_batches(self):
         """Micro-batches from this one on are empty: a step need not run them."""
-        used = hax.any(self.is_pair, axis=(ROW, PAIR))
+        used = hax.any(self.examples.is_example, axis=(ROW, EXAMPLE))
         return hax.sum(used).scalar()
+
+    @property
+    def num_tokens_of_sequences(self):
+        """Tokens of all sequences, prompt + response: a shared prompt counts once for each of its responses."""
+        is_shared = (self.segment_ids > 0) & (self.branch_ids == 0)
+        if self.holds_pairs:
+            again = hax.sum(is_shared)
+        else:
+            responses = self.examples.sum_of_responses(self.examples.is_response.astype(np.int32))
+            again = hax.sum(hax.where(is_shared, take(responses, EXAMPLE, self.segment_ids - 1) - 1, 0))
+        return (hax.sum(self.segment_ids > 0) + again).scalar()
+
+    @property
+    def holds_pairs(self) -> bool:
+        """Whether each example is a pair, judged by the shape alone."""
+        return self.examples.ids.axes[-1].size == self.examples.chosen.axes[-1].size
 
 
 def pack(
-    pairs: Sequence[TokenizedPair],
+    examples: Sequence[TokenizedExample],
     rows: Sequence[np.ndarray],
-    layout: Layout,
-    reference: np.ndarray | None = None,
+    shape: PartShape,
+    reference: Callable[[int], np.ndarray] | None = None,
     *,
     share_prefix: bool = True,
+    columns: Mapping[str, bool] = MappingProxyType({}),
 ) -> PreferenceBatch:
-    """Lays the rows (arrays of indices into `pairs`) out in NumPy arrays.
+    """Lays the rows (arrays of indices into `examples`) out in NumPy arrays.
 
-    `reference`, float32 [pair, chosen / rejected], is what the reference gives each of `pairs`, if that is known.
-    Without `share_prefix` the prompt comes twice, as the beginning of either branch. Raises ValueError if there are
-    more rows than the layout has.
+    `reference` gives, by the number of an example, log p of its responses under the reference, float32 [response] in
+    nats. `columns` are those that the batch brings along, and whether they have a number for each response. Without
+    `share_prefix` the prompt comes again as the beginning of each response. Raises ValueError if there are more rows
+    than the shape has.
     """
-    capacity = layout.micro_batches * layout.rows
+    capacity = shape.micro_batches * shape.rows
     if len(rows) > capacity:
-        raise ValueError(f"{len(rows)} rows do not fit the {capacity} of {layout}")
-    arrays = _EmptyRows(capacity, layout)
+        raise ValueError(f"{len(rows)} rows do not fit the {capacity} of {shape}")
+    arrays = _EmptyRows(capacity, shape, reference is not None, columns)
     for row, ids in enumerate(rows):
-        arrays.fill(row, [pairs[int(i)] for i in ids], ids, share_prefix)
-    return arrays.batch(layout, reference)
+        filling = _Filling(arrays, row, share_prefix)
+        for number in map(int, ids):
+            filling.add(number, examples[number], None if reference is None else reference(number))
+    return arrays.batch(shape)
 
 
 class _EmptyRows:
     """NumPy arrays [rows, ...] being filled."""
 
-    def __init__(self, rows: int, layout: Layout):
-        def empty(width: int, fill: int = 0) -> np.ndarray:
-            return np.full((rows, width), fill, dtype=np.int32)
+    def __init__(self, rows: int, shape: PartShape, has_reference: bool, columns: Mapping[str, bool]):
+        def empty(width: int, fill: int = 0, dtype: Any = np.int32) -> np.ndarray:
+            return np.full((rows, width), fill, dtype=dtype)
 
-        self.tokens, self.segment_ids, self.branch_ids, self.position_ids = (empty(layout.row_length) for _ in range(4))
-        self.source, self.target_ids, self.target_slot = (
-            empty(layout.targets),
-            empty(layout.targets),
-            empty(layout.targets, -1),
-        )
-        self.pair_ids = empty(layout.pairs, -1)
-        self.chosen_tokens, self.rejected_tokens = empty(layout.pairs), empty(layout.pairs)
+        self.tokens, self.segment_ids, self.branch_ids, self.position_ids = (empty(shape.row_length) for _ in range(4))
+        self.source, self.target_ids = empty(shape.targets), empty(shape.targets)
+        self.target_response = empty(shape.targets, -1)
+        self.response_tokens, self.example_of_response = empty(shape.responses), empty(shape.responses, -1)
+        self.reference = empty(shape.responses, dtype=np.float32) if has_reference else None
+        self.ids = empty(shape.examples, -1)
+        self.chosen, self.rejected = empty(shape.comparisons), empty(shape.comparisons)
+        self.example_of_comparison = empty(shape.comparisons, -1)
+        self.weight = empty(shape.comparisons, dtype=np.float32)
+        self.column_axes = {name: RESPONSE if per_response else EXAMPLE for name, per_response in columns.items()}
+        widths = {RESPONSE: shape.responses, EXAMPLE: shape.examples}
+        self.columns = {name: empty(widths[axis], dtype=np.float32) for name, axis in self.column_axes.items()}
 
-    def fill(self, row: int, pairs: Sequence[TokenizedPair], pair_ids: np.ndarray, share_prefix: bool) -> None:
-        at = target_at = 0
-
-        def lay(tokens: np.ndarray, slot: int, branch: int, first_position: int) -> None:
-            nonlocal at
-            span = slice(at, at + len(tokens))
-            self.tokens[row, span] = tokens
-            self.segment_ids[row, span] = slot + 1
-            self.branch_ids[row, span] = branch
-            self.position_ids[row, span] = np.arange(first_position, first_position + len(tokens))
-            at = span.stop
-
-        for slot, (pair, pair_id) in enumerate(zip(pairs, pair_ids, strict=True)):
-            prompt = pair.prompt
-            if share_prefix:
-                lay(prompt, slot, 0, 0)
-            prompt_end = at
-            for branch, response in ((1, pair.chosen), (2, pair.rejected)):
-                if not share_prefix:
-                    lay(prompt, slot, branch, 0)
-                    prompt_end = at
-                start = at
-                lay(response, slot, branch, len(prompt))
-                targets = slice(target_at, target_at + len(response))
-                self.source[row, targets] = np.arange(start - 1, at - 1)
-                self.source[row, target_at] = prompt_end - 1
-                self.target_ids[row, targets] = response
-                self.target_slot[row, targets] = 2 * slot + branch - 1
-                target_at = targets.stop
-            self.pair_ids[row, slot] = pair_id
-            self.chosen_tokens[row, slot] = len(pair.chosen)
-            self.rejected_tokens[row, slot] = len(pair.rejected)
-
-    def batch(self, layout: Layout, reference: np.ndarray | None) -> PreferenceBatch:
+    def batch(self, shape: PartShape) -> PreferenceBatch:
         def named(array: np.ndarray, axis: str) -> NamedArray:
-            axes = layout.axes(axis)
+            axes = shape.axes(axis)
             return hax.named(array.reshape([a.size for a in axes]), axes)
 
-        last_axis = dict.fromkeys(("tokens", "segment_ids", "branch_ids", "position_ids"), POSITION)
-        last_axis |= dict.fromkeys(("source", "target_ids", "target_slot"), TARGET)
-        last_axis |= dict.fromkeys(("pair_ids", "chosen_tokens", "rejected_tokens"), PAIR)
-        arrays = {name: named(getattr(self, name), axis) for name, axis in last_axis.items()}
-        if reference is not None:
-            values = np.where(self.pair_ids[..., None] >= 0, reference[self.pair_ids], np.float32(0))
-            arrays["reference_chosen"], arrays["reference_rejected"] = (named(values[..., i], PAIR) for i in range(2))
-        return PreferenceBatch(**arrays)
+        return PreferenceBatch(
+            **{x: named(getattr(self, x), POSITION) for x in ("tokens", "segment_ids", "branch_ids", "position_ids")},
+            **{x: named(getattr(self, x), TARGET) for x in ("source", "target_ids", "target_response")},
+            response_tokens=named(self.response_tokens, RESPONSE),
+            examples=Examples(
+                ids=named(self.ids, EXAMPLE),
+                example_of_response=named(self.example_of_response, RESPONSE),
+                **{x: named(getattr(self, x), COMPARISON) for x in ("chosen", "rejected", "example_of_comparison")},
+                weight=named(self.weight, COMPARISON),
+                columns={name: named(self.columns[name], axis) for name, axis in self.column_axes.items()},
+            ),
+            reference=None if self.reference is None else named(self.reference, RESPONSE),
+        )
+
+
+class _Filling:
+    """One row, and how far it is filled."""
+
+    def __init__(self, arrays: _EmptyRows, row: int, share_prefix: bool):
+        self.arrays, self.row, self.share_prefix = arrays, row, share_prefix
+        self.tokens = self.targets = self.examples = self.responses = self.comparisons = 0
+
+    def add(self, number: int, example: TokenizedExample, reference: np.ndarray | None) -> None:
+        """`number` is that of the example in the data."""
+        arrays, row, slot, first = self.arrays, self.row, self.examples, self.responses
+        prompt = example.prompt
+        if self.share_prefix:
+            self._lay(prompt, branch=0, first_position=0)
+        prompt_end = self.tokens
+        for branch, response in enumerate(example.responses, start=1):
+            if not self.share_prefix:
+                self._lay(prompt, branch, first_position=0)
+                prompt_end = self.tokens
+            start = self.tokens
+            self._lay(response, branch, first_position=len(prompt))
+            self._predict(response, start, prompt_end)
+            arrays.example_of_response[row, self.responses] = slot
+            self.responses += 1
+        if reference is not None and arrays.reference is not None:
+            arrays.reference[row, first : self.responses] = reference
+        for (chosen, rejected), weight in zip(example.comparisons, example.comparison_weights, strict=True):
+            arrays.chosen[row, self.comparisons], arrays.rejected[row, self.comparisons] = (
+                first + chosen,
+                first + rejected,
+            )
+            arrays.example_of_comparison[row, self.comparisons] = slot
+            arrays.weight[row, self.comparisons] = weight
+            self.comparisons += 1
+        for name, axis in arrays.column_axes.items():
+            at = slice(first, self.responses) if axis == RESPONSE else slot
+            arrays.columns[name][row, at] = example.columns[name]
+        arrays.ids[row, slot] = number
+        self.examples += 1
+
+    def _lay(self, tokens: np.ndarray, branch: int, first_position: int) -> None:
+        span = slice(self.tokens, self.tokens + len(tokens))
+        arrays, row = self.arrays, self.row
+        arrays.tokens[row, span] = tokens
+        arrays.segment_ids[row, span] = self.examples + 1
+        arrays.branch_ids[row, span] = branch
+        arrays.position_ids[row, span] = np.arange(first_position, first_position + len(tokens))
+        self.tokens = span.stop
+
+    def _predict(self, response: np.ndarray, start: int, prompt_end: int) -> None:
+        """Each token of the response from the one before it; the first from the last one of the prompt."""
+        span = slice(self.targets, self.targets + len(response))
+        arrays, row = self.arrays, self.row
+        arrays.source[row, span] = np.arange(start - 1, start + len(response) - 1)
+        arrays.source[row, span.start] = prompt_end - 1
+        arrays.target_ids[row, span] = response
+        arrays.target_response[row, span] = self.responses
+        arrays.response_tokens[row, self.responses] = len(response)
+        self.targets = span.stop

@@ -1,4 +1,4 @@
-"""Prints tokenized pairs so that a person can check masks and templates."""
+"""Prints tokenized examples so that a person can check masks and templates."""
 
 import os
 import sys
@@ -7,8 +7,9 @@ from typing import TextIO
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_dpo_jax.data.batches import PairTable
-from lora_dpo_jax.data.cache import TokenizedPairs
+from lora_dpo_jax.data.cache import TokenizedExamples
+from lora_dpo_jax.data.examples import TokenizedExample
+from lora_dpo_jax.data.table import ExampleTable
 from lora_dpo_jax.printable import printable
 
 RESET = "\x1b[0m"
@@ -21,28 +22,35 @@ SHADES = {
 
 
 def preview(
-    pairs: TokenizedPairs | PairTable,
+    examples: TokenizedExamples | ExampleTable,
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     file: TextIO | None = None,  # sys.stdout
     color: bool | None = None,
 ) -> None:
-    """The first `count` pairs; in colour on a terminal or if told, in labelled blocks of plain text elsewhere."""
+    """The first `count` examples: in colour on a terminal, or by `color`; else in labelled blocks of plain text."""
     out = sys.stdout if file is None else file
     if color is None:
         color = out.isatty() and "NO_COLOR" not in os.environ
-    for index in range(min(count, len(pairs))):
-        pair = pairs[index]
-        print(f"=== pair {index + 1} of {len(pairs):,}: {printable(pairs.origin(index))}", file=out)
-        for role, ids in pair._asdict().items():
+    for index in range(min(count, len(examples))):
+        example = examples[index]
+        what = "pair" if example.is_pair else "example"
+        print(f"=== {what} {index + 1} of {len(examples):,}: {printable(examples.origin(index))}", file=out)
+        for role, ids in zip(_roles(example), example.parts, strict=True):
             scored = "not scored" if role == "prompt" else "scored"
             print(f"--- {role} ({len(ids):,} tokens, {scored})", file=out)
             print(_colored(ids, role, tokenizer) if color else _visible(_decode(ids, tokenizer)), file=out)
         print(file=out)
 
 
+def _roles(example: TokenizedExample) -> list[str]:
+    if example.is_pair:
+        return ["prompt", "chosen", "rejected"]
+    return ["prompt", *(f"response {number}" for number in range(1, len(example.responses) + 1))]
+
+
 def _colored(ids: np.ndarray, role: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    shades = SHADES[role]
+    shades = SHADES.get(role, SHADES["chosen"])
     pieces = _pieces(ids, tokenizer)
     return "".join(f"{shades[i % 2]}{_visible(piece)}" for i, piece in enumerate(pieces)) + RESET
 

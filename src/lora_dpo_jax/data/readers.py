@@ -1,4 +1,4 @@
-"""From the bytes of a file to its rows: the formats and compressions, told by the suffix."""
+"""From the bytes of a file to its rows: the formats and compressions, by the suffix."""
 
 import bz2
 import csv
@@ -18,6 +18,8 @@ from lora_dpo_jax.data.json_rows import Unreadable, read_json, read_json_lines, 
 ROWS_PER_READ = 1024
 BYTES_PER_READ = 1 << 16
 COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "xz": "xz", "zst": "zstd"}  # by suffix
+# How a file of each kind begins.
+MAGIC = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "xz": b"\xfd7zXZ\x00", "zstd": b"\x28\xb5\x2f\xfd"}
 # Objects with `decompress`, `eof` and `unused_data`, each for one stream.
 DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     "gzip": lambda: zlib.decompressobj(wbits=31),  # 31: with gzip's header and checksum
@@ -55,7 +57,7 @@ def decompress(file: BinaryIO, compression: str | None) -> BinaryIO:
     """Raises when it is read, if the file breaks off or something else follows."""
     if compression is None:
         return file
-    return io.BufferedReader(_Streams(file, DECOMPRESSORS[compression]), BYTES_PER_READ)
+    return io.BufferedReader(_Streams(file, compression), BYTES_PER_READ)
 
 
 class _Streams(io.RawIOBase):
@@ -65,9 +67,9 @@ class _Streams(io.RawIOBase):
     or where a stream breaks off (zstandard).
     """
 
-    def __init__(self, file: BinaryIO, new: Callable[[], Any]):
-        self._file, self._new = file, new
-        self._stream, self._ready = new(), memoryview(b"")
+    def __init__(self, file: BinaryIO, compression: str):
+        self._file, self._compression, self._is_known = file, compression, False
+        self._stream, self._ready = DECOMPRESSORS[compression](), memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -80,12 +82,21 @@ class _Streams(io.RawIOBase):
                 if not self._stream.eof:
                     raise EOFError("it breaks off within its compressed data")
                 return 0
+            if not self._is_known:
+                self._check_beginning(data)
             if self._stream.eof:
-                self._stream = self._new()
+                self._stream = DECOMPRESSORS[self._compression]()
             self._ready = memoryview(self._stream.decompress(data))
         size = min(len(buffer), len(self._ready))
         buffer[:size], self._ready = self._ready[:size], self._ready[size:]
         return size
+
+    def _check_beginning(self, data: bytes) -> None:
+        magic = MAGIC[self._compression]
+        is_skipped = self._compression == "zstd" and data[1:4] == b"\x2a\x4d\x18"  # a frame for other programs
+        if not is_skipped and data[: len(magic)] != magic[: len(data)]:
+            raise ValueError(f"it is no {self._compression} file, whatever its name says")
+        self._is_known = True
 
 
 def _read_separated(file: BinaryIO, dialect: str) -> Iterator[tuple[int, Any]]:

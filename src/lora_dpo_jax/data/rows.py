@@ -1,10 +1,11 @@
-"""How a raw row becomes a PreferencePair: which of its columns is what, and where the prompt ends."""
+"""How a raw row becomes an Example: which of its columns is what, and where the prompt ends."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeGuard
 
 from lora_dpo_jax.data.config import FormatConfig
+from lora_dpo_jax.data.examples import PAIR
 from lora_dpo_jax.data.messages import (
     INPUT_ROLES,
     Message,
@@ -21,17 +22,20 @@ from lora_dpo_jax.data.sources import RowError
 # Where a prompt stands in rows without `prompt_field`: text first, then messages that wait for an answer.
 PROMPT_COLUMNS = ("question", "instruction", "input", "conversations", "messages")
 OPENAI_RESPONSES = ("preferred_output", "non_preferred_output")
+LARGEST_FLOAT32 = 3.4e38
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 
 
 @dataclass(frozen=True)
-class PreferencePair:
-    """One prompt with two responses: all three are strings, or all three are lists of messages."""
+class Example:
+    """One prompt with its responses: all are strings, or all are lists of messages."""
 
     prompt: Text
-    chosen: Text
-    rejected: Text
+    responses: tuple[Text, ...]
     origin: str  # "train.jsonl, row 12"
+    names: tuple[str, ...] = ("chosen", "rejected")  # what messages call the responses
+    comparisons: tuple[tuple[int, int], ...] = PAIR  # (chosen, rejected), numbers of responses
+    columns: Mapping[str, float | list[float]] = field(default_factory=dict)  # a number, or one for each response
     tools: list[dict] | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     # Strings alone: the prompt is what the responses share, so nothing but their tokens says where it ends.
@@ -45,25 +49,50 @@ class _Prompt:
     tools: Any = None  # OpenAI's `input` holds them
 
 
-def read_pair(row: Any, format: FormatConfig, origin: str) -> PreferencePair:
-    """The pair of one raw row. Raises RowError."""
+@dataclass(frozen=True)
+class _Answers:
+    """The responses of a row: all strings, or all lists of messages."""
+
+    names: tuple[str, ...]  # what messages call them
+    texts: list[Any]
+
+    @property
+    def are_strings(self) -> bool:
+        return all(isinstance(text, str) for text in self.texts)
+
+    @property
+    def messages(self) -> "list[list[Message]]":
+        return [[{"role": "assistant", "content": text}] if isinstance(text, str) else text for text in self.texts]
+
+    @property
+    def first_roles(self) -> set[str]:
+        return {text[0]["role"] for text in self.texts if not isinstance(text, str)}
+
+
+def read_example(row: Any, format: FormatConfig, origin: str) -> Example:
+    """The example of one raw row. Raises RowError."""
     if not isinstance(row, Mapping):
         raise RowError("malformed", origin, f"is {kind(row)}; needed: an object with named columns")
     try:
-        return _pair(row, format, origin)
+        example = _example(row, format, origin)
     except RecursionError as error:
         raise RowError("malformed", origin, "is nested too deeply") from error
+    columns: dict[str, float | list[float]] = {name: _number(row, name, origin) for name in format.columns}
+    columns |= {name: _numbers(row, name, len(example.responses), origin) for name in format.response_columns}
+    if format.type == "unpaired":
+        return replace(example, comparisons=(), columns=columns | {"label": [_label(row, format, origin)]})
+    return replace(example, columns=columns)
 
 
-def _pair(row: Mapping, format: FormatConfig, origin: str) -> PreferencePair:
+def _example(row: Mapping, format: FormatConfig, origin: str) -> Example:
     for column in MEDIA_COLUMNS:
         if _holds_a_value(row.get(column)):
             raise RowError("malformed", origin, f"{column!r} has a value, and the model reads text alone")
-    chosen, rejected = _responses(row, format, origin)
-    prompt = _find_prompt(row, format, chosen, rejected, origin)
+    answers = _answers(row, format, origin)
+    prompt = _find_prompt(row, format, answers, origin)
     options = _template_options(row, format, prompt, origin)
     value = prompt.value if prompt else None
-    if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(value, list):
+    if answers.are_strings and not isinstance(value, list):
         if not _is_chat(row, format):
             if options:
                 raise RowError(
@@ -72,7 +101,7 @@ def _pair(row: Mapping, format: FormatConfig, origin: str) -> PreferencePair:
                     f"has {' and '.join(sorted(options))}, which need a chat template, but format.strings is plain. "
                     "Set it to chat",
                 )
-            return _string_pair(value, chosen, rejected, origin)
+            return _string_example(value, answers, origin)
         if value is None:
             raise RowError(
                 "malformed",
@@ -80,7 +109,7 @@ def _pair(row: Mapping, format: FormatConfig, origin: str) -> PreferencePair:
                 f"has no {format.prompt_field or 'prompt'!r}, so that nothing says where the user's turn ends. "
                 "Set format.prompt_field to its column, or format.strings to plain",
             )
-    return _chat_pair(prompt, _as_messages(chosen), _as_messages(rejected), options, format, origin)
+    return _chat_example(prompt, answers, options, format, origin)
 
 
 def _is_chat(row: Mapping, format: FormatConfig) -> bool:
@@ -92,24 +121,23 @@ def _is_chat(row: Mapping, format: FormatConfig) -> bool:
     return format.chat_template is not None or any(_column(row, column) is not None for column in columns)
 
 
-def _string_pair(prompt: str | None, chosen: str, rejected: str, origin: str) -> PreferencePair:
+def _string_example(prompt: str | None, answers: _Answers, origin: str) -> Example:
+    texts = answers.texts
     if prompt is not None:
-        return PreferencePair(prompt, chosen, rejected, origin)
-    shared = _shared_prefix(chosen, rejected)
-    if shared and chosen[shared - 1] == " ":
+        return Example(prompt, tuple(texts), origin, answers.names)
+    if len(texts) == 1:
+        raise RowError("malformed", origin, "has no prompt: set format.prompt_field to its column")
+    shared = _shared_prefix(texts)
+    if shared and texts[0][shared - 1] == " ":
         shared -= 1  # most tokenizers join a space to the word after it
-    return PreferencePair(chosen[:shared], chosen[shared:], rejected[shared:], origin, implicit_prompt=True)
+    responses = tuple(text[shared:] for text in texts)
+    return Example(texts[0][:shared], responses, origin, answers.names, implicit_prompt=True)
 
 
-def _chat_pair(
-    prompt: _Prompt | None,
-    chosen: list[Message],
-    rejected: list[Message],
-    options: dict[str, Any],
-    format: FormatConfig,
-    origin: str,
-) -> PreferencePair:
-    messages, chosen, rejected = _split_prompt(prompt, chosen, rejected, origin)
+def _chat_example(
+    prompt: _Prompt | None, answers: _Answers, options: dict[str, Any], format: FormatConfig, origin: str
+) -> Example:
+    messages, responses = _split_prompt(prompt, answers, origin)
     system = options.pop("system", None)
     if system is not None:
         if messages[0]["role"] not in ("system", "developer"):
@@ -118,56 +146,57 @@ def _chat_pair(
             raise RowError(
                 "malformed", origin, f"has a system message in its messages and another in {format.system_prompt!r}"
             )
-    for name, response in (("chosen", chosen), ("rejected", rejected)):
+    for name, response in zip(answers.names, responses, strict=True):
         if response[0]["role"] in INPUT_ROLES:
             raise RowError(
                 "malformed",
                 origin,
-                f"the {name} response begins with a message of role {response[0]['role']!r}. Chosen and rejected "
-                "must share every message before the first that differs, and that one must be the assistant's",
+                f"the {name} response begins with a message of role {response[0]['role']!r}. "
+                f"{' and '.join(answers.names).capitalize()} must share every message before the first that differs, "
+                "and that one must be the assistant's",
             )
         if not any(says_something(message) for message in response if message["role"] not in INPUT_ROLES):
             raise RowError("empty", origin, f"the {name} response is empty")
-    return PreferencePair(messages, chosen, rejected, origin, **options)
+    return Example(messages, tuple(responses), origin, answers.names, **options)
 
 
-def _split_prompt(
-    prompt: _Prompt | None, chosen: list[Message], rejected: list[Message], origin: str
-) -> tuple[list[Message], list[Message], list[Message]]:
+def _split_prompt(prompt: _Prompt | None, answers: _Answers, origin: str) -> tuple[list[Message], list[list[Message]]]:
     """Prompt and responses as lists that share no message, from full conversations or from responses alone."""
+    responses = answers.messages
     text = prompt.value if prompt is not None else None
     if isinstance(text, list):
         size = len(text)
-        if min(len(chosen), len(rejected)) > size and chosen[:size] == text == rejected[:size]:
-            return text, chosen[size:], rejected[size:]
-        return text, chosen, rejected
-    if prompt is not None and text is not None and not {chosen[0]["role"], rejected[0]["role"]} & {*INPUT_ROLES}:
+        if all(len(response) > size and response[:size] == text for response in responses):
+            return text, [response[size:] for response in responses]
+        return text, responses
+    first_roles = {response[0]["role"] for response in responses}
+    if prompt is not None and text is not None and not first_roles & {*INPUT_ROLES}:
         if not text.strip():
             raise RowError("empty", origin, f"{prompt.column!r} is empty")
-        return [{"role": "user", "content": text}], chosen, rejected
-    shared = _shared_prefix(chosen, rejected)
+        return [{"role": "user", "content": text}], responses
+    shared = _shared_prefix(responses)
+    names = " and ".join(answers.names)
     if shared == 0:
-        raise RowError("malformed", origin, "has no prompt, and chosen and rejected share no first message")
+        raise RowError("malformed", origin, f"has no prompt, and {names} share no first message")
     # A prompt column beside full conversations only repeats one of their messages.
-    if prompt is not None and text not in [message.get("content") for message in chosen[:shared]]:
+    if prompt is not None and text not in [message.get("content") for message in responses[0][:shared]]:
         raise RowError(
             "malformed",
             origin,
-            f"{prompt.column!r} is none of the messages that chosen and rejected share. "
+            f"{prompt.column!r} is none of the messages that {names} share. "
             "Set format.prompt_field to null to take the prompt from the messages",
         )
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+    return responses[0][:shared], [response[shared:] for response in responses]
 
 
-def _shared_prefix(chosen: Text, rejected: Text) -> int:
-    """How much both begin with, never the whole of either."""
-    limit = min(len(chosen), len(rejected)) - 1
-    return next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
+def _shared_prefix(texts: Sequence[Text]) -> int:
+    """How much all begin with, never the whole of one."""
+    first, limit = texts[0], min(map(len, texts)) - 1
+    return next((i for i in range(limit) if any(text[i] != first[i] for text in texts)), limit)
 
 
-def _responses(row: Mapping, format: FormatConfig, origin: str) -> tuple[Text, Text]:
-    """Both strings, or both lists of messages."""
-    columns = format.chosen_field, format.rejected_field
+def _answers(row: Mapping, format: FormatConfig, origin: str) -> _Answers:
+    names, columns = format.response_names, format.answer_columns
     if columns == ("chosen", "rejected") and all(row.get(column) is None for column in columns):
         if any(row.get(column) is not None for column in OPENAI_RESPONSES):
             columns = OPENAI_RESPONSES
@@ -178,19 +207,52 @@ def _responses(row: Mapping, format: FormatConfig, origin: str) -> tuple[Text, T
         if isinstance(row[column], str) and not row[column].strip():
             raise RowError("empty", origin, f"{column!r} is empty")
     if all(isinstance(row[column], str) for column in columns):
-        chosen, rejected = read_all_text({column: row[column] for column in columns}, origin)
-        return chosen, rejected
-    chosen, rejected = (_text(row[column], column, origin) for column in columns)
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        found = f"{columns[0]!r} is {kind(chosen)}, {columns[1]!r} is {kind(rejected)}"
+        return _Answers(names, read_all_text({column: row[column] for column in columns}, origin))
+    texts = [_text(row[column], column, origin) for column in columns]
+    if len({isinstance(text, str) for text in texts}) > 1:
+        found = ", ".join(f"{column!r} is {kind(text)}" for column, text in zip(columns, texts, strict=True))
         raise RowError("malformed", origin, f"{found}; needed: both strings, or both lists of messages")
-    return chosen, rejected
+    return _Answers(names, texts)
 
 
-def _find_prompt(row: Mapping, format: FormatConfig, chosen: Text, rejected: Text, origin: str) -> _Prompt | None:
+def _number(row: Mapping, name: str, origin: str) -> float:
+    """Of a column of format.columns."""
+    value = row.get(name)
+    if not _is_number(value):
+        found = "is not there" if value is None else f"is {kind(value)}"
+        raise RowError("malformed", origin, f"{name!r}, one of format.columns, {found}; needed: a finite number")
+    return float(value)
+
+
+def _numbers(row: Mapping, name: str, count: int, origin: str) -> list[float]:
+    """Of a column of format.response_columns."""
+    values = row.get(name)
+    if not (isinstance(values, list) and len(values) == count and all(map(_is_number, values))):
+        found = "is not there" if values is None else f"is {kind(values)}"
+        raise RowError(
+            "malformed",
+            origin,
+            f"{name!r}, one of format.response_columns, {found}; needed: a list of {count} finite numbers, one for "
+            "each response",
+        )
+    return [float(value) for value in values]
+
+
+def _label(row: Mapping, format: FormatConfig, origin: str) -> float:
+    """Of an unpaired row: whether the response is a desirable one."""
+    value = row.get(format.label_field)
+    if value not in (True, False):  # 1 and 0 too
+        raise RowError("malformed", origin, f"{format.label_field!r} is {kind(value)}; needed: true or false")
+    return float(value)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and abs(value) <= LARGEST_FLOAT32
+
+
+def _find_prompt(row: Mapping, format: FormatConfig, answers: _Answers, origin: str) -> _Prompt | None:
     """The prompt of its column or, in rows without that column, of the one column that holds it elsewhere."""
-    firsts = [response[0]["role"] for response in (chosen, rejected) if not isinstance(response, str)]
-    in_responses = bool(firsts) and all(role in INPUT_ROLES for role in firsts)
+    in_responses = bool(answers.first_roles) and answers.first_roles <= {*INPUT_ROLES}
     given = _column(row, format.prompt_field)
     if given is not None and not (in_responses and given == ""):
         return _read_prompt(row, str(format.prompt_field), origin)
@@ -200,7 +262,7 @@ def _find_prompt(row: Mapping, format: FormatConfig, chosen: Text, rejected: Tex
     if {"instruction", "input"} <= {*columns} and isinstance(row["input"], str):
         columns.remove("input")  # stands in the prompt of the instruction
     prompts = [_read_prompt(row, column, origin) for column in columns]
-    prompts = [prompt for prompt in prompts if _awaits(prompt.value, chosen, rejected)]
+    prompts = [prompt for prompt in prompts if _awaits(prompt.value, answers)]
     if len(prompts) > 1:
         found = " and ".join(repr(prompt.column) for prompt in prompts)
         raise RowError("malformed", origin, f"has no 'prompt', and {found} may be it: set format.prompt_field to one")
@@ -218,11 +280,12 @@ def _read_prompt(row: Mapping, column: str, origin: str) -> _Prompt:
     return _Prompt(column, _text(value, column, origin))
 
 
-def _awaits(prompt: Text, chosen: Text, rejected: Text) -> bool:
+def _awaits(prompt: Text, answers: _Answers) -> bool:
     """Whether the responses answer this text, which stands in no column made for it."""
     if not isinstance(prompt, str):
         return prompt[-1]["role"] in INPUT_ROLES
-    shared = chosen[: _shared_prefix(chosen, rejected)] if isinstance(chosen, str) else ""
+    first = answers.texts[0]
+    shared = first[: _shared_prefix(answers.texts)] if isinstance(first, str) and len(answers.texts) > 1 else ""
     return bool(prompt.strip()) and prompt not in shared
 
 
@@ -231,10 +294,6 @@ def _text(value: Any, column: str, origin: str) -> Text:
         [text] = read_all_text({column: value}, origin)
         return text
     return read_messages(value, column, origin)
-
-
-def _as_messages(response: Text) -> list[Message]:
-    return [{"role": "assistant", "content": response}] if isinstance(response, str) else response
 
 
 def _template_options(row: Mapping, format: FormatConfig, prompt: _Prompt | None, origin: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Which pairs share a row, and the few shapes of rows that a run compiles.
+"""Which examples share a row, and the few shapes of rows that a run compiles.
 
-A step is computed in micro-batches, each of one of these shapes (`Layout`), as many of each as its pairs need. Shapes
-differ so that what is left of a step after its long rows does not pay for another long one.
+A step is computed in micro-batches. Each has one of these shapes, and a step has as many of each as its examples need.
+Shapes differ so that what is left of a step after its long rows does not pay for another long one.
 """
 
 import bisect
@@ -13,25 +13,33 @@ from dataclasses import dataclass
 import numpy as np
 from haliax import Axis
 
-MICRO, ROW, POSITION, TARGET, PAIR = "micro", "row", "position", "target", "pair"
+from lora_dpo_jax.axes import COMPARISON, EXAMPLE, MICRO, POSITION, RESPONSE, ROW, TARGET
+from lora_dpo_jax.data.examples import ExampleSizes
 
 MAX_SHAPES = 3  # that a run compiles
 WORTH_COMPILING = 0.02  # of all tokens computed: what another shape must save
 LENGTH_MULTIPLE = 128  # tokens; blocks of attention divide rows
-SHORTEST_ROW = 256  # tokens, unless all pairs are shorter
+SHORTEST_ROW = 256  # tokens, unless all examples are shorter
 MICRO_BATCH_COST = 32  # what beginning another micro-batch costs, in tokens of a row
-SAMPLED_PAIRS = 1024  # of the run, on which the shapes are chosen
+SAMPLED_EXAMPLES = 1024  # of the run, on which the shapes are chosen
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The shape of a batch. It changes no loss, no gradient and no order, only what is computed together."""
+class PartShape:
+    """The shape of a part of a step. It changes no loss, no gradient and no order, only what is computed together."""
 
     micro_batches: int
     rows: int  # per micro-batch
     row_length: int  # tokens
     targets: int  # per row
-    pairs: int  # per row
+    examples: int  # per row
+    responses: int  # per row
+    comparisons: int  # per row
+
+    @classmethod
+    def of_pairs(cls, micro_batches: int, rows: int, row_length: int, targets: int, pairs: int) -> "PartShape":
+        """For rows of that many pairs."""
+        return cls(micro_batches, rows, row_length, targets, pairs, 2 * pairs, pairs)
 
     def axes(self, *names: str) -> tuple[Axis, ...]:
         sizes = {
@@ -39,13 +47,15 @@ class Layout:
             ROW: self.rows,
             POSITION: self.row_length,
             TARGET: self.targets,
-            PAIR: self.pairs,
+            EXAMPLE: self.examples,
+            RESPONSE: self.responses,
+            COMPARISON: self.comparisons,
         }
         return tuple(Axis(name, sizes[name]) for name in (MICRO, ROW, *names))
 
 
 @dataclass(frozen=True)
-class RowShape:
+class _Rows:
     """Rows that are computed together."""
 
     rows: int
@@ -57,35 +67,34 @@ class RowShape:
 
 
 @dataclass(frozen=True)
-class PairLayout:
-    """How the tokens of pairs are laid into rows; both are on unless one wants to compare."""
+class PackingConfig:
+    """How the tokens of examples are laid into rows; both are on unless one wants to compare."""
 
-    packing: bool = True  # several pairs in a row
-    share_prefix: bool = True  # the prompt of a pair once, for both responses
+    packing: bool = True  # several examples in a row
+    share_prefix: bool = True  # the prompt of an example once, for all responses
 
-    def sizes(self, lengths: np.ndarray) -> np.ndarray:
-        """Tokens of each pair, from int[n, 3] of prompt, chosen and rejected."""
-        return lengths.sum(axis=1) + (0 if self.share_prefix else lengths[:, 0])
+    def tokens(self, sizes: ExampleSizes) -> np.ndarray:
+        """Of each example in its row."""
+        return sizes.tokens if self.share_prefix else sizes.prompt * sizes.responses + sizes.targets
 
-    def shortest_row(self, lengths: np.ndarray) -> int:
-        """Tokens of a row that holds any of the pairs."""
-        return round_up(int(self.sizes(lengths).max()), LENGTH_MULTIPLE)
+    def shortest_row(self, sizes: ExampleSizes) -> int:
+        """Tokens of a row that holds any of the examples."""
+        return round_up(int(self.tokens(sizes).max()), LENGTH_MULTIPLE)
 
 
 @dataclass(frozen=True)
-class RunLayout:
-    """The layouts of the parts of a batch, from most tokens to fewest."""
+class StepShapes:
+    """The shapes of the parts of a step, from most tokens to fewest."""
 
-    parts: tuple[Layout, ...]
-    pair_layout: PairLayout = PairLayout()
+    parts: tuple[PartShape, ...]
+    packing: PackingConfig = PackingConfig()
 
-    def plan(self, lengths: np.ndarray) -> list[list[list[int]]]:
-        """For each part, its rows: indices of pairs, whose lengths int[n, 3] are given."""
-        shapes = [RowShape(part.rows, part.row_length) for part in self.parts]
-        return _plan_step(lengths, shapes, self.pair_layout)
+    def rows_of(self, sizes: ExampleSizes) -> list[list[list[int]]]:
+        """For each part, its rows: indices of the examples of a step, whose sizes are given."""
+        return _lay_out(sizes, [_Rows(part.rows, part.row_length) for part in self.parts], self.packing)
 
 
-def plan_rows(sizes: Sequence[int], row_length: int) -> list[list[int]]:
+def fill_rows(sizes: Sequence[int], row_length: int) -> list[list[int]]:
     """Lays items of these sizes (tokens) into rows: longest first, each into the fullest row that has room.
 
     Returns the items of each row. Deterministic. O(n log n).
@@ -95,28 +104,27 @@ def plan_rows(sizes: Sequence[int], row_length: int) -> list[list[int]]:
     return [row for row in _best_fit(sizes, [], row_length) or [] if row]
 
 
-def plan_layout(
+def choose_shapes(
     batches: Sequence[np.ndarray],
-    lengths: np.ndarray,
+    sizes: ExampleSizes,
     *,
     row_multiple: int = 1,
     longest_row: int | None = None,
-    pair_layout: PairLayout = PairLayout(),
+    packing: PackingConfig = PackingConfig(),
     max_shapes: int = MAX_SHAPES,
-) -> RunLayout:
-    """A layout that holds each of `batches` (arrays of pair ids), so that one compiled step serves all.
+) -> StepShapes:
+    """Shapes that hold each of `batches` (arrays of example ids), so that one compiled step serves all.
 
-    `lengths` int[n, 3] counts prompt, chosen and rejected tokens of every pair. A micro-batch has `row_multiple` rows,
-    one for each group of devices that share rows. `longest_row` (tokens) bounds a row, and so the memory of a step; a
-    row always holds the longest pair.
+    A micro-batch has `row_multiple` rows, one for each group of devices that share rows. `longest_row` (tokens) bounds
+    a row, and so the memory of a step; a row always holds the longest example.
     """
-    shapes = _choose_shapes(batches, lengths, row_multiple, longest_row, pair_layout, max_shapes)
-    used: list[_Extent] = [_Extent() for _ in shapes]
+    chosen = _choose_rows(batches, sizes, row_multiple, longest_row, packing, max_shapes)
+    used: list[_Extent] = [_Extent() for _ in chosen]
     for ids in batches:
-        for extent, shape, rows in zip(used, shapes, _plan_step(lengths[ids], shapes, pair_layout), strict=True):
-            extent.include(shape, rows, lengths[ids])
-    parts = [extent.layout(shape) for extent, shape in zip(used, shapes, strict=True) if extent.micro_batches]
-    return RunLayout(tuple(parts), pair_layout)
+        for extent, shape, rows in zip(used, chosen, _lay_out(sizes[ids], chosen, packing), strict=True):
+            extent.include(shape, rows, sizes[ids])
+    parts = [extent.shape(shape) for extent, shape in zip(used, chosen, strict=True) if extent.micro_batches]
+    return StepShapes(tuple(parts), packing)
 
 
 @dataclass
@@ -125,46 +133,50 @@ class _Extent:
 
     micro_batches: int = 0
     targets: int = 0  # per row
-    pairs: int = 0
+    examples: int = 0
+    responses: int = 0
+    comparisons: int = 0
 
-    def include(self, shape: RowShape, rows: list[list[int]], lengths: np.ndarray) -> None:
+    def include(self, shape: _Rows, rows: list[list[int]], sizes: ExampleSizes) -> None:
         self.micro_batches = max(self.micro_batches, -(-len(rows) // shape.rows))
-        responses = lengths[:, 1:].sum(axis=1)
         for row in rows:
-            self.targets = max(self.targets, int(responses[row].sum()))
-            self.pairs = max(self.pairs, len(row))
+            self.targets = max(self.targets, int(sizes.targets[row].sum()))
+            self.examples = max(self.examples, len(row))
+            self.responses = max(self.responses, int(sizes.responses[row].sum()))
+            self.comparisons = max(self.comparisons, int(sizes.comparisons[row].sum()))
 
-    def layout(self, shape: RowShape) -> Layout:
+    def shape(self, rows: _Rows) -> PartShape:
         targets = round_up(self.targets, LENGTH_MULTIPLE)
-        return Layout(self.micro_batches, shape.rows, shape.length, targets=targets, pairs=self.pairs)
+        counts = self.examples, self.responses, self.comparisons
+        return PartShape(self.micro_batches, rows.rows, rows.length, targets, *counts)
 
 
-def layout_of_rows(planned: Iterable[np.ndarray], lengths: np.ndarray, *, rows: int) -> Layout:
-    """One micro-batch of rows that can be any of `planned` (arrays of pair ids)."""
-    shape, extent = RowShape(rows, PairLayout().shortest_row(lengths)), _Extent(micro_batches=1)
-    for row in planned:
-        extent.include(shape, [list(range(len(row)))], lengths[row])
-    return extent.layout(shape)
+def shape_of_rows(filled: Iterable[np.ndarray], sizes: ExampleSizes, *, rows: int) -> PartShape:
+    """One micro-batch of rows that can be any of `filled` (arrays of example ids)."""
+    shape, extent = _Rows(rows, PackingConfig().shortest_row(sizes)), _Extent(micro_batches=1)
+    for row in filled:
+        extent.include(shape, [list(range(len(row)))], sizes[row])
+    return extent.shape(shape)
 
 
-def _choose_shapes(batches, lengths, row_multiple, bound, pair_layout, max_shapes) -> Sequence[RowShape]:
-    """The set of shapes, one of which holds any pair, that computes the fewest tokens on a sample of the steps."""
-    sizes = pair_layout.sizes(lengths)
-    totals = np.array([sizes[ids].sum() for ids in batches])
-    sample = _sample(batches, lengths, totals)
-    longest = pair_layout.shortest_row(lengths)
+def _choose_rows(batches, sizes, row_multiple, bound, packing, max_shapes) -> Sequence[_Rows]:
+    """The set of shapes, one of which holds any example, that computes the fewest tokens on a sample of the steps."""
+    tokens = packing.tokens(sizes)
+    totals = np.array([tokens[ids].sum() for ids in batches])
+    sample = _sample(batches, sizes, totals)
+    longest = packing.shortest_row(sizes)
     candidates = _candidate_lengths(longest, totals / row_multiple, bound)
-    candidates = [RowShape(row_multiple, length) for length in candidates]
+    candidates = [_Rows(row_multiple, length) for length in candidates]
 
-    def cost(shapes: tuple[RowShape, ...]) -> float:
-        planned = (_plan_step(step, shapes, pair_layout) for step in sample)
+    def cost(shapes: tuple[_Rows, ...]) -> float:
+        steps = (_lay_out(step, shapes, packing) for step in sample)
         return sum(
             -(-len(rows) // shape.rows) * shape.rows * (shape.length + MICRO_BATCH_COST)
-            for step in planned
+            for step in steps
             for shape, rows in zip(shapes, step, strict=True)
         )
 
-    chosen: tuple[RowShape, ...] = ()
+    chosen: tuple[_Rows, ...] = ()
     least = math.inf
     for count in range(1, max_shapes + 1):
         # Two are tried with each other; the third is what goes best with these.
@@ -178,16 +190,16 @@ def _choose_shapes(batches, lengths, row_multiple, bound, pair_layout, max_shape
     return chosen
 
 
-def _sample(batches: Sequence[np.ndarray], lengths: np.ndarray, totals: np.ndarray) -> list[np.ndarray]:
-    """Lengths of the pairs of some steps: from the one with the fewest tokens to the one with the most."""
-    count = min(len(batches), max(2, SAMPLED_PAIRS // len(batches[0])))
+def _sample(batches: Sequence[np.ndarray], sizes: ExampleSizes, totals: np.ndarray) -> list[ExampleSizes]:
+    """The examples of some steps: from the one with the fewest tokens to the one with the most."""
+    count = min(len(batches), max(2, SAMPLED_EXAMPLES // len(batches[0])))
     order = np.argsort(totals, kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, count).round().astype(int)]
-    return [lengths[batches[i]] for i in chosen]
+    return [sizes[batches[i]] for i in chosen]
 
 
 def _candidate_lengths(longest: int, totals: np.ndarray, bound: int | None) -> list[int]:
-    """Tokens: the longest pair, what whole steps hold, and lengths evenly spread between a short row and these."""
+    """Tokens: the longest example, what whole steps hold, and lengths evenly spread between a short row and these."""
     most = float(totals.max()) * 1.05 if bound is None else bound
     spread = SHORTEST_ROW * 2 ** np.arange(0, max(1.0, math.log2(max(most, longest) / SHORTEST_ROW)), 0.5)
     steps = np.quantile(totals, [0.25, 0.5, 0.75, 1.0]) * 1.03
@@ -195,25 +207,25 @@ def _candidate_lengths(longest: int, totals: np.ndarray, bound: int | None) -> l
     return sorted({longest} | {length for length in lengths if length <= max(most, longest)}, reverse=True)
 
 
-def _by_size(shapes: tuple[RowShape, ...]) -> tuple[RowShape, ...]:
+def _by_size(shapes: tuple[_Rows, ...]) -> tuple[_Rows, ...]:
     return tuple(sorted(shapes, key=lambda shape: (-shape.tokens, -shape.length)))
 
 
-def _plan_step(lengths: np.ndarray, shapes: Sequence[RowShape], pair_layout: PairLayout) -> list[list[list[int]]]:
-    """The rows of each shape: of the ways tried, the first in order of tokens computed that holds all pairs."""
-    sizes = pair_layout.sizes(lengths).tolist()
-    if not pair_layout.packing:
-        return _one_pair_a_row(sizes, shapes)
-    for counts in _counts(sum(sizes), max(sizes), shapes):
+def _lay_out(sizes: ExampleSizes, shapes: Sequence[_Rows], packing: PackingConfig) -> list[list[list[int]]]:
+    """The rows of each shape: of the ways tried, the first in order of tokens computed that holds all examples."""
+    tokens = packing.tokens(sizes).tolist()
+    if not packing.packing:
+        return _one_a_row(tokens, shapes)
+    for counts in _counts(sum(tokens), max(tokens), shapes):
         capacities = [s.length for s, count in zip(shapes, counts, strict=True) for _ in range(count * s.rows)]
-        rows = _best_fit(sizes, capacities)
+        rows = _best_fit(tokens, capacities)
         if rows is not None:
             ends = np.cumsum([0, *(count * s.rows for s, count in zip(shapes, counts, strict=True))])
             return [[row for row in rows[a:b] if row] for a, b in itertools.pairwise(ends)]
     raise AssertionError("the last counts tried hold anything")
 
 
-def _counts(total: int, longest: int, shapes: Sequence[RowShape]) -> Iterator[tuple[int, ...]]:
+def _counts(total: int, longest: int, shapes: Sequence[_Rows]) -> Iterator[tuple[int, ...]]:
     """Numbers of micro-batches of each shape that might hold `total` tokens, fewest tokens first; then ever more."""
     main = shapes[0].tokens
     tried: list[tuple[int, ...]] = []
@@ -232,7 +244,7 @@ def _counts(total: int, longest: int, shapes: Sequence[RowShape]) -> Iterator[tu
         yield tuple(total // main * (i == 0) + more * (i == widest) for i in range(len(shapes)))
 
 
-def _rest(total: int, shapes: Sequence[RowShape]) -> Iterator[tuple[int, ...]]:
+def _rest(total: int, shapes: Sequence[_Rows]) -> Iterator[tuple[int, ...]]:
     if not shapes:
         yield ()
         return
@@ -241,8 +253,8 @@ def _rest(total: int, shapes: Sequence[RowShape]) -> Iterator[tuple[int, ...]]:
         yield from ((count, *rest) for rest in _rest(total - count * shapes[0].tokens, shapes[1:]))
 
 
-def _one_pair_a_row(sizes: list[int], shapes: Sequence[RowShape]) -> list[list[list[int]]]:
-    """Each pair in the shortest row that holds it."""
+def _one_a_row(sizes: list[int], shapes: Sequence[_Rows]) -> list[list[list[int]]]:
+    """Each example in the shortest row that holds it."""
     rows: list[list[list[int]]] = [[] for _ in shapes]
     for item, size in enumerate(sizes):
         fitting = [i for i, shape in enumerate(shapes) if shape.length >= size]

@@ -1,6 +1,5 @@
 """Where preference rows come from: files and URLs, data sets of the hub, and folders of `save_to_disk`."""
 
-import hashlib
 import itertools
 import os
 import re
@@ -16,7 +15,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from lora_dpo_jax.data.json_rows import Unreadable
 from lora_dpo_jax.data.readers import READERS, ROWS_PER_READ, decompress, read_rows, suffixes
-from lora_dpo_jax.places import place_of
+from lora_dpo_jax.files import sha256_of
+from lora_dpo_jax.places import place_of, spelled_alike
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,6 +37,13 @@ class RowError(ValueError):
     def __init__(self, reason: Reason, origin: str, message: str):
         super().__init__(f"{origin}: {message}")
         self.reason: Reason = reason
+
+
+class UnreadableRowError(RowError):
+    """A row whose text cannot be parsed."""
+
+    def __init__(self, origin: str, message: str):
+        super().__init__("malformed", origin, message)
 
 
 def attempt(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "T | RowError":
@@ -81,7 +88,7 @@ class SourceConfig(draccus.ChoiceRegistry):
 class UrlSource(SourceConfig):
     """Local paths, globs and whatever fsspec opens (gs://, s3://, https://, hf://...).
 
-    The suffix tells the format (.jsonl, .json, .parquet, .csv, .tsv) and the compression (.gz, .zst, .bz2, .xz).
+    The suffix says which format (.jsonl, .json, .parquet, .csv, .tsv) and the compression (.gz, .zst, .bz2, .xz).
     """
 
     train_urls: list[str] = field(default_factory=list)  # paths, globs and URLs
@@ -157,7 +164,7 @@ class RowFile:
             if info["size"] > CONTENT_HASH_BYTES:
                 return f"{info['size']} {info['mtime']}"
             with open(self.path, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+                return sha256_of(file)
 
     def check_compressed(self) -> None:
         """Reads all of a compressed file, as `datasets` takes one that breaks off for whole. Raises SourceError."""
@@ -228,7 +235,7 @@ def expand_url(url: str) -> list[RowFile]:
 
 def _file(filesystem: fsspec.AbstractFileSystem, path: str, url: str) -> str:
     if not filesystem.exists(path):
-        raise SourceError(f"{url} does not exist")
+        raise SourceError(f"{url} does not exist{spelled_alike(url)}")
     if not filesystem.isdir(path):
         return path
     if _is_saved(filesystem, path):
@@ -287,7 +294,7 @@ def _first_fault(files: Sequence[RowFile]) -> str | None:
 
 
 def _or_error(row: Any, table: str, number: int) -> Any:
-    return RowError("malformed", f"{table}, row {number}", row.why) if isinstance(row, Unreadable) else row
+    return UnreadableRowError(f"{table}, row {number}", row.why) if isinstance(row, Unreadable) else row
 
 
 @contextmanager

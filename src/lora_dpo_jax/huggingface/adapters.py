@@ -1,14 +1,13 @@
 """Adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, both ways.
 
-A tensor is called `base_model.model.<path of the layer>.lora_A.weight`, {r, in}, or `.lora_B.weight`, {out, r}.
+A tensor is called `base_model.model.<path of the layer>.<factor>`: `lora_A.weight`, {r, in}, or `lora_B.weight`,
+{out, r}. Which factors there are, an `Adapter` says.
 """
 
 import json
 import logging
-import math
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,18 +15,28 @@ from typing import Any
 import haliax as hax
 import haliax.nn as hnn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
-from haliax import Axis, NamedArray
+from haliax import NamedArray
 
 from lora_dpo_jax.huggingface.folders import export_folder, is_url
 from lora_dpo_jax.huggingface.tensors import TensorFiles, abridged, sharded_array, write_tensors
 from lora_dpo_jax.huggingface.tokenizers import save_tokenizer
 from lora_dpo_jax.json_objects import REQUIRED, JsonObject, is_number, is_texts, is_whole, read_json_object
-from lora_dpo_jax.lora import RANK, LoraConfig, LoraLinear, linear_layers, map_linear_layers, matching_names
+from lora_dpo_jax.lora import (
+    PEFT_SWITCHES,
+    Adapter,
+    Factor,
+    LoraConfig,
+    adapt,
+    adapter_type,
+    empty_adapter,
+    linear_layers,
+    map_linear_layers,
+    matching_names,
+    unadaptable_layers,
+)
 from lora_dpo_jax.models import CausalLM
-from lora_dpo_jax.parameters import axes_of
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.redaction import without_secrets
 from lora_dpo_jax.sharding import on_host
@@ -40,7 +49,7 @@ CONFIG, STEM = "adapter_config.json", "adapter_model"
 HEAD_COPY = "base_model.model.lm_head.base_layer.weight"
 
 # What an adapter computes follows from these...
-USED = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules"}
+USED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", *PEFT_SWITCHES}
 USED |= {"layers_to_transform", "base_model_name_or_path"}
 # ...and not from these.
 HARMLESS = {"auto_mapping", "inference_mode", "peft_version", "revision", "runtime_config"}
@@ -59,16 +68,21 @@ TARGETS = "a list of names, or a regular expression that compiles"
 
 @dataclass(frozen=True)
 class LayerAdapter:
-    """The adapter of one linear layer, on the host: float32 lora_A {r, in} and lora_B {out, r}."""
+    """One layer of an adapter, which may have a stack of them, on the host."""
 
     name: str  # the dotted path of the layer
-    lora_A: np.ndarray
-    lora_B: np.ndarray
-    scaling: float
+    adapter: Adapter
+    tensors: dict[str, np.ndarray]  # float32, by the names that PEFT gives them
 
-    def delta(self) -> np.ndarray:
-        """What is added to the layer's weight, float32 {out, in}."""
-        return (self.lora_B @ self.lora_A) * np.float32(self.scaling)
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """(out, in)"""
+        wrapped = self.adapter.wrapped
+        return hax.axis_size(wrapped.Out), hax.axis_size(wrapped.In)
+
+    def merge(self, weight: np.ndarray) -> np.ndarray:
+        """The layer's weight {out, in} with the adapter folded in, both float32."""
+        return self.adapter.merge(weight, self.tensors)
 
 
 def save_adapter(
@@ -93,11 +107,14 @@ def save_adapter(
     _refuse_another_config(adapters, config)
     if jax.process_index() != 0:
         return
-    targets = explicit_targets([adapter.name for adapter in adapters], _layer_names(model))
-    tensors = {}
-    for adapter in adapters:
-        tensors[_key(adapter.name, "lora_A")] = adapter.lora_A.astype(dtype)
-        tensors[_key(adapter.name, "lora_B")] = adapter.lora_B.astype(dtype)
+    # PEFT may know how to adapt layers that we cannot.
+    names = [*_layer_names(model), *unadaptable_layers(model)]
+    targets = explicit_targets([adapter.name for adapter in adapters], names)
+    tensors = {
+        _key(adapter.name, factor): tensor.astype(dtype)
+        for adapter in adapters
+        for factor, tensor in adapter.tensors.items()
+    }
     base = base_from_anywhere(base_model)
     with export_folder(folder, run=run, overwrite=overwrite) as exported:
         write_tensors(exported / f"{STEM}.safetensors", tensors)
@@ -112,20 +129,26 @@ def load_adapter(model: CausalLM, folder: Path, *, mapping: Any = None, base_mod
 
     `mapping` (axis name to mesh axis) says how they are sharded; `base_model` is what the model is called in messages.
     Raises ValueError naming the folder and the tensor or the setting where the adapter does not fit the model, or
-    computes something else than `LoraLinear` does.
+    computes something else than our adapters do.
     """
     peft, config, tensors = _read(folder), read_adapter_config(folder), TensorFiles(folder, STEM)
     made_for = peft.text("base_model_name_or_path", None)
     try:
-        targets = _targets(model, tensors, config, peft.values.get("layers_to_transform"))
+        if model.lm_head is None and any(key.startswith("base_model.model.lm_head.") for key in tensors.names):
+            raise MisfitError(
+                f"{folder}: adapts lm_head, which this model ties to the input embedding; that is not supported"
+            )
+        only_layers = peft.values.get("layers_to_transform")
+        targets = _targets(model, config, only_layers)
+        empty = adapt(model, targets, lambda layer, _, chosen: empty_adapter(layer, chosen, config))
+        _refuse_other_tensors(tensors, empty, targets, config, only_layers)
         if HEAD_COPY in tensors.names:
             _refuse_another_head(tensors, model)
 
-        def adapt(linear: Any, names: list[str]) -> Any:
-            chosen = [name in targets for name in names]
-            return _read_layer(tensors, linear, names, chosen, config, mapping) if any(chosen) else linear
+        def fill(layer: Any, names: list[str]) -> Any:
+            return _filled(tensors, layer, names, targets, mapping) if isinstance(layer, Adapter) else layer
 
-        adapted = map_linear_layers(adapt, model)
+        adapted = map_linear_layers(fill, empty)
     except MisfitError as error:
         given = f"a model of {model.config.num_layers} layers, hidden_size {model.config.hidden_size}"
         given = f"{base_model!r}, {given}" if base_model else given
@@ -147,9 +170,9 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         r=peft.whole("r", 8),
         alpha=float(peft.number("lora_alpha", 8, above=0.0)),
         dropout=float(peft.taken("lora_dropout", 0.0, lambda p: is_number(p) and 0 <= p < 1, "a number in [0, 1)")),
-        use_rslora=peft.flag("use_rslora", False),
         target_modules=None if targets == ALL_LINEAR else PEFT_DEFAULT_TARGETS if targets is None else targets,
         exclude_modules=peft.taken("exclude_modules", None, _is_targets, TARGETS),
+        **{switch: peft.flag(switch, False) for switch in PEFT_SWITCHES},
     )
 
 
@@ -175,16 +198,16 @@ def base_from_anywhere(base_model: str) -> str:
 def layer_adapters(model: CausalLM) -> list[LayerAdapter]:
     """Copies the adapters of a model to the host; under several processes, all must call this."""
     found = []
-    for linear, names in linear_layers(model):
-        if not isinstance(linear, LoraLinear):
+    for adapter, names in linear_layers(model):
+        if not isinstance(adapter, Adapter):
             continue
-        active = [True] * len(names) if linear.active is None else list(on_host(linear.active.array) != 0)
-        In, Out = axes_of(linear.wrapped.In), axes_of(linear.wrapped.Out)
-        r = linear.lora_A.resolve_axis(RANK).size
-        lora_A = on_host(linear.lora_A.rearrange((..., RANK, *In)).array).astype(np.float32).reshape(len(names), r, -1)
-        lora_B = on_host(linear.lora_B.rearrange((..., *Out, RANK)).array).astype(np.float32).reshape(len(names), -1, r)
-        layers = zip(names, lora_A, lora_B, active, strict=True)
-        found += [LayerAdapter(name, A, B, linear.scaling) for name, A, B, is_active in layers if is_active]
+        active = np.ones(len(names)) if adapter.active is None else on_host(adapter.active.array).reshape(-1)
+        tensors = {name: _tensors_on_host(factor, len(names)) for name, factor in adapter.factors.items()}
+        found += [
+            LayerAdapter(name, adapter, {factor: of_layers[i] for factor, of_layers in tensors.items()})
+            for i, name in enumerate(names)
+            if active[i]
+        ]
     return found
 
 
@@ -200,19 +223,27 @@ def _layer_names(model: CausalLM) -> list[str]:
     return [name for _, names in linear_layers(model) for name in names]
 
 
+def _tensors_on_host(factor: Factor, count: int) -> np.ndarray:
+    """float32 [layer, *tensor_shape]"""
+    return on_host(factor.in_order().array).astype(np.float32).reshape(count, *factor.tensor_shape)
+
+
 def _key(layer: str, factor: str) -> str:
-    return f"base_model.model.{layer}.{factor}.weight"
+    return f"base_model.model.{layer}.{factor}"
 
 
 def _refuse_another_config(adapters: list[LayerAdapter], config: LoraConfig) -> None:
     if not adapters:
         raise ValueError("the model has no adapters to save")
-    for adapter in adapters:
-        r = adapter.lora_A.shape[0]
-        if (r, adapter.scaling) != (config.r, config.scaling):
+    switches = " and ".join(f"lora.{switch}={getattr(config, switch)}" for switch in PEFT_SWITCHES)
+    for name, adapter in ((layer.name, layer.adapter) for layer in adapters):
+        found = type(adapter), adapter.rank, adapter.scaling
+        asked = adapter_type(adapter.wrapped, config), config.r, config.scaling
+        if found != asked:
+            (has, r, scaling), (makes, *_) = found, asked
             raise ValueError(
-                f"{adapter.name} has r={r} and scaling={adapter.scaling}, but lora.r={config.r}, lora.alpha="
-                f"{config.alpha} and lora.use_rslora={config.use_rslora} make r={config.r}, scaling={config.scaling}"
+                f"{name} has a {has.__name__} with r={r} and scaling={scaling}, but lora.r={config.r}, lora.alpha="
+                f"{config.alpha} and {switches} make a {makes.__name__} with r={config.r}, scaling={config.scaling}"
             )
 
 
@@ -240,7 +271,7 @@ def _peft_config(base_model: str, revision: str | None, config: LoraConfig, targ
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
         "use_dora": False,
-        "use_rslora": config.use_rslora,
+        **{switch: getattr(config, switch) for switch in PEFT_SWITCHES},
     }
 
 
@@ -262,7 +293,7 @@ LoRA adapter for `{base_model}`, trained by Direct Preference Optimization with 
 
 
 def _read(folder: Path) -> JsonObject:
-    """adapter_config.json, once nothing in it says that it computes something else than `LoraLinear` does."""
+    """adapter_config.json, once nothing in it says that it computes something else than our adapters do."""
     path = folder / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing{_where_else(folder)}")
@@ -300,19 +331,23 @@ def _is_layers(value: Any) -> bool:
     return all(is_whole(number, 0) for number in numbers)
 
 
-def _targets(
-    model: CausalLM, tensors: TensorFiles, config: LoraConfig, only_layers: int | list[int] | None
-) -> set[str]:
-    """The layers that the settings ask for, after checking that the file holds their factors and nothing else."""
-    if model.lm_head is None and any(key.startswith("base_model.model.lm_head.") for key in tensors.names):
-        raise MisfitError(
-            f"{tensors.folder}: adapts lm_head, which this model ties to the input embedding; that is not supported"
-        )
+def _targets(model: CausalLM, config: LoraConfig, only_layers: int | list[int] | None) -> set[str]:
+    """The layers that the settings ask for."""
     targets = set(matching_names(_layer_names(model), config))
-    if only_layers not in (None, []):
-        numbers = [only_layers] if isinstance(only_layers, int) else only_layers
-        targets = {name for name in targets if any(f".layers.{number}." in name for number in numbers)}
-    needed = [_key(name, factor) for name in sorted(targets) for factor in ("lora_A", "lora_B")]
+    if only_layers in (None, []):
+        return targets
+    numbers = [only_layers] if isinstance(only_layers, int) else only_layers
+    return {name for name in targets if any(f".layers.{number}." in name for number in numbers)}
+
+
+def _refuse_other_tensors(
+    tensors: TensorFiles, empty: CausalLM, targets: set[str], config: LoraConfig, only_layers: int | list[int] | None
+) -> None:
+    """MisfitError unless the file holds the factors of the targets, as `empty` has them, and nothing else."""
+    factors = {
+        name: [*layer.factors] for layer, names in linear_layers(empty) if isinstance(layer, Adapter) for name in names
+    }
+    needed = [_key(name, factor) for name in sorted(targets) for factor in factors[name]]
     settings = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
     settings |= {"layers_to_transform": only_layers}
     chosen = ", ".join(f"{key}={value!r}" for key, value in settings.items() if value is not None)
@@ -323,31 +358,21 @@ def _targets(
     surplus = [key for key in tensors.names if key not in needed]
     if surplus or not targets:
         raise MisfitError(f"{tensors.folder}: holds tensors that have no place: {abridged(surplus) or 'none'}; {asked}")
-    return targets
 
 
-def _read_layer(
-    tensors: TensorFiles, linear: Any, names: list[str], chosen: list[bool], config: LoraConfig, mapping: Any
-) -> LoraLinear:
-    if isinstance(linear, LoraLinear):
-        raise ValueError(f"{names[0]} has an adapter already; merge_lora it, or start from the plain model")
-    In, Out = axes_of(linear.In), axes_of(linear.Out)
-    stack = tuple(axis for axis in linear.weight.axes if axis not in In + Out)
-    Rank = Axis(RANK, config.r)
+def _filled(tensors: TensorFiles, empty: Adapter, names: list[str], targets: set[str], mapping: Any) -> Adapter:
+    """The adapter of a layer, or of a stack, with the factors that the file has for its targets."""
 
-    def read(factor: str, *sides: tuple[Axis, ...]) -> NamedArray:
-        views = [_factor(tensors, _key(name, factor), sides) if chosen[i] else None for i, name in enumerate(names)]
-        axes = stack + tuple(axis for side in sides for axis in side)
-        return hax.named(sharded_array(views, sides, axes, mapping, np.float32), axes)
+    def read(key: str, factor: Factor) -> NamedArray:
+        shape, axes = factor.tensor_shape, factor.array.axes
+        views = [_tensor(tensors, _key(name, key), shape) if name in targets else None for name in names]
+        return hax.named(sharded_array(views, factor.sides, axes, mapping, np.float32), axes)
 
-    active = None if all(chosen) else hax.named(jnp.array(chosen, dtype=jnp.float32), stack)
-    lora_A, lora_B = read("lora_A", (Rank,), In), read("lora_B", Out, (Rank,))
-    return LoraLinear(linear, lora_A, lora_B, config.scaling, config.dropout, active)
+    return empty.with_factors({key: read(key, factor) for key, factor in empty.factors.items()})
 
 
-def _factor(tensors: TensorFiles, key: str, sides: Sequence[tuple[Axis, ...]]) -> Any:
+def _tensor(tensors: TensorFiles, key: str, shape: tuple[int, ...]) -> Any:
     """A lazy tensor."""
-    shape = tuple(math.prod(axis.size for axis in side) for side in sides)
     info = tensors.info(key)
     if info.shape != shape:
         raise MisfitError(

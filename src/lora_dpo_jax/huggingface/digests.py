@@ -1,4 +1,4 @@
-"""Digests of the files that hold a model's or an adapter's tensors: what tells two of them apart.
+"""Digests of the files that hold a model's or an adapter's tensors: they differ where the tensors do.
 
 A file is read through once. Its digest is then remembered under its path, size, modification time and inode, and a file
 of which all four are as they were is trusted to hold what it held.

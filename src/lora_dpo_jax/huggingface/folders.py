@@ -11,10 +11,12 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 import fsspec
-from huggingface_hub import snapshot_download
+from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from lora_dpo_jax.files import cache_folder, new_folder
 from lora_dpo_jax.huggingface.manifest import MANIFEST, Manifest
-from lora_dpo_jax.places import is_url, place_of
+from lora_dpo_jax.places import is_url, place_of, spelled_alike
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*"]
 TEMPLATES = "additional_chat_templates"  # where tokenizers keep all but the first of their chat templates
@@ -43,20 +45,31 @@ def local_folder(name_or_path: str | Path, *, revision: str | None = None, patte
         raise FileNotFoundError(f"{name!r} names no folder")
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):
+        if not os.listdir(path):
+            raise FileNotFoundError(
+                f"{name} is an empty folder. Copy or download the files into it, or name another folder or a hub id"
+            )
         return path
     if os.path.isfile(path):
         raise FileNotFoundError(f"{name} is a file; needed: a folder with config.json and safetensors, or a hub id")
     if name.count("/") > 1 or name.startswith((".", "~", "/")):
-        raise FileNotFoundError(f"{name}: no such folder")
+        raise FileNotFoundError(f"{name}: no such folder{spelled_alike(name)}")
     try:
         files = snapshot_download(
             name, revision=revision, allow_patterns=patterns or MODEL_FILES, ignore_patterns=NOT_MODEL_FILES
         )
     except Exception as error:  # of its HTTP client too
-        raise FileNotFoundError(
-            f"{name!r} is neither a folder here nor a repository that the Hugging Face hub gave: {error}"
-        ) from error
+        raise FileNotFoundError(f"{_why_not_from_the_hub(name, error)}{spelled_alike(name)}") from error
     return Path(files)
+
+
+def _why_not_from_the_hub(name: str, error: Exception) -> str:
+    if is_offline_mode() and isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        return (
+            f"{name!r} is neither a folder here nor in the local cache of the Hugging Face hub, and HF_HUB_OFFLINE=1 "
+            "forbids asking the hub: check the id, or unset HF_HUB_OFFLINE"
+        )
+    return f"{name!r} is neither a folder here nor a repository that the Hugging Face hub gave: {error}"
 
 
 def check_export_target(target: str | Path, *, run: str | None = None, overwrite: bool = False) -> None:
@@ -179,26 +192,6 @@ def _put_in_place(folder: Path, place: str, former: list[str], run: str | None) 
             os.replace(folder / name, f"{root}/{name}")
 
 
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yields a new folder to write into; it takes `target`'s name only when the block ends without an error.
-
-    A killed process leaves a `.tmp-*` folder beside the target. If another process is faster, its folder stays.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _download(url: str, patterns: list[str]) -> Path:
     try:
         return _fetched(url, patterns)
@@ -217,10 +210,9 @@ def _fetched(url: str, patterns: list[str]) -> Path:
     wanted = {name: entry for name, entry in entries.items() if entry["type"] == "file" and _is_wanted(name, patterns)}
     # Sizes, times and checksums are in the entries: a changed folder is another one.
     described = [url, *(str(sorted(entry.items())) for _, entry in sorted(wanted.items()))]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = cache / "lora_dpo_jax" / hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
+    target = cache_folder() / hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
     if not target.exists():
-        with atomic_folder(target) as folder:
+        with new_folder(target) as folder:
             for name, entry in wanted.items():
                 (folder / name).parent.mkdir(exist_ok=True)
                 files.get_file(entry["name"], str(folder / name))

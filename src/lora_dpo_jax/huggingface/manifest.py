@@ -2,19 +2,20 @@
 
     {"version": 1, "run": "20260801-120000-a1b2c3", "files": {"adapter_config.json": {"bytes": 731, "sha256": "..."}}}
 
-A file that was changed since counts as the user's: its size or its SHA-256 (that of `sha256sum`) tells.
+A file that was changed since counts as the user's: its size or its SHA-256 (that of `sha256sum`) shows it.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import fsspec
+
+from lora_dpo_jax.files import sha256_of
 
 MANIFEST = "lora_dpo_export.json"
 VERSION = 1  # raise it when the file gets another layout
@@ -70,13 +71,12 @@ class Manifest:
         if not store.isfile(path) or store.size(path) != wanted["bytes"]:
             return False
         with store.open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256")  # pyright: ignore[reportArgumentType]
-        return digest.hexdigest() == wanted["sha256"]
+            return sha256_of(cast(BinaryIO, file)) == wanted["sha256"]
 
 
 def _described(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {"bytes": path.stat().st_size, "sha256": sha256_of(file)}
 
 
 def _is_inside(name: str) -> bool:

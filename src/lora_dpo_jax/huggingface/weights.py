@@ -27,7 +27,7 @@ from lora_dpo_jax.huggingface.tensors import (
 )
 from lora_dpo_jax.huggingface.tokenizers import drop_code, save_tokenizer
 from lora_dpo_jax.json_objects import read_json_object
-from lora_dpo_jax.lora import LoraLinear, linear_layers
+from lora_dpo_jax.lora import linear_layers, unwrapped
 from lora_dpo_jax.models import CausalLM, ComputeConfig, DecoderConfig, config_from_hf
 from lora_dpo_jax.models.compute import DEFAULT_COMPUTE
 from lora_dpo_jax.models.quantization import QuantizedWeight, quantize_weight
@@ -126,8 +126,8 @@ def save_merged(
         tensor = tensors.read(name)
         if name not in adapters:
             return tensor
-        # Summed in float32 and rounded once, as LoraLinear.merged and PEFT do.
-        return (tensor.astype(np.float32) + adapters[name].delta()).astype(tensor.dtype)
+        # In float32 and rounded once, as Adapter.merged and PEFT do.
+        return adapters[name].merge(tensor.astype(np.float32)).astype(tensor.dtype)
 
     with export_folder(folder, run=run, overwrite=overwrite) as exported:
         _copy_files(source, exported, OTHER_FILES if tokenizer is not None else OTHER_FILES + TOKENIZER_FILES)
@@ -223,7 +223,7 @@ def _read_quantized(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapp
 
 def _refuse_other_source(adapters: dict[str, LayerAdapter], tensors: TensorFiles) -> None:
     for name, adapter in adapters.items():
-        shape = (adapter.lora_B.shape[0], adapter.lora_A.shape[1])
+        shape = adapter.weight_shape
         if name not in tensors.names:
             raise ValueError(f"{tensors.folder}: has no tensor {name}, which has an adapter; is it the model's source?")
         if tensors.shape(name) != shape:
@@ -234,7 +234,7 @@ def _quantization_errors(model: CausalLM) -> str:
     """What quantization changed, by kind of layer, for people to read; empty if the model is not quantized."""
     errors = {}
     for linear, names in linear_layers(model):
-        weight = (linear.wrapped if isinstance(linear, LoraLinear) else linear).weight
+        weight = unwrapped(linear).weight
         if isinstance(weight, QuantizedWeight):
             each = np.asarray(weight.error.array)
             errors[names[0].rpartition(".")[2]] = f"{np.sqrt(np.mean(each**2)):.2%}"

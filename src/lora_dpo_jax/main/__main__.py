@@ -1,8 +1,8 @@
 """python -m lora_dpo_jax.main --config_path config/quickstart.yaml"""
 
-from lora_dpo_jax.main.command import command
+from lora_dpo_jax.main.command import command, process_start
 from lora_dpo_jax.main.train import main
-from lora_dpo_jax.runs.setup import TrainConfig, process_start
+from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.settings.arguments import parse_arguments
 
 

@@ -1,21 +1,25 @@
 """A command: its settings, the processes that it runs on, and how it ends."""
 
 import logging
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from lora_dpo_jax.main.errors import print_trace, told_in_a_line
-from lora_dpo_jax.processes.exchange import DistributedConfig, is_first_process, start_processes
-from lora_dpo_jax.processes.liveness import Liveness
-from lora_dpo_jax.processes.signals import InterruptedTrainingError
+from lora_dpo_jax.processes.exchange import is_first_process
+from lora_dpo_jax.processes.liveness import PeerMonitor
+from lora_dpo_jax.processes.run_lock import process_started
+from lora_dpo_jax.processes.signals import StoppedBySignalError
+from lora_dpo_jax.processes.start import DistributedConfig, start_processes
 
 
 @contextmanager
 def command(parse: Callable[[], Any], distributed: Callable[[Any], DistributedConfig]) -> Iterator[Any]:
-    """Around a whole command: its settings, on all of its processes if the environment or they say that there are more.
+    """Around a whole command: yields its settings, and joins the processes that the environment or they name.
 
-    Mistakes are told in a line (see errors.py). When one process ends, all do. All but the first log warnings alone.
+    Mistakes are reported in a line (see errors.py). When one process ends, all do. All but the first log only warnings.
     """
     with told_in_a_line():
         config = parse()
@@ -27,27 +31,35 @@ def command(parse: Callable[[], Any], distributed: Callable[[Any], DistributedCo
         return
     if not is_first_process():
         logging.getLogger().setLevel(logging.WARNING)
-    liveness = Liveness(silence_seconds=settings.heartbeat_timeout_seconds)
-    liveness.start()
+    peers = PeerMonitor(silence_seconds=settings.heartbeat_timeout_seconds)
+    peers.start()
     try:
-        with told_in_a_line(), liveness.explaining_errors():
+        with told_in_a_line(), peers.explaining_errors():
             yield config
     except BaseException as ended:
-        # All processes stop together when a signal tells them to.
-        if not isinstance(ended.__cause__, InterruptedTrainingError):
-            _end_all(ended, liveness)
-        liveness.end()
+        # On a signal all processes stop together.
+        if not isinstance(ended.__cause__, StoppedBySignalError):
+            _end_all(ended, peers)
+        peers.end()
         raise
-    liveness.end()
+    peers.end()
 
 
-def _end_all(ended: BaseException, liveness: Liveness) -> None:
+def process_start() -> float:
+    """When this process began, of time.perf_counter: on Linux, before Python and its imports."""
+    now, ticks = time.perf_counter(), process_started(os.getpid())
+    if ticks is None:  # not Linux
+        return now
+    return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+
+
+def _end_all(ended: BaseException, peers: PeerMonitor) -> None:
     if isinstance(ended, KeyboardInterrupt):
-        liveness.fail("was stopped by Ctrl-C", 130)
-    told, status = ended.__cause__, 1
+        peers.fail("was stopped by Ctrl-C", 130)
+    cause, status = ended.__cause__, 1
     if isinstance(ended, SystemExit) and isinstance(ended.code, int):
         status = ended.code
     else:
         print_trace(type(ended), ended, ended.__traceback__)
-        told = ended
-    liveness.fail(f"ended with an error: {str(told).strip()}", status)
+        cause = ended
+    peers.fail(f"ended with an error: {str(cause).strip()}", status)

@@ -1,4 +1,4 @@
-"""A mistake in a config, a path or a row is told in a line; only what may be a fault of this library shows a trace."""
+"""A mistake in a config, a path or a row is reported in a line; only a possible fault of this library shows a trace."""
 
 import io
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.processes.exchange import is_first_process
-from lora_dpo_jax.processes.signals import InterruptedTrainingError
+from lora_dpo_jax.processes.signals import StoppedBySignalError
 from lora_dpo_jax.redaction import redact
 from lora_dpo_jax.settings.launched import resuming_command
 
@@ -22,21 +22,21 @@ FOR_USERS = Path(__file__).parents[1]  # the folder whose code raises errors for
 
 @contextmanager
 def told_in_a_line() -> Iterator[None]:
-    """Around a whole command: prints what users can mend, and exits with status 1.
+    """Around a whole command: prints errors that users can fix in a line, and exits with status 1.
 
-    A run that a signal stopped exits with InterruptedTrainingError.exit_code. A command whose reader has gone (as in
-    `| head`) exits with READER_GONE and no word. Secrets are left out of traces too.
+    A run that a signal stopped exits with StoppedBySignalError.exit_code. A command whose reader has gone (as in
+    `| head`) exits silently with READER_GONE. Secrets are left out of traces too.
     """
     sys.excepthook = print_trace
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a terminal's encoding ends no command
     try:
         yield
-    except InterruptedTrainingError as interruption:
-        print(interruption, file=sys.stderr)
+    except StoppedBySignalError as stopped:
+        print(stopped, file=sys.stderr)
         if is_first_process():
-            print(f"To resume it:\n{_shown(resuming_command(interruption.resume_with))}", file=sys.stderr)
-        raise SystemExit(interruption.exit_code) from interruption
+            print(f"To resume it:\n{_shown(resuming_command(stopped.resume_with))}", file=sys.stderr)
+        raise SystemExit(stopped.exit_code) from stopped
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get(TRACEBACK) or not _is_for_users(error):
             raise
@@ -48,7 +48,7 @@ def told_in_a_line() -> Iterator[None]:
 
 
 def print_trace(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """As Python prints it, but for secrets and what a terminal would obey."""
+    """As Python prints it, but without secrets and control characters."""
     sys.stderr.write(_shown("".join(traceback.format_exception(kind, error, trace))))
 
 
@@ -57,5 +57,5 @@ def _shown(text: str) -> str:
 
 
 def _is_for_users(error: BaseException) -> bool:
-    """Whether the line that raised it is ours: others know nothing of the user's settings."""
+    """Whether a line of this package raised it: other packages know nothing of the user's settings."""
     return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(FOR_USERS)

@@ -12,38 +12,35 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from lora_dpo_jax.data.batches import PairTable, why_none_is_held_out
 from lora_dpo_jax.data.sources import expand_url
-from lora_dpo_jax.evaluation import summarize
+from lora_dpo_jax.data.table import ExampleTable, why_none_is_held_out
+from lora_dpo_jax.evaluation import summarize, summarize_by_tokens
+from lora_dpo_jax.files import cache_folder
 from lora_dpo_jax.huggingface.adapters import read_adapter_config
 from lora_dpo_jax.lora import equals_reference, frozen_copy
-from lora_dpo_jax.losses import PairLogProbs
+from lora_dpo_jax.losses import Scores
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.output_file import check_output, write_output
+from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.places import refuse_impossible_paths
+from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.processes.exchange import is_first_process
-from lora_dpo_jax.runs.identity import cache_folder, refuse_other_settings
+from lora_dpo_jax.runs.assembly import Data, load_data, pair_scorer, placement_of, reference_log_probs
+from lora_dpo_jax.runs.base import Base, check_models, folder_of, load_base, load_peft_adapter
+from lora_dpo_jax.runs.caches import keep_compiled_programs
+from lora_dpo_jax.runs.checks import refuse_unfit_data
+from lora_dpo_jax.runs.config import TrainConfig
+from lora_dpo_jax.runs.identity import refuse_other_settings
 from lora_dpo_jax.runs.outputs import check_writable
-from lora_dpo_jax.runs.reference_scores import ReferenceLogProbs
-from lora_dpo_jax.runs.setup import (
-    TrainConfig,
-    check_models,
-    folder_of,
-    keep_programs,
-    load_base,
-    load_peft_adapter,
-    load_tables,
-    load_tokenizer,
-    placement_of,
-    scorer,
-)
 from lora_dpo_jax.settings.arguments import parse_arguments
+from lora_dpo_jax.sharding import Placement
 
 logger = logging.getLogger("lora_dpo_jax")
 
 SCORES = ("logp_chosen", "logp_rejected", "ref_logp_chosen", "ref_logp_rejected", "chosen_tokens", "rejected_tokens")
-COLUMNS = ("index", "origin", *SCORES, "prompt_tokens")
+LISTS = ("logps", "ref_logps", "response_tokens")
+LINES = tuple(("index", "origin", *names, "prompt_tokens") for names in (SCORES, LISTS))  # their keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,60 +54,78 @@ class EvaluateConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         refuse_impossible_paths({"output": self.output, "adapter": self.adapter})
-        if self.split not in ("validation", "train"):
-            raise ValueError(f"split={self.split!r} must be validation or train")
 
 
 def main(config: EvaluateConfig) -> dict[str, float]:
     """Writes the scores, prints the summary, and returns it."""
     refuse_other_settings(config)
+    cache = cache_folder(config.data.cache_dir)
     if is_first_process():
-        check_writable("data.cache_dir", cache_folder(config))
-        check_output(config.output, columns=COLUMNS, inputs=_data_files(config))
-    keep_programs(config)
+        check_writable("data.cache_dir", cache)
+        check_output(config.output, lines=LINES, inputs=_data_files(config))
+    keep_compiled_programs(config.trainer.jax_compilation_cache_dir, cache)
     check_models(config)
     if config.adapter is not None:
         read_adapter_config(folder_of("adapter", config.adapter))
     placement = placement_of(config)
-    tokenizer = load_tokenizer(config)
-    train, validation = load_tables(config, tokenizer)
-    pairs = train if config.split == "train" else validation
-    if not len(pairs):
-        why = ""
-        if config.split == "validation":
-            why = f" ({why_none_is_held_out(train, config.held_out_fraction)})"
-        raise ValueError(
-            f"the {config.split} split has no pairs{why}: give data.components validation files, or raise "
-            "validation_split_fraction"
-        )
-    base = load_base(config, tokenizer, placement)
-    score = scorer(config, pairs, placement)
-
-    def progress(batches, total: int):
-        return tqdm(batches, "policy", total=total, unit=" batches", disable=not is_first_process())
-
-    reference_model = policy_model = base.model
-    if config.initialize_from_peft is not None:
-        folder = folder_of("initialize_from_peft", config.initialize_from_peft)
-        policy_model = load_peft_adapter(base.model, folder, placement, base_model=config.initialize_from_hf)
-        if config.reference_adapter is not None:
-            reference_model = policy_model
-    if config.adapter is not None:
-        folder = folder_of("adapter", config.adapter)
-        policy_model = load_peft_adapter(base.model, folder, placement, base_model=config.initialize_from_hf)
-    reference = ReferenceLogProbs(config, base, reference_model, placement).of_table(score)
-    held_to = None if reference_model is base.model else frozen_copy(reference_model)
-    policy = reference if equals_reference(policy_model, held_to) else score(policy_model, progress)
-
-    summary = summarize(config.preference_loss, policy, reference)
+    data = load_data(config)
+    pairs = _pairs(config, data)
+    base = load_base(config, data.tokenizer, placement)
+    refuse_unfit_data(config.preference_loss, pairs)
+    policy, reference, summary = _score(config, base, pairs, placement)
     if is_first_process():
         write_output(config.output, _lines(policy, reference, pairs))
         _print(config, summary, len(pairs))
     return summary
 
 
+def _pairs(config: EvaluateConfig, data: Data) -> ExampleTable:
+    """The pairs of `split`. Raises ValueError if there are none."""
+    pairs = data.pairs if config.split == "train" else data.held_out
+    if not len(pairs):
+        why = ""
+        if config.split == "validation":
+            why = f" ({why_none_is_held_out(data.pairs, config.held_out_fraction)})"
+        raise ValueError(
+            f"the {config.split} split has no pairs{why}: give data.components validation files, or raise "
+            "validation_split_fraction"
+        )
+    return pairs
+
+
+def _score(
+    config: EvaluateConfig, base: Base, pairs: ExampleTable, placement: Placement
+) -> tuple[Scores, Scores, dict[str, float]]:
+    """The log-probs of the policy and of the reference, and the means of what the loss makes of them."""
+
+    def progress(batches, total: int):
+        return tqdm(batches, "policy", total=total, unit=" batches", disable=not is_first_process())
+
+    score, loss = pair_scorer(pairs, trainer=config.trainer, placement=placement), config.preference_loss
+    policy_model, reference_model = _models(config, base, placement)
+    reference = reference_log_probs(config, base, reference_model, placement).of_table(score)
+    held_to = None if reference_model is base.model else frozen_copy(reference_model)
+    policy = reference if equals_reference(policy_model, held_to) else score(policy_model, progress)
+    if loss.needs_tokens:
+        objective = PreferenceObjective(loss)
+        return policy, reference, summarize_by_tokens(objective, loss.columns, score, policy_model, held_to)
+    return policy, reference, summarize(loss, policy, reference, pairs.arrays.examples)
+
+
+def _models(config: EvaluateConfig, base: Base, placement: Placement) -> tuple[CausalLM, CausalLM]:
+    """The policy and the reference."""
+    policy = reference = base.model
+    if config.initialize_from_peft is not None:
+        policy = load_peft_adapter(base, "initialize_from_peft", config.initialize_from_peft, placement)
+        if config.reference_adapter is not None:
+            reference = policy
+    if config.adapter is not None:
+        policy = load_peft_adapter(base, "adapter", config.adapter, placement)
+    return policy, reference
+
+
 def _data_files(config: EvaluateConfig) -> dict[str, list[str]]:
-    """By the setting, the files that rows are read from. What cannot be read is reported when it is read."""
+    """The files that rows are read from, by their setting. The reader reports those that cannot be read, later."""
     files: dict[str, list[str]] = {}
     for name, component in config.data.components.items():
         for setting in ("train_urls", "validation_urls"):
@@ -121,15 +136,16 @@ def _data_files(config: EvaluateConfig) -> dict[str, list[str]]:
     return files
 
 
-def _lines(policy: PairLogProbs, reference: PairLogProbs, pairs: PairTable) -> Iterable[dict]:
-    scores = [policy.chosen, policy.rejected, reference.chosen, reference.rejected]
-    scores += [policy.chosen_tokens, policy.rejected_tokens]
-    arrays = {name: np.asarray(column.array) for name, column in zip(SCORES, scores, strict=True)}
-    for index in range(len(pairs)):
-        numbers = {name: array[index].item() for name, array in arrays.items()}
-        numbers |= {name: int(numbers[name]) for name in ("chosen_tokens", "rejected_tokens")}
-        prompt_tokens = int(pairs.lengths[index, 0])
-        yield {"index": index, "origin": pairs.origin(index), **numbers, "prompt_tokens": prompt_tokens}
+def _lines(policy: Scores, reference: Scores, examples: ExampleTable) -> Iterable[dict]:
+    """Of pairs, each number under a name of its own; of other examples, lists with one for each response."""
+    arrays = [np.asarray(x.array) for x in (policy.log_probs, reference.log_probs, policy.tokens)]
+    for index in range(len(examples)):
+        mine = [array[examples.arrays.responses_of(np.array([index]))].tolist() for array in arrays]
+        numbers = dict(zip(LISTS, mine, strict=True))
+        if examples.arrays.are_pairs:
+            numbers = dict(zip(SCORES, (number for pair in mine for number in pair), strict=True))
+        prompt_tokens = int(examples.sizes.prompt[index])
+        yield {"index": index, "origin": examples.origin(index), **numbers, "prompt_tokens": prompt_tokens}
 
 
 def _print(config: EvaluateConfig, summary: dict[str, float], num_pairs: int) -> None:

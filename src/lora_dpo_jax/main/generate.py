@@ -28,11 +28,13 @@ from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.output_file import check_output, write_output
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
-from lora_dpo_jax.places import refuse_impossible_paths
+from lora_dpo_jax.places import refuse_impossible_paths, spelled_alike
 from lora_dpo_jax.printable import printable
-from lora_dpo_jax.processes.exchange import DistributedConfig, is_first_process
+from lora_dpo_jax.processes.exchange import is_first_process
+from lora_dpo_jax.processes.start import DistributedConfig
 from lora_dpo_jax.redaction import log_to_stderr
 from lora_dpo_jax.settings.arguments import parse as parse_settings
+from lora_dpo_jax.settings.choices import check_choice, check_choices
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +74,8 @@ class GenerateConfig(GenerationConfig):
         refuse_impossible_paths({name: getattr(self, name) for name in names})
         if not self.prompts and self.prompts_file is None:
             raise ValueError("nothing to complete: give prompts (or --prompt), prompts_file or both")
-        if self.dtype not in (None, *DTYPES):
-            raise ValueError(f"dtype={self.dtype!r} must be one of {[*DTYPES]}, or null")
-        if self.quantization not in QUANTIZATIONS:
-            raise ValueError(f"quantization={self.quantization!r} must be one of {[*QUANTIZATIONS]}")
+        check_choices(self)
+        check_choice("quantization", self.quantization, QUANTIZATIONS)
         if taken := sorted(TAKEN & set(self.chat_template_kwargs)):
             raise ValueError(f"chat_template_kwargs may not set {taken}: they are no variables of a template")
         if self.system is not None and not self.chat:
@@ -93,7 +93,7 @@ def main(config: GenerateConfig) -> list[str]:
         template_kwargs = {**template_kwargs, "chat_template": read_template("chat_template", config.chat_template)}
     if config.output is not None and is_first_process():
         inputs = {name: [file] for name in ("prompts_file", "chat_template") if (file := getattr(config, name))}
-        check_output(config.output, columns=("prompt", "completion"), inputs=inputs)
+        check_output(config.output, lines=[("prompt", "completion")], inputs=inputs)
     origins, prompts = _read_prompts(config)
     base, adapter = _model_folders(config)
     tokenizer = _load_tokenizer(config, base, adapter)
@@ -139,7 +139,7 @@ def _read_prompts(config: GenerateConfig) -> tuple[list[str], list[Prompt]]:
 def _file_prompts(url: str) -> Iterator[tuple[str, Prompt]]:
     filesystem, path = url_to_fs(url)
     if not filesystem.isfile(path):
-        raise FileNotFoundError(f"prompts_file={url!r} is not a file")
+        raise FileNotFoundError(f"prompts_file={url!r} is not a file{spelled_alike(url)}")
     suffix, compression = suffixes(path)
     if suffix == "txt":
         with filesystem.open(path, "rb") as raw:

@@ -1,4 +1,4 @@
-"""The JSON lines of `evaluate` and `generate`: tried before the work, written whole or not at all, over no input."""
+"""The JSON lines that `evaluate` and `generate` write: whole or not at all, and never over an input."""
 
 import json
 import os
@@ -17,10 +17,10 @@ STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # where the names of pipes, and of
 LONGEST_LINE = 2**24  # bytes; of a file that is no output the first line may be all of it
 
 
-def check_output(output: str, *, columns: Iterable[str], inputs: Mapping[str, Iterable[str]]) -> None:
+def check_output(output: str, *, lines: Iterable[Iterable[str]], inputs: Mapping[str, Iterable[str]]) -> None:
     """Raises OSError if nothing can be written there, or if that would replace something else than a former output.
 
-    `columns`: the keys of each line. `inputs`: by their settings, the files that the command reads.
+    `lines`: the keys of a line, in each of its forms. `inputs`: by their settings, the files that the command reads.
     """
     if not output.strip() or (not is_url(output) and Path(place_of(output)).is_dir()):
         raise IsADirectoryError(f"output={output!r} is no file; name a .jsonl file")
@@ -30,14 +30,14 @@ def check_output(output: str, *, columns: Iterable[str], inputs: Mapping[str, It
     if _is_stream(output):
         return
     check_writable("output", output if leads_nowhere(output) else parent_of(output))
-    if not _may_be_replaced(place_of(output), set(columns)):
+    if not _may_be_replaced(place_of(output), [set(keys) for keys in lines]):
         raise FileExistsError(
             f"output={output!r} exists and is not what this command writes, so it is not replaced. Choose another file"
         )
 
 
 def write_output(output: str, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a JSON object a line; a former output stays until all are written."""
+    """Writes one JSON object a line. A former output stays until all lines are written."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     content = text.encode("utf-8", "backslashreplace")  # half a surrogate pair becomes its JSON escape
     place = place_of(output)
@@ -53,13 +53,13 @@ def write_output(output: str, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _is_stream(output: str) -> bool:
-    """What is written to as it is."""
+    """Whether it is a pipe or a device, which is written to directly."""
     if is_url(output) or not os.path.exists(output):
         return False
     return output.startswith(STREAMS) or not stat.S_ISREG(os.stat(output).st_mode)
 
 
-def _may_be_replaced(place: str, columns: set[str]) -> bool:
+def _may_be_replaced(place: str, lines: list[set[str]]) -> bool:
     """Whether nothing is there, or an empty file, or lines like those that will be written."""
     store, path = fsspec.core.url_to_fs(place)
     if not store.exists(path):
@@ -69,6 +69,6 @@ def _may_be_replaced(place: str, columns: set[str]) -> bool:
     with store.open(path, "rb") as file:
         first = file.readline(LONGEST_LINE)
     try:
-        return not first or set(json.loads(first)) == columns
+        return not first or set(json.loads(first)) in lines
     except (ValueError, TypeError, RecursionError):
         return False

@@ -11,6 +11,7 @@ from lora_dpo_jax.lora import LOW_RANK
 from lora_dpo_jax.models.attention import IMPLEMENTATIONS
 from lora_dpo_jax.models.attention.packed_blocks import ATTENDED
 from lora_dpo_jax.models.linear import PRODUCT
+from lora_dpo_jax.settings.choices import check_choice
 
 
 class KeepActivations(ScanCheckpointPolicy):
@@ -39,12 +40,8 @@ class ComputeConfig:
     attention: str = "auto"  # one of attention.IMPLEMENTATIONS
 
     def __post_init__(self):
-        if self.gradient_checkpointing not in CHECKPOINT_POLICIES:
-            raise ValueError(
-                f"model.gradient_checkpointing={self.gradient_checkpointing!r} must be one of {[*CHECKPOINT_POLICIES]}"
-            )
-        if self.attention not in IMPLEMENTATIONS:
-            raise ValueError(f"model.attention={self.attention!r} must be one of {[*IMPLEMENTATIONS]}")
+        check_choice("model.gradient_checkpointing", self.gradient_checkpointing, CHECKPOINT_POLICIES)
+        check_choice("model.attention", self.attention, IMPLEMENTATIONS)
 
     @property
     def checkpoint_policy(self) -> ScanCheckpointPolicy:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from haliax import Axis
 
+from lora_dpo_jax.axes import EMBED, HEAD_SIZE, KV_HEAD, MLP, Q_HEADS_PER_GROUP, VOCAB
 from lora_dpo_jax.models.rope import RopeConfig
 
 
@@ -50,24 +51,24 @@ class DecoderConfig:
 
     @property
     def Vocab(self) -> Axis:
-        return Axis("vocab", self.vocab_size)
+        return Axis(VOCAB, self.vocab_size)
 
     @property
     def Embed(self) -> Axis:
-        return Axis("embed", self.hidden_size)
+        return Axis(EMBED, self.hidden_size)
 
     @property
     def Mlp(self) -> Axis:
-        return Axis("mlp", self.intermediate_size)
+        return Axis(MLP, self.intermediate_size)
 
     @property
     def KVHeads(self) -> Axis:
-        return Axis("kv_head", self.num_kv_heads)
+        return Axis(KV_HEAD, self.num_kv_heads)
 
     @property
     def QHeadsPerGroup(self) -> Axis:
-        return Axis("q_heads_per_group", self.num_heads // self.num_kv_heads)
+        return Axis(Q_HEADS_PER_GROUP, self.num_heads // self.num_kv_heads)
 
     @property
     def HeadSize(self) -> Axis:
-        return Axis("head_size", self.head_dim)
+        return Axis(HEAD_SIZE, self.head_dim)

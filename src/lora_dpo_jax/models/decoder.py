@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from haliax import Axis, NamedArray
 
+from lora_dpo_jax.axes import LAYERS
 from lora_dpo_jax.lora import TokenKey, reference_model
 from lora_dpo_jax.models.attention import AttentionMask
 from lora_dpo_jax.models.compute import DEFAULT_COMPUTE, ComputeConfig
@@ -153,6 +154,6 @@ def _summed(auxiliary: Any) -> Auxiliary:
     total: dict[str, NamedArray] = {}
     for of_layer in (of_layer for segment in auxiliary for of_layer in segment):
         for name, values in of_layer.items():
-            summed = hax.sum(values, axis="layers")
+            summed = hax.sum(values, axis=LAYERS)
             total[name] = total[name] + summed if name in total else summed
     return total

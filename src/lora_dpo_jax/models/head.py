@@ -6,19 +6,21 @@ import equinox as eqx
 import jax.numpy as jnp
 from haliax import Axis, NamedArray
 
+from lora_dpo_jax.lora import unwrapped
+
 
 class Head(eqx.Module):
     """Maps hidden states {..., embed} to float32 logits {..., vocab}."""
 
-    linear: Any  # a Linear or LoraLinear, of which the weight is the embedding's where they are tied
+    linear: Any  # a Linear or its adapter, of which the weight is the embedding's where they are tied
 
     def __call__(self, hidden: NamedArray, *, key=None) -> NamedArray:
         return self.linear(hidden, key=key).astype(jnp.float32)
 
     @property
     def Embed(self) -> Axis:
-        return getattr(self.linear, "wrapped", self.linear).In
+        return unwrapped(self.linear).In
 
     @property
     def Vocab(self) -> Axis:
-        return getattr(self.linear, "wrapped", self.linear).Out
+        return unwrapped(self.linear).Out

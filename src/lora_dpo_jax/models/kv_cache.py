@@ -7,7 +7,7 @@ import haliax as hax
 import jax.numpy as jnp
 from haliax import Axis, NamedArray
 
-from lora_dpo_jax.models.attention import KEY_POSITION
+from lora_dpo_jax.axes import KEY_POSITION
 from lora_dpo_jax.models.config import DecoderConfig
 
 

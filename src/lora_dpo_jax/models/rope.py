@@ -8,6 +8,8 @@ import haliax as hax
 import jax.numpy as jnp
 from haliax import Axis, NamedArray
 
+from lora_dpo_jax.axes import HALF_HEAD
+
 RopeType = Literal["default", "linear", "dynamic", "llama3"]
 
 
@@ -53,7 +55,7 @@ class RopeConfig:
 
 def rotary_angles(config: RopeConfig, position_ids: NamedArray, HeadSize: Axis) -> tuple[NamedArray, NamedArray]:
     """cos and sin of each token's angles, float32 {..., position, half_head}, from positions {..., position}."""
-    Half = Axis("half_head", HeadSize.size // 2)
+    Half = Axis(HALF_HEAD, HeadSize.size // 2)
     length = position_ids.array.max() + 1
     frequencies = hax.named(config.inverse_frequencies(HeadSize.size, length), Half)
     angles = position_ids.astype(jnp.float32).broadcast_axis(Half) * frequencies
@@ -63,8 +65,8 @@ def rotary_angles(config: RopeConfig, position_ids: NamedArray, HeadSize: Axis) 
 def rotate(x: NamedArray, cos: NamedArray, sin: NamedArray, HeadSize: Axis) -> NamedArray:
     """Turns (x[i], x[i + half]) by its position's angle, as Hugging Face lays the halves out. Same axes as `x`."""
     half = HeadSize.size // 2
-    first = x[HeadSize, :half].rename({HeadSize.name: "half_head"}).astype(jnp.float32)
-    second = x[HeadSize, half:].rename({HeadSize.name: "half_head"}).astype(jnp.float32)
+    first = x[HeadSize, :half].rename({HeadSize.name: HALF_HEAD}).astype(jnp.float32)
+    second = x[HeadSize, half:].rename({HeadSize.name: HALF_HEAD}).astype(jnp.float32)
     turned = [first * cos - second * sin, second * cos + first * sin]
-    turned = [part.rename({"half_head": HeadSize.name}) for part in turned]
+    turned = [part.rename({HALF_HEAD: HeadSize.name}) for part in turned]
     return hax.concatenate(HeadSize, turned).rearrange(x.axes).astype(x.dtype)

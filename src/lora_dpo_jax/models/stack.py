@@ -22,6 +22,7 @@ import haliax.nn as hnn
 import jax
 from haliax import Axis
 
+from lora_dpo_jax.axes import LAYERS
 from lora_dpo_jax.lora import TokenKey
 from lora_dpo_jax.models.compute import CHECKPOINT_POLICIES, ComputeConfig
 
@@ -53,7 +54,7 @@ class LayerStack(eqx.Module):
             def make(keys, *, period=period) -> Period:
                 return Period(tuple(make_layer(kind, key=keys[i]) for i, kind in enumerate(period)))
 
-            Layers = Axis("layers", repeats)
+            Layers = Axis(LAYERS, repeats)
             segments.append(hnn.Stacked(hax.vmap(make, Layers)(here), Layers, policy))
         return LayerStack(tuple(segments), compute)
 

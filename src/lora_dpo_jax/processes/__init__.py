@@ -1,1 +1,1 @@
-"""What processes of one run say to each other, and how they end together."""
+"""How the processes of one run find each other, what they say to each other, and how they end together."""

@@ -1,4 +1,4 @@
-"""Ends all processes of a run when one of them has ended, in words and soon, where they would wait for it for ever.
+"""Ends all processes of a run, with a message, soon after one of them has ended. Else they would wait for it forever.
 
 Each process gives a sign of life every second to the service that JAX keeps on process 0, and listens there for news of
 the end. That news is given by a process that ends with an error, or by process 0 of one that has been
@@ -18,7 +18,7 @@ import jax
 
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.processes.exchange import service, wait_for_all
-from lora_dpo_jax.processes.signals import RESTART_ME
+from lora_dpo_jax.processes.signals import RESTART_STATUS
 from lora_dpo_jax.redaction import redact
 
 SIGNS, NEWS = "lora_dpo_jax/alive", "lora_dpo_jax/ended"
@@ -28,12 +28,12 @@ SECONDS_TO_HEAR = 2.0  # how long the service outlives an error of process 0
 GONE = (
     "it was killed, or its machine or the network is gone.\n"
     "Start the same command again on all machines: a run with a trainer.id goes on from its newest checkpoint. "
-    f"This process exits with status {RESTART_ME}, which says so to launchers."
+    f"This process exits with status {RESTART_STATUS}, which says so to launchers."
 )
 
 
-class Liveness:
-    """Watches over the processes of a run from `start` to `end` or `fail`, in a thread."""
+class PeerMonitor:
+    """Ends this process soon after another process of the run has ended, between `start` and `end` or `fail`."""
 
     def __init__(self, *, silence_seconds: float):
         self.client, self.silence_seconds = service(), silence_seconds
@@ -41,7 +41,7 @@ class Liveness:
         self.name = f"process {self.me} of {self.count} ({socket.gethostname()})"
         self._heard: dict[int, tuple[str, float]] = {}  # the last sign of each process, and when it was seen first
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="liveness")
+        self._thread = threading.Thread(target=self._listen, daemon=True, name="liveness")
 
     def start(self) -> None:
         self._thread.start()
@@ -67,7 +67,7 @@ class Liveness:
 
     @contextmanager
     def explaining_errors(self) -> Iterator[None]:
-        """An error in the block that may come of another process's end is held back until that would have been told."""
+        """Holds back an error that another process may have caused, until that one is known to have ended."""
         try:
             yield
         except Exception as error:
@@ -75,7 +75,7 @@ class Liveness:
                 time.sleep(self.silence_seconds + 3 * SECONDS_BETWEEN_SIGNS)
             raise
 
-    def _watch(self) -> None:
+    def _listen(self) -> None:
         for number in range(sys.maxsize):
             try:
                 self.client.key_value_set(f"{SIGNS}/{self.me}", f"{socket.gethostname()} {number}", True)
@@ -86,7 +86,7 @@ class Liveness:
                 if "DEADLINE_EXCEEDED" in str(error):
                     continue
                 if not self._is_over.is_set():
-                    self._leave(f"process 0 does not answer any more: {GONE}", RESTART_ME)
+                    self._leave(f"process 0 does not answer any more: {GONE}", RESTART_STATUS)
                 return
             if news != ALL_IS_DONE and not self._is_over.is_set():
                 self._leave(**json.loads(news))
@@ -103,7 +103,7 @@ class Liveness:
                 host = sign.partition(" ")[0] or "it never came up"
                 name = f"process {process} of {self.count} ({host})"
                 silence = f"has given no sign of life for {self.silence_seconds:.0f} s"
-                self._tell(_news(f"{name} {silence}: {GONE}", RESTART_ME))
+                self._tell(_news(f"{name} {silence}: {GONE}", RESTART_STATUS))
 
     def _tell(self, news: str) -> None:
         try:

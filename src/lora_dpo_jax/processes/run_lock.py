@@ -65,7 +65,7 @@ class RunLock:
         try:
             holder = self._claim()
             while holder is not None:
-                self._watch(holder)
+                self._wait_for_sign(holder)
                 holder = self._claim(silent=holder)
         except BaseException:
             self._remove_empty_folders()
@@ -85,7 +85,7 @@ class RunLock:
 
     def _claim(self, silent: dict[str, Any] | None = None) -> dict[str, Any] | None:
         """Writes the file, unless it names another that may live, which is returned; not `silent`, which does not."""
-        with self._guarded():
+        with self._one_at_a_time():
             holder = self._read()
             if holder is not None and holder != silent and not self._is_dead(holder):
                 return holder
@@ -96,7 +96,7 @@ class RunLock:
         holder = self._read()
         return None if self._is_mine(holder) else holder
 
-    def _watch(self, holder: dict[str, Any]) -> None:
+    def _wait_for_sign(self, holder: dict[str, Any]) -> None:
         """Raises RunIsActiveError if the holder lives; returns when it has gone, or was silent for long."""
         if holder.get("kernel") == self.me["kernel"]:
             raise self._is_active(holder)
@@ -160,7 +160,7 @@ class RunLock:
         replace_file(Path(self.path), text.encode())
 
     @contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def _one_at_a_time(self) -> Iterator[None]:
         """Of processes that start at the same moment, one looks and writes at a time, where the file system allows."""
         if not self.is_local:
             yield
@@ -180,7 +180,7 @@ class RunLock:
 
 
 def process_started(process: int) -> int | None:
-    """When a process began, in clock ticks since its system did; None if that cannot be told, or it has ended."""
+    """When a process began, in clock ticks since its system did; None if the system does not say, or it has ended."""
     try:
         after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-RESTART_ME = 75  # the exit status after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
+RESTART_STATUS = 75  # the exit status after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
 # Who ends a group of processes signals each of them, and a launcher among them passes its signal on: that is one.
 SAME_SIGNAL_SECONDS = 0.5
 
 
-class InterruptedTrainingError(RuntimeError):
+class StoppedBySignalError(RuntimeError):
     """A signal ended the run before its last step; the state after `step` updates was handed to the hooks."""
 
     def __init__(self, signum: signal.Signals, step: int, num_steps: int):
@@ -24,8 +24,8 @@ class InterruptedTrainingError(RuntimeError):
 
     @property
     def exit_code(self) -> int:
-        """RESTART_ME for who was told to leave; what shells give for who was stopped by hand."""
-        return RESTART_ME if self.signum == signal.SIGTERM else 128 + self.signum
+        """RESTART_STATUS after SIGTERM; after Ctrl-C, the status that shells give."""
+        return RESTART_STATUS if self.signum == signal.SIGTERM else 128 + self.signum
 
 
 class StopSignals:

@@ -35,11 +35,11 @@ class _Wait:
     what: str
     step: int
     since: float
-    limit: float  # seconds after which it is told, and told again
+    limit: float  # seconds after which it is logged, and logged again
     was_told: bool = False
 
 
-class Watch:
+class StallMonitor:
     """Tells of waits longer than `seconds` and unusual for their kind, while they last, and of steps that were slow.
 
     A context manager: the thread lives inside of it. Other threads whose stacks say what the run waits for are named by
@@ -52,7 +52,7 @@ class Watch:
         self._steps: deque[float] = deque(maxlen=REMEMBERED)
         self._spent: dict[str, float] = {}  # in the step at hand, by what was waited for
         self._at: _Wait | None = None
-        self._watched = threading.current_thread()
+        self._run_thread = threading.current_thread()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -86,11 +86,11 @@ class Watch:
                 "%sstep %d took %.1f s, and %.1f s is the median; it waited %s", _here(), step, seconds, usual, parts
             )
 
-    def __enter__(self) -> "Watch":
-        self._watched = threading.current_thread()
+    def __enter__(self) -> "StallMonitor":
+        self._run_thread = threading.current_thread()
         if self.seconds is not None:
             self._stop.clear()
-            self._thread = threading.Thread(target=self._look, args=(self.seconds,), daemon=True, name="watch")
+            self._thread = threading.Thread(target=self._look, args=(self.seconds,), daemon=True, name="stall monitor")
             self._thread.start()
         return self
 
@@ -127,7 +127,7 @@ class Watch:
         lines = []
         for thread in threading.enumerate():
             frame = frames.get(thread.ident or 0)
-            if frame is not None and (thread is self._watched or thread.name in self.helpers):
+            if frame is not None and (thread is self._run_thread or thread.name in self.helpers):
                 lines.append(f"  thread {thread.name}:")
                 calls = traceback.extract_stack(frame)[-FRAMES:]
                 lines += [f"    {call.filename}:{call.lineno} in {call.name}: {call.line}" for call in calls]

@@ -1,18 +1,15 @@
-"""Looks at every step's metrics, and at each state to save: a run that cannot be right ends, and says where.
-
-Of a step the pairs are named that it went wrong at.
-"""
+"""Checks of each step's metrics, and of each state to save: a run that cannot be right ends with the pairs at fault."""
 
 import logging
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_dpo_jax.data.batches import PairTable
-from lora_dpo_jax.runs.setup import TrainConfig
+from lora_dpo_jax.data.table import ExampleTable
+from lora_dpo_jax.losses import Loss
 from lora_dpo_jax.sharding import on_host
 from lora_dpo_jax.training.loop import NonFiniteLossError, StepInfo
 from lora_dpo_jax.training.step import StepMetrics, TrainState
@@ -22,14 +19,31 @@ logger = logging.getLogger("lora_dpo_jax")
 NAMED_PAIRS = 8
 
 
+def refuse_unfit_data(loss: Loss, examples: ExampleTable) -> None:
+    """Raises ValueError, naming a component, unless the examples have all that the loss declares to need."""
+    for name, (source, indices) in zip(examples.names, examples.components, strict=True):
+        arrays = source.arrays
+        if missing := [column for column in loss.columns if column not in arrays.columns]:
+            raise ValueError(
+                f"loss.type={loss.get_choice_name(type(loss))} needs the columns {missing}; data.components.{name} has "
+                f"{sorted(arrays.columns)}. Name them in its format.columns (a number in each row) or "
+                "format.response_columns (a list, with a number for each response)"
+            )
+        if loss.needs_comparisons and not arrays.comparison_counts[indices].all():
+            raise ValueError(
+                f"loss.type={loss.get_choice_name(type(loss))} compares responses; data.components.{name} has single "
+                "ones (format.type=unpaired). Choose a loss of single responses, or rows with chosen and rejected"
+            )
+
+
 class NonFiniteStateError(RuntimeError):
-    """An update made numbers that are not finite, out of a loss and a gradient that were."""
+    """An update made infinities or NaN, though its loss and gradient were finite."""
 
 
 def refuse_non_finite(info: StepInfo[TrainState]) -> None:
     """Raises NonFiniteStateError unless the state can be saved and exported. All processes must call this.
 
-    The devices reduce it to two values, which are waited for: not to be called in every step.
+    It waits for the devices, so it is not for every step.
     """
     trained = info.state.trained
     parts = {"adapters": trained["adapters"], "optimizer's moments": trained["optimizer"]}
@@ -49,19 +63,29 @@ def _are_finite(parts: dict[str, Any]) -> dict[str, jax.Array]:
     }
 
 
-class Guard:
-    """For the `check` of `train`. With several processes, all call it for the same steps."""
+def first_loss_tolerance(compute_dtype: Any) -> float:
+    """How far the loss of step 0 may be from the expected one, by rounding."""
+    # Accelerators multiply float32 numbers in fewer bits by default, so float32 is low precision there too.
+    low_precision = compute_dtype != jnp.float32 or jax.default_backend() != "cpu"
+    # In bfloat16 two sums of a few hundred log-probs differ by some tenths of a nat; beta is about 0.1.
+    return 0.05 if low_precision else 1e-4
 
-    def __init__(self, config: TrainConfig, pairs: PairTable, starts_equal: bool):
-        """`starts_equal`: before the first update the policy is the reference, so that the loss is known."""
-        # Dropout moves the policy away from an adapter that is not zero.
-        is_fresh = config.initialize_from_peft is None
-        self.expects_ln2 = starts_equal and not config.loss.reference_free and (is_fresh or config.lora.dropout == 0.0)
-        # An accelerator's products of float32 numbers are by default of fewer bits too.
-        low_precision = config.trainer.precision.compute_dtype != jnp.float32 or jax.default_backend() != "cpu"
-        # In bfloat16 two sums of a few hundred log-probs differ by some tenths of a nat; beta is about 0.1.
-        self.tolerance = 0.05 if low_precision else 1e-4
-        self.pairs, self.trainer = pairs, config.trainer
+
+class StepCheck:
+    """The `check` of `train`: ends the run at a step that cannot be right. All processes call it for the same steps."""
+
+    def __init__(
+        self,
+        pairs: ExampleTable,
+        *,
+        expected_first_loss: float | None,
+        tolerance: float,
+        non_finite: Literal["stop", "skip"],
+        max_skips_in_a_row: int,
+    ):
+        """`expected_first_loss` is None if the loss of step 0 is not known. The last two are settings of `trainer`."""
+        self.pairs, self.expected_first_loss, self.tolerance = pairs, expected_first_loss, tolerance
+        self.non_finite, self.max_skips_in_a_row = non_finite, max_skips_in_a_row
         self.skipped_in_a_row = 0
 
     def __call__(self, step: int, metrics: StepMetrics, values: dict[str, float]) -> None:
@@ -69,41 +93,45 @@ class Guard:
             self._skip_or_stop(step, metrics, values)
             return
         self.skipped_in_a_row = 0
-        if step == 0 and self.expects_ln2 and abs(values["loss"] - math.log(2)) > self.tolerance:
+        if step == 0 and self.expected_first_loss is not None:
+            self._check_first_loss(values["loss"], self.expected_first_loss)
+
+    def _check_first_loss(self, loss: float, expected: float) -> None:
+        if abs(loss - expected) > self.tolerance:
             raise RuntimeError(
-                f"the loss of step 0 is {values['loss']:.6f}, but policy and reference should be equal before the "
-                f"first update, which makes it ln 2 = {math.log(2):.6f} (tolerance {self.tolerance}). Either the "
-                "adapters' product is not zero, or the two are computed differently: please report this."
+                f"the loss of step 0 is {loss:.6f}, but policy and reference should be equal before the first update, "
+                f"which makes it {expected:.6f} (tolerance {self.tolerance}). Either the adapters' product is not "
+                "zero, or the two are computed differently: please report this."
             )
 
     def _skip_or_stop(self, step: int, metrics: StepMetrics, values: dict[str, float]) -> None:
-        told = (
+        what = (
             f"step {step}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}; the update was "
             f"not made. {self._culprits(metrics)}."
         )
-        if self.trainer.non_finite == "stop":
+        if self.non_finite == "stop":
             raise NonFiniteLossError(
-                f"{told} The run stops. Look at these rows, lower optimizer.learning_rate, or set "
+                f"{what} The run stops. Look at these rows, lower optimizer.learning_rate, or set "
                 "trainer.non_finite=skip to go on without such updates."
             )
         self.skipped_in_a_row += 1
-        if self.skipped_in_a_row > (most := self.trainer.max_skips_in_a_row):
+        if self.skipped_in_a_row > self.max_skips_in_a_row:
             raise NonFiniteLossError(
-                f"{told} Of such steps it is number {self.skipped_in_a_row} in a row, more than "
-                f"trainer.max_skips_in_a_row={most}, and the run stops. Look at these rows, or lower "
-                "optimizer.learning_rate."
+                f"{what} Of such steps it is number {self.skipped_in_a_row} in a row, more than "
+                f"trainer.max_skips_in_a_row={self.max_skips_in_a_row}, and the run stops. Look at these rows, or "
+                "lower optimizer.learning_rate."
             )
         skipped = round(values["skipped_steps"])
-        logger.warning("%s The run goes on (trainer.non_finite=skip); %d updates were skipped so far.", told, skipped)
+        logger.warning("%s The run goes on (trainer.non_finite=skip); %d updates were skipped so far.", what, skipped)
 
     def _culprits(self, metrics: StepMetrics) -> str:
-        """The pairs whose loss is not finite, as far as that tells them from the others."""
-        ids = np.concatenate([np.ravel(on_host(part.array)) for part in metrics.pair_ids])
-        losses = np.concatenate([np.ravel(on_host(part.array)) for part in metrics.pair_losses])
+        """The pairs whose loss is not finite; all pairs of the batch if only the gradient is not."""
+        ids = np.concatenate([np.ravel(on_host(part.array)) for part in metrics.example_ids])
+        losses = np.concatenate([np.ravel(on_host(part.array)) for part in metrics.example_losses])
         is_pair = ids >= 0
         bad = ids[is_pair & ~np.isfinite(losses)]
         which, ids = ("Pairs with such a loss", bad) if len(bad) else ("Pairs of the batch", ids[is_pair])
         names = ", ".join(self.pairs.origin(int(i)) for i in ids[:NAMED_PAIRS])
         more = f" and {len(ids) - NAMED_PAIRS} more" if len(ids) > NAMED_PAIRS else ""
-        # What is not a number comes through attention to all of a row, even where its weight is zero.
+        # NaN spreads through attention to the whole row, even where its weight is zero.
         return f"{which} (one of them spoils those that share its row): {names}{more}"

@@ -1,18 +1,21 @@
-"""The adapter and the merged model, at the paths that are set: at the end, and on the way under step-<n>.
+"""The exports of a run, the adapter and the merged model: the last ones, and those on the way under step-<n>.
 
-Both bring the tokenizer of the run, with the chat template that its rows were rendered with.
+Both bring the tokenizer of the run, with the chat template of its rows.
 """
 
 import copy
 import logging
+from collections.abc import Sequence
 from typing import Any
 
+from lora_dpo_jax.data.config import PreferenceDataConfig
 from lora_dpo_jax.huggingface.adapters import save_adapter
 from lora_dpo_jax.huggingface.tensors import TensorFiles
 from lora_dpo_jax.huggingface.weights import save_merged
 from lora_dpo_jax.lora import LoraConfig
-from lora_dpo_jax.runs.outputs import check_free_space, exports_of, step_target
-from lora_dpo_jax.runs.setup import Base, TrainConfig
+from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.runs.base import Base
+from lora_dpo_jax.runs.outputs import check_free_space, step_target
 from lora_dpo_jax.training.loop import StepInfo
 from lora_dpo_jax.training.step import TrainState
 
@@ -20,29 +23,43 @@ logger = logging.getLogger("lora_dpo_jax")
 
 
 class Exports:
-    """A hook. It comes after the one that saves the state: an export that fails loses nothing."""
+    """A hook that writes the exports, after the hook that saves the state: an export that fails loses nothing."""
 
     def __init__(
-        self, config: TrainConfig, lora: LoraConfig, base: Base, num_steps: int, first_step: int = 0, *, run: str
+        self,
+        paths: Sequence[tuple[str, str]],
+        base: Base,
+        lora: LoraConfig,
+        *,
+        run: str,
+        overwrite: bool,
+        num_steps: int,
+        has_own_tokenizer: bool,
     ):
-        """`run`: the id by which an export knows a former one of the same run."""
-        self.config, self.lora, self.base, self.num_steps = config, lora, base, num_steps
-        self.owner: Any = {"run": run, "overwrite": config.overwrite}
-        if config.hf_save_steps is not None and not exports_of(config):
-            raise ValueError("hf_save_steps is set, but neither peft_save_path nor merged_hf_save_path is")
-        if config.merged_hf_save_path is not None:
-            tensors = TensorFiles(base.folder)
-            needed = sum(tensors.info(name).num_bytes for name in tensors.names)
-            left = range(max(first_step, 1), num_steps)
-            on_the_way = sum(step % config.hf_save_steps == 0 for step in left) if config.hf_save_steps else 0
-            check_free_space("merged_hf_save_path", config.merged_hf_save_path, needed, on_the_way + 1)
+        """`paths`: (setting, path) of each export. `run`: its id, by which it may replace its own.
+
+        `has_own_tokenizer`: the tokenizer of the run differs from the base's, so a merged model brings it.
+        """
+        self.paths, self.base, self.lora, self.num_steps = paths, base, lora, num_steps
+        self.has_own_tokenizer = has_own_tokenizer
+        self.owner: Any = {"run": run, "overwrite": overwrite}
+
+    def check_room(self, first_step: int, every: int | None) -> None:
+        """Raises OSError if a merged model has no room; warns if those on the way, each `every` steps, have none."""
+        for setting, path in self.paths:
+            if setting == "merged_hf_save_path":
+                tensors = TensorFiles(self.base.folder)
+                needed = sum(tensors.info(name).num_bytes for name in tensors.names)
+                left = range(max(first_step, 1), self.num_steps)
+                on_the_way = sum(step % every == 0 for step in left) if every else 0
+                check_free_space(setting, path, needed, on_the_way + 1)
 
     def __call__(self, info: StepInfo[TrainState]) -> None:
         write = {"peft_save_path": self._save_adapter, "merged_hf_save_path": self._save_merged}
-        for setting, path in exports_of(self.config):
+        for setting, path in self.paths:
             target = path if info.step == self.num_steps else step_target(path, info.step)
             try:
-                write[setting](info, target)
+                write[setting](info.state.model, target)
             except Exception as error:
                 raise OSError(
                     f"{setting}: {target} could not be written after {info.step} steps: {error}. A checkpoint of this "
@@ -50,30 +67,34 @@ class Exports:
                     "trainer.id set to the name of the run's folder); it goes on with this export"
                 ) from error
 
-    def _save_adapter(self, info: StepInfo[TrainState], target: str) -> None:
+    def _save_adapter(self, model: CausalLM, target: str) -> None:
         save_adapter(
-            info.state.model,
+            model,
             target,
-            base_model=self.config.initialize_from_hf,
-            revision=self.config.hf_revision,
+            base_model=self.base.name,
+            revision=self.base.revision,
             config=self.lora,
             tokenizer=self.base.tokenizer,
             **self.owner,
         )
 
-    def _save_merged(self, info: StepInfo[TrainState], target: str) -> None:
-        # Where nothing else was trained with, the base's own files stay as they are.
-        is_bases_own = not self.config.data.tokenizer and not any(_templates(self.config).values())
-        tokenizer = None if is_bases_own else self.base.tokenizer
-        save_merged(info.state.model, self.base.folder, target, tokenizer=tokenizer, **self.owner)
+    def _save_merged(self, model: CausalLM, target: str) -> None:
+        # Without a tokenizer of the run's own, the base's files stay as they are.
+        tokenizer = self.base.tokenizer if self.has_own_tokenizer else None
+        save_merged(model, self.base.folder, target, tokenizer=tokenizer, **self.owner)
 
 
-def with_trained_template(config: TrainConfig, tokenizer: Any) -> Any:
+def has_own_tokenizer(data: PreferenceDataConfig) -> bool:
+    """Whether the rows are tokenized or rendered by something else than the base's own tokenizer."""
+    return bool(data.tokenizer) or any(_templates(data).values())
+
+
+def with_trained_template(data: PreferenceDataConfig, tokenizer: Any) -> Any:
     """The tokenizer with the chat template of the run's rows: its own, unless a component sets format.chat_template.
 
-    Where components differ, the first of them that sets one decides, and the log names the others.
+    Where components differ, the first one that sets a template decides, and the log names the others.
     """
-    templates = _templates(config)
+    templates = _templates(data)
     chosen = next((name for name, template in templates.items() if template is not None), None)
     if chosen is None:
         return tokenizer
@@ -91,11 +112,11 @@ def with_trained_template(config: TrainConfig, tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _templates(config: TrainConfig) -> dict[str, str | None]:
-    """By the name of each component that is trained on, its format.chat_template."""
-    weights = config.data.train_weights or {}
+def _templates(data: PreferenceDataConfig) -> dict[str, str | None]:
+    """The format.chat_template of each component that is trained on, by the name of the component."""
+    weights = data.train_weights or {}
     return {
         name: component.format.template_text()
-        for name, component in config.data.components.items()
+        for name, component in data.components.items()
         if component.source.has_split("train") and weights.get(name, 1) > 0
     }

@@ -1,34 +1,38 @@
-"""What tells one run from another: the weights it starts from, the pairs it trains on, and in which order."""
+"""What distinguishes one run from another: the weights it starts from, the pairs it trains on, and in which order."""
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import draccus
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import lora_dpo_jax
-from lora_dpo_jax.checkpoints.store import flat_settings
-from lora_dpo_jax.data.batches import PairSource, PairTable
-from lora_dpo_jax.data.config import default_cache_dir
-from lora_dpo_jax.data.order import MIXING, PairOrder
-from lora_dpo_jax.data.shapes import RunLayout
+from lora_dpo_jax.checkpoints.differences import flat_settings
+from lora_dpo_jax.data.order import MIXING, ExampleOrder
+from lora_dpo_jax.data.table import ExampleSource, ExampleTable
+from lora_dpo_jax.files import cache_folder
 from lora_dpo_jax.huggingface.digests import tensor_digests
-from lora_dpo_jax.lora import LoraConfig
+from lora_dpo_jax.lora import LoraConfig, trainable_filter
+from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.processes.exchange import refuse_differences
-from lora_dpo_jax.runs.setup import Base, TrainConfig, folder_of
+from lora_dpo_jax.runs.base import Base, folder_of
+from lora_dpo_jax.runs.config import TrainConfig
+from lora_dpo_jax.runs.steps import Steps
 
-# Settings of `lora` that a checkpoint's adapters mean nothing without.
+# Settings of `lora` without which the adapters of a checkpoint mean nothing.
 SHAPE_ADAPTERS = ("r", "alpha", "use_rslora", "target_modules", "exclude_modules")
+# Settings of `model` that change how log-probs are computed, not what they are; the dtype is asked of the arrays.
+CHANGE_NO_NUMBERS = ("gradient_checkpointing", "attention", "dtype")
 
 
 def weights_identity(config: TrainConfig, base: Base) -> dict[str, Any]:
-    """Of the base, and of the adapter that is its reference if there is one: what their files hold."""
-    memory = cache_folder(config) / "digests"
+    """What the files hold of the base, and of the adapter that is the reference if there is one."""
+    memory = cache_folder(config.data.cache_dir) / "digests"
     adapter = None
     if config.reference_adapter is not None:
         folder = folder_of("initialize_from_peft", config.reference_adapter)
@@ -43,18 +47,31 @@ def weights_identity(config: TrainConfig, base: Base) -> dict[str, Any]:
     }
 
 
-def run_identity(
-    config: TrainConfig, lora: LoraConfig, base: Base, pairs: PairTable, order: PairOrder
-) -> dict[str, Any]:
-    """By the names of the settings, all that a run must share with a checkpoint to go on from it.
+def reference_identity(config: TrainConfig, base: Base, reference: CausalLM) -> dict[str, Any]:
+    """All but the pairs that decides the log-probs of the model `reference`: no loss, no optimizer, no layout."""
+    settings = dataclasses.asdict(config.model)
+    adapters, weights = eqx.partition(reference, trainable_filter(reference))
+    return {
+        **weights_identity(config, base),
+        "model": {name: value for name, value in settings.items() if name not in CHANGE_NO_NUMBERS},
+        "dtypes": [dtypes_of(tree) for tree in (weights, adapters)],
+        "compute_dtype": str(jnp.dtype(config.trainer.precision.compute_dtype)),
+        "platform": jax.default_backend(),
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
+    }
 
-    Nothing of how the run is computed or reported, or of the loss and the optimizer's settings, which may be changed on
-    the way.
+
+def run_identity(
+    config: TrainConfig, lora: LoraConfig, base: Base, pairs: ExampleTable, order: ExampleOrder
+) -> dict[str, Any]:
+    """All that a run must share with a checkpoint to resume from it, by the names of the settings.
+
+    How the run is computed or reported is left out, and so are the settings of loss and optimizer: they may change.
     """
     weights = weights_identity(config, base)
     adapter = weights.pop("adapter")
     trainer = config.trainer
-    # Left out where it changes no batch: checkpoints of before it was there say nothing of it.
+    # Left out where it changes no batch: checkpoints of earlier versions lack it.
     has_short_batches = trainer.has_short_batches and order.epoch % trainer.train_batch_size
     components = {
         name: {"pairs": len(component), **component.checksums} for name, component in _components(pairs).items()
@@ -83,7 +100,7 @@ def run_identity(
 
 
 def refuse_other_settings(config: TrainConfig) -> None:
-    """Raises ValueError unless all processes of the run were started alike; all must call this."""
+    """Raises ValueError unless all processes have the same settings and versions. All must call this."""
     settings = flat_settings(draccus.encode(config))  # pyright: ignore[reportArgumentType]
     refuse_differences(
         {name: value for name, value in settings.items() if not name.startswith("trainer.distributed.")}
@@ -91,22 +108,18 @@ def refuse_other_settings(config: TrainConfig) -> None:
     )
 
 
-def refuse_other_plans(pairs: PairTable, batch_ids: Sequence[np.ndarray], layout: RunLayout) -> None:
-    """Raises ValueError unless all processes have the same pairs, and the same steps to make of them."""
+def refuse_other_steps(steps: Steps) -> None:
+    """Raises ValueError unless all processes have the same pairs, and make the same steps of them."""
     refuse_differences(
-        {f"data.components.{name}": component.checksums for name, component in _components(pairs).items()}
-        | {"the pairs of the steps": hashlib.sha256(np.concatenate(batch_ids).tobytes()).hexdigest()}
-        | {"the shapes of the batches": repr(layout)}
+        {f"data.components.{name}": component.checksums for name, component in _components(steps.pairs).items()}
+        | {"the pairs of the steps": hashlib.sha256(np.concatenate(steps.ids).tobytes()).hexdigest()}
+        | {"the shapes of the batches": repr(steps.shapes)}
     )
 
 
-def _components(pairs: PairTable) -> dict[str, PairSource]:
+def _components(pairs: ExampleTable) -> dict[str, ExampleSource]:
     return {name: component for name, (component, _) in zip(pairs.names, pairs.components, strict=True)}
 
 
 def dtypes_of(tree: Any) -> list[str]:
     return sorted({str(leaf.dtype) for leaf in jax.tree.leaves(tree)})
-
-
-def cache_folder(config: TrainConfig) -> Path:
-    return Path(config.data.cache_dir or default_cache_dir()).expanduser()

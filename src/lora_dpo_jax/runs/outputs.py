@@ -1,6 +1,6 @@
-"""Where a run writes: tried before its work, so that no hour of training ends at a path that cannot be written.
+"""The places where a run writes. Each is tried before the work, so that no training ends at a path without access.
 
-No input may be in such a place, and nothing that another wrote.
+A place must hold no input of the run, and no file that another program or run wrote.
 """
 
 import logging
@@ -13,10 +13,10 @@ from pathlib import Path, PurePosixPath
 
 import fsspec
 
+from lora_dpo_jax.files import cache_folder
 from lora_dpo_jax.huggingface.folders import check_export_target
 from lora_dpo_jax.places import is_url, is_within, leads_nowhere, parent_of, place_of, same_place
-from lora_dpo_jax.runs.identity import cache_folder
-from lora_dpo_jax.runs.setup import TrainConfig
+from lora_dpo_jax.runs.config import TrainConfig
 
 logger = logging.getLogger("lora_dpo_jax")
 
@@ -25,16 +25,15 @@ STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 def check_outputs(config: TrainConfig) -> None:
-    """Raises OSError that names the setting, for the first place of a training run where nothing can be written.
+    """Raises an error that names the setting, for the first place that cannot be written or must not be replaced.
 
-    Or where something is that the run would replace. What is tried leaves nothing behind. A preview writes to the cache
-    alone.
+    The trial leaves nothing behind. A preview writes to the cache alone.
     """
-    check_writable("data.cache_dir", cache_folder(config))
+    check_writable("data.cache_dir", cache_folder(config.data.cache_dir))
     if config.preview:
         return
     trainer = config.trainer
-    # A run without an id gets a folder of its own later; the one above it says enough.
+    # A run without an id gets a folder of its own later; trying the folder above is enough.
     run_dir = trainer.run_dir(trainer.id or "")
     check_writable("trainer.log_dir", run_dir)
     if trainer.id and (run_dir / "config.yaml").exists() and not (run_dir / "metrics.jsonl").exists():
@@ -43,7 +42,7 @@ def check_outputs(config: TrainConfig) -> None:
             "folder, and that file would be replaced. Choose another trainer.id, or move it away"
         )
     base_path = trainer.checkpointer.base_path
-    if base_path is not None and not is_url(base_path):  # Checkpoints tries URLs, by its own means
+    if base_path is not None and not is_url(base_path):  # Checkpoints tries URLs itself
         check_writable("trainer.checkpointer.base_path", base_path)
     for setting, path in exports_of(config):
         _refuse_other_uses(config, setting, path)
@@ -59,18 +58,18 @@ def check_outputs(config: TrainConfig) -> None:
 
 
 def exports_of(config: TrainConfig) -> list[tuple[str, str]]:
-    """(setting, path) of those that are set."""
+    """(setting, path) of each export that is set."""
     paths = {"peft_save_path": config.peft_save_path, "merged_hf_save_path": config.merged_hf_save_path}
     return [(setting, path) for setting, path in paths.items() if path is not None]
 
 
 def step_target(path: str, step: int) -> str:
-    """Where the export after `step` steps goes, of a run that exports on the way."""
+    """Where the export after `step` steps goes, if it is not the last."""
     return f"{path.rstrip('/')}/step-{step}"
 
 
 def check_writable(setting: str, folder: str | Path) -> None:
-    """Writes and removes a small file in the folder or URL, or where the folder would be made."""
+    """Raises OSError unless a small file can be written in the folder or URL, or where the folder would be made."""
     place = place_of(folder)
     try:
         if is_url(place):
@@ -80,7 +79,7 @@ def check_writable(setting: str, folder: str | Path) -> None:
                 raise OSError("it is a link that leads back to itself")
             with tempfile.TemporaryFile(dir=existing_part(Path(place))) as file:
                 file.write(bytes(PROBE_BYTES))  # a full disk still makes empty files
-    # Stores have errors of their own: a bucket that is missing, a key that is refused, a package not installed.
+    # Stores have errors of their own: a missing bucket, a rejected key, a package that is not installed.
     except Exception as error:
         raise OSError(
             f"{setting}: nothing can be written to {folder} ({error}). Set it to a place where it can"
@@ -92,21 +91,21 @@ def check_free_space(setting: str, path: str, needed: int, count: int) -> None:
     if is_url(path):
         return
     free = shutil.disk_usage(existing_part(Path(path))).free
-    told = f"{setting}: a merged model is of about {needed / 1e9:.3f} GB, and {path} has {free / 1e9:.3f} GB free"
+    room = f"{setting}: a merged model is of about {needed / 1e9:.3f} GB, and {path} has {free / 1e9:.3f} GB free"
     if free < needed:
-        raise OSError(f"{told}. Make room, or set another path")
+        raise OSError(f"{room}. Make room, or set another path")
     if free < needed * count:
-        logger.warning("%s: that is not enough for the %d that the run will write, as hf_save_steps says", told, count)
+        logger.warning("%s: that is not enough for the %d that the run will write, as hf_save_steps says", room, count)
 
 
 def existing_part(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists; behind the links, where there are any."""
+    """The folder, or the nearest one above it that exists, with links resolved."""
     folder = Path(place_of(folder))
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def _refuse_other_uses(config: TrainConfig, setting: str, path: str) -> None:
-    """Raises ValueError for what is no place for an export, whatever is there."""
+    """Raises ValueError for a path that has another use, whether or not it exists."""
     if not path.strip():
         raise ValueError(f"{setting}={path!r} names no folder; null exports none")
     if same_place(path, "."):
@@ -120,14 +119,14 @@ def _refuse_other_uses(config: TrainConfig, setting: str, path: str) -> None:
     run_dir = trainer.run_dir(run_id)
     if run_id and same_place(path, run_dir):
         raise ValueError(f"{setting}={path!r} is the run's own folder: name one in it, such as {run_dir / 'export'}")
-    # Without an id, which folder that is nobody knows yet, and nobody else can name it.
+    # Without an id, the folder has no name yet, so no setting can name it.
     is_known = run_id or not trainer.checkpointer.append_run_id_to_base_path
     if is_known and is_within(path, str(trainer.checkpointer.folder(run_dir, run_id))):
         raise ValueError(f"{setting}={path!r} is where the run's checkpoints are. Choose another path")
 
 
 def _refuse_inputs(config: TrainConfig, setting: str, target: str) -> None:
-    """Raises ValueError for what the run reads: started again, it would read something else."""
+    """Raises ValueError if the run reads the target: started again, it would read its own export."""
     inputs = {
         "initialize_from_hf": config.initialize_from_hf,
         "initialize_from_peft": config.initialize_from_peft,
@@ -139,7 +138,7 @@ def _refuse_inputs(config: TrainConfig, setting: str, target: str) -> None:
 
 
 def _former_steps(config: TrainConfig, path: str) -> Iterator[str]:
-    """Of the exports on the way that the run will make, those of which the folders are there."""
+    """The folders that exist among those of the exports that the run will make on the way."""
     if config.hf_save_steps is None:
         return
     store, root = fsspec.core.url_to_fs(place_of(path))
@@ -151,6 +150,6 @@ def _former_steps(config: TrainConfig, path: str) -> Iterator[str]:
 def _try_url(url: str) -> None:
     store, root = fsspec.core.url_to_fs(url)
     probe = f"{root.rstrip('/')}/.writable-{uuid.uuid4().hex}"
-    # Folders are not made: some stores would make a missing bucket.
+    # No folder is made: some stores would make a missing bucket.
     store.pipe_file(probe, bytes(PROBE_BYTES))
     store.rm_file(probe)

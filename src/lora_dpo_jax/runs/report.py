@@ -1,17 +1,18 @@
-"""What a run tells of its model besides the metrics of its steps: held-out scores and sample completions."""
+"""What a run reports of its model besides the metrics of its steps: held-out scores and sample completions."""
 
 import logging
 import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_dpo_jax.evaluation import PairScorer, summarize
-from lora_dpo_jax.generation import complete, read_stop_ids
+from lora_dpo_jax.evaluation import Scorer, summarize, summarize_by_tokens
+from lora_dpo_jax.generation import GenerationConfig, complete
 from lora_dpo_jax.lora import equals_reference
-from lora_dpo_jax.losses import PairLogProbs
+from lora_dpo_jax.losses import Loss, Scores
+from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.runs.reference_scores import ReferenceLogProbs
-from lora_dpo_jax.runs.setup import Base, TrainConfig
 from lora_dpo_jax.tracking import Tracker
 from lora_dpo_jax.training.loop import StepInfo
 from lora_dpo_jax.training.step import TrainState
@@ -19,85 +20,97 @@ from lora_dpo_jax.training.step import TrainState
 logger = logging.getLogger("lora_dpo_jax")
 
 
-class Report:
-    """Held-out scores and sample completions, before, during and after training."""
+class HeldOutScores:
+    """A hook that scores the held-out pairs and logs their means."""
 
     def __init__(
         self,
-        config: TrainConfig,
-        base: Base,
-        tracker: Tracker,
-        score: PairScorer,
+        score: Scorer,
+        loss: Loss,
         reference: ReferenceLogProbs | None,
-        earlier: list[dict[str, Any]],
+        tracker: Tracker,
+        earlier: Sequence[Mapping[str, Any]],
     ):
-        """`earlier`: what a resumed run has logged so far."""
-        self.config, self.base, self.tracker, self.score = config, base, tracker, score
-        self.reference = reference
-        self.reference_scores: PairLogProbs | None = None
+        """`earlier`: the lines of metrics.jsonl that a resumed run has logged so far."""
+        self.score, self.loss, self.reference, self.tracker = score, loss, reference, tracker
+        self.reference_scores: Scores | None = None
         self.scores = [(line["step"], _scores(line)) for line in earlier if "eval/loss" in line]
-        self.samples: list[list[str]] = []
 
-    def evaluate(self, info: StepInfo[TrainState]) -> None:
-        if not len(self.score.pairs):
+    def __call__(self, info: StepInfo[TrainState]) -> None:
+        if not len(self.score.examples):
             return
-        loss = self.config.preference_loss
+        scores = self._scores_by_tokens(info.state) if self.loss.needs_tokens else self._scores_by_sums(info.state)
+        self.scores.append((info.step, scores))
+        self.tracker.log({f"eval/{name}": value for name, value in scores.items()}, step=info.step)
+        texts = {"loss": "loss {:.4f}", "dpo_accuracy": "accuracy {:.3f}", "rewards/margins": "margin {:.3f}"}
+        shown = ", ".join(text.format(scores[name]) for name, text in texts.items() if name in scores)
+        logger.info("held-out after %d steps: %s", info.step, shown)
+
+    def _scores_by_tokens(self, state: TrainState) -> dict[str, float]:
+        objective = PreferenceObjective(self.loss)
+        return summarize_by_tokens(objective, self.loss.columns, self.score, state.model, state.reference)
+
+    def _scores_by_sums(self, state: TrainState) -> dict[str, float]:
         if self.reference_scores is None and self.reference is not None:
             # The reference never moves: its scores serve every evaluation of the run.
             self.reference_scores = self.reference.of_table(self.score)
-        model, reference_scores = info.state.model, self.reference_scores
-        if reference_scores is not None and equals_reference(model, info.state.reference):
+        model, reference_scores = state.model, self.reference_scores
+        if reference_scores is not None and equals_reference(model, state.reference):
             policy_scores = reference_scores
         else:
             policy_scores = self.score(model)
-        scores = summarize(loss, policy_scores, reference_scores)
-        self.scores.append((info.step, scores))
-        self.tracker.log({f"eval/{name}": value for name, value in scores.items()}, step=info.step)
-        logger.info(
-            "held-out after %d steps: loss %.4f, accuracy %.3f, margin %.3f",
-            info.step,
-            scores["loss"],
-            scores["dpo_accuracy"],
-            scores["rewards/margins"],
-        )
+        return summarize(self.loss, policy_scores, reference_scores, self.score.examples.arrays.examples)
 
-    def sample(self, info: StepInfo[TrainState]) -> None:
-        prompts = self.config.sample_prompts
-        if not prompts:
+    def print(self) -> None:
+        """A table of the first scores and the last ones."""
+        ends = self.scores[:1] + self.scores[1:][-1:]
+        if not ends:
             return
-        origins = [f"sample_prompts[{index}]" for index in range(len(prompts))]
-        stop_ids, settings = read_stop_ids(self.base.folder), self.config.generation
-        self.samples.append(
-            complete(info.state.model, self.base.tokenizer, prompts, settings, stop_ids=stop_ids, origins=origins)
+        print(f"\n{'held-out pairs':<16}" + "".join(f"{'after step ' + str(step):>18}" for step, _ in ends))
+        rows = {"accuracy": "dpo_accuracy", "reward margin": "rewards/margins", "loss": "loss"}
+        for title, name in rows.items():
+            if name not in ends[0][1]:
+                continue
+            cells = [f"{v[name]:.1%}" if title == "accuracy" else f"{v[name]:.4f}" for _, v in ends]
+            print(f"{title:<16}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+class Samples:
+    """A hook that completes the sample prompts, before and after training."""
+
+    def __init__(
+        self, prompts: Sequence[str], tokenizer: Any, settings: GenerationConfig, *, stop_ids: Collection[int]
+    ):
+        self.prompts, self.tokenizer, self.settings, self.stop_ids = prompts, tokenizer, settings, stop_ids
+        self.completions: list[list[str]] = []
+
+    def __call__(self, info: StepInfo[TrainState]) -> None:
+        if not self.prompts:
+            return
+        origins = [f"sample_prompts[{index}]" for index in range(len(self.prompts))]
+        model, stop_ids = info.state.model, self.stop_ids
+        self.completions.append(
+            complete(model, self.tokenizer, self.prompts, self.settings, stop_ids=stop_ids, origins=origins)
         )
 
-    def print(self, run_dir: Path) -> None:
-        """For the person at the terminal: what changed, and where everything is."""
-        for index, prompt in enumerate(self.config.sample_prompts):
+    def print(self) -> None:
+        for index, prompt in enumerate(self.prompts):
             print(f"\n{printable(prompt)}")
-            # A run that goes on has no completions of before the first step.
-            for title, samples in zip(("after:", "before:"), reversed(self.samples), strict=False):
-                print(f"  {title:<7} {printable(samples[index])}")
-        if self.scores:
-            print(f"\n{'held-out pairs':<16}" + "".join(f"{'after step ' + str(s):>18}" for s, _ in self._ends()))
-            rows = {"accuracy": "dpo_accuracy", "reward margin": "rewards/margins", "loss": "loss"}
-            for title, name in rows.items():
-                cells = [f"{v[name]:.1%}" if title == "accuracy" else f"{v[name]:.4f}" for _, v in self._ends()]
-                print(f"{title:<16}" + "".join(f"{cell:>18}" for cell in cells))
-        print()
-        for title, path in {
-            "adapter": self.config.peft_save_path,
-            "merged model": self.config.merged_hf_save_path,
-            "metrics": run_dir / "metrics.jsonl",
-            "config": run_dir / "config.yaml",
-        }.items():
-            if path is not None:
-                print(f"{title:<14}{printable(str(path))}")
-
-    def _ends(self) -> list[tuple[int, dict[str, float]]]:
-        return self.scores[:1] + self.scores[1:][-1:]
+            # A run that resumes has no completions from before the first step.
+            for title, completions in zip(("after:", "before:"), reversed(self.completions), strict=False):
+                print(f"  {title:<7} {printable(completions[index])}")
 
 
-def _scores(line: dict[str, Any]) -> dict[str, float]:
-    """Of a line of metrics.jsonl, where null stands for what is not finite."""
+def print_report(samples: Samples, scores: HeldOutScores, places: Mapping[str, str | Path | None]) -> None:
+    """For the person at the terminal: what changed, and where everything is. `places` are by their titles."""
+    samples.print()
+    scores.print()
+    print()
+    for title, path in places.items():
+        if path is not None:
+            print(f"{title:<14}{printable(str(path))}")
+
+
+def _scores(line: Mapping[str, Any]) -> dict[str, float]:
+    """The scores in a line of metrics.jsonl, where null stands for infinities and NaN."""
     return {name.removeprefix("eval/"): math.nan if x is None else x for name, x in line.items() if name != "step"}

@@ -7,9 +7,11 @@ changes the settings that it names. One given for a setting that is a mapping it
 its place.
 """
 
+import itertools
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +23,17 @@ from draccus.utils import is_choice_type
 
 from lora_dpo_jax.redaction import log_to_stderr
 from lora_dpo_jax.settings.config_file import YamlError, read_config_file, read_yaml
-from lora_dpo_jax.settings.decoding import SettingError, config_of, found_in, joined, shown
+from lora_dpo_jax.settings.decoding import (
+    SettingError,
+    config_of,
+    found_in,
+    import_named_modules,
+    joined,
+    settings_of_modules,
+    shown,
+)
 from lora_dpo_jax.settings.help import help_text
-from lora_dpo_jax.settings.other_names import unknown_setting
+from lora_dpo_jax.settings.other_names import setting_at, unknown_setting
 from lora_dpo_jax.settings.schema import hints_of, item_in, kind, members, section_in
 
 T = TypeVar("T")
@@ -56,30 +66,46 @@ def parse(
     if "-h" in words or "--help" in words:
         print(help_text(config_class))
         raise SystemExit(0)
-    changes = list(_given(words))
+    changes = list(_given(config_class, words))
     files = [text for path, text in changes if path == CONFIG_PATH]
     if len(files) > 1:
         raise ValueError(f"--config_path stands {len(files)} times; a run has one config file")
     file = files[0] if files else config_path
     tree = {} if file is None else dict(read_config_file(os.fspath(file)))
+    first = settings_of_modules(config_class)
     for path, text in changes:
-        if path != CONFIG_PATH:
+        if path in first:
+            _change(config_class, tree, path, text)
+    import_named_modules(config_class, tree)
+    for path, text in changes:
+        if path not in (CONFIG_PATH, *first):
             _change(config_class, tree, path, text)
     return config_of(config_class, {**tree, **values})
 
 
-def _given(words: list[str]) -> Iterator[tuple[str, str | None]]:
+def _given(config_class: type, words: list[str]) -> Iterator[tuple[str, str | None]]:
     """(path, value) of `--path value` and `--path=value`; None where the value is not there."""
-    at = 0
+    at, path = 0, ""
     while at < len(words):
         word, at = words[at], at + 1
-        path, equals, text = word[2:].partition("=")
+        before, (path, equals, text) = path, word[2:].partition("=")
         if not word.startswith("--") or not path:
-            raise ValueError(f"{word!r} is no setting. {_advice(word)}")
+            advice = _list_advice(config_class, before, words[: at - 1], words[at - 1 :]) or _advice(word)
+            raise ValueError(f"{word!r} is no setting. {advice}")
         if not equals:
             follows = at < len(words) and not words[at].startswith("--")
             text, at = (words[at], at + 1) if follows else (None, at)
         yield path, text
+
+
+def _list_advice(config_class: type, path: str, before: list[str], rest: list[str]) -> str | None:
+    """Where a list was given as several words: how to write it. `path` is the last setting in `before`."""
+    setting = setting_at(config_class, path)
+    if not path or setting is None or item_in(setting.annotation, list) is None:
+        return None
+    words = [before[-1].removeprefix(f"--{path}="), *itertools.takewhile(lambda word: not word.startswith("--"), rest)]
+    items = ", ".join(word.strip("[], ") for word in words)
+    return f"{path} takes a list: write --{path} {shlex.quote(f'[{items}]')}"
 
 
 def _advice(word: str) -> str:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.parser import ParserError
 
+from lora_dpo_jax.places import spelled_alike
 from lora_dpo_jax.settings.decoding import Number, described, joined
 
 MOST_BYTES = 1 << 20  # of a config file
@@ -29,7 +31,7 @@ def read_config_file(path: str) -> Mapping[str, Any]:
         with Path(path).open("rb") as file:
             content = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
+        why = f"{getattr(error, 'strerror', None) or error}{spelled_alike(path)}"
         raise ValueError(f"config_path={path!r} cannot be read: {why}") from error
     if len(content) > MOST_BYTES:
         raise ValueError(
@@ -63,8 +65,7 @@ def read_yaml(text: str) -> Any:
     except YamlError:
         raise
     except yaml.MarkedYAMLError as error:
-        where = error.problem_mark or error.context_mark
-        raise YamlError(f"{_at(where)} is no YAML: {_problem(error)}") from error
+        raise YamlError(_why(error, text)) from error
     except yaml.reader.ReaderError as error:
         raise YamlError(f", character {error.position + 1}: is no YAML: a character that no text can hold") from error
     except RecursionError as error:
@@ -137,7 +138,44 @@ def _check(node: yaml.Node, path: str, sizes: dict[yaml.Node, int], above: set[y
 
 
 def _at(mark: yaml.Mark | None) -> str:
-    return "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+    return "" if mark is None else f", {_place(mark)}"
+
+
+def _place(mark: yaml.Mark) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _why(error: yaml.MarkedYAMLError, text: str) -> str:
+    """Where it is no YAML, and why; where a bracket or a quote is not closed, where it stands."""
+    where = error.problem_mark or error.context_mark
+    opened = _unclosed(text, len(text) if where is None else where.index)
+    if where is not None and where.index >= len(text):  # whose line may not exist
+        if error.context == "while scanning a quoted scalar" and error.context_mark is not None:
+            return f" ends within the quotes that open in {_place(error.context_mark)}"
+        if opened:
+            return f" ends before the {opened} is closed"
+        where = None if error.context_mark is None or error.context_mark.index >= len(text) else error.context_mark
+    unclosed = f"; the {opened} is not closed" if opened and isinstance(error, ParserError) else ""
+    return f"{_at(where)} is no YAML: {_problem(error)}{unclosed}"
+
+
+def _unclosed(text: str, end: int) -> str:
+    """Of the lists and mappings in brackets that are open at a place of the text, the innermost; "" if none is."""
+    opened = []
+    try:
+        for token in yaml.scan(text, _Loader):
+            if token.start_mark.index >= end:
+                break
+            if isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken):
+                opened.append(token)
+            elif isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken) and opened:
+                opened.pop()
+    except yaml.YAMLError:
+        pass
+    if not opened:
+        return ""
+    kind = "list" if isinstance(opened[-1], yaml.FlowSequenceStartToken) else "mapping"
+    return f"{kind} that opens in {_place(opened[-1].start_mark)}"
 
 
 def _problem(error: yaml.MarkedYAMLError) -> str:

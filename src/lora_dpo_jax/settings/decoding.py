@@ -18,7 +18,8 @@ import numpy as np
 from draccus.utils import is_choice_type
 
 from lora_dpo_jax.settings.other_names import unknown_setting
-from lora_dpo_jax.settings.schema import default_of, hints_of, item_in, kind, members, section_in
+from lora_dpo_jax.settings.plugins import import_plugins
+from lora_dpo_jax.settings.schema import default_of, hints_of, item_in, kind, members, section_in, settings_of
 
 MOST = 2**63  # whole numbers are below
 DEEPEST = 50  # of values that are free
@@ -51,8 +52,22 @@ def config_of(config_class: type, tree: Any) -> Any:
     """Raises ValueError that names the setting, for what is unknown, missing, of another type or out of range."""
     if not isinstance(tree, Mapping):
         raise ValueError(f"settings are a mapping from their names to values; found {described(tree)}")
+    import_named_modules(config_class, tree)
     _refuse_disagreement(config_class, tree)
     return _Decoder(config_class).section(config_class, tree, "")
+
+
+def settings_of_modules(config_class: type) -> list[str]:
+    """The settings that name modules to import first, as they may register types of the other settings."""
+    return [field.name for field in dataclasses.fields(config_class) if field.metadata.get("names_modules")]
+
+
+def import_named_modules(config_class: type, tree: Mapping[str, Any]) -> None:
+    """Raises ValueError that names the setting and the module, if one cannot be imported."""
+    for name in settings_of_modules(config_class):
+        if name in tree:
+            import_plugins(name, _Decoder(config_class).value(hints_of(config_class)[name], tree[name], name))
+            settings_of.cache_clear()  # it lists the types of each choice
 
 
 def described(value: Any) -> str:

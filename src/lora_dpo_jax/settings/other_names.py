@@ -84,6 +84,10 @@ _NAMES_ELSEWHERE = {
         "peft_save_path",
         " (the adapter), merged_hf_save_path (the merged model) and trainer.log_dir (logs, checkpoints)",
     ): ("output_dir save_path hf_save_path export_dir hf_upload merged_hf_upload"),
+    (
+        "peft_save_path",
+        " (the adapter) or merged_hf_save_path (the merged model); output is one of evaluate and generate",
+    ): "output",
     ("initialize_from_hf", ", of which config.json is always used"): "use_hf_model_config",
     ("layout.packing", ""): "sample_packing",
     ("trainer.mp", " (of adapters and computation), and model.dtype (of the frozen weights)"): (
@@ -115,7 +119,8 @@ def unknown_setting(config_class: type, path: str) -> tuple[str, str]:
     readable = path if path.isprintable() else repr(path)
     known = {"config_path", "beta", *(setting.path for setting in settings), *_sections(settings)}
     if name in OTHER_NAMES and OTHER_NAMES[name][0] in known and OTHER_NAMES[name][0] != path:
-        return readable, " is no setting. Here it is " + "".join(OTHER_NAMES[name])
+        setting, more = OTHER_NAMES[name]
+        return readable, f" is no setting. Here it is {_in_place_of(setting, path)}{more}"
     if name == "config_path":
         return readable, " is no setting. Write --config_path"
     if of := [setting.types for setting in settings if _in_place_of(setting.path, path) == path and setting.types]:
@@ -126,13 +131,18 @@ def unknown_setting(config_class: type, path: str) -> tuple[str, str]:
     return readable, " is no setting; --help lists them"
 
 
+def setting_at(config_class: type, path: str) -> Setting | None:
+    """The setting that a path names, with the user's own names in it."""
+    return next((found for found in settings_of(config_class) if _in_place_of(found.path, path) == path), None)
+
+
 def _sections(settings: tuple[Setting, ...]) -> set[str]:
     return {setting.section for setting in settings}
 
 
 def _nearest(path: str, name: str, settings: tuple[Setting, ...]) -> list[str]:
     paths = [_in_place_of(setting.path, path) for setting in settings]
-    paths += [section for section in dict.fromkeys(setting.section for setting in settings) if section]
+    paths += [section for section in dict.fromkeys(_in_place_of(each.section, path) for each in settings) if section]
     alike = [found for found in paths if found.rpartition(".")[2] == name]
     siblings = [found for found in paths if found.rpartition(".")[0] == path.rpartition(".")[0]]
     near = difflib.get_close_matches(path, siblings, MOST, 0.75)

@@ -1,17 +1,11 @@
-"""Where metrics go."""
+"""Where metrics go: metrics.jsonl always, Weights & Biases and TensorBoard if asked for, the terminal."""
 
-from lora_dpo_jax.tracking.trackers import (
-    NoTrackerConfig,
-    ProgressBar,
-    TensorboardConfig,
-    Tracker,
-    TrackerConfig,
-    TrackerConfigs,
-    WandbConfig,
-    check_trackers,
-    cut_metrics,
-    start_trackers,
-)
+from lora_dpo_jax.tracking.composite import NoTrackerConfig, check_trackers, start_trackers
+from lora_dpo_jax.tracking.interface import Tracker, TrackerConfig, TrackerConfigs
+from lora_dpo_jax.tracking.metrics_file import cut_metrics
+from lora_dpo_jax.tracking.progress import ProgressBar
+from lora_dpo_jax.tracking.tensorboard import TensorboardConfig
+from lora_dpo_jax.tracking.wandb import WandbConfig
 
 __all__ = [
     "NoTrackerConfig",

@@ -15,11 +15,13 @@ from typing import Any, Generic, Literal, TypeVar
 import jax
 import jmp
 
-from lora_dpo_jax.checkpoints.store import CheckpointerConfig
+from lora_dpo_jax.checkpoints.config import CheckpointerConfig
 from lora_dpo_jax.places import is_url
-from lora_dpo_jax.processes.exchange import DistributedConfig, from_first_process
-from lora_dpo_jax.processes.signals import InterruptedTrainingError
-from lora_dpo_jax.processes.stalls import FINISHING, INPUT, SENDING, Watch
+from lora_dpo_jax.processes.exchange import from_first_process
+from lora_dpo_jax.processes.signals import StoppedBySignalError
+from lora_dpo_jax.processes.stalls import FINISHING, INPUT, SENDING, StallMonitor
+from lora_dpo_jax.processes.start import DistributedConfig
+from lora_dpo_jax.settings.choices import check_choices
 from lora_dpo_jax.sharding import MeshConfig
 from lora_dpo_jax.tracking import NoTrackerConfig, ProgressBar, Tracker, TrackerConfigs, check_trackers
 from lora_dpo_jax.training.precision import precision_of
@@ -57,17 +59,17 @@ class TrainerConfig:
     # Where metrics go besides metrics.jsonl: wandb, tensorboard, none, a mapping with settings, or a list of these.
     tracker: TrackerConfigs = field(default_factory=lambda: [NoTrackerConfig()])
     log_dir: str = "logs"  # the folder of all runs
-    # The run's folder in log_dir; null generates a name. A run of an id that was here before goes on where it was.
+    # The run's folder in log_dir; null generates a name. A run with the id of an earlier one resumes it.
     id: str | None = None
     checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
     load_checkpoint: bool | None = None  # null: go on from a checkpoint if there is one; true: there must be one
-    # A step whose loss or gradient is not finite makes no update. stop: the run ends there. skip: it goes on, until
+    # A step whose loss or gradient is not finite makes no update. stop: the run ends there. skip: it continues, until
     # more than max_skips_in_a_row come one after the other.
     non_finite: Literal["stop", "skip"] = "stop"
     max_skips_in_a_row: int = 10  # with skip: more of them end the run
     # How long the run waits for its input, its devices or a hook before the log says so; null: it never does.
     stall_seconds: float | None = 120.0
-    # Where compiled programs are kept for the next run, a folder or a URL; null: what JAX is told elsewhere
+    # Where compiled programs are kept for the next run, a folder or a URL; null: JAX's own setting
     # ($JAX_COMPILATION_CACHE_DIR), or `programs` where the run keeps its other caches.
     jax_compilation_cache_dir: str | None = None
 
@@ -84,10 +86,7 @@ class TrainerConfig:
             value = getattr(self, name)
             if value < 1 and value != -1:
                 raise ValueError(f"trainer.{name}={value} must be positive, or -1 for all rows at once")
-        if self.non_finite not in ("stop", "skip"):
-            raise ValueError(f"trainer.non_finite={self.non_finite!r} must be stop or skip")
-        if self.last_batch not in ("short", "fill", None):
-            raise ValueError(f"trainer.last_batch={self.last_batch!r} must be short, fill or null")
+        check_choices(self, "trainer")
         if self.num_train_steps is not None and self.num_train_epochs is not None:
             raise ValueError("trainer.num_train_steps and trainer.num_train_epochs exclude each other; set one to null")
         if not 0 <= self.seed < 2**32:
@@ -108,9 +107,12 @@ class TrainerConfig:
     @property
     def precision(self) -> jmp.Policy:
         """Dtypes of adapters (param) and of computation (compute)."""
-        # Not asked unless it must be: the devices are not there before the processes of a run have met.
-        mp = self.mp or ("f32" if jax.default_backend() == "cpu" else "p=f32,c=bfloat16")
-        return precision_of("trainer.mp", mp)
+        # The backend is asked only if it must be: its devices are not there before the processes of a run have met.
+        return self.precision_on("" if self.mp else jax.default_backend())
+
+    def precision_on(self, platform: str) -> jmp.Policy:
+        """The same on devices of a platform (cpu, gpu, tpu), which need not be here."""
+        return precision_of("trainer.mp", self.mp or ("f32" if platform == "cpu" else "p=f32,c=bfloat16"))
 
     @property
     def has_short_batches(self) -> bool:
@@ -194,30 +196,30 @@ def train(
     check: Callable[[int, Any, dict[str, float]], None] = lambda step, metrics, values: None,
     stop: Callable[[], signal.Signals | None] = lambda: None,
     began: float | None = None,
-    watch: Watch | None = None,
+    stalls: StallMonitor | None = None,
 ) -> S:
     """Runs `step_fn` over `batches` and returns the last state. Raises ValueError if there are too few batches.
 
-    A run that goes on has a state after `first_step` updates, and `batches` of the steps from there on. It begins with
+    A resumed run has a state after `first_step` updates, and `batches` of the steps from there on. It begins with
     the hooks that are due after so many steps: they may not have come to an end before.
 
     The metrics of a step (their `values`: scalars by name) are fetched after the next step is on its way.
     `check(step, metrics, values)` sees those of every step and may raise. `mfu` is logged if the devices' `peak_flops`
     (FLOP/s) are given. How long the first step was in coming is counted from `began` (of time.perf_counter), or from
     this call. When `stop`, asked after each step but the last, names a signal, hooks that are `at_stop` are called and
-    InterruptedTrainingError is raised. `watch` is told what the loop waits for.
+    StoppedBySignalError is raised. `stalls` learns what the loop waits for.
     """
     began = time.perf_counter() if began is None else began
     pending: deque[tuple[int, Any]] = deque()
-    with ProgressBar(num_steps, initial=first_step) as progress, watch or Watch(None) as watch:
-        log = _MetricsLog(tracker, progress, log_every, num_steps, peak_flops, check, watch)
-        _run([hook for hook in hooks if hook.is_due(first_step, num_steps)], StepInfo(first_step, state), watch)
+    with ProgressBar(num_steps, initial=first_step) as progress, stalls or StallMonitor(None) as stalls:
+        log = _MetricsLog(tracker, progress, log_every, num_steps, peak_flops, check, stalls)
+        _run([hook for hook in hooks if hook.is_due(first_step, num_steps)], StepInfo(first_step, state), stalls)
         log.start_clock()
         batches = iter(batches)
         for step in range(first_step, num_steps):
-            with watch.waiting_for(INPUT, step):
+            with stalls.waiting_for(INPUT, step):
                 batch = _next(batches, step, num_steps)
-            with watch.waiting_for(SENDING, step):
+            with stalls.waiting_for(SENDING, step):
                 state, metrics = step_fn(state, batch)
             pending.append((step, metrics))
             if step == first_step:
@@ -235,10 +237,10 @@ def train(
                 while pending:
                     log.take(*pending.popleft())
                 with log.paused_clock():
-                    _run(due, StepInfo(done, state), watch)
-            watch.end_step(step)
+                    _run(due, StepInfo(done, state), stalls)
+            stalls.end_step(step)
             if stopped_by:
-                raise InterruptedTrainingError(stopped_by, done, num_steps)
+                raise StoppedBySignalError(stopped_by, done, num_steps)
         while pending:
             log.take(*pending.popleft())
     return state
@@ -251,9 +253,9 @@ def _next(batches: Iterator[Any], step: int, num_steps: int) -> Any:
         raise ValueError(f"the batches ended after {step} of {num_steps} steps") from None
 
 
-def _run(hooks: Sequence[Hook], info: StepInfo, watch: Watch) -> None:
+def _run(hooks: Sequence[Hook], info: StepInfo, stalls: StallMonitor) -> None:
     for hook in hooks:
-        with watch.waiting_for(f"the hook {hook.name}", info.step, is_step=False):
+        with stalls.waiting_for(f"the hook {hook.name}", info.step, is_step=False):
             hook.function(info)
 
 
@@ -268,9 +270,9 @@ class _MetricsLog:
         num_steps: int,
         peak_flops: float | None,
         check: Callable,
-        watch: Watch,
+        stalls: StallMonitor,
     ):
-        self.tracker, self.progress, self.check, self.watch = tracker, progress, check, watch
+        self.tracker, self.progress, self.check, self.stalls = tracker, progress, check, stalls
         self.log_every, self.num_steps, self.peak_flops = log_every, num_steps, peak_flops
         self.counts = dict.fromkeys(COUNTS, 0.0)
         self.since = time.perf_counter()
@@ -282,7 +284,7 @@ class _MetricsLog:
         return _PausedClock(self)
 
     def take(self, step: int, metrics: Any) -> None:
-        with self.watch.waiting_for(FINISHING, step):
+        with self.stalls.waiting_for(FINISHING, step):
             values = {name: float(value) for name, value in jax.device_get(metrics.values).items()}
         self.check(step, metrics, values)
         for name in COUNTS:

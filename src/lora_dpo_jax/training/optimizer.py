@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lora_dpo_jax.settings.choices import check_choices
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -35,8 +37,7 @@ class OptimizerConfig:
         _require(0 <= float(np.float32(self.beta2)) < 1, "beta2", self.beta2, "in [0, 1), in float32 too")
         _require(0 < self.epsilon < math.inf, "epsilon", self.epsilon, "above 0, and finite")
         _require((self.max_grad_norm or 0) >= 0, "max_grad_norm", self.max_grad_norm, "at least 0, or null")
-        schedules = tuple(_DECAYS)
-        _require(self.lr_schedule in schedules, "lr_schedule", self.lr_schedule, f"one of {', '.join(schedules)}")
+        check_choices(self, "optimizer")
         whole = 0 <= self.warmup < 1 or (1 <= self.warmup < 2**31 and float(self.warmup).is_integer())
         _require(whole, "warmup", self.warmup, "a fraction in [0, 1) or a whole number of steps below 2**31")
         _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")

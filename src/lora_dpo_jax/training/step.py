@@ -1,6 +1,6 @@
-"""One update: policy and reference log-probs of a packed batch, the loss, gradients of the adapters, AdamW."""
+"""One update: the objective's loss over all micro-batches of a batch, gradients of the adapters, the optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,12 +12,13 @@ import optax
 from haliax import NamedArray
 from jax.sharding import NamedSharding
 
-from lora_dpo_jax.cost.flops import useful_flops
-from lora_dpo_jax.data.packing import MICRO, PreferenceBatch
-from lora_dpo_jax.log_probs import pair_log_probs, policy_and_reference_log_probs
-from lora_dpo_jax.lora import equals_reference, trainable_filter
-from lora_dpo_jax.losses import PairLogProbs, PreferenceLoss, preference_metrics
+from lora_dpo_jax.axes import MICRO
+from lora_dpo_jax.data.packing import PreferenceBatch
+from lora_dpo_jax.lora import trainable_filter
 from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.objective import Mean, Objective
+
+Batch = PreferenceBatch | tuple[PreferenceBatch, ...]  # the parts of a step, of different shapes
 
 
 class TrainState(eqx.Module):
@@ -51,47 +52,54 @@ class TrainState(eqx.Module):
 
 
 class StepMetrics(eqx.Module):
-    """Scalars by name, and for each part of the batch the loss of each pair, for telling which one went wrong."""
+    """Scalars by name, and for each part of the batch the loss of each example, for telling which one went wrong."""
 
     values: dict[str, jax.Array]
-    pair_losses: tuple[NamedArray, ...]  # {micro, row, pair}
-    pair_ids: tuple[NamedArray, ...]  # likewise; -1 = no pair
+    example_losses: tuple[NamedArray, ...]  # {micro, row, example}
+    example_ids: tuple[NamedArray, ...]  # likewise; -1 = no example
+
+
+class Accumulated(eqx.Module):
+    """What a batch comes to."""
+
+    gradients: Any  # of the mean loss over all examples, with respect to the adapters: a tree like the model
+    loss: jax.Array  # the mean over all examples
+    metrics: dict[str, Mean]
+    example_losses: tuple[NamedArray, ...]  # {micro, row, example} of each part
 
 
 class TrainStep:
     """`state, metrics = step(state, batch)`, compiled once per shape of batch.
 
-    A batch is one PreferenceBatch, or several of different shapes whose pairs count together. The adapters and the
-    optimizer state are donated: use the returned state. The metrics are the means over the pairs of the batch. Where
+    A batch is one PreferenceBatch, or several of different shapes whose examples count together. The adapters and the
+    optimizer state are donated: use the returned state. The loss is the mean over the examples of the batch. Where
     the loss or a gradient is not finite, the update is not made and counts as skipped; schedules go by those made.
     """
 
     def __init__(
         self,
-        loss: PreferenceLoss,
+        objective: Objective,
         optimizer: optax.GradientTransformation,
         *,
         schedule: optax.Schedule | None = None,
         scope: Callable[[], AbstractContextManager] = nullcontext,
     ):
         """`schedule` is only for the metric `learning_rate`; `scope`: see `sharding.Placement.scope`."""
-        self.loss, self.optimizer, self.schedule, self.scope = loss, optimizer, schedule, scope
+        self.objective, self.optimizer, self.schedule, self.scope = objective, optimizer, schedule, scope
         self._compiled: Any = None  # made when it is known where the state lies
 
-    def __call__(
-        self, state: TrainState, batch: PreferenceBatch | tuple[PreferenceBatch, ...]
-    ) -> tuple[TrainState, StepMetrics]:
-        moving, weights = self._split(state)
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        moving, frozen = self._split(state)
         with self.scope():
-            (step, skipped, adapters, opt_state), metrics = self._program(moving)(moving, weights, _parts(batch))
-        model = eqx.combine(adapters, weights.model)
+            (step, skipped, adapters, opt_state), metrics = self._program(moving)(moving, frozen, _parts(batch))
+        model = eqx.combine(adapters, frozen.model)
         return TrainState(step, skipped, model, opt_state, state.key, state.reference), metrics
 
-    def lower(self, state: TrainState, batch: PreferenceBatch | tuple[PreferenceBatch, ...]):
+    def lower(self, state: TrainState, batch: Batch):
         """The lowered step, to compile and ask for its memory and cost; arrays may be ShapeDtypeStructs."""
-        moving, weights = self._split(state)
+        moving, frozen = self._split(state)
         with self.scope():
-            return self._program(moving).lower(moving, weights, _parts(batch))
+            return self._program(moving).lower(moving, frozen, _parts(batch))
 
     @property
     def num_compilations(self) -> int:
@@ -105,95 +113,93 @@ class TrainStep:
             )
         return self._compiled
 
-    def _split(self, state: TrainState) -> tuple[tuple, "_Weights"]:
+    def _split(self, state: TrainState) -> tuple[tuple, "_Frozen"]:
         adapters, weights = eqx.partition(state.model, trainable_filter(state.model))
-        return (state.step, state.skipped, adapters, state.opt_state), _Weights(weights, state.reference, state.key)
+        return (state.step, state.skipped, adapters, state.opt_state), _Frozen(weights, state.reference, state.key)
 
-    def _update(self, moving: tuple, weights: "_Weights", parts: tuple[PreferenceBatch, ...]):
+    def _update(self, moving: tuple, frozen: "_Frozen", parts: tuple[PreferenceBatch, ...]):
         step, skipped, adapters, opt_state = moving
-        counts = _counts(parts)
-        gradients, sums, pair_losses = self._accumulate(step, adapters, weights, parts, counts["pairs"])
-        updates, new_opt_state = self.optimizer.update(gradients, opt_state, adapters)
-        grad_norm = optax.tree.norm(gradients)
-        is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums["dpo_loss"])
+        model = eqx.combine(adapters, frozen.model)
+        key = jax.random.fold_in(frozen.key, step)
+        found = accumulate(self.objective, model, frozen.reference, parts, key=key)
+        updates, new_opt_state = self.optimizer.update(found.gradients, opt_state, adapters)
+        grad_norm = optax.tree.norm(found.gradients)
+        is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(found.loss)
         new = optax.apply_updates(adapters, updates), new_opt_state
         adapters, opt_state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, (adapters, opt_state))
-        values = {name: value / counts["pairs"] for name, value in sums.items()}
         updates_before = step - skipped
         skipped = skipped + (~is_finite).astype(jnp.int32)
-        values |= {"loss": values["dpo_loss"], "grad_norm": grad_norm, "skipped_steps": skipped, **counts}
-        model = eqx.combine(adapters, weights.model)
-        computes_reference = not self.loss.reference_free and parts[0].reference_chosen is None
-        values["flops"] = sum(useful_flops(model, part, with_reference=computes_reference) for part in parts)
+        values: dict[str, Any] = {name: metric.value for name, metric in found.metrics.items()}
+        values |= {"loss": found.loss, "grad_norm": grad_norm, "skipped_steps": skipped, **_counts(parts)}
+        if flops := getattr(self.objective, "flops", None):
+            values["flops"] = sum(flops(model, part) for part in parts)
         if self.schedule is not None:
             values["learning_rate"] = self.schedule(updates_before)
         moved = step + 1, skipped, adapters, opt_state
-        return moved, StepMetrics(values, pair_losses, tuple(part.pair_ids for part in parts))
-
-    def _accumulate(self, step, adapters, weights: "_Weights", parts: tuple[PreferenceBatch, ...], num_pairs):
-        """Gradients of the mean loss, sums of the metrics, and each pair's loss, one micro-batch after the other."""
-        key = jax.random.fold_in(weights.key, step)
-        all_ties: Any = False
-        if not self.loss.reference_free:
-            all_ties = equals_reference(adapters, weights.reference, training=True)
-
-        def micro_loss(adapters, micro: PreferenceBatch):
-            model = eqx.combine(adapters, weights.model)
-            reference = None if self.loss.reference_free else _known_reference(micro)
-            if self.loss.reference_free or reference is not None:
-                policy = pair_log_probs(model, micro, key=key)
-            else:
-                policy, reference = policy_and_reference_log_probs(model, weights.reference, micro, key=key)
-            losses = self.loss(policy, reference)
-            sums = preference_metrics(losses, policy, reference, micro.is_pair, all_ties=all_ties)
-            sums = {name: value.scalar() for name, value in sums.items()}
-            return sums["dpo_loss"] / num_pairs, (sums, losses.loss)
-
-        def add_part(totals, part: PreferenceBatch):
-            def add_micro_batch(index, carry):
-                gradients, sums, pair_loss = carry
-                micro = part.micro_batch(index)
-                (_, (more_sums, micro_pair_loss)), more = jax.value_and_grad(micro_loss, has_aux=True)(adapters, micro)
-                gradients, sums = jax.tree.map(jnp.add, (gradients, sums), (more, more_sums))
-                return gradients, sums, pair_loss.updated_slice({MICRO: index}, micro_pair_loss)
-
-            start = (*totals, hax.zeros_like(part.pair_ids, dtype=jnp.float32))
-            # Micro-batches that this step does not fill cost nothing.
-            used = part.num_used_micro_batches
-            if part.pair_ids.resolve_axis(MICRO).size > 1:
-                return jax.lax.fori_loop(0, used, add_micro_batch, start)
-            if len(parts) == 1:
-                return add_micro_batch(0, start)
-            # No loop: what is the same in each turn, here everything, XLA computes before it even if there is no turn.
-            return jax.lax.cond(used > 0, lambda carry: add_micro_batch(0, carry), lambda carry: carry, start)
-
-        shapes = jax.eval_shape(lambda: micro_loss(adapters, parts[0].micro_batch(0))[1][0])
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (adapters, shapes))
-        gradients, sums = zeros
-        pair_losses = []
-        for part in parts:
-            gradients, sums, pair_loss = add_part((gradients, sums), part)
-            pair_losses.append(pair_loss)
-        return gradients, sums, tuple(pair_losses)
+        return moved, StepMetrics(values, found.example_losses, tuple(part.examples.ids for part in parts))
 
 
-def _parts(batch: PreferenceBatch | tuple[PreferenceBatch, ...]) -> tuple[PreferenceBatch, ...]:
+def accumulate(objective: Objective, model: CausalLM, reference: Any, batch: Batch, *, key) -> Accumulated:
+    """Gradients, loss and metrics of a whole batch, one micro-batch after the other; for use under `jax.jit`.
+
+    `reference` is that of the state. `key`, for dropout, is the same for all micro-batches, or None.
+    """
+    parts = _parts(batch)
+    adapters, weights = eqx.partition(model, trainable_filter(model))
+    num_examples: Any = sum(hax.sum(part.examples.is_example).scalar() for part in parts)
+
+    def micro_loss(adapters, micro: PreferenceBatch):
+        losses = objective(eqx.combine(adapters, weights), reference, micro, key=key)
+        total = losses.loss.sum().scalar()
+        return total / num_examples, (total, losses)
+
+    def add_part(totals, part: PreferenceBatch):
+        def add_micro_batch(index, carry):
+            gradients, total, metrics, example_losses = carry
+            micro = part.micro_batch(index)
+            (_, (more_total, losses)), more = jax.value_and_grad(micro_loss, has_aux=True)(adapters, micro)
+            gradients, total, metrics = jax.tree.map(
+                jnp.add, (gradients, total, metrics), (more, more_total, losses.metrics)
+            )
+            return gradients, total, metrics, example_losses.updated_slice({MICRO: index}, losses.loss)
+
+        start = (*totals, hax.zeros_like(part.examples.ids, dtype=jnp.float32))
+        # Micro-batches that this step does not fill cost nothing.
+        used = part.num_used_micro_batches
+        if part.num_micro_batches > 1:
+            return jax.lax.fori_loop(0, used, add_micro_batch, start)
+        if len(parts) == 1:
+            return add_micro_batch(0, start)
+        # cond, not a loop: XLA hoists loop-invariant work, here all of it, so even zero iterations would pay.
+        return jax.lax.cond(used > 0, lambda carry: add_micro_batch(0, carry), lambda carry: carry, start)
+
+    shapes = jax.eval_shape(lambda: micro_loss(adapters, parts[0].micro_batch(0))[1])
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (adapters, shapes[0], shapes[1].metrics))
+    totals, example_losses = zeros, []
+    for part in parts:
+        *totals, of_part = add_part(totals, part)
+        example_losses.append(of_part)
+    gradients, total, metrics = totals
+    return Accumulated(gradients, total / num_examples, metrics, tuple(example_losses))
+
+
+def micro_batches(batch: Batch) -> Iterator[PreferenceBatch]:
+    """All micro-batches of a batch but empty ones. Not for use under `jax.jit`, where `accumulate` is."""
+    for part in _parts(batch):
+        for index in range(int(part.num_used_micro_batches)):
+            yield part.micro_batch(index)
+
+
+def _parts(batch: Batch) -> tuple[PreferenceBatch, ...]:
     return (batch,) if isinstance(batch, PreferenceBatch) else batch
 
 
-class _Weights(eqx.Module):
+class _Frozen(eqx.Module):
     """What a step reads and never writes."""
 
-    model: Any
+    model: Any  # its weights
     reference: Any
     key: jax.Array
-
-
-def _known_reference(batch: PreferenceBatch) -> PairLogProbs | None:
-    """The reference's log-probs if the batch brings them: no forward pass is then compiled for it."""
-    if batch.reference_chosen is None or batch.reference_rejected is None:
-        return None
-    return PairLogProbs(batch.reference_chosen, batch.reference_rejected, batch.chosen_tokens, batch.rejected_tokens)
 
 
 def _mesh_sharding(array: Any) -> NamedSharding | None:
@@ -203,16 +209,21 @@ def _mesh_sharding(array: Any) -> NamedSharding | None:
 
 
 def _counts(parts: tuple[PreferenceBatch, ...]) -> dict[str, jax.Array]:
-    """Pairs, real tokens (a prompt counts once per sequence), and how much of the rows computed is padding."""
+    """What the batch holds: `tokens` count a prompt once for each response; `padding_fraction` is of the rows computed.
+
+    `pairs` are comparisons. Where these are not the examples, `examples` are counted too.
+    """
     num_tokens: Any = 0
-    num_shared: Any = 0
+    in_sequences: Any = 0
     computed: Any = 0
+    num_examples: Any = 0
     num_pairs: Any = 0
     for part in parts:
-        is_token = part.segment_ids > 0
-        num_tokens += hax.sum(is_token).scalar()
-        num_shared += hax.sum(is_token & (part.branch_ids == 0)).scalar()
+        num_tokens += hax.sum(part.segment_ids > 0).scalar()
+        in_sequences += part.num_tokens_of_sequences
         computed += part.tokens.array[0].size * part.num_used_micro_batches
-        num_pairs += hax.sum(part.is_pair).scalar()
+        num_examples += hax.sum(part.examples.is_example).scalar()
+        num_pairs += hax.sum(part.examples.is_comparison).scalar()
     padding = 1.0 - num_tokens / jnp.maximum(computed, 1)
-    return {"tokens": num_tokens + num_shared, "pairs": num_pairs, "padding_fraction": padding}
+    counts = {"tokens": in_sequences, "pairs": num_pairs, "padding_fraction": padding}
+    return counts if all(part.holds_pairs for part in parts) else counts | {"examples": num_examples}

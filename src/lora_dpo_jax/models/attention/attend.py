@@ -12,9 +12,10 @@ from haliax import Axis, NamedArray
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from lora_dpo_jax.axes import KEY_POSITION
 from lora_dpo_jax.models.attention.blocked import BlockedKernels
 from lora_dpo_jax.models.attention.gpu import GpuKernels
-from lora_dpo_jax.models.attention.masks import KEY_POSITION, AttentionMask, PackedMask
+from lora_dpo_jax.models.attention.masks import AttentionMask, PackedMask
 from lora_dpo_jax.models.attention.packed_blocks import MASKED, Kernels, KeyRuns, key_runs, packed_attention
 from lora_dpo_jax.models.attention.score_rule import ScoreRule
 from lora_dpo_jax.models.attention.tpu import TpuKernels

@@ -8,12 +8,12 @@ import haliax as hax
 import jax.numpy as jnp
 from haliax import Axis, NamedArray
 
-KEY_POSITION = "key_position"
+from lora_dpo_jax.axes import KEY_POSITION, POSITION
 
 
 def as_keys(x: NamedArray) -> NamedArray:
     """Renames the position axis so that keys and queries can meet in one array."""
-    return x.rename({"position": KEY_POSITION})
+    return x.rename({POSITION: KEY_POSITION})
 
 
 class AttentionMask(eqx.Module):
@@ -37,7 +37,7 @@ class PackedMask(AttentionMask):
     position_ids: NamedArray
 
     def allowed(self, window: int | None) -> NamedArray:
-        Pos = self.segment_ids.resolve_axis("position")
+        Pos = self.segment_ids.resolve_axis(POSITION)
         ids = (self.segment_ids, self.branch_ids, self.position_ids, hax.arange(Pos))
         keys: Any = [as_keys(x) for x in ids]
         queries: Any = [x.broadcast_axis(keys[-1].axes) for x in ids]

@@ -1,4 +1,4 @@
-"""What is read out of a compiled program's text is what the program does."""
+"""The traffic that is read out of a compiled program's text is what the program does."""
 
 import re
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lora_dpo_jax.cost.compiled import ProgramMemory, collective_bytes, largest_arrays
+from lora_dpo_jax.cost.traffic import collective_bytes
 
 MESH = Mesh(np.array(jax.devices()), ("x",))
 SPLIT, WHOLE = NamedSharding(MESH, PartitionSpec("x")), NamedSharding(MESH, PartitionSpec())
@@ -101,15 +101,3 @@ def test_exchanges_that_were_combined_count_together():
 def test_a_program_on_one_device_exchanges_nothing():
     compiled = jax.jit(lambda x: jnp.sin(x) @ x).lower(jnp.zeros((8, 8))).compile()
     assert collective_bytes(compiled.as_text()) == {}
-
-
-def test_memory_and_the_largest_arrays():
-    def program(x):
-        return jnp.sort(jnp.sin(x[:, None] * x), axis=0).sum(axis=0)  # what is sorted lies in memory, fused or not
-
-    compiled = jax.jit(program).lower(jnp.zeros(256)).compile()
-    assert largest_arrays(compiled.as_text(), 1) == ["f32[256,256]"]
-    memory = ProgramMemory.of(compiled)
-    assert memory.arguments == 1024 and memory.outputs == 1024
-    assert 256 * 256 * 4 <= memory.temporary <= 4 * 256 * 256 * 4
-    assert memory.total == memory.arguments + memory.outputs + memory.temporary + memory.code

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from tiny_pairs import named
 
-from lora_dpo_jax.losses import Dpo, LengthNormalizedDpo, PairLogProbs, PreferenceLoss, preference_metrics
+from lora_dpo_jax.data.memory import MemoryExamples
+from lora_dpo_jax.losses import Dpo, Examples, LengthNormalizedDpo, Loss, PreferenceLoss, Scores
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -35,17 +36,32 @@ LOSSES = {
 }
 
 
-def log_probs(chosen, rejected, chosen_tokens=None, rejected_tokens=None) -> PairLogProbs:
+def log_probs(chosen, rejected, chosen_tokens=None, rejected_tokens=None) -> Scores:
+    """Of pairs: the responses are chosen and rejected in turn."""
+
+    def in_turn(chosen, rejected) -> hax.NamedArray:
+        return named(jnp.stack([jnp.asarray(chosen), jnp.asarray(rejected)], axis=-1).reshape(-1), "response")
+
     tokens = np.ones(np.shape(chosen), np.int32)
-    return PairLogProbs(
-        named(np.asarray(chosen, np.float32), "pair"),
-        named(np.asarray(rejected, np.float32), "pair"),
-        named(tokens if chosen_tokens is None else np.asarray(chosen_tokens, np.int32), "pair"),
-        named(tokens if rejected_tokens is None else np.asarray(rejected_tokens, np.int32), "pair"),
+    return Scores(
+        in_turn(chosen, rejected).astype(jnp.float32),
+        in_turn(
+            tokens if chosen_tokens is None else chosen_tokens, tokens if rejected_tokens is None else rejected_tokens
+        ).astype(jnp.int32),
     )
 
 
-def random_log_probs(count: int = 6, seed: int = 0) -> tuple[PairLogProbs, PairLogProbs]:
+def pairs(count: int) -> Examples:
+    return MemoryExamples([([1], [2], [3])] * count).arrays.examples
+
+
+def of(scores: Scores) -> list[np.ndarray]:
+    """Log-probs of chosen and rejected, then their tokens, each [pair]."""
+    log_probs, tokens = np.asarray(scores.log_probs.array), np.asarray(scores.tokens.array)
+    return [log_probs[::2], log_probs[1::2], tokens[::2], tokens[1::2]]
+
+
+def random_log_probs(count: int = 6, seed: int = 0) -> tuple[Scores, Scores]:
     """(policy, reference), a few nats apart."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, 40, (2, count))
@@ -54,26 +70,24 @@ def random_log_probs(count: int = 6, seed: int = 0) -> tuple[PairLogProbs, PairL
     return log_probs(*policy, *tokens), log_probs(*reference, *tokens)
 
 
-def swapped(pairs: PairLogProbs) -> PairLogProbs:
-    return PairLogProbs(pairs.rejected, pairs.chosen, pairs.rejected_tokens, pairs.chosen_tokens)
+def swapped(scores: Scores) -> Scores:
+    chosen, rejected, chosen_tokens, rejected_tokens = of(scores)
+    return log_probs(rejected, chosen, rejected_tokens, chosen_tokens)
 
 
-def metrics_of(loss: PreferenceLoss, policy, reference, is_pair=None) -> dict[str, float]:
+def losses_of(loss: PreferenceLoss, policy: Scores, reference: Scores | None) -> np.ndarray:
+    return np.asarray(loss(policy, reference, pairs(policy.log_probs.size // 2)).loss.array)
+
+
+def metrics_of(loss: PreferenceLoss, policy, reference, **options) -> dict[str, float]:
     """Means over the pairs."""
-    is_pair = hax.ones_like(policy.chosen, dtype=bool) if is_pair is None else is_pair
-    sums = preference_metrics(loss(policy, reference), policy, reference, is_pair)
-    return {name: float(value.scalar()) / float(is_pair.sum().scalar()) for name, value in sums.items()}
+    found = loss(policy, reference, pairs(policy.log_probs.size // 2), **options)
+    return {name: float(metric.value) for name, metric in found.metrics.items()}
 
 
-def torch_loss(loss: PreferenceLoss, policy: PairLogProbs, reference: PairLogProbs) -> np.ndarray:
+def torch_loss(loss: PreferenceLoss, policy: Scores, reference: Scores) -> np.ndarray:
     """The published formulas, per pair, in float64."""
-    lw, ll, nw, nl, rw, rl = (
-        torch.tensor(np.asarray(x.array), dtype=torch.float64)
-        for x in (
-            *(policy.chosen, policy.rejected, policy.chosen_tokens, policy.rejected_tokens),
-            *(reference.chosen, reference.rejected),
-        )
-    )
+    lw, ll, nw, nl, rw, rl = (torch.tensor(np.array(x), dtype=torch.float64) for x in (*of(policy), *of(reference)[:2]))
     chosen, rejected = (lw, ll) if loss.reference_free else (lw - rw, ll - rl)
     if isinstance(loss, LengthNormalizedDpo):
         chosen, rejected = chosen / nw.clamp(min=1), rejected / nl.clamp(min=1)
@@ -81,10 +95,10 @@ def torch_loss(loss: PreferenceLoss, policy: PairLogProbs, reference: PairLogPro
     return (-(1 - e) * F.logsigmoid(loss.beta * delta) - e * F.logsigmoid(-loss.beta * delta)).numpy()
 
 
-def trl_loss(loss_type: str, loss, policy: PairLogProbs, reference: PairLogProbs) -> tuple[float, dict[str, float]]:
+def trl_loss(loss_type: str, loss, policy: Scores, reference: Scores) -> tuple[float, dict[str, float]]:
     """The mean loss and the metrics that TRL's DPOTrainer makes of log-probs; its model is replaced by these."""
-    tokens = np.concatenate([policy.chosen_tokens.array, policy.rejected_tokens.array])
-    sums = np.concatenate([policy.chosen.array, policy.rejected.array])
+    chosen, rejected, *tokens = of(policy)
+    sums, tokens = np.concatenate([chosen, rejected]), np.concatenate(tokens)
     width = tokens.max() + 1
     completion_mask = torch.tensor(np.arange(width)[None] >= 1) & torch.tensor(np.arange(width) <= tokens[:, None])
     per_token = torch.zeros(completion_mask.shape)[:, 1:]
@@ -93,8 +107,8 @@ def trl_loss(loss_type: str, loss, policy: PairLogProbs, reference: PairLogProbs
         input_ids=torch.zeros(completion_mask.shape, dtype=torch.long),
         attention_mask=torch.ones(completion_mask.shape),
         completion_mask=completion_mask.long(),
-        ref_chosen_logps=torch.tensor(np.asarray(reference.chosen.array)),
-        ref_rejected_logps=torch.tensor(np.asarray(reference.rejected.array)),
+        ref_chosen_logps=torch.tensor(of(reference)[0].copy()),
+        ref_rejected_logps=torch.tensor(of(reference)[1].copy()),
     )
     zeros = torch.zeros_like(per_token)
     outputs = SimpleNamespace(log_probs=per_token, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
@@ -118,8 +132,8 @@ def trl_loss(loss_type: str, loss, policy: PairLogProbs, reference: PairLogProbs
     return float(value), {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
 
-def one_pair(pairs: PairLogProbs, index: int) -> PairLogProbs:
-    return jax.tree.map(lambda x: x[{"pair": hax.ds(index, 1)}], pairs, is_leaf=lambda x: isinstance(x, hax.NamedArray))
+def one_pair(scores: Scores, index: int) -> Scores:
+    return log_probs(*(array[index : index + 1] for array in of(scores)))
 
 
 def test_the_worked_example():
@@ -145,8 +159,8 @@ def test_the_worked_example():
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_are_the_published_formulas(name):
     policy, reference = random_log_probs()
-    ours = LOSSES[name](policy, None if LOSSES[name].reference_free else reference)
-    np.testing.assert_allclose(ours.loss.array, torch_loss(LOSSES[name], policy, reference), rtol=1e-5)
+    ours = losses_of(LOSSES[name], policy, None if LOSSES[name].reference_free else reference)
+    np.testing.assert_allclose(ours, torch_loss(LOSSES[name], policy, reference), rtol=1e-5)
 
 
 # TRL's `sigmoid` ignores label_smoothing; its `aot` of a single pair has nothing to sort and is cDPO.
@@ -156,7 +170,7 @@ def test_losses_are_the_published_formulas(name):
 )
 def test_losses_are_those_of_trl(name, loss_type):
     policy, reference = random_log_probs(seed=1)
-    ours = LOSSES[name](policy, reference).loss.array
+    ours = losses_of(LOSSES[name], policy, reference)
     for index in range(len(ours)):
         theirs, _ = trl_loss(loss_type, LOSSES[name], one_pair(policy, index), one_pair(reference, index))
         np.testing.assert_allclose(ours[index], theirs, rtol=1e-5)
@@ -189,9 +203,9 @@ def test_a_smoothed_loss_expects_some_labels_to_be_swapped():
     """cDPO with probability e of a wrong label is (1 - e) * loss + e * loss of the swapped pair."""
     policy, reference = random_log_probs(seed=4)
     right, wrong = (
-        Dpo(beta=0.3)(*pair).loss.array for pair in ((policy, reference), map(swapped, (policy, reference)))
+        losses_of(Dpo(beta=0.3), *both) for both in ((policy, reference), map(swapped, (policy, reference)))
     )
-    smoothed = Dpo(beta=0.3, label_smoothing=0.2)(policy, reference).loss.array
+    smoothed = losses_of(Dpo(beta=0.3, label_smoothing=0.2), policy, reference)
     np.testing.assert_allclose(smoothed, 0.8 * right + 0.2 * wrong, rtol=1e-5)
 
 
@@ -199,13 +213,9 @@ def test_a_smoothed_loss_is_least_at_the_margin_where_the_model_is_as_sure_as_th
     loss = Dpo(beta=0.5, label_smoothing=0.2)
     best = math.log(0.8 / 0.2) / 0.5
     reference = log_probs(np.zeros(1), np.zeros(1))
-    slope = jax.grad(lambda chosen: loss(log_probs_at(chosen, reference), reference).loss.sum().scalar())
+    slope = jax.grad(lambda chosen: loss(log_probs(chosen, jnp.zeros(1)), reference, pairs(1)).loss.sum().scalar())
     assert abs(slope(jnp.array([best]))[0]) < 1e-6
     assert slope(jnp.array([best - 0.1]))[0] < 0 < slope(jnp.array([best + 0.1]))[0]
-
-
-def log_probs_at(chosen: jax.Array, like: PairLogProbs) -> PairLogProbs:
-    return PairLogProbs(named(chosen, "pair"), like.rejected, like.chosen_tokens, like.rejected_tokens)
 
 
 def test_where_policy_and_reference_agree_the_loss_is_ln_2_and_all_is_a_tie():
@@ -220,42 +230,27 @@ def test_where_policy_and_reference_agree_the_loss_is_ln_2_and_all_is_a_tie():
 
 def test_where_policy_and_reference_are_one_model_the_rounding_of_two_programs_is_no_win():
     policy, _ = random_log_probs(count=64)
-    rounded = PairLogProbs(policy.chosen + 1e-4, policy.rejected, policy.chosen_tokens, policy.rejected_tokens)
-    is_pair = hax.ones_like(policy.chosen, dtype=bool)
-    for all_ties, accuracies in ((False, (1.0, 1.0)), (True, (0.5, 0.0))):
-        sums = preference_metrics(Dpo()(rounded, policy), rounded, policy, is_pair, all_ties=all_ties)
-        found = tuple(float(sums[name].scalar()) / 64 for name in ("dpo_accuracy", "rewards/accuracies"))
-        assert found == accuracies
+    chosen, *others = of(policy)
+    rounded = log_probs(chosen + 1e-4, *others)
+    for are_equal, accuracies in ((False, (1.0, 1.0)), (True, (0.5, 0.0))):
+        found = metrics_of(Dpo(), rounded, policy, are_equal=are_equal)
+        assert (found["dpo_accuracy"], found["rewards/accuracies"]) == accuracies
 
 
 def test_a_reference_free_loss_ignores_the_reference():
     policy, reference = random_log_probs()
     loss = LOSSES["reference-free"]
-    without, given_one = loss(policy, None), loss(policy, reference)
-    np.testing.assert_array_equal(without.loss.array, given_one.loss.array)
-    np.testing.assert_allclose(without.chosen_reward.array, 0.1 * policy.chosen.array)
-    assert metrics_of(loss, policy, None)["dpo_margin_ref"] == 0.0
-
-
-def test_metrics_count_only_what_is_a_pair():
-    policy, reference = random_log_probs()
-    some = np.array([True, False, True, True, False, False])
-    masked = metrics_of(Dpo(), policy, reference, named(some, "pair"))
-    selected = [
-        PairLogProbs(*(named(np.asarray(x.array)[some], "pair") for x in (p.chosen, p.rejected, *tokens)))
-        for p, tokens in ((p, (p.chosen_tokens, p.rejected_tokens)) for p in (policy, reference))
-    ]
-    assert masked == pytest.approx(metrics_of(Dpo(), *selected), rel=1e-6)
+    np.testing.assert_array_equal(losses_of(loss, policy, None), losses_of(loss, policy, reference))
+    metrics = metrics_of(loss, policy, None)
+    assert metrics["rewards/chosen"] == pytest.approx(0.1 * of(policy)[0].mean(), rel=1e-6)
+    assert metrics["dpo_margin_ref"] == 0.0
 
 
 @functools.cache
 def gradients_of(name: str):
     def total(scores, tokens):
-        policy, reference = log_probs_of(scores[:2], tokens), log_probs_of(scores[2:], tokens)
-        return LOSSES[name](policy, reference).loss.sum().scalar()
-
-    def log_probs_of(scores, tokens):
-        return PairLogProbs(*(named(x, "pair") for x in (*scores, *tokens)))
+        policy, reference = log_probs(*scores[:2], *tokens), log_probs(*scores[2:], *tokens)
+        return LOSSES[name](policy, reference, pairs(3)).loss.sum().scalar()
 
     return jax.jit(jax.value_and_grad(total))
 
@@ -292,7 +287,10 @@ def test_the_gradient_does_not_vanish_where_a_pair_is_badly_wrong():
         (lambda: Dpo(beta=float("nan")), r"loss\.beta=nan must be positive"),
         (lambda: Dpo(label_smoothing=0.5), r"loss\.label_smoothing=0\.5 must be in \[0, 0\.5\)"),
         (lambda: Dpo(label_smoothing=-0.1), r"loss\.label_smoothing=-0\.1 must be in"),
-        (lambda: Dpo()(log_probs([0.0], [0.0]), None), "Dpo needs the reference's log-probs unless reference_free"),
+        (
+            lambda: Dpo()(log_probs([0.0], [0.0]), None, pairs(1)),
+            "Dpo needs the reference's log-probs unless reference_free",
+        ),
     ],
 )
 def test_what_cannot_be_is_an_error(make, message):
@@ -310,4 +308,4 @@ def test_what_cannot_be_is_an_error(make, message):
     ],
 )
 def test_a_loss_is_chosen_by_its_type(text, loss):
-    assert draccus.loads(PreferenceLoss, text) == loss
+    assert draccus.loads(Loss, text) == loss

@@ -1,0 +1,28 @@
+"""The names of the axes of arrays, and which of them a mesh may split."""
+
+# Of a batch. Its arrays are {micro, row, ...}; a step takes one micro-batch after the other.
+MICRO = "micro"
+ROW = "row"
+POSITION = "position"  # tokens of a row
+TARGET = "target"  # places of a row that a response token is predicted from
+EXAMPLE = "example"
+RESPONSE = "response"
+COMPARISON = "comparison"
+
+# Of weights and activations.
+VOCAB = "vocab"
+EMBED = "embed"
+MLP = "mlp"
+KV_HEAD = "kv_head"
+Q_HEADS_PER_GROUP = "q_heads_per_group"  # query heads that share a key-value head
+HEAD_SIZE = "head_size"
+HALF_HEAD = "half_head"  # the pairs of dimensions that rotary embeddings turn
+KEY_POSITION = "key_position"  # what POSITION is called for keys and values
+LAYERS = "layers"  # of one segment of a stack
+RANK = "lora_rank"
+
+# Of generation. A completion is no ROW, which a mesh would split: there may be fewer completions than devices.
+COMPLETION = "completion"
+
+# A mesh cannot split positions or the inside of a head: attention would be cut.
+SPLITTABLE = frozenset({ROW, EMBED, MLP, KV_HEAD, Q_HEADS_PER_GROUP, VOCAB, RANK})

@@ -1,0 +1,45 @@
+"""The memory that a compiled program needs on a device, and the largest arrays that it makes."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from lora_dpo_jax.cost.program_text import computations_of, num_bytes_of
+
+# What an array of a program comes from when nothing is computed.
+HANDED_ON = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "copy-start", "copy-done"}
+
+
+@dataclass(frozen=True)
+class ProgramMemory:
+    """Bytes of a device."""
+
+    arguments: int
+    temporary: int
+    outputs: int  # beside the arguments that they take the place of
+    code: int
+
+    @staticmethod
+    def of(compiled: Any) -> "ProgramMemory":
+        found = compiled.memory_analysis()
+        return ProgramMemory(
+            arguments=found.argument_size_in_bytes,
+            temporary=found.temp_size_in_bytes,
+            outputs=found.output_size_in_bytes - found.alias_size_in_bytes,
+            code=found.generated_code_size_in_bytes,
+        )
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporary + self.outputs + self.code
+
+
+def largest_arrays(program: str, count: int = 3) -> list[str]:
+    """The largest that operations of the optimized program make: `bf16[2048,14336]`, ..."""
+    computations, _ = computations_of(program)
+    # What is inside of a fusion never lies in memory.
+    fused = set(re.findall(r" fusion\(.*calls=%?([\w.-]+)", program))
+    lines = (line for name, lines in computations.items() if name not in fused for line in lines)
+    made = (re.match(r"\s+(?:ROOT )?%?\S+ = (\w+\[[\d,]*\])\S* ([\w-]+)\(", line) for line in lines)
+    sizes = {found[1]: num_bytes_of(found[1]) for found in made if found and found[2] not in HANDED_ON}
+    return sorted(sizes, key=lambda shape: -sizes[shape])[:count]

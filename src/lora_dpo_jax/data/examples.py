@@ -1,0 +1,281 @@
+"""Tokenized examples: one prompt with its K responses, what is compared with what, and columns of the data.
+
+K = 2 with one comparison is a pair, K = 1 with a label is what unpaired losses take, and more are a ranked list.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import haliax as hax
+import numpy as np
+
+from lora_dpo_jax.axes import COMPARISON, EXAMPLE, RESPONSE
+from lora_dpo_jax.losses.examples import Examples
+
+PAIR = ((0, 1),)  # the comparisons of a pair: the first response is the chosen one
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedExample:
+    """Token ids, int32. Every token of a response is scored, none of the prompt."""
+
+    prompt: np.ndarray
+    responses: tuple[np.ndarray, ...]
+    comparisons: tuple[tuple[int, int], ...] = ()  # (chosen, rejected), numbers of responses
+    weights: tuple[float, ...] | None = None  # one for each comparison; None: alike, and 1 together
+    columns: Mapping[str, float | Sequence[float]] = field(default_factory=dict)  # a number, or one for each response
+
+    @classmethod
+    def pair(cls, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, **columns) -> "TokenizedExample":
+        return cls(prompt, (chosen, rejected), PAIR, columns=columns)
+
+    @property
+    def parts(self) -> tuple[np.ndarray, ...]:
+        """The prompt, then the responses."""
+        return (self.prompt, *self.responses)
+
+    @property
+    def is_pair(self) -> bool:
+        return len(self.responses) == 2 and self.comparisons == PAIR
+
+    @property
+    def size(self) -> int:
+        """Tokens, the prompt once."""
+        return sum(map(len, self.parts))
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the longest response: what train_seq_len bounds."""
+        return len(self.prompt) + max(map(len, self.responses))
+
+    @property
+    def comparison_weights(self) -> tuple[float, ...]:
+        if self.weights is not None:
+            return self.weights
+        return (1 / len(self.comparisons),) * len(self.comparisons) if self.comparisons else ()
+
+    @property
+    def prompt_hash(self) -> int:
+        """64 bits, of the prompt's tokens: examples with the same belong together when a table is split."""
+        digest = hashlib.blake2b(self.prompt.astype("<i4").tobytes(), digest_size=8).digest()
+        return int.from_bytes(digest, "little")
+
+
+@dataclass(frozen=True)
+class ExampleSizes:
+    """How large the examples of a table are, int32 [example] each: all that rows are laid out by."""
+
+    prompt: np.ndarray  # tokens
+    targets: np.ndarray  # tokens of all responses
+    responses: np.ndarray  # how many
+    comparisons: np.ndarray  # how many
+
+    @staticmethod
+    def of_pairs(lengths: np.ndarray) -> "ExampleSizes":
+        """Of pairs, from int [example, 3]: tokens of prompt, chosen and rejected."""
+        lengths = np.asarray(lengths, np.int32).reshape(-1, 3)
+        one = np.ones(len(lengths), np.int32)
+        return ExampleSizes(lengths[:, 0], lengths[:, 1:].sum(axis=1), 2 * one, one)
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def __getitem__(self, ids: np.ndarray) -> "ExampleSizes":
+        return ExampleSizes(self.prompt[ids], self.targets[ids], self.responses[ids], self.comparisons[ids])
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Of each example, the prompt once."""
+        return self.prompt + self.targets
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of numbers, float32: one for each example, or one for each response."""
+
+    values: np.ndarray
+    per_response: bool
+
+
+@dataclass(frozen=True)
+class ExampleArrays:
+    """All of many examples but their tokens, one after the other; int32 but for what is said."""
+
+    prompt_tokens: np.ndarray  # [example]
+    response_counts: np.ndarray  # [example]
+    response_tokens: np.ndarray  # [response]
+    comparison_counts: np.ndarray  # [example]
+    comparisons: np.ndarray  # [comparison, 2]: chosen and rejected, numbered within their example
+    weights: np.ndarray  # float32 [comparison]
+    columns: dict[str, Column] = field(default_factory=dict)
+
+    @staticmethod
+    def of(examples: Sequence[TokenizedExample], origin: Callable[[int], str]) -> "ExampleArrays":
+        """Of examples in memory. Raises ValueError, with the `origin` of an example that is not sound."""
+        for number, example in enumerate(examples):
+            if fault := _fault(example, examples[0]):
+                raise ValueError(f"{origin(number)}: {fault}")
+        columns = {}
+        for name in examples[0].columns if examples else ():
+            values = [np.atleast_1d(np.asarray(example.columns[name], np.float32)) for example in examples]
+            columns[name] = Column(np.concatenate(values), np.ndim(examples[0].columns[name]) == 1)
+        return ExampleArrays(
+            _ints(len(example.prompt) for example in examples),
+            _ints(len(example.responses) for example in examples),
+            _ints(len(response) for example in examples for response in example.responses),
+            _ints(len(example.comparisons) for example in examples),
+            _ints(number for example in examples for pair in example.comparisons for number in pair).reshape(-1, 2),
+            np.array([weight for example in examples for weight in example.comparison_weights], np.float32),
+            columns,
+        )
+
+    @staticmethod
+    def joined(parts: Sequence["ExampleArrays"]) -> "ExampleArrays":
+        """One after the other, with the columns that all of them have."""
+        if not parts:
+            return ExampleArrays.of([], str)
+        names = [field.name for field in dataclasses.fields(ExampleArrays) if field.name != "columns"]
+        shared = [
+            name
+            for name, column in parts[0].columns.items()
+            if all(name in p.columns and p.columns[name].per_response == column.per_response for p in parts)
+        ]
+        columns = {
+            name: Column(np.concatenate([p.columns[name].values for p in parts]), parts[0].columns[name].per_response)
+            for name in shared
+        }
+        return ExampleArrays(
+            **{name: np.concatenate([getattr(p, name) for p in parts]) for name in names}, columns=columns
+        )
+
+    def __len__(self) -> int:
+        return len(self.prompt_tokens)
+
+    @functools.cached_property
+    def sizes(self) -> ExampleSizes:
+        targets = np.add.reduceat(np.append(self.response_tokens, 0), self.response_starts[:-1]) if len(self) else []
+        return ExampleSizes(
+            self.prompt_tokens, np.asarray(targets, np.int32), self.response_counts, self.comparison_counts
+        )
+
+    @functools.cached_property
+    def response_starts(self) -> np.ndarray:
+        """int64 [example + 1]: where the responses of each example begin."""
+        return np.concatenate([[0], np.cumsum(self.response_counts, dtype=np.int64)])
+
+    @functools.cached_property
+    def comparison_starts(self) -> np.ndarray:
+        """int64 [example + 1]: where the comparisons of each example begin."""
+        return np.concatenate([[0], np.cumsum(self.comparison_counts, dtype=np.int64)])
+
+    @property
+    def are_pairs(self) -> bool:
+        return bool(
+            (self.response_counts == 2).all()
+            and (self.comparison_counts == 1).all()
+            and (self.comparisons == PAIR[0]).all()
+        )
+
+    def example(self, number: int, tokens: np.ndarray) -> TokenizedExample:
+        """The example of that number, whose prompt and responses are `tokens`, one after the other."""
+        responses = slice(self.response_starts[number], self.response_starts[number + 1])
+        comparisons = slice(self.comparison_starts[number], self.comparison_starts[number + 1])
+        ends = np.cumsum([self.prompt_tokens[number], *self.response_tokens[responses]])
+        prompt, *parts = np.split(tokens, ends[:-1])
+        return TokenizedExample(
+            prompt,
+            tuple(parts),
+            tuple((int(chosen), int(rejected)) for chosen, rejected in self.comparisons[comparisons]),
+            tuple(self.weights[comparisons].tolist()),
+            {
+                name: column.values[responses].tolist() if column.per_response else float(column.values[number])
+                for name, column in self.columns.items()
+            },
+        )
+
+    def responses_of(self, ids: np.ndarray) -> np.ndarray:
+        """Where the responses of some examples are among all."""
+        return _ranges(self.response_starts, ids)
+
+    def subset(self, ids: np.ndarray) -> "ExampleArrays":
+        responses, comparisons = self.responses_of(ids), _ranges(self.comparison_starts, ids)
+        return ExampleArrays(
+            self.prompt_tokens[ids],
+            self.response_counts[ids],
+            self.response_tokens[responses],
+            self.comparison_counts[ids],
+            self.comparisons[comparisons],
+            self.weights[comparisons],
+            {
+                name: Column(column.values[responses if column.per_response else ids], column.per_response)
+                for name, column in self.columns.items()
+            },
+        )
+
+    def by_example(self, values: np.ndarray) -> Callable[[int], np.ndarray]:
+        """From values [response] to those of an example by its number."""
+        return lambda number: values[self.response_starts[number] : self.response_starts[number + 1]]
+
+    @functools.cached_property
+    def examples(self) -> Examples:
+        """All of them as a loss takes them, without rows."""
+        numbers = np.arange(len(self), dtype=np.int32)
+        Example = hax.Axis(EXAMPLE, len(self))
+        Response = hax.Axis(RESPONSE, len(self.response_tokens))
+        Comparison = hax.Axis(COMPARISON, len(self.comparisons))
+        example_of_comparison = np.repeat(numbers, self.comparison_counts)
+        chosen, rejected = (self.comparisons + self.response_starts[:-1][example_of_comparison][:, None]).T
+        return Examples(
+            ids=hax.named(numbers, Example),
+            example_of_response=hax.named(np.repeat(numbers, self.response_counts), Response),
+            chosen=hax.named(chosen.astype(np.int32), Comparison),
+            rejected=hax.named(rejected.astype(np.int32), Comparison),
+            example_of_comparison=hax.named(example_of_comparison, Comparison),
+            weight=hax.named(self.weights, Comparison),
+            columns={
+                name: hax.named(column.values, Response if column.per_response else Example)
+                for name, column in self.columns.items()
+            },
+        )
+
+    def to_bytes(self) -> bytes:
+        """The same for the same examples, on any machine."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "columns"]
+        arrays = [getattr(self, name) for name in names] + [self.columns[name].values for name in sorted(self.columns)]
+        return b"".join(array.astype(array.dtype.newbyteorder("<")).tobytes() for array in arrays)
+
+
+def _fault(example: TokenizedExample, first: TokenizedExample) -> str | None:
+    """What is wrong with an example that is to stand in a table with the `first`."""
+    count = len(example.responses)
+    for chosen, rejected in example.comparisons:
+        if not (0 <= chosen < count and 0 <= rejected < count and chosen != rejected):
+            return f"comparison ({chosen}, {rejected}) must name two of its {count} responses, numbered from 0"
+    if example.weights is not None and len(example.weights) != len(example.comparisons):
+        return f"has {len(example.weights)} weights for {len(example.comparisons)} comparisons"
+    if not all(0 <= weight < math.inf for weight in example.comparison_weights):
+        return f"weights of comparisons must be finite and not negative; found {example.comparison_weights}"
+    if example.columns.keys() != first.columns.keys():
+        return f"has the columns {sorted(example.columns)}, and the first example has {sorted(first.columns)}"
+    for name, values in example.columns.items():
+        is_number = np.asarray(values).dtype.kind in "biuf"
+        if not is_number or np.ndim(values) != np.ndim(first.columns[name]) or np.shape(values) not in ((), (count,)):
+            return f"column {name!r} is {values}; needed: one number, or one for each response, as in all examples"
+        if not np.isfinite(np.asarray(values, np.float64)).all():
+            return f"column {name!r} is {values}, which is not finite"
+    return None
+
+
+def _ints(values: Iterable[int]) -> np.ndarray:
+    return np.fromiter(values, np.int32)
+
+
+def _ranges(starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """int64: the numbers from starts[id] to starts[id + 1], for each of the ids, one after the other."""
+    first, counts = starts[:-1][ids], np.diff(starts)[ids]
+    before = np.concatenate([[0], np.cumsum(counts)])
+    return np.arange(before[-1]) + np.repeat(first - before[:-1], counts)

@@ -1,0 +1,133 @@
+"""LoRA's own adapter: two thin matrices beside a frozen linear layer."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import haliax as hax
+import haliax.nn as hnn
+import jax
+import jax.numpy as jnp
+from haliax import Axis, NamedArray
+
+from lora_dpo_jax.axes import RANK
+from lora_dpo_jax.lora.adapter import Adapter, Factor, names_of, stack_axes
+from lora_dpo_jax.lora.config import LoraConfig
+from lora_dpo_jax.lora.dropout import dropout
+from lora_dpo_jax.parameters import axes_of
+
+LOW_RANK = "low_rank"  # what a checkpointing policy calls A x
+
+
+class LoraLinear(Adapter):
+    """y = wrapped(x) + scaling * B A dropout(x)."""
+
+    wrapped: hnn.Linear
+    lora_A: NamedArray  # {*stack, lora_rank, *In}
+    lora_B: NamedArray  # {*stack, *Out, lora_rank}
+    scaling: float = eqx.field(static=True)
+    dropout: float = eqx.field(static=True, default=0.0)
+    active: NamedArray | None = None
+
+    @classmethod
+    def init(cls, layer: hnn.Linear, config: LoraConfig, active: NamedArray | None, *, key) -> "LoraLinear":
+        lora_A, lora_B = new_factors(layer, config, key=key)
+        return LoraLinear(
+            layer, lora_A=lora_A, lora_B=lora_B, scaling=config.scaling, dropout=config.dropout, active=active
+        )
+
+    @property
+    def factors(self) -> dict[str, Factor]:
+        return {
+            "lora_A.weight": Factor(self.lora_A, ((RANK,), names_of(self.wrapped.In))),
+            "lora_B.weight": Factor(self.lora_B, (names_of(self.wrapped.Out), (RANK,))),
+        }
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.resolve_axis(RANK).size
+
+    @property
+    def flops_per_token(self) -> int:
+        return 2 * self.parameter_count
+
+    def __call__(self, x: NamedArray, *, key=None) -> NamedArray:
+        return self.wrapped(x) + self.delta(x, key=key)
+
+    def delta(self, x: NamedArray, *, key=None) -> NamedArray:
+        """What the adapter adds to the wrapped layer's output, in the dtype of `x`."""
+        if key is not None and self.dropout > 0.0:
+            x = dropout(x, self.dropout, key)
+        scale = self.scaling if self.active is None else self.scaling * self.active
+        return hax.auto_sharded(low_rank_product(x, self.lora_A, self.lora_B * scale))
+
+    def merge(self, weight: Any, tensors: Mapping[str, Any]) -> Any:
+        return weight + (tensors["lora_B.weight"] @ tensors["lora_A.weight"]) * self.scaling
+
+    def adds_nothing(self) -> jax.Array:
+        return ~(jnp.any(self.lora_A.array != 0) & jnp.any(self.lora_B.array != 0))
+
+
+def new_factors(layer: Any, config: LoraConfig, *, key) -> tuple[NamedArray, NamedArray]:
+    """Float32 A {*stack, lora_rank, *In} and B {*stack, *Out, lora_rank}: each layer of a stack has its own."""
+    Rank = Axis(RANK, config.r)
+    In, Out, stack = axes_of(layer.In), axes_of(layer.Out), stack_axes(layer)
+    k_A, k_B = jax.random.split(key)
+    A_axes, B_axes = stack + (Rank,) + In, stack + Out + (Rank,)
+    zero_A = config.a_init == "zero"
+    zero_B = config.zero_init_b and not zero_A
+    fan_in = math.prod(axis.size for axis in In)
+    lora_A = hax.zeros(A_axes) if zero_A else _kaiming_uniform(k_A, A_axes, fan_in)
+    lora_B = hax.zeros(B_axes) if zero_B else _kaiming_uniform(k_B, B_axes, config.r)
+    return lora_A, lora_B
+
+
+def _kaiming_uniform(key, axes: tuple[Axis, ...], fan_in: int) -> NamedArray:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's kaiming_uniform with a = sqrt(5), PEFT's default."""
+    bound = 1 / math.sqrt(fan_in)
+    return hax.random.uniform(key, axes, minval=-bound, maxval=bound, dtype=jnp.float32)
+
+
+@jax.custom_vjp
+def low_rank_product(x: NamedArray, A: NamedArray, B: NamedArray) -> NamedArray:
+    """B A x in the dtype of `x`. The factors' gradients are summed in the factors' own dtype.
+
+    `x` {..., *In} may lack axes that both factors lead with: each of their slices is then applied to all of it.
+    """
+    return _low_rank_forward(x, A, B)[0]
+
+
+def _low_rank_forward(x: NamedArray, A: NamedArray, B: NamedArray):
+    low = x.dot(A.astype(x.dtype), axis=_side(A, B))
+    low = hax.tree_checkpoint_name(low, LOW_RANK)
+    return low.dot(B.astype(x.dtype), axis=RANK), (x, A, B, low)
+
+
+def _low_rank_backward(saved, d_out: NamedArray):
+    x, A, B, low = saved
+    tokens: Any = [axis for axis in low.axes if axis not in A.axes]
+    d_low = d_out.dot(B.astype(x.dtype), axis=_side(B, A))
+    # The thin factor comes first: the wide one is then not transposed, which would cost more than the product.
+    d_A = _summed_in(A.dtype, d_low, x, tokens).rearrange(A.axes)
+    d_B = _summed_in(B.dtype, low, d_out, tokens).rearrange(B.axes)
+    not_in_x: Any = [axis for axis in A.axes if axis not in x.axes]
+    return d_low.dot(A.astype(x.dtype), axis=not_in_x).rearrange(x.axes), d_A, d_B
+
+
+low_rank_product.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+def _summed_in(dtype: Any, a: NamedArray, b: NamedArray, axis: Any) -> NamedArray:
+    return jax.lax.platform_dependent(
+        a,
+        b,
+        # XLA has no such sums of bfloat16 products for some layouts on a CPU, and fails when it runs.
+        cpu=lambda a, b: hax.dot(a.astype(dtype), b.astype(dtype), axis=axis),
+        default=lambda a, b: hax.dot(a, b, axis=axis, preferred_element_type=dtype),
+    )
+
+
+def _side(factor: NamedArray, other: NamedArray) -> Any:
+    """The inputs of A, the outputs of B: the two share the rank and the axes of a stack."""
+    return [axis for axis in factor.axes if axis not in other.axes]

@@ -1,0 +1,125 @@
+"""From one tree to another: adapters put in, taken out, folded in, marked as trainable.
+
+The reference of a run is such a tree too. It shares the weights with the policy.
+"""
+
+import functools
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from lora_dpo_jax.lora.adapter import Adapter, unwrapped
+from lora_dpo_jax.lora.config import LoraConfig
+from lora_dpo_jax.lora.targets import check_targets, matching_names
+from lora_dpo_jax.lora.tree import linear_layers, map_linear_layers, unadaptable_layers
+from lora_dpo_jax.lora.variants import new_adapter
+
+M = TypeVar("M")
+
+
+def loraize(model: M, config: LoraConfig, *, key) -> M:
+    """The model with new adapters where `config` says so; float32 factors, the weights shared.
+
+    Raises ValueError if nothing matches, or if a target cannot be adapted.
+    """
+    layers = [names for _, names in linear_layers(model)]
+    names = [name for of_layer in layers for name in of_layer]
+    tied = getattr(model, "lm_head", "absent") is None
+    check_targets(names, unadaptable_layers(model), config, tied=tied)
+    # One for each layer of the tree, a target or not: other targets change no factors.
+    keys = {of_layer[0]: key for of_layer, key in zip(layers, jax.random.split(key, len(names)), strict=False)}
+
+    def make(layer: Any, names: list[str], chosen: list[bool]) -> Adapter:
+        return new_adapter(layer, chosen, config, key=keys[names[0]])
+
+    return adapt(model, matching_names(names, config), make)
+
+
+def adapt(model: M, targets: Collection[str], make: Callable[[Any, list[str], list[bool]], Adapter]) -> M:
+    """The model with `make(layer, its names, which of them are targets)` for each linear layer that has a target.
+
+    Raises ValueError if such a layer has an adapter already.
+    """
+    wanted = set(targets)
+
+    def replace(layer: Any, names: list[str]) -> Any:
+        chosen = [name in wanted for name in names]
+        if not any(chosen):
+            return layer
+        if isinstance(layer, Adapter):
+            raise ValueError(f"{names[0]} has an adapter already; merge_lora it, or start from the plain model")
+        return make(layer, names, chosen)
+
+    return map_linear_layers(replace, model)
+
+
+def unwrap_lora(model: M) -> M:
+    """The reference: the model without its adapters, under `stop_gradient`. Shares the weights."""
+    return jax.lax.stop_gradient(map_linear_layers(lambda layer, _: unwrapped(layer), model))
+
+
+def merge_lora(model: M) -> M:
+    """The plain model that computes what the adapted one does."""
+    return _map_adapters(lambda adapter: adapter.merged(), model)
+
+
+def with_dropout(model: M, rate: float) -> M:
+    """The model with this dropout in all its adapters."""
+    return _map_adapters(lambda adapter: adapter.with_dropout(rate), model)
+
+
+def trainable_filter(model: M) -> M:
+    """A tree of bools, true at the factors of adapters: for `equinox.partition`."""
+
+    def mark(node: Any) -> Any:
+        marks = jax.tree.map(lambda _: False, node)
+        if isinstance(node, Adapter):
+            factors = [*node.factors]
+            return eqx.tree_at(
+                lambda adapter: [adapter.factors[f].array.array for f in factors], marks, [True] * len(factors)
+            )
+        return marks
+
+    return jax.tree.map(mark, model, is_leaf=lambda node: isinstance(node, Adapter))
+
+
+def frozen_copy(model: M) -> M:
+    """The model's adapters as they are now, to be the reference of a run that trains them further."""
+    return jax.tree.map(jnp.copy, eqx.filter(model, trainable_filter(model)))
+
+
+def reference_model(model: M, adapters: Any) -> M:
+    """What the policy `model`, or a part of it, is held to; shares the weights, and no gradient flows.
+
+    That is the base without adapters, or with frozen ones (a tree like `model`, or its leaves alone).
+    """
+    if adapters is None:
+        return unwrap_lora(model)
+    mine, weights = eqx.partition(model, trainable_filter(model))
+    frozen = jax.tree.unflatten(jax.tree.structure(mine), jax.tree.leaves(adapters))
+    return jax.lax.stop_gradient(eqx.combine(frozen, weights))
+
+
+@eqx.filter_jit
+def equals_reference(model: Any, adapters: Any, *, training: bool = False) -> jax.Array:
+    """Whether the policy `model` is `reference_model(model, adapters)`, by their arrays: a bool without axes.
+
+    It is if its adapters add nothing to the base, or if they are those of the reference. Both may be the adapters of a
+    model, without its weights. With dropout, in `training`, the policy is not the reference that has equal adapters.
+    """
+    mine = [layer for layer, _ in linear_layers(model) if isinstance(layer, Adapter)]
+    if adapters is None:
+        return functools.reduce(jnp.logical_and, [adapter.adds_nothing() for adapter in mine], jnp.ones((), bool))
+    trainable = eqx.filter(model, trainable_filter(model))
+    drops = training and any(adapter.dropout > 0.0 for adapter in mine)
+    if drops or jax.tree.structure(trainable) != jax.tree.structure(adapters):
+        return jnp.zeros((), bool)
+    same = jax.tree.leaves(jax.tree.map(jnp.array_equal, trainable, adapters))
+    return functools.reduce(jnp.logical_and, same, jnp.ones((), bool))
+
+
+def _map_adapters(fn: Callable[[Adapter], Any], model: M) -> M:
+    return map_linear_layers(lambda layer, _: fn(layer) if isinstance(layer, Adapter) else layer, model)

@@ -1,0 +1,54 @@
+"""Which linear layers get adapters: names are matched as PEFT matches them."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from lora_dpo_jax.lora.config import LoraConfig
+
+
+def matching_names(names: Sequence[str], config: LoraConfig) -> list[str]:
+    """The targets among `names`, matched as PEFT matches them."""
+    targets, excluded = config.target_modules, config.exclude_modules
+    if targets is None:
+        chosen = [name for name in names if name != "lm_head"]
+    else:
+        chosen = [name for name in names if _matches(name, targets)]
+    return [name for name in chosen if not (excluded and _matches(name, excluded))]
+
+
+def check_targets(names: Sequence[str], unadaptable: Mapping[str, str], config: LoraConfig, *, tied: bool) -> None:
+    """Raises ValueError unless `config` names layers that can be adapted, and names no other layer.
+
+    `names` are those of the model's linear layers, `unadaptable` those that can have no adapter with the reasons;
+    `tied` says that its head is the input embedding.
+    """
+    wanted = config.target_modules
+    if tied and wanted is not None and _matches("lm_head", wanted):
+        raise ValueError(
+            "lora.target_modules names lm_head, but this model ties its head to the input embedding: merging such an "
+            "adapter would change the embedding too (PEFT does so, without a word). Leave lm_head out."
+        )
+    # An error with null too: a run that leaves out layers which it was asked to train looks like any other run.
+    if bad := matching_names([*unadaptable], config):
+        raise ValueError(
+            f"lora.target_modules={wanted!r} includes {_abridged(bad)}: {unadaptable[bad[0]]}. Name it in "
+            "lora.exclude_modules, or only other layers in lora.target_modules"
+        )
+    if not matching_names(names, config):
+        raise ValueError(
+            f"lora.target_modules={wanted!r} (exclude_modules={config.exclude_modules!r}) matches none of the "
+            f"{len(names)} linear layers: {_abridged(names)}"
+        )
+    if isinstance(wanted, list) and (unused := [t for t in wanted if not any(_matches(n, [t]) for n in names)]):
+        raise ValueError(f"lora.target_modules: {unused} match no linear layer; there are: {_abridged(names)}")
+
+
+def _matches(name: str, patterns: list[str] | str) -> bool:
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def _abridged(names: Sequence[str]) -> list[str]:
+    """One name per kind of layer."""
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))

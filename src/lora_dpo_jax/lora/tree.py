@@ -1,0 +1,72 @@
+"""The linear layers in a model's tree, by the names of the checkpoint."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+
+from lora_dpo_jax.lora.adapter import Adapter, stack_axes, unwrapped
+from lora_dpo_jax.lora.variants import is_adaptable
+from lora_dpo_jax.parameters import checkpoint_names
+
+M = TypeVar("M")
+
+# What linear layers call their inputs and outputs: those of haliax, linear layers and convolutions of equinox.
+SIDES = (("In", "Out"), ("in_features", "out_features"), ("in_channels", "out_channels"))
+
+
+def linear_layers(model: Any) -> Iterator[tuple[Any, list[str]]]:
+    """Every Linear and every adapter with its dotted names: one name, or one per layer if it is stacked."""
+    found: list[tuple[Any, list[str]]] = []
+
+    def remember(layer, names):
+        found.append((layer, names))
+        return layer
+
+    map_linear_layers(remember, model)
+    return iter(found)
+
+
+def map_linear_layers(fn: Callable[[Any, list[str]], Any], model: M) -> M:
+    """Replaces each Linear and each adapter by `fn(layer, names)`."""
+
+    def is_layer(node: Any) -> bool:
+        return isinstance(node, Adapter) or is_adaptable(node)
+
+    def visit(path: tuple, node: Any) -> Any:
+        return fn(node, checkpoint_names(path, model)) if is_layer(node) else node
+
+    return jax.tree_util.tree_map_with_path(visit, model, is_leaf=is_layer)
+
+
+def unadaptable_layers(model: Any) -> dict[str, str]:
+    """By name, the linear layers that can have no adapter, each with the reason.
+
+    A module counts as linear if it has a weight and both SIDES. No adapter knows those that are no Linear, such as
+    `haliax.nn.MoELinear`. The adapter of a Linear has no name in a file if its weight has axes that nothing numbers.
+    """
+    found: dict[str, str] = {}
+
+    def visit(path: tuple, node: Any) -> None:
+        if not _is_linear(node):
+            return
+        names, layer = checkpoint_names(path, model), unwrapped(node)
+        kind = f"{type(layer).__module__}.{type(layer).__name__}"
+        if not is_adaptable(layer):
+            found.update(dict.fromkeys(names, f"no adapter knows {kind}"))
+        elif len(names) != math.prod(axis.size for axis in stack_axes(layer)):
+            axes = ", ".join(axis.name for axis in stack_axes(layer))
+            reason = f"{kind} has axes {{{axes}}} but {len(names)} names (see parameters.Numbered)"
+            found.update(dict.fromkeys(names, reason))
+
+    jax.tree_util.tree_map_with_path(visit, model, is_leaf=_is_linear)
+    return found
+
+
+def _is_linear(node: Any) -> bool:
+    if isinstance(node, Adapter) or is_adaptable(node):
+        return True
+    has_weight = isinstance(node, eqx.Module) and getattr(node, "weight", None) is not None
+    return has_weight and any(hasattr(node, a) and hasattr(node, b) for a, b in SIDES)

@@ -1,0 +1,96 @@
+"""Which responses belong to which example, what is compared with what, and the columns of the data.
+
+    example                0       1           two examples of a row: a pair, and a ranked list
+    response               0 1     2 3 4
+    example_of_response    0 0     1 1 1
+    chosen                 0       2 2 3       response 2 is preferred to 3 and to 4, and 3 to 4
+    rejected               1       3 4 4
+    example_of_comparison  0       1 1 1
+    weight                 1       1/3 1/3 1/3
+
+Arrays may have a row axis before these; then each row counts its own slots. Empty slots are -1, or have weight 0.
+"""
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+from haliax import NamedArray
+
+from lora_dpo_jax.axes import EXAMPLE, RESPONSE
+
+
+class Examples(eqx.Module):
+    """int32, but for what is said."""
+
+    ids: NamedArray  # {..., example}: index in the data
+    example_of_response: NamedArray  # {..., response}
+    chosen: NamedArray  # {..., comparison}: the response that is preferred
+    rejected: NamedArray  # {..., comparison}
+    example_of_comparison: NamedArray  # {..., comparison}
+    weight: NamedArray  # float32 {..., comparison}; those of an example add up to 1 unless the data say otherwise
+    columns: dict[str, NamedArray] = eqx.field(default_factory=dict)  # float32 {..., example} or {..., response}
+
+    @property
+    def is_example(self) -> NamedArray:
+        """bool {..., example}."""
+        return self.ids >= 0
+
+    @property
+    def is_response(self) -> NamedArray:
+        """bool {..., response}."""
+        return self.example_of_response >= 0
+
+    @property
+    def is_comparison(self) -> NamedArray:
+        """bool {..., comparison}."""
+        return self.example_of_comparison >= 0
+
+    @property
+    def share(self) -> NamedArray:
+        """float32 {..., comparison}: its part of its example's weight. A mean with it counts each example once."""
+        total = self.of_comparisons(self.sum_of_comparisons(self.weight))
+        return hax.where(total > 0, self.weight / hax.where(total > 0, total, 1.0), 0.0)
+
+    def of_comparisons(self, values: NamedArray) -> NamedArray:
+        """From {..., example} to {..., comparison}."""
+        return take(values, EXAMPLE, self.example_of_comparison)
+
+    def of_responses(self, values: NamedArray) -> NamedArray:
+        """From {..., example} to {..., response}."""
+        return take(values, EXAMPLE, self.example_of_response)
+
+    def compared(self, values: NamedArray) -> tuple[NamedArray, NamedArray]:
+        """From {..., response}: of the chosen and of the rejected one of each comparison."""
+        return take(values, RESPONSE, self.chosen), take(values, RESPONSE, self.rejected)
+
+    def sum_of_comparisons(self, values: NamedArray) -> NamedArray:
+        """From {..., comparison} to {..., example}."""
+        return add_up(values, self.example_of_comparison, self.ids.resolve_axis(EXAMPLE))
+
+    def sum_of_responses(self, values: NamedArray) -> NamedArray:
+        """From {..., response} to {..., example}."""
+        return add_up(values, self.example_of_response, self.ids.resolve_axis(EXAMPLE))
+
+
+def take(values: NamedArray, axis: str, index: NamedArray) -> NamedArray:
+    """values {..., axis} at index {..., slot}, within each row; 0 where the index is negative."""
+    slots = index.axes[-1]
+    values = values.rearrange((*index.axes[:-1], axis))
+    if len(index.axes) == 1:
+        return hax.where(index >= 0, hax.named(values.array[jnp.maximum(index.array, 0)], slots), 0)
+    # By counting: the gradient of a gather would add up by atomics on a GPU, in no fixed order.
+    Axis = values.resolve_axis(axis)
+    is_it = index.broadcast_axis(Axis) == hax.arange(Axis)
+    return hax.sum(hax.where(is_it, values, 0), axis=Axis).rearrange(index.axes)
+
+
+def add_up(values: NamedArray, index: NamedArray, Axis: hax.Axis) -> NamedArray:
+    """The transpose of `take`: values {..., slot} added up at their index, within each row."""
+    values = values.rearrange(index.axes)
+    if len(index.axes) == 1:
+        at = jnp.where(index.array >= 0, index.array, Axis.size)
+        return hax.named(jax.ops.segment_sum(values.array, at, Axis.size + 1)[:-1], Axis)
+    is_it = index.broadcast_axis(Axis) == hax.arange(Axis)
+    summed = hax.sum(hax.where(is_it, values, 0), axis=index.axes[-1])
+    return summed.rearrange((*index.axes[:-1], Axis))

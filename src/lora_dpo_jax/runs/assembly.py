@@ -1,0 +1,136 @@
+"""A run, assembled once from its config: what it reads, the steps that it takes, and the learner that takes them."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from lora_dpo_jax.data.cache import TokenizedExamples, load_examples
+from lora_dpo_jax.data.order import ExampleOrder
+from lora_dpo_jax.data.table import ExampleTable, split_by_prompt, whole_table
+from lora_dpo_jax.evaluation import Scorer
+from lora_dpo_jax.files import cache_folder
+from lora_dpo_jax.lora import LoraConfig, frozen_copy
+from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.models.attention import PLATFORMS
+from lora_dpo_jax.processes.exchange import in_turns, is_first_process
+from lora_dpo_jax.reference_cache import ReferenceCache
+from lora_dpo_jax.runs.base import Base, load_base, load_policy, load_tokenizer, lora_config
+from lora_dpo_jax.runs.checks import refuse_unfit_data
+from lora_dpo_jax.runs.config import TrainConfig
+from lora_dpo_jax.runs.exports import with_trained_template
+from lora_dpo_jax.runs.identity import reference_identity, refuse_other_steps
+from lora_dpo_jax.runs.learner import Learner, real_learner
+from lora_dpo_jax.runs.reference_scores import ReferenceLogProbs
+from lora_dpo_jax.runs.steps import Steps, lay_out_steps, pair_order
+from lora_dpo_jax.sharding import Placement
+from lora_dpo_jax.training.loop import TrainerConfig
+
+
+@dataclass(frozen=True)
+class Data:
+    """The pairs of a run, and the tokenizer that made them."""
+
+    tokenizer: Any
+    pairs: ExampleTable  # to train on
+    held_out: ExampleTable
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run trains with, before its first step."""
+
+    data: Data
+    base: Base
+    lora: LoraConfig  # of the given adapter if there is one, else `lora` of the config
+    order: ExampleOrder
+    steps: Steps
+    learner: Learner
+
+
+def assemble(config: TrainConfig, placement: Placement) -> Run:
+    """Reads the data and the weights. All processes must call this; raises ValueError if they do not see the same."""
+    trainer = config.trainer
+    lora, data = lora_config(config), load_data(config)
+    if not len(data.pairs):
+        raise ValueError("data.components: no training pair is left; see the counts above")
+    for table in (data.pairs, data.held_out):
+        refuse_unfit_data(config.preference_loss, table)
+    base = load_base(config, with_trained_template(config.data, data.tokenizer), placement)
+    k_adapters, k_dropout = jax.random.split(jax.random.key(trainer.seed))
+    policy = load_policy(config, lora, base, placement, key=k_adapters)
+
+    order = pair_order(data.pairs, seed=trainer.seed, shuffle=config.data.shuffle, weights=config.data.train_weights)
+    num_steps = trainer.steps(order.epoch)
+    learner = real_learner(
+        config.preference_loss,
+        config.optimizer.build(num_steps),
+        policy,
+        placement,
+        key=k_dropout,
+        reference=frozen_copy(policy) if config.reference_adapter is not None else None,
+        schedule=config.optimizer.schedule(num_steps),
+    )
+    size, short_ends = trainer.train_batch_size, trainer.has_short_batches
+    ids = [order.batch(step, size, short_ends=short_ends) for step in range(num_steps)]
+    parallelism, row_shards = trainer.per_device_parallelism, placement.row_shards
+    steps = lay_out_steps(data.pairs, ids, config.layout, parallelism=parallelism, row_shards=row_shards)
+    refuse_other_steps(steps)
+    return Run(data, base, lora, order, steps, learner)
+
+
+def placement_of(config: TrainConfig) -> Placement:
+    """The devices here. Raises ValueError if they do not fill `trainer.mesh`, or cannot compute `model.attention`."""
+    placement = Placement(config.trainer.mesh)
+    platform = placement.mesh.devices.flat[0].platform
+    if (needed := PLATFORMS.get(config.model.attention, platform)) != platform:
+        raise ValueError(
+            f"model.attention={config.model.attention} needs a {needed}, and this is a {platform}: set auto"
+        )
+    return placement
+
+
+def load_data(config: TrainConfig) -> Data:
+    """Reads and tokenizes the rows. All processes must call this."""
+    tokenizer = load_tokenizer(config)
+    return Data(tokenizer, *load_tables(config, tokenizer))
+
+
+def load_tables(config: TrainConfig, tokenizer: Any) -> tuple[ExampleTable, ExampleTable]:
+    """(train, validation): validation files where a component has some, else a part of the training pairs.
+
+    The first process of each host tokenizes, unless it finds the work of the very first one; the others only read.
+    """
+
+    def load(split) -> dict[str, TokenizedExamples]:
+        return load_examples(config.data, tokenizer, split=split, train_seq_len=config.train_seq_len)
+
+    train, validation = in_turns(lambda: (load("train"), load("validation")))
+    if validation or not train:
+        return whole_table(train), whole_table(validation)
+    return split_by_prompt(train, config.held_out_fraction, config.trainer.seed)
+
+
+def reference_log_probs(
+    config: TrainConfig, base: Base, reference: CausalLM, placement: Placement
+) -> ReferenceLogProbs:
+    """`reference` is the model that the policy is held to."""
+    cache, setting = None, config.reference_log_probs
+    if config.preference_loss.needs_tokens_of_reference:
+        setting = "live"  # the cache holds sums over whole responses
+    if setting != "live":
+        # Read now: a run may export over the adapter that it began with.
+        identity = reference_identity(config, base, reference) if is_first_process() else {}
+        cache = ReferenceCache(cache_folder(config.data.cache_dir) / "reference", identity)
+    scorer = functools.partial(pair_scorer, trainer=config.trainer, placement=placement)
+    return ReferenceLogProbs(reference, setting, cache, scorer)
+
+
+def pair_scorer(pairs: ExampleTable, *, trainer: TrainerConfig, placement: Placement) -> Scorer:
+    """What scores a table on the devices, so many rows at once as `trainer` allows."""
+    rows = max(trainer.per_device_eval_parallelism, trainer.per_device_parallelism)
+    if trainer.per_device_eval_parallelism != -1:
+        rows = trainer.per_device_eval_parallelism
+    rows = (rows if rows != -1 else 8) * placement.row_shards
+    return Scorer(pairs, rows=rows, put_batch=placement.put_batch, scope=placement.scope)

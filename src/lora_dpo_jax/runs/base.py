@@ -1,0 +1,146 @@
+"""The pretrained model that a run starts from, its tokenizer, and the adapters on it: given ones or new ones."""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+
+from lora_dpo_jax.generation import read_stop_ids
+from lora_dpo_jax.huggingface.adapters import load_adapter, read_adapter_config
+from lora_dpo_jax.huggingface.folders import local_folder
+from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
+from lora_dpo_jax.huggingface.weights import load_model, read_config
+from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter, with_dropout
+from lora_dpo_jax.models import CausalLM, DecoderConfig
+from lora_dpo_jax.runs.config import ModelConfig, TrainConfig
+from lora_dpo_jax.sharding import Placement
+
+logger = logging.getLogger("lora_dpo_jax")
+
+TOKENIZER_FILES = ["*token*", "*.jinja", "*.model", "vocab*", "merges*", "config.json"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The pretrained model and what came with it."""
+
+    name: str  # as initialize_from_hf has it
+    revision: str | None  # of that hub id
+    folder: Path
+    config: DecoderConfig
+    model: CausalLM
+    tokenizer: Any  # in training, with the chat template of the rows
+
+
+def check_models(config: TrainConfig) -> None:
+    """Reads the settings of the base and of the given adapter before the data are read, so that errors come early."""
+    settings = ["*config.json"]
+    name, revision = config.initialize_from_hf, config.hf_revision
+    folder = folder_of("initialize_from_hf", name, revision=revision, patterns=settings)
+    read_config(folder)
+    read_stop_ids(folder)
+    if config.initialize_from_peft is not None:
+        read_adapter_config(folder_of("initialize_from_peft", config.initialize_from_peft, patterns=settings))
+
+
+def load_tokenizer(config: TrainConfig) -> Any:
+    """The tokenizer of `data.tokenizer`, or the base model's."""
+    if config.data.tokenizer:
+        folder = folder_of("data.tokenizer", config.data.tokenizer, patterns=TOKENIZER_FILES)
+    else:
+        name, revision = config.initialize_from_hf, config.hf_revision
+        folder = folder_of("initialize_from_hf", name, revision=revision, patterns=TOKENIZER_FILES)
+    try:
+        return read_tokenizer(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}. Mend it, or set data.tokenizer") from error
+
+
+def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base:
+    """Reads the weights of `initialize_from_hf` to their devices, in the dtype that `config.model` asks for."""
+    folder = folder_of("initialize_from_hf", config.initialize_from_hf, revision=config.hf_revision)
+    decoder = read_config(folder)
+    _check_lengths(config.train_seq_len, decoder)
+    if len(tokenizer) > decoder.vocab_size:
+        raise ValueError(
+            f"the tokenizer knows {len(tokenizer)} tokens, but {config.initialize_from_hf} embeds only "
+            f"{decoder.vocab_size}: set data.tokenizer to the model's own"
+        )
+    compute_dtype = config.trainer.precision.compute_dtype
+    model = load_weights(folder, decoder, config.model, placement, compute_dtype=compute_dtype)
+    return Base(config.initialize_from_hf, config.hf_revision, folder, decoder, model, tokenizer)
+
+
+def load_weights(
+    folder: Path, decoder: DecoderConfig, settings: ModelConfig, placement: Placement, *, compute_dtype: Any
+) -> CausalLM:
+    """Reads the weights of a model's folder to their devices, held as `settings` ask."""
+    with placement.scope():
+        return load_model(
+            folder,
+            decoder,
+            dtype=settings.weights_dtype(compute_dtype),
+            compute=settings.compute,
+            mapping=placement.parameters,
+            quantization=settings.quantization,
+        )
+
+
+def lora_config(config: TrainConfig) -> LoraConfig:
+    """The rank, scaling and targets of the given adapter if there is one, else those of `lora`."""
+    if config.initialize_from_peft is None:
+        return config.lora
+    given = read_adapter_config(folder_of("initialize_from_peft", config.initialize_from_peft))
+    return dataclasses.replace(given, dropout=config.lora.dropout)
+
+
+def load_policy(config: TrainConfig, lora: LoraConfig, base: Base, placement: Placement, *, key) -> CausalLM:
+    """The base with adapters, new or given, on their devices and in the dtype of `trainer.mp`."""
+    dtype = config.trainer.precision.param_dtype
+    if config.initialize_from_peft is None:
+        return with_new_adapters(base.model, lora, placement, dtype=dtype, key=key)
+    model = load_peft_adapter(base, "initialize_from_peft", config.initialize_from_peft, placement)
+    return _placed_adapters(with_dropout(model, lora.dropout), placement, dtype)
+
+
+def with_new_adapters(base: CausalLM, lora: LoraConfig, placement: Placement, *, dtype: Any, key) -> CausalLM:
+    """The model with new adapters on their devices, in `dtype`."""
+    return _placed_adapters(loraize(base, lora, key=key), placement, dtype)
+
+
+def load_peft_adapter(base: Base, setting: str, name: str, placement: Placement) -> CausalLM:
+    """The base with the adapter of the folder, URL or hub id that `setting` names."""
+    folder = folder_of(setting, name)
+    with placement.scope():
+        return load_adapter(base.model, folder, mapping=placement.parameters, base_model=base.name)
+
+
+def folder_of(setting: str, name: str, **options: Any) -> Path:
+    """`local_folder(name)`, whose error also names the setting."""
+    try:
+        return local_folder(name, **options)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{setting}: {error}") from error
+
+
+def _placed_adapters(model: CausalLM, placement: Placement, dtype: Any) -> CausalLM:
+    adapters, weights = eqx.partition(model, trainable_filter(model))
+    adapters = placement.put_parameters(jax.tree.map(lambda x: x.astype(dtype), adapters))
+    return eqx.combine(adapters, weights)
+
+
+def _check_lengths(train_seq_len: int, decoder: DecoderConfig) -> None:
+    limit = decoder.max_position_embeddings
+    if train_seq_len <= limit:
+        return
+    if decoder.rope.type == "dynamic":
+        raise ValueError(
+            f"train_seq_len={train_seq_len} is beyond max_position_embeddings={limit}, where dynamic rotary "
+            "scaling depends on each sequence's length, so that two responses cannot share their prompt. "
+            f"Set train_seq_len to at most {limit}."
+        )
+    logger.warning("train_seq_len=%d is beyond the model's max_position_embeddings=%d", train_seq_len, limit)

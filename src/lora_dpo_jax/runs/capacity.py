@@ -1,0 +1,208 @@
+"""What a step of a run takes on devices that are not here: memory, operations, traffic and time.
+
+The step is compiled for the devices by libtpu. Of the model only config.json is read, and of the data nothing.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_dpo_jax.cost.devices import DeviceKind, devices_of_topology
+from lora_dpo_jax.cost.flops import useful_flops
+from lora_dpo_jax.cost.memory import ProgramMemory
+from lora_dpo_jax.cost.traffic import collective_bytes
+from lora_dpo_jax.data import PartShape, PreferenceBatch, TokenizedExample, fill_rows
+from lora_dpo_jax.data.packing import pack
+from lora_dpo_jax.data.shapes import LENGTH_MULTIPLE, round_up
+from lora_dpo_jax.huggingface.weights import read_config
+from lora_dpo_jax.lora import trainable_filter
+from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.models.quantization import parameter_count
+from lora_dpo_jax.runs.base import folder_of
+from lora_dpo_jax.runs.config import TrainConfig
+from lora_dpo_jax.runs.learner import Learner, abstract_learner
+from lora_dpo_jax.runs.steps import row_bound
+from lora_dpo_jax.sharding import Placement
+
+# Forward passes of the policy that the backward pass makes again.
+RECOMPUTED = {"none": 0.0, "products": 0.0, "full": 1.0, "nested": 2.0}
+STEPS = 1000  # where their number depends on the data; it only shapes the schedule
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Bytes, operations and seconds are of one device and one step."""
+
+    kind: DeviceKind
+    num_devices: int
+    parameters: int
+    trainable: int
+    weights: int
+    adapters: int
+    optimizer: int
+    peak: int  # all that the step needs while it runs
+    flops: float
+    memory_traffic: float
+    collectives: dict[str, float]
+    rows: str  # micro-batches x rows x tokens
+    parallelism: int | None  # the largest per_device_parallelism that fits; None if not even 1 does
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.kind.memory
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each resource alone would take."""
+        return {
+            "arithmetic": self.flops / self.kind.flops,
+            "memory": self.memory_traffic / self.kind.memory_bandwidth,
+            "interconnect": sum(self.collectives.values()) / self.kind.interconnect,
+        }
+
+
+def capacity_of(config: TrainConfig, topology: str, pair_tokens: Sequence[int]) -> Capacity:
+    """What a step takes on `topology`, which is a setting of main.plan, and so is `pair_tokens`."""
+    kind, devices = devices_of_topology(topology)
+    placement = Placement(config.trainer.mesh, devices)
+    learner = _learner(config, placement)
+    state = learner.state
+
+    def compiled(parallelism: int) -> tuple[PreferenceBatch, int, str]:
+        batch = expected_batch(config, pair_tokens, placement.row_shards, parallelism)
+        return batch, *_compile(learner, placement.abstract_batch(batch))
+
+    batch, peak, program = compiled(config.trainer.per_device_parallelism)
+    micro_batches = batch.tokens.axes[0].size
+    adapters, weights = eqx.partition(state.model, trainable_filter(state.model))
+    layers_read = bytes_of_a_device(weights.model.layers) * _gathered_from(placement)
+    return Capacity(
+        kind=kind,
+        num_devices=len(devices),
+        parameters=parameter_count(weights),
+        trainable=parameter_count(adapters),
+        weights=bytes_of_a_device(weights),
+        adapters=bytes_of_a_device((adapters, state.reference)),
+        optimizer=bytes_of_a_device(state.opt_state),
+        peak=peak,
+        flops=_flops(config, state.model, batch) / len(devices),
+        memory_traffic=micro_batches * _passes(config) * layers_read,
+        collectives=collective_bytes(program, unknown_trips=micro_batches),
+        rows=" x ".join(str(axis.size) for axis in batch.tokens.axes),
+        parallelism=_largest_parallelism(config.train_seq_len, kind, compiled, peak, batch),
+    )
+
+
+def expected_batch(
+    config: TrainConfig, pair_tokens: Sequence[int], row_shards: int, parallelism: int
+) -> PreferenceBatch:
+    """The pairs of a step, all of the mean lengths, in rows that would hold the longest pair."""
+    prompt, chosen, rejected = pair_tokens
+    if prompt + max(chosen, rejected) > config.train_seq_len:
+        raise ValueError(
+            f"--pair_tokens {pair_tokens}: the longer sequence exceeds train_seq_len={config.train_seq_len}. "
+            "Give the mean tokens of your prompts, chosen and rejected responses"
+        )
+    longest_pair = round_up(2 * config.train_seq_len, LENGTH_MULTIPLE)
+    at_once = row_bound(parallelism, longest_pair)
+    pairs = [TokenizedExample.pair(*(np.zeros(n, np.int32) for n in pair_tokens))] * config.trainer.train_batch_size
+    a_shard = round_up(math.ceil(sum(pair.size for pair in pairs) / row_shards * 1.05), LENGTH_MULTIPLE)
+    row_length = max(longest_pair, min(at_once, a_shard))
+    rows = [np.array(row) for row in fill_rows([pair.size for pair in pairs], row_length)]
+    pairs_per_row = max(len(row) for row in rows)
+    shape = PartShape.of_pairs(
+        micro_batches=-(-len(rows) // row_shards),
+        rows=row_shards,
+        row_length=row_length,
+        targets=round_up(pairs_per_row * (chosen + rejected), LENGTH_MULTIPLE),
+        pairs=pairs_per_row,
+    )
+    known = (lambda number: np.zeros(2, np.float32)) if config.reference_log_probs == "cached" else None
+    return pack(pairs, rows, shape, known)
+
+
+def bytes_of_a_device(tree: Any) -> int:
+    """What one device holds of the arrays in `tree`, which may be shapes alone."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )
+
+
+def _learner(config: TrainConfig, placement: Placement) -> Learner:
+    name, revision = config.initialize_from_hf, config.hf_revision
+    folder = folder_of("initialize_from_hf", name, revision=revision, patterns=["config.json"])
+    return abstract_learner(
+        config.preference_loss,
+        config.optimizer.build(config.trainer.num_train_steps or STEPS),
+        read_config(folder),
+        placement,
+        lora=config.lora,
+        model=config.model,
+        precision=config.trainer.precision_on(placement.mesh.devices.flat[0].platform),
+        has_reference_adapters=config.reference_adapter is not None,
+    )
+
+
+def _compile(learner: Learner, batch: PreferenceBatch) -> tuple[int, str]:
+    """(bytes that a device needs, the text of the compiled program); the text is empty if it does not fit."""
+    try:
+        compiled = learner.compile(batch)
+    except jax.errors.JaxRuntimeError as error:
+        # XLA says in one of two ways how much it would have needed.
+        everything = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", str(error))
+        temporary = re.search(r"required for HLO temporaries \(([\d.]+)([KMG])\)", str(error))
+        if (needed := everything or temporary) is None:
+            raise
+        num_bytes = int(float(needed[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[needed[2]])
+        return num_bytes + (0 if everything else bytes_of_a_device((learner.state, batch))), ""
+    return ProgramMemory.of(compiled).total, compiled.as_text()
+
+
+def _passes(config: TrainConfig) -> float:
+    """The passes through the layers in a step: forward, backward, recomputed, and the reference's."""
+    return 2.0 + RECOMPUTED[config.model.gradient_checkpointing] + _computes_reference(config)
+
+
+def _computes_reference(config: TrainConfig) -> bool:
+    return config.loss.needs_reference and config.reference_log_probs != "cached"
+
+
+def _flops(config: TrainConfig, model: CausalLM, batch: PreferenceBatch) -> float:
+    """The operations of all devices in a step, with recomputation."""
+    with_reference = _computes_reference(config)
+    useful = float(useful_flops(model, batch, with_reference=with_reference))
+    return useful * _passes(config) / (2.0 + with_reference)
+
+
+def _gathered_from(placement: Placement) -> int:
+    """How many devices share a weight that each of them gathers and reads whole."""
+    split = placement.parameters.get("embed")
+    names = (split,) if isinstance(split, str) else tuple(split or ())
+    return math.prod(placement.mesh.shape[name] for name in names)
+
+
+def _largest_parallelism(
+    train_seq_len: int, kind: DeviceKind, compiled: Callable, peak: int, batch: PreferenceBatch
+) -> int | None:
+    """The largest that fits, by a line through the peaks at two row lengths: memory is linear in the row."""
+    longest_pair = round_up(2 * train_seq_len, LENGTH_MULTIPLE)
+    length = batch.tokens.axes[-1].size
+    other = 1 if length > longest_pair else 2
+    other_batch, other_peak, _ = compiled(other)
+    other_length = other_batch.tokens.axes[-1].size
+    (short, low), (long, high) = sorted([(length, peak), (other_length, other_peak)])
+    if low > kind.memory:
+        return None
+    if high <= low:  # all of a step's pairs are computed at once already
+        return max(1, long // longest_pair)
+    most = short + (kind.memory - low) / (high - low) * (long - short)
+    return max(1, int(most) // longest_pair)

@@ -1,0 +1,69 @@
+"""Which pairs each step of a run trains on, and in rows of which shapes."""
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_dpo_jax.data.batches import packed_batches
+from lora_dpo_jax.data.order import ExampleOrder
+from lora_dpo_jax.data.packing import PreferenceBatch
+from lora_dpo_jax.data.shapes import PackingConfig, StepShapes, choose_shapes
+from lora_dpo_jax.data.table import ExampleTable
+from lora_dpo_jax.sharding import Placement
+
+TOKENS_AT_ONCE = 16_384  # of a device, where per_device_parallelism leaves it open: more make no device faster
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The pairs of each step, and the shapes of the rows that they are laid into."""
+
+    pairs: ExampleTable
+    ids: list[np.ndarray]  # of each step: the ids of its pairs
+    shapes: StepShapes
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batches(
+        self,
+        placement: Placement,
+        *,
+        first: int = 0,
+        reference: np.ndarray | None = None,
+        columns: Sequence[str] = (),
+    ) -> Generator[tuple[PreferenceBatch, ...], None, None]:
+        """The batches from step `first` on, on their devices. `reference` and `columns`: see `packed_batches`."""
+        ids, place = self.ids[first:], placement.put_batch
+        return packed_batches(self.pairs, ids, self.shapes, place=place, reference=reference, columns=columns)
+
+
+def lay_out_steps(
+    pairs: ExampleTable, ids: Sequence[np.ndarray], layout: PackingConfig, *, parallelism: int, row_shards: int
+) -> Steps:
+    """Chooses the shapes of rows. `parallelism` is trainer.per_device_parallelism, `row_shards` Placement's."""
+    longest_row = row_bound(parallelism, layout.shortest_row(pairs.sizes))
+    shapes = choose_shapes(ids, pairs.sizes, row_multiple=row_shards, longest_row=longest_row, packing=layout)
+    return Steps(pairs, list(ids), shapes)
+
+
+def row_bound(parallelism: int, longest_pair: int) -> int:
+    """The tokens that a device computes at once, at most."""
+    return max(longest_pair, TOKENS_AT_ONCE) if parallelism == -1 else parallelism * longest_pair
+
+
+def pair_order(pairs: ExampleTable, *, seed: int, shuffle: bool, weights: Mapping[str, float] | None) -> ExampleOrder:
+    """The order in which a run visits its pairs. `weights` is data.train_weights, by component.
+
+    Raises ValueError if a component with a weight has no pairs left.
+    """
+    if weights is None:
+        return ExampleOrder(tuple(pairs.counts), seed, shuffle)
+    for name, size in zip(pairs.names, pairs.counts, strict=True):
+        if weights[name] > 0 and size == 0:
+            raise ValueError(
+                f"data.train_weights.{name}={weights[name]}, but all pairs of {name} are held out: lower "
+                "validation_split_fraction, give a component validation data, or set this weight to 0"
+            )
+    return ExampleOrder(tuple(pairs.counts), seed, shuffle, tuple(weights[name] for name in pairs.names))

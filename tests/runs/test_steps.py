@@ -1,0 +1,44 @@
+"""Which pairs the steps of a run train on."""
+
+import numpy as np
+import pytest
+from tiny_pairs import random_pairs
+
+from lora_dpo_jax.data import ExampleTable, MemoryExamples, PackingConfig, whole_table
+from lora_dpo_jax.runs.steps import TOKENS_AT_ONCE, lay_out_steps, pair_order, row_bound
+from lora_dpo_jax.sharding import MeshConfig, Placement
+
+
+def test_a_component_of_which_all_pairs_are_held_out_is_named():
+    nothing_left = ExampleTable({"prefs": (MemoryExamples([([1], [2], [3])]), np.zeros(0, int))})
+    with pytest.raises(ValueError, match=r"data\.train_weights\.prefs=2\.0, but all pairs of prefs are held out"):
+        pair_order(nothing_left, seed=0, shuffle=True, weights={"prefs": 2.0})
+
+
+def test_weights_are_matched_to_components_by_name():
+    pairs = whole_table({"many": random_pairs(6), "few": random_pairs(2)})
+    order = pair_order(pairs, seed=0, shuffle=False, weights={"few": 1.0, "many": 0.0})
+    assert set(order.batch(0, 8)) == {6, 7}
+
+
+def test_batches_from_a_later_step_are_those_of_the_whole_run():
+    pairs, placement = whole_table({"prefs": random_pairs(12)}), Placement(MeshConfig())
+    ids = list(np.arange(12).reshape(3, 4))
+    steps = lay_out_steps(pairs, ids, PackingConfig(), parallelism=-1, row_shards=placement.row_shards)
+    assert len(steps) == 3
+    trained_on = [
+        {*part.examples.ids.array.ravel().tolist()} - {-1} for parts in steps.batches(placement) for part in parts
+    ]
+    resumed = [
+        {*part.examples.ids.array.ravel().tolist()} - {-1}
+        for parts in steps.batches(placement, first=2)
+        for part in parts
+    ]
+    assert trained_on == [set(step.tolist()) for step in ids]
+    assert resumed == trained_on[2:]
+
+
+def test_a_row_holds_what_a_device_may_compute_at_once_and_always_the_longest_pair():
+    assert row_bound(-1, 512) == TOKENS_AT_ONCE
+    assert row_bound(-1, 2 * TOKENS_AT_ONCE) == 2 * TOKENS_AT_ONCE
+    assert row_bound(3, 512) == 3 * 512
