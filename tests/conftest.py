@@ -29,13 +29,6 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 MOST_MEMORY = 2 * 2**30  # bytes of a worker, above which compiled programs are let go after a file
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Workers of xdist take neighbouring tests, which share fixtures and traced programs, and end together."""
-    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
-        config.option.dist = "worksteal"
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--without-torch", action="store_true", help="run only the tests that need no torch")
 
@@ -67,11 +60,11 @@ def little_memory() -> Iterator[None]:
 @pytest.fixture
 def own_choices(monkeypatch):
     """What a test registers as a type of loss or tracker is gone after it."""
-    from lora_dpo_jax.losses import PreferenceLoss
+    from lora_dpo_jax.losses import Loss
     from lora_dpo_jax.settings.schema import settings_of
     from lora_dpo_jax.tracking import TrackerConfig
 
-    for choice in (PreferenceLoss, TrackerConfig):  # subclasses register with their base
+    for choice in (Loss, TrackerConfig):  # subclasses register with their base
         monkeypatch.setattr(choice, "_choice_registry", dict(choice.get_known_choices()))
     yield
     settings_of.cache_clear()

@@ -139,7 +139,7 @@ def test_what_there_is_one_of_is_made_once(alone, on_two):
         assert not [line for line in printed.splitlines() if "Gloo" not in line], "only the first one prints"
         assert not re.search("kept|step|held-out|saved", told), "and tells"
     cache = Path(config.data.cache_dir or "")
-    assert len([*cache.glob("pairs/*")]) == len([*cache.glob("reference/*")]) == 1
+    assert len([*cache.glob("examples/*")]) == len([*cache.glob("reference/*")]) == 1
     records = next(cache.glob("reference/*/records.bin")).stat().st_size
     assert records == next(Path(alone.data.cache_dir or "").glob("reference/*/records.bin")).stat().st_size
     assert sorted(path.name for path in (run_folder(config) / "checkpoints").iterdir()) == ["step-4", "step-6"]

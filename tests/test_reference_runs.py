@@ -337,7 +337,7 @@ def test_auto_takes_the_way_of_fewer_forward_passes(
     if computes is None:
         assert values is None and computed == []
     else:
-        np.testing.assert_array_equal(values, [[-1.0, -2.0]] * 12)
+        np.testing.assert_array_equal(values, [-1.0, -2.0] * 12)
         assert computed == ([computes] if computes else [])
 
 

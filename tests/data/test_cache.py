@@ -191,7 +191,7 @@ def test_what_was_killed_while_it_wrote_is_removed_a_day_later(write, load, tmp_
 
 def test_a_full_disk_leaves_nothing_in_the_cache(write, load, tmp_path):
     path = write(ROWS)
-    with no_file_larger_than(2000), pytest.raises(OSError, match="^data.cache_dir: the tokenized pairs could not be"):
+    with no_file_larger_than(2000), pytest.raises(OSError, match="^data.cache_dir: the tokenized examples could not"):
         load(path)
     assert list((tmp_path / "cache" / "examples").iterdir()) == []
     assert len(load(path)) == len(ROWS)

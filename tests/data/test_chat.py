@@ -160,7 +160,7 @@ def test_right_truncation_is_the_keep_start_of_trl(make_tokenizer, trl_pairs):
 def test_the_prompt_is_what_the_model_is_given_and_the_rest_is_scored(question, answers, template, make_tokenizer):
     tokenizer = make_tokenizer(template)
     chosen, rejected = ([assistant(answer + "c")] for answer in answers)
-    pair = Example([user(question)], chosen, rejected, "row")
+    pair = Example([user(question)], (chosen, rejected), "row")
     [(tokens, _)] = ExampleTokenizer(tokenizer).tokenize([pair])
     given_ids = tokenizer.apply_chat_template(pair.prompt, add_generation_prompt=True)["input_ids"]
     assert tokens.prompt.tolist() == given_ids

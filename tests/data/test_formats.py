@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from lora_dpo_jax.data.cache import tokenize_component
-from lora_dpo_jax.data.config import ComponentConfig
+from lora_dpo_jax.data.config import ComponentConfig, FormatConfig
 from lora_dpo_jax.data.preview import preview
 from lora_dpo_jax.data.sources import HubSource, UrlSource
 
@@ -25,20 +25,23 @@ EXAMPLES = [json.loads(row) for block in BLOCKS for row in re.split(r"\n(?=\{)",
 @pytest.mark.parametrize("row", EXAMPLES, ids=[",".join(row) for row in EXAMPLES])
 def test_each_example_of_the_documentation_is_shown_as_the_same_pair(row, make_tokenizer, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    tokenizer, component = make_tokenizer("chatml"), ComponentConfig(UrlSource([str(tmp_path / "rows.jsonl")]))
+    format = FormatConfig(type="unpaired") if "completion" in row else FormatConfig()
+    source = UrlSource([str(tmp_path / "rows.jsonl")])
+    tokenizer, component = make_tokenizer("chatml"), ComponentConfig(source, format=format)
     pairs = tokenize_component(component, tokenizer, split="train", train_seq_len=64, cache_dir=tmp_path / "cache")
     shown = io.StringIO()
     preview(pairs, tokenizer, 1, shown)
-    parts = re.split(r"--- (\w+) \(.*\)\n", shown.getvalue().rstrip())[1:]
-    assert dict(zip(parts[::2], parts[1::2], strict=True)) == {
-        "prompt": "<|im_start|>user↵\nCapital of France?<|im_end|>↵\n<|im_start|>assistant↵\n\n",
-        "chosen": "Paris.<|im_end|>↵\n\n",
-        "rejected": "Lyon.<|im_end|>↵",
-    }
+    parts = re.split(r"--- ([\w ]+) \(.*\)\n", shown.getvalue().rstrip())[1:]
+    prompt = {"prompt": "<|im_start|>user↵\nCapital of France?<|im_end|>↵\n<|im_start|>assistant↵\n\n"}
+    if "completion" in row:
+        answers = {"response 1": "Paris.<|im_end|>↵"}
+    else:
+        answers = {"chosen": "Paris.<|im_end|>↵\n\n", "rejected": "Lyon.<|im_end|>↵"}
+    assert dict(zip(parts[::2], parts[1::2], strict=True)) == prompt | answers
 
 
 def test_the_documentation_has_an_example_of_each_shape():
-    assert len(EXAMPLES) == 12
+    assert len(EXAMPLES) == 13
 
 
 def message(role, content, **keys):

@@ -26,7 +26,7 @@ def test_the_scaling_is_that_of_peft(use_rslora):
         (dict(r=0), r"lora\.r=0 must be at least 1"),
         (dict(dropout=1.0), r"lora\.dropout=1\.0 must be in \[0, 1\)"),
         (dict(dropout=-0.1), r"lora\.dropout=-0\.1 must be in \[0, 1\)"),
-        (dict(a_init="ones"), r"lora\.a_init='ones' must be 'random' or 'zero'"),
+        (dict(a_init="ones"), r"lora\.a_init='ones' must be one of random, zero"),
     ],
 )
 def test_settings_are_checked(settings, message):
