@@ -1,9 +1,9 @@
-"""The table of supported families: how each one's `config.json` becomes a `DecoderConfig`.
+"""The table of supported model families, and how the `config.json` of each becomes a `DecoderConfig`.
 
-transformers' own config class reads the file: it fills in what is silent and brings older spellings into one form. What
-it does not check, such as the kinds of rotary settings, is checked here, so that each mistake names its key.
+The config class of transformers reads the file: it fills in missing keys and converts older spellings. This module
+checks what transformers does not check, such as the types of rotary settings, so that each error names its key.
 
-Tensors need no table: every family here names them alike, and our modules carry those names.
+Tensors need no table: all these families use the same tensor names, and our modules have these names.
 """
 
 import copy
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import transformers  # whose names are imported when they are used: torch comes with them, where it is installed
+import transformers  # its classes are imported on first use, and import torch if it is installed
 
 from lora_dpo_jax.json_objects import LARGEST, REQUIRED, JsonObject, brief, is_texts
 from lora_dpo_jax.models.config import DecoderConfig
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a `model_type` fixes in code."""
+    """The features that a `model_type` fixes in code, not in `config.json`."""
 
     biases: Literal["as configured", "qkv", "none"]
     has_windows: bool = True
@@ -42,16 +42,16 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-DERIVED = ("num_key_value_heads", "head_dim", "sliding_window")  # null where transformers knows what follows
+DERIVED = ("num_key_value_heads", "head_dim", "sliding_window")  # may be null: transformers then derives them
 SIZES = (*SHAPE, *DERIVED, "vocab_size", "max_position_embeddings")
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "partial_rotary_factor")
 USED = {*SIZES, *FLAGS, *ROPE, "model_type", "rms_norm_eps", "hidden_act", "max_window_layers", "layer_types"}
 ALL_DIMENSIONS = "1.0: rotary embeddings of some dimensions alone are not supported"
-MOST_LAYERS = 10_000  # beyond, a number is a mistake, and per-layer lists of it fill the memory
+MOST_LAYERS = 10_000  # a larger number is a mistake, and per-layer lists of that length would fill the memory
 
-# Keys that change no logit: initialization, labels, training-time dropout (which TRL turns off as well), and how tensor
-# parallelism once split the pretraining. transformers writes them, so they are not worth a word.
+# Keys that change no logit: initialization, labels, training-time dropout (which TRL turns off as well), and the tensor
+# parallelism of the pretraining. transformers writes them, so they are not logged.
 HARMLESS = {
     "architectures",
     "chunk_size_feed_forward",
@@ -72,11 +72,11 @@ HARMLESS = {
     "transformers_version",
     "use_cache",
 }
-# More of them, some of other families: private notes, special tokens, dropout, initialization.
+# More keys that change no logit, some of other families: private notes, special tokens, dropout, initialization.
 HARMLESS_KINDS = re.compile(
     r"_.*|.*_token_id|.*(dropout|pdrop|layerdrop)(_p|_prob|_rate)?|initializer_.*|(embed_)?init_std|seed"
 )
-# Notes of training programs, of tokenizers and of older versions of transformers, that are known to be no settings.
+# Keys that training programs, tokenizers and older versions of transformers write. None of them is a model setting.
 NOTES = {
     "auto_map",
     "gradient_checkpointing",
@@ -89,9 +89,9 @@ NOTES = {
     "unsloth_fixed",
     "unsloth_version",
 }
-# What transformers reads for every family, beside the settings of each.
+# Keys that transformers reads for every family, in addition to the settings of that family.
 OF_EVERY_FAMILY = {"configuration_files", "fusion_config", "is_causal", "per_layer_config", "transformers_weights"}
-# The same of transformers, MLX and compressed-tensors.
+# Keys under which transformers, MLX and compressed-tensors describe quantized weights.
 QUANTIZED = ("quantization_config", "quantization", "compression_config")
 ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -104,16 +104,16 @@ ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
 def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
     """Reads a parsed `config.json` as transformers does; `where` names the file in errors.
 
-    Raises ValueError for a family or a feature that is not supported, and for a value of the wrong kind. Keys that can
-    change no logit are ignored; the log names those that transformers does not write itself.
+    Raises ValueError for a family or a feature that is not supported, and for a value that is not valid. Keys that
+    cannot change a logit are ignored; the log names the ignored keys that transformers does not write itself.
     """
     given = JsonObject(hf, where)
     model_type = given.text("model_type")
     if model_type not in ARCHITECTURES:
         raise given.error("model_type", f"is not supported; known: {sorted(ARCHITECTURES)}")
     architecture = ARCHITECTURES[model_type]
-    _refuse_features(given)
-    _check_kinds(given)
+    _check_features(given)
+    _check_values(given)
     theirs = _as_transformers_reads(given, model_type)
     windows = _windows(architecture, theirs, given)
     configured_bias = architecture.biases == "as configured" and theirs.attention_bias
@@ -125,7 +125,7 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
             num_layers=theirs.num_hidden_layers,
             num_heads=theirs.num_attention_heads,
             num_kv_heads=theirs.num_key_value_heads,
-            # Qwen2 has no such field, but its attention reads one that is given.
+            # Qwen2's config class has no such field, but its attention uses the value if the file has one.
             head_dim=getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
             max_position_embeddings=theirs.max_position_embeddings,
             rope=_rope(theirs),
@@ -142,16 +142,16 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
         raise ValueError(f"{where}: {error}") from error
 
 
-def _refuse_features(given: JsonObject) -> None:
-    """ValueError for keys that might change a logit; the others that are not used are logged."""
+def _check_features(given: JsonObject) -> None:
+    """Raises ValueError for unused keys that might change a logit, and logs the other unused keys."""
     unused = [key for key in given.values if key not in USED | HARMLESS and not HARMLESS_KINDS.fullmatch(key)]
     unused = [key for key in unused if not _is_off(key, given.values[key])]
     for key in QUANTIZED:
         if key in unused:
             raise given.error(
                 key,
-                "says that the weights are quantized, and only plain ones are read. Give the checkpoint that it was "
-                "quantized from, and set model.quantization: nf4 to hold that in 4 bits",
+                "says that the weights are quantized, which is not supported. Give the model that they were quantized "
+                "from, and set model.quantization: nf4 to hold its weights in 4 bits",
             )
     features = OF_EVERY_FAMILY & {*unused}
     if unknown := {*unused} - NOTES - {*vars(transformers.GenerationConfig())} - features:
@@ -163,28 +163,31 @@ def _refuse_features(given: JsonObject) -> None:
         _log_ignored(given.where, ", ".join(map(brief, unused)))
 
 
-@functools.cache  # once, however often the file is read
+@functools.cache  # logs once, even if the file is read several times
 def _log_ignored(where: str, keys: str) -> None:
     logger.warning("%s: ignored, because no model of transformers reads them: %s", where, keys)
 
 
 def _is_off(key: str, value: Any) -> bool:
-    """A feature that is switched off is no feature."""
+    """Whether `value` switches the feature `key` off: the key then changes no logit."""
     return value is True if key == "is_causal" else value in (None, False, "", [], {})
 
 
 @functools.cache
 def _settings_of_families() -> frozenset[str]:
-    """Of all families of transformers that generate text: a config with one of them may be meant for another family."""
-    # Takes seconds where torch is installed, so only an unknown key has it imported.
+    """The settings of all text-generation families of transformers.
+
+    A config with one of these may be meant for another family.
+    """
+    # This import takes seconds if torch is installed, so it is done only for an unknown key.
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     configs = [transformers.CONFIG_MAPPING[family] for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
     return frozenset(name for config in configs for name in inspect.signature(config.__init__).parameters)
 
 
-def _check_kinds(given: JsonObject) -> None:
-    """ValueError that names the first key whose value is of the wrong kind."""
+def _check_values(given: JsonObject) -> None:
+    """Raises ValueError that names the first key whose value is not valid."""
     for key in SIZES:
         default = REQUIRED if key in SHAPE else None if key in DERIVED else 1
         given.whole(key, default, most=MOST_LAYERS if key == "num_hidden_layers" else LARGEST)
@@ -204,7 +207,7 @@ def _check_kinds(given: JsonObject) -> None:
 
 def _check_rope(given: JsonObject) -> None:
     scaling, parameters = given.object("rope_scaling"), given.object("rope_parameters")
-    rope = scaling if scaling and scaling.values else parameters  # the older name counts before the newer
+    rope = scaling if scaling and scaling.values else parameters  # the older key takes precedence
     if rope is None:
         return
     if of_layers := [key for key, value in rope.values.items() if isinstance(value, dict)]:
@@ -224,25 +227,26 @@ def _check_rope(given: JsonObject) -> None:
 
 
 def _as_transformers_reads(given: JsonObject, model_type: str) -> Any:
-    """The object of transformers' config class; ValueError with what it says if it takes no such values."""
+    """The config object of transformers. Raises ValueError with its message if transformers rejects the values."""
     used = {key: copy.deepcopy(value) for key, value in given.values.items() if key in USED - {"model_type"}}
     if model_type == "mistral" and "layer_types" in used:
-        model_type = "ministral"  # whose layers differ, as its AutoConfig does
+        model_type = "ministral"  # as AutoConfig does: the layers of this family may differ
     try:
         theirs = transformers.CONFIG_MAPPING[model_type](**used)
-        # As its models do when they are built: only then it sees a top-level original_max_position_embeddings.
+        # The models of transformers make this call when they are built. Only this call reads a top-level
+        # original_max_position_embeddings.
         theirs.standardize_rope_params()
     except Exception as error:
-        raise ValueError(f"{given.where}: transformers does not take it: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{given.where}: transformers rejects it: {' '.join(str(error).split())}") from error
     return theirs
 
 
 def _windows(architecture: Architecture, theirs: Any, given: JsonObject) -> tuple[int | None, ...] | None:
-    """Of each layer, in tokens; None if all see everything."""
+    """The sliding window of each layer in tokens; None if all layers have full attention."""
     if not architecture.has_windows:
         return None
     window, kinds = theirs.sliding_window, getattr(theirs, "layer_types", None)
-    if kinds is None:  # Mistral, of which all layers are alike
+    if kinds is None:  # Mistral, whose layers are all the same
         kinds = ["full_attention" if window is None else "sliding_attention"] * theirs.num_hidden_layers
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise given.error("layer_types", f"holds {sorted(unknown)}, which is not supported")
@@ -257,7 +261,7 @@ def _windows(architecture: Architecture, theirs: Any, given: JsonObject) -> tupl
 def _rope(theirs: Any) -> RopeConfig:
     rope = theirs.rope_parameters
     kind = rope["rope_type"]
-    # `dynamic` counts from max_position_embeddings even where an original length is given.
+    # `dynamic` scales from max_position_embeddings even if an original length is given.
     original = rope["original_max_position_embeddings"] if kind == "llama3" else theirs.max_position_embeddings
     numbers = {key: rope[key] for key in ROPE_NUMBERS[kind]}
     return RopeConfig(theta=rope["rope_theta"], type=kind, original_max_position_embeddings=original, **numbers)

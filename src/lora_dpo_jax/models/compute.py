@@ -1,4 +1,4 @@
-"""How a model is computed, as far as that changes no number beyond rounding: what it keeps, and by which kernels."""
+"""Settings of the computation that change results only by rounding: gradient checkpointing and attention kernels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,14 +15,17 @@ from lora_dpo_jax.settings.choices import check_choice
 
 
 class KeepActivations(ScanCheckpointPolicy):
-    """Keeps all that the backward pass needs, but no copy of the weights, which haliax's names would make of them."""
+    """Keeps everything that the backward pass needs, but no copy of the weights.
+
+    haliax gives the scanned weights a checkpoint name, and saving this name would copy them.
+    """
 
     def checkpoint(self, carry_name: str, input_name: str, callable: Callable) -> Callable:
         policy = jax.checkpoint_policies.save_anything_except_these_names(input_name)
         return eqx.filter_checkpoint(callable, policy=policy, prevent_cse=False)
 
 
-# What the backward pass finds in memory, and what it costs to find the rest.
+# What is kept for the backward pass, and what it costs to recompute the rest.
 CHECKPOINT_POLICIES: dict[str, ScanCheckpointPolicy] = {
     "none": KeepActivations(),  # keeps everything: most memory
     # Keeps the outputs of linear layers and of attention: norms, rotations and activations are computed again.
@@ -34,7 +37,7 @@ CHECKPOINT_POLICIES: dict[str, ScanCheckpointPolicy] = {
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """A model of any architecture takes any of these."""
+    """How a model is computed. Every architecture supports all of these settings."""
 
     gradient_checkpointing: str = "none"  # a key of CHECKPOINT_POLICIES
     attention: str = "auto"  # one of attention.IMPLEMENTATIONS

@@ -1,4 +1,4 @@
-"""What can differ between decoder architectures, as fields, and the axes that follow."""
+"""The features in which decoder architectures differ, as fields, and the axes that follow from them."""
 
 from dataclasses import dataclass
 
@@ -35,18 +35,18 @@ class DecoderConfig:
             raise ValueError(
                 f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
             )
-        least = 4 if self.rope.type == "dynamic" else 2  # where the stretched theta divides by head_dim - 2
+        least = 4 if self.rope.type == "dynamic" else 2  # `dynamic` divides by head_dim - 2
         if self.head_dim % 2 or self.head_dim < least:
             raise ValueError(
-                f"head_dim={self.head_dim} (where it is not given: hidden_size / num_attention_heads) must be even and "
-                f"at least {least}: rotary embeddings turn pairs of dimensions"
+                f"head_dim={self.head_dim} (by default: hidden_size / num_attention_heads) must be even and "
+                f"at least {least}: rotary embeddings rotate pairs of dimensions"
             )
         if self.sliding_windows is not None and len(self.sliding_windows) != self.num_layers:
             raise ValueError(f"{len(self.sliding_windows)} sliding windows for {self.num_layers} layers")
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Of each layer."""
+        """The sliding window of each layer in tokens; None = full attention."""
         return self.sliding_windows or (None,) * self.num_layers
 
     @property

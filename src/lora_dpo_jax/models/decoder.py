@@ -22,11 +22,11 @@ from lora_dpo_jax.models.linear import Float32Accumulation, Linear, linear, rms_
 from lora_dpo_jax.models.rope import rotary_angles
 from lora_dpo_jax.models.stack import LayerStack
 
-Cache = Any  # KeyValueCaches, as LayerStack.scan takes them
+Cache = Any  # KeyValueCaches in the structure of `own` in LayerStack.scan
 
 
 class DecoderOutput(eqx.Module):
-    """Of one pass through the layers."""
+    """The output of one pass through the layers."""
 
     hidden: NamedArray  # {row, position, embed}, normalized
     auxiliary: Auxiliary
@@ -34,7 +34,7 @@ class DecoderOutput(eqx.Module):
 
 
 class Decoder(eqx.Module):
-    """Token ids to normalized hidden states."""
+    """Maps token ids to normalized hidden states."""
 
     config: DecoderConfig = eqx.field(static=True)
     embed_tokens: hnn.Embedding
@@ -62,7 +62,7 @@ class Decoder(eqx.Module):
         slot: jnp.ndarray | None = None,
         key: TokenKey | None = None,
     ) -> DecoderOutput:
-        """Ids and rotary positions {row, position}; with a cache, `slot` is where these tokens' keys go."""
+        """Ids and rotary positions are {row, position}. With a cache, `slot` is the cache slot of the first token."""
 
         def forward(layer: DecoderLayer, x, tokens, key, cache):
             output = layer(x, tokens, cache, key=key)
@@ -82,8 +82,10 @@ class Decoder(eqx.Module):
         *,
         key: TokenKey | None = None,
     ) -> tuple[DecoderOutput, NamedArray]:
-        """This decoder's output, and the hidden states of `reference_model(self, adapters)`, layer by layer side by
-        side."""
+        """This decoder's output, and the hidden states of `reference_model(self, adapters)`.
+
+        Each layer computes both before the next layer begins.
+        """
 
         def forward(layer: DecoderLayer, streams, tokens, key, adapters):
             x, reference = streams
@@ -93,7 +95,7 @@ class Decoder(eqx.Module):
         x = self.embed(token_ids)
         own = None
         if adapters is not None:
-            # As leaves, which a scan can slice; a tree with holes for the weights it cannot.
+            # As leaves: a scan can slice these, but not a tree with None in place of the weights.
             own = adapters.layers.of_layers(lambda _, layer: tuple(jax.tree.leaves(layer)))
         tokens = self._context(position_ids, mask)
         (x, reference), auxiliary = self.layers.scan(forward, (x, x), tokens, keys=key, own=own)
@@ -113,7 +115,7 @@ class Decoder(eqx.Module):
 
 
 class CausalLM(eqx.Module):
-    """A decoder with a language-model head; `lm_head` is None where the head is the embedding matrix."""
+    """A decoder with a language-model head; `lm_head` is None if the embedding matrix is the head."""
 
     model: Decoder
     lm_head: hnn.Linear | None
@@ -145,12 +147,12 @@ class CausalLM(eqx.Module):
 
 
 def _unzipped(outputs: list) -> tuple[Any, Any]:
-    """From pairs, for each layer of each segment's period, the firsts and the seconds."""
+    """Separates the two members of the pairs of each layer of each segment's period."""
     return tuple(tuple(tuple(pair[i] for pair in segment) for segment in outputs) for i in range(2))  # pyright: ignore
 
 
 def _summed(auxiliary: Any) -> Auxiliary:
-    """Over layers, from what each layer of each segment's period gives, {layers, row}."""
+    """The sum over layers of auxiliary values {layers, row}, from each layer of each segment's period."""
     total: dict[str, NamedArray] = {}
     for of_layer in (of_layer for segment in auxiliary for of_layer in segment):
         for name, values in of_layer.items():

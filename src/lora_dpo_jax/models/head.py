@@ -1,4 +1,4 @@
-"""From hidden states to logits: the one place where logits come from."""
+"""From hidden states to logits. No other module computes logits."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from lora_dpo_jax.lora import unwrapped
 class Head(eqx.Module):
     """Maps hidden states {..., embed} to float32 logits {..., vocab}."""
 
-    linear: Any  # a Linear or its adapter, of which the weight is the embedding's where they are tied
+    linear: Any  # a Linear or its adapter; the weight of a tied head is that of the embedding
 
     def __call__(self, hidden: NamedArray, *, key=None) -> NamedArray:
         return self.linear(hidden, key=key).astype(jnp.float32)

@@ -12,7 +12,7 @@ from lora_dpo_jax.models.config import DecoderConfig
 
 
 class KeyValueCache(eqx.Module):
-    """Of one layer, {row, key_position, kv_head, head_size}, or of the layers of a stack, with its axis before."""
+    """The cache of one layer, {row, key_position, kv_head, head_size}. For a stack of layers, its axis comes first."""
 
     k: NamedArray
     v: NamedArray

@@ -1,4 +1,4 @@
-"""One layer of a decoder: attention and what follows it. Modules are named as in Hugging Face."""
+"""One layer of a decoder: attention and a feed-forward part. Modules are named as in Hugging Face."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,14 +19,16 @@ from lora_dpo_jax.models.linear import linear, product, rms_norm
 from lora_dpo_jax.models.mlp import Mlp
 from lora_dpo_jax.models.rope import rotate
 
-# By name, float32 {row}: what layers tell the objective beside hidden states, such as how evenly a router shares tokens
-# out. Of a decoder, the sum over its layers.
+# By name, float32 {row}: values that layers pass to the objective besides hidden states, such as how evenly a router
+# distributes tokens. A decoder passes the sum over its layers.
 Auxiliary = Mapping[str, NamedArray]
 
 
 class TokenContext(eqx.Module):
-    """What every layer needs to know of the tokens passing through: angles {row, position, half_head}, who sees whom,
-    and, while generating, the cache slot of the first token."""
+    """The properties of tokens that every layer needs besides their hidden states.
+
+    Rotary angles {row, position, half_head}, the attention mask and, in generation, the cache slot of the first token.
+    """
 
     cos: NamedArray
     sin: NamedArray
@@ -54,7 +56,7 @@ class Attention(eqx.Module):
         keys = jax.random.split(key, 4)
         norm = rms_norm(HeadSize, config.rms_norm_eps) if config.qk_norm else None
         o_proj = linear(Q, Embed, key=keys[3], use_bias=config.attention_out_bias)
-        # o_proj in the order that a TPU computes with: of any other, XLA would make a copy of all layers' weights.
+        # o_proj has the axis order that a TPU computes with. For any other, XLA would copy the weights of all layers.
         return Attention(
             config,
             compute,
@@ -84,15 +86,15 @@ class Attention(eqx.Module):
 
 
 class FeedForward(Protocol):
-    """What follows attention: `Mlp`, or experts."""
+    """The part of a layer after attention: an `Mlp`, or experts."""
 
     def __call__(self, x: NamedArray, *, key=None) -> tuple[NamedArray, Auxiliary]:
-        """x {row, position, embed} -> the same axes, and what an objective may add to its loss."""
+        """x {row, position, embed} -> the same axes, and values that an objective may add to its loss."""
         ...
 
 
 class LayerOutput(eqx.Module):
-    """What a layer makes of its tokens."""
+    """The output of one layer."""
 
     x: NamedArray  # {row, position, embed}
     cache: KeyValueCache | None
@@ -109,7 +111,7 @@ class DecoderLayer(eqx.Module):
 
     @staticmethod
     def init(config: DecoderConfig, compute: ComputeConfig, window: int | None, *, key) -> "DecoderLayer":
-        """`window`, tokens, is what may differ from layer to layer."""
+        """Only `window` (tokens) may differ from layer to layer."""
         k_attention, k_mlp = jax.random.split(key)
         norm = rms_norm(config.Embed, config.rms_norm_eps)
         attention = Attention.init(config, compute, window, key=k_attention)

@@ -1,4 +1,4 @@
-"""Linear layers and norms, as a decoder of frozen weights needs them."""
+"""Linear layers and norms for a decoder with frozen weights."""
 
 import functools
 from typing import Any
@@ -13,11 +13,11 @@ from haliax.axis import AxisSpec
 
 from lora_dpo_jax.models.quantization import QuantizedWeight, quantized_product
 
-PRODUCT = "product"  # what checkpointing policies call the output of a linear layer
+PRODUCT = "product"  # the name of a linear layer's output in checkpointing policies
 
 
 class Linear(hnn.Linear):
-    """Without haliax's scaling by one, of which the backward pass would keep a copy as large as the weight.
+    """A linear layer without haliax's scaling by one, for which the backward pass would keep a copy of the weight.
 
     The weight is a NamedArray or a QuantizedWeight, which a product dequantizes.
     """
@@ -40,14 +40,14 @@ def linear(In: AxisSpec, Out: AxisSpec, *, key, use_bias: bool, dot_general: Any
 
 
 def product(linear: Any, x: NamedArray, *, key=None) -> NamedArray:
-    """linear(x), under the name by which a checkpointing policy keeps it."""
+    """linear(x), marked with the name that checkpointing policies keep."""
     return hax.tree_checkpoint_name(linear(x, key=key), PRODUCT)
 
 
 class Float32Accumulation(eqx.Module):
-    """A product of low-precision factors that keeps its float32 sums, as logits need.
+    """A product of low-precision factors that returns its float32 sums, as logits need.
 
-    Its cotangent is rounded to the factors' dtype, so the backward product is a low-precision one as well.
+    Its cotangent is rounded to the factors' dtype, so the backward product has low precision as well.
     """
 
     def __call__(self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, **kwargs):
@@ -72,5 +72,5 @@ class Float32Accumulation(eqx.Module):
 
 
 def rms_norm(axis: Axis, eps: float) -> hnn.RmsNorm:
-    """Computed in float32 whatever the dtype of its input."""
+    """An RMS norm that computes in float32, whatever the dtype of its input."""
     return hnn.RmsNorm.init(axis, eps=eps, use_bias=False, dtype=jnp.float32)

@@ -1,4 +1,4 @@
-"""What a layer does with each token by itself."""
+"""The gated MLP of a layer, which acts on each token separately."""
 
 from collections.abc import Callable
 

@@ -9,8 +9,8 @@
                                                group_max  float32 {layers, group}
                                                mean       float32 {layers}
 
-A product dequantizes its weight where it needs it, one layer of the stack at a time, and again in the backward pass:
-no dequantized copy outlives the product.
+Each product dequantizes its weight, one layer of the stack at a time, and does so again in the backward pass. No
+dequantized copy outlives the product.
 """
 
 import dataclasses
@@ -41,21 +41,21 @@ NF4 = np.array(
     dtype=np.float32,
 )
 BLOCK = 64  # weights that share an absmax
-GROUP = 256  # absmaxes that share a scale of their own
+GROUP = 256  # absmaxes that share a scale
 
 
 class QuantizedWeight(eqx.Module):
-    """Stands where a Linear has its weight {..., *Out, *In}: `axes`, `size`, `dtype` and `astype` are that weight's."""
+    """Replaces a Linear's weight {..., *Out, *In}; `axes`, `size`, `dtype` and `astype` are those of that weight."""
 
     error: eqx.AbstractVar[NamedArray]  # float32 {...}: |dequantized - weight| / |weight|, Frobenius norms
     Out: eqx.AbstractVar[tuple[Axis, ...]]
     In: eqx.AbstractVar[tuple[Axis, ...]]
-    dtype: eqx.AbstractVar[Any]  # that a merged weight gets; a product is computed in the dtype of its input
+    dtype: eqx.AbstractVar[Any]  # of a merged weight; a product is computed in the dtype of its input
 
     @classmethod
     @abstractmethod
     def encode(cls: type[W], values: jax.Array, stack: tuple[Axis, ...], Out, In, dtype) -> W:
-        """From float32 [..., *Out, *In], with an `error` of zero."""
+        """Quantizes `values`, float32 [..., *Out, *In]. Sets `error` to zero."""
 
     @abstractmethod
     def decode(self) -> jax.Array:
@@ -63,7 +63,7 @@ class QuantizedWeight(eqx.Module):
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        # A stack's axes lead; inside a scan over it they are gone.
+        # The axes of a stack come first. Inside a scan over the stack they are absent.
         return self.error.axes + self.Out + self.In
 
     @property
@@ -71,22 +71,22 @@ class QuantizedWeight(eqx.Module):
         return _size(self.axes)
 
     def astype(self, dtype) -> NamedArray:
-        """Dequantized."""
+        """The dequantized weight."""
         return hax.named(self.decode().astype(dtype), self.axes)
 
 
 class Nf4Weight(QuantizedWeight):
-    """NF4 with double quantization: 0.516 bytes a weight, as bitsandbytes computes it.
+    """NF4 with double quantization, computed as in bitsandbytes: 0.516 bytes a weight.
 
-    A block is 64 weights of one output in the order of its inputs; where the input is no multiple of 64, the largest
-    common divisor (a power of two) is taken instead. Two neighbouring outputs share a byte, the even one in its high
-    bits, so that the inputs keep their axes and can be cut wherever the weight can be; `block` is never cut.
+    A block is 64 consecutive inputs of one output. If the number of inputs is no multiple of 64, the block is their
+    greatest common divisor, a power of two. Two neighbouring outputs share a byte; the even output has the high bits.
+    The inputs thus keep their axes, and a mesh can split them as in the weight. It never splits `block`.
     """
 
     codes: NamedArray  # uint8 {..., *Out with the last axis halved, *In}
     absmax: NamedArray  # uint8 {..., *Out, *outer axes of In, block}: codes of the dynamic 8-bit map
-    group_max: NamedArray  # float32 {..., group}: of 256 absmaxes after another, less their mean
-    mean: NamedArray  # float32 {...}: of all absmaxes
+    group_max: NamedArray  # float32 {..., group}: the largest |absmax - mean| of 256 consecutive absmaxes
+    mean: NamedArray  # float32 {...}: the mean of all absmaxes
     error: NamedArray
     Out: tuple[Axis, ...] = eqx.field(static=True)
     In: tuple[Axis, ...] = eqx.field(static=True)
@@ -129,7 +129,7 @@ class Nf4Weight(QuantizedWeight):
         return scaled.reshape([axis.size for axis in self.axes])
 
     def _absmax(self) -> jax.Array:
-        """float32, in the axes of `absmax`."""
+        """The dequantized absmaxes, float32, in the axes of `absmax`."""
         codes = self.absmax.array
         depth = len(self.error.axes)
         count = math.prod(codes.shape[depth:])
@@ -138,7 +138,7 @@ class Nf4Weight(QuantizedWeight):
 
 
 class Int8Weight(QuantizedWeight):
-    """Symmetric, one scale per output."""
+    """Symmetric int8 with one scale per output."""
 
     codes: NamedArray  # int8 {..., *Out, *In}
     scale: NamedArray  # float32 {..., *Out}
@@ -170,7 +170,7 @@ QUANTIZATIONS: dict[str, type[QuantizedWeight] | None] = {"none": None, "nf4": N
 
 
 def quantize(model: M, quantization: str) -> M:
-    """The model with the weights of the linear layers in its stacks quantized; embeddings, head, norms, biases stay."""
+    """Quantizes the weights of the linear layers in the model's stacks, but no embeddings, head, norms or biases."""
 
     def visit(node: Any) -> Any:
         if isinstance(node, hnn.Linear):
@@ -185,10 +185,10 @@ def quantize(model: M, quantization: str) -> M:
 
 
 def quantize_weight(weight: NamedArray, In: AxisSpec, Out: AxisSpec, quantization: str, dtype: Any = None) -> Any:
-    """The weight {..., *Out, *In} as `quantization` holds it; the weight itself for "none".
+    """The weight {..., *Out, *In} in the form that `quantization` names; the weight itself for "none".
 
-    `dtype` is what the weight would be held in otherwise: by default, what it is. Leading axes are those of a stack, of
-    which each layer is quantized by itself.
+    `dtype` is the dtype of the weight without quantization; by default, its present one. Leading axes are those of a
+    stack, whose layers are quantized separately.
     """
     kind = QUANTIZATIONS[quantization]
     if kind is None:
@@ -197,7 +197,7 @@ def quantize_weight(weight: NamedArray, In: AxisSpec, Out: AxisSpec, quantizatio
     stack = tuple(axis for axis in weight.axes if axis not in inputs + outputs)
     values = weight.rearrange((*stack, *outputs, *inputs)).array.astype(jnp.float32)
     encoded = kind.encode(values, stack, outputs, inputs, jnp.dtype(dtype or weight.dtype))
-    encoded = jax.lax.optimization_barrier(encoded)  # XLA would search for each code once more to decode it
+    encoded = jax.lax.optimization_barrier(encoded)  # otherwise XLA would compute the codes again to decode them
     dims = tuple(range(len(stack), values.ndim))
     squared_error = jnp.sum((encoded.decode() - values) ** 2, axis=dims)
     squared_norm = jnp.sum(values**2, axis=dims)
@@ -206,14 +206,14 @@ def quantize_weight(weight: NamedArray, In: AxisSpec, Out: AxisSpec, quantizatio
 
 
 def quantized_product(inputs: NamedArray, weight: QuantizedWeight) -> NamedArray:
-    """inputs {..., *In} to {..., *Out}, in their dtype; no gradient goes to the weight."""
+    """Maps inputs {..., *In} to {..., *Out}, in the dtype of the inputs. The weight gets no gradient."""
     In, Out, axes = weight.In, weight.Out, inputs.axes
 
     def dequantized(weight: QuantizedWeight, dtype) -> NamedArray:
-        # Where devices share the inputs of a weight among them, they exchange its codes, not its values.
+        # If a mesh splits the inputs of a weight, devices exchange its codes, not its values.
         return hax.auto_sharded(weight).astype(dtype)
 
-    # By itself, JAX would keep the dequantized weight for the backward pass.
+    # Without custom_vjp, JAX would keep the dequantized weight for the backward pass.
     @jax.custom_vjp
     def product(inputs, weight):
         return inputs.dot(dequantized(weight, inputs.dtype), axis=In)
@@ -229,12 +229,12 @@ def quantized_product(inputs: NamedArray, weight: QuantizedWeight) -> NamedArray
 
 
 def parameter_count(tree: Any) -> int:
-    """Numbers in the arrays of `tree`; of a quantized weight, those that it stands for."""
+    """The number of elements in the arrays of `tree`. A quantized weight counts as the weight that it replaces."""
     return sum(node.size for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, QuantizedWeight)))
 
 
 def _blocks(In: tuple[Axis, ...], block: int) -> tuple[tuple[Axis, ...], Axis]:
-    """The outer axes of the input, which no block crosses, and the axis of the blocks inside of them."""
+    """The outer axes of the input, which no block crosses, and the axis of the blocks inside them."""
     depth = next(i for i in reversed(range(len(In))) if _size(In[i:]) % block == 0)
     return In[:depth], Axis("block", _size(In[depth:]) // block)
 
@@ -251,7 +251,7 @@ def _encode_absmax(centred: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _nearest(values: jax.Array, table: np.ndarray) -> jax.Array:
-    """uint8: the index of the entry of a sorted table that is nearest."""
+    """uint8: the index of the nearest entry in a sorted table."""
     bounds = (table[:-1] + table[1:]) / 2
     if len(bounds) < 16:  # comparisons, which fuse and vectorize
         return sum((values > bound).astype(jnp.uint8) for bound in bounds)  # pyright: ignore[reportReturnType]
@@ -261,15 +261,15 @@ def _nearest(values: jax.Array, table: np.ndarray) -> jax.Array:
 def _nf4_value(codes: jax.Array) -> jax.Array:
     """float32: NF4[codes]."""
 
-    def choose(codes):  # a level of choices for each bit
+    def choose(codes):  # one level of choices for each bit
         values: list[Any] = [jnp.float32(value) for value in NF4]
         for bit in range(4):
             is_set = (codes >> bit) & 1 != 0
             values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
         return values[0]
 
-    # Gathers are slow on a TPU. Elsewhere XLA would take the constants of the choices, spread to the size of the
-    # weight, out of the loop over layers, and hold sixteen such arrays.
+    # Gathers are slow on a TPU. On other platforms, XLA would broadcast the constants of `choose` to the size of the
+    # weight, hoist them out of the loop over layers, and hold sixteen such arrays.
     return jax.lax.platform_dependent(codes, tpu=choose, default=functools.partial(_gather, table=NF4))
 
 
@@ -280,10 +280,10 @@ def _dynamic_value(codes: jax.Array) -> jax.Array:
 
 
 def _dynamic_map(codes: Any, xp: Any = np) -> Any:
-    """float32: the signed dynamic 8-bit map (https://arxiv.org/abs/1511.04561), which is sorted; 127 stands for zero.
+    """float32: the signed dynamic 8-bit map (https://arxiv.org/abs/1511.04561). It is sorted; code 127 stands for zero.
 
-    On either side of zero, decade i from 1e-7 up holds 2^i values evenly spaced between a tenth of it and all of it.
-    Beyond the largest comes 1.
+    On either side of zero, for i from 0 to 6, 2^i evenly spaced values lie between 10^(i - 7) and 10^(i - 6). The
+    largest code, 255, stands for 1.
     """
     signed = codes.astype(xp.float32) - 127
     distance = abs(signed)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings and the ways `config.json` can stretch them."""
+"""Rotary position embeddings and the ways in which `config.json` can stretch them."""
 
 import math
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ RopeType = Literal["default", "linear", "dynamic", "llama3"]
 class RopeConfig:
     """RoPE (https://arxiv.org/abs/2104.09864); names are those of transformers' `rope_parameters`.
 
-    `dynamic` depends on the longest sequence of a forward pass as soon as that is longer than
-    `original_max_position_embeddings`; up to there it is `default`.
+    `dynamic` equals `default` for sequences of up to `original_max_position_embeddings` tokens. Beyond, it depends on
+    the longest sequence of the forward pass.
     """
 
     theta: float = 10000.0
@@ -29,7 +29,7 @@ class RopeConfig:
     original_max_position_embeddings: int = 8192  # tokens; llama3 and dynamic only
 
     def inverse_frequencies(self, head_dim: int, length: jnp.ndarray) -> jnp.ndarray:
-        """Radians per token, float32[head_dim / 2]. `length` (tokens) is used by `dynamic` alone."""
+        """Radians per token, float32[head_dim / 2]. Only `dynamic` uses `length` (tokens)."""
         exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
         if self.type == "dynamic":
             return 1.0 / (self._stretched_theta(head_dim, length) ** exponents)
@@ -45,7 +45,7 @@ class RopeConfig:
         return self.theta * (self.factor * stretch - (self.factor - 1)) ** (head_dim / (head_dim - 2))
 
     def _llama3(self, frequencies: jnp.ndarray) -> jnp.ndarray:
-        # Wavelengths beyond the old context are slowed by `factor`, short ones kept, those between are blended.
+        # Divides the frequencies of long wavelengths by `factor`, keeps those of short ones, and blends those between.
         wavelengths = 2 * math.pi / frequencies
         turns = self.original_max_position_embeddings / wavelengths
         keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
@@ -63,7 +63,7 @@ def rotary_angles(config: RopeConfig, position_ids: NamedArray, HeadSize: Axis) 
 
 
 def rotate(x: NamedArray, cos: NamedArray, sin: NamedArray, HeadSize: Axis) -> NamedArray:
-    """Turns (x[i], x[i + half]) by its position's angle, as Hugging Face lays the halves out. Same axes as `x`."""
+    """Rotates (x[i], x[i + half]), as in Hugging Face, by the angle of its position. Returns the axes of `x`."""
     half = HeadSize.size // 2
     first = x[HeadSize, :half].rename({HeadSize.name: HALF_HEAD}).astype(jnp.float32)
     second = x[HeadSize, half:].rename({HeadSize.name: HALF_HEAD}).astype(jnp.float32)

@@ -1,16 +1,16 @@
-"""The layers of a decoder, in order, and how they are held: those that are alike share arrays and one program.
+"""The layers of a decoder in order. Layers of the same kind share stacked arrays and one compiled body.
 
-    layers: full, full, ...          layers: window x 5, full; again; and two more with a window
+    layers: full x 32                layers: (window x 5, full) x 2, window x 2
 
     segments                         segments
       0: Stacked {layers: 32}          0: Stacked {layers: 2}     one body for the whole period
          layers                           layers
            0                                0 ... 5
-                                       1: Stacked {layers: 2}     what is left
+                                       1: Stacked {layers: 2}     the remaining layers
                                           layers
                                             0
 
-Names of the checkpoint follow from here: layer 7 is slice 1 of layer 1 of segment 0 on the right.
+Tensor names follow from this layout: on the right, layer 7 is slice 1 of layer 1 of segment 0.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -30,20 +30,20 @@ LONGEST_PERIOD = 16  # layers
 
 
 class Period(eqx.Module):
-    """Layers that differ from each other, one after the other."""
+    """Consecutive layers that may differ from each other."""
 
     layers: tuple[Any, ...]
 
 
 class LayerStack(eqx.Module):
-    """Scanned by its repeating periods."""
+    """Segments of layers. Each segment is a scan over its repeating period."""
 
     segments: tuple[hnn.Stacked[Period], ...]
     compute: ComputeConfig = eqx.field(static=True)
 
     @staticmethod
     def init(make_layer: Callable, kinds: Sequence[Hashable], compute: ComputeConfig, *, key) -> "LayerStack":
-        """A layer `make_layer(kind, key=...)` for each of `kinds`, which says in what layers differ."""
+        """Makes a layer `make_layer(kind, key=...)` for each of `kinds`; a kind says how its layers differ from others."""
         keys = jax.random.split(key, len(kinds))
         segments, first = [], 0
         for period, repeats in periods(kinds):
@@ -61,10 +61,10 @@ class LayerStack(eqx.Module):
     def scan(
         self, body: Callable, carry: Any, shared: Any, *, keys: TokenKey | None = None, own: Any = None
     ) -> tuple[Any, list[Any]]:
-        """carry, output = body(layer, carry, shared, key of the layer, its own) for one layer after the other.
+        """Calls `carry, output = body(layer, carry, shared, its key, its part of own)` for each layer in order.
 
-        `own`: for each segment, for each layer of its period, arrays with the axis of the segment before. The outputs
-        come so too.
+        `own` holds arrays for each layer of each segment's period, with the axis of the segment first. The outputs have
+        the same structure.
         """
         per_layer = self._per_layer(body)
 
@@ -87,7 +87,7 @@ class LayerStack(eqx.Module):
                 here = TokenKey(all_keys[first : first + repeats * size].reshape(repeats, size), keys.token)
             first += repeats * size
             of_segment = None if own is None else own[number]
-            stacked: Any = segment  # haliax's types leave out the further arguments of a scanned function
+            stacked: Any = segment  # haliax's type hints lack the further arguments of a scanned function
             carry, output = stacked.scan_via(of_period)(carry, shared, here, of_segment)
             outputs.append(output)
         return carry, outputs
@@ -97,13 +97,13 @@ class LayerStack(eqx.Module):
         return sum(segment.Block.size * len(segment.stacked.layers) for segment in self.segments)
 
     def of_layers(self, fn: Callable[[Axis, Any], Any]) -> tuple[tuple[Any, ...], ...]:
-        """fn(axis of the segment, layer of its period) of each, as `scan` takes `own`."""
+        """fn(axis of the segment, layer) for each layer of each segment's period, in the structure of `scan`'s `own`."""
         return tuple(tuple(fn(s.Block, layer) for layer in s.stacked.layers) for s in self.segments)
 
     def numbers(self, path: Sequence[Any]) -> tuple[range, int]:
-        """For `parameters.checkpoint_names`: the numbers of the layers that an array below has a slice for.
+        """For `parameters.checkpoint_names`: the numbers of the layers that an array holds slices of.
 
-        `path` is that of the array below this stack; also returned is how much of it leads to the layer.
+        `path` leads from this stack to the array. Also returns how many entries of `path` lead to the layer.
         """
         _, segment, _, _, position, *_ = path  # segments, [s], stacked, layers, [i]
         before = self.segments[: segment.idx]
@@ -113,7 +113,7 @@ class LayerStack(eqx.Module):
         return range(first, first + size * here.Block.size, size), 5
 
     def _per_layer(self, body: Callable) -> tuple[Callable, Callable]:
-        """`body` for a period of one layer, which the scan checkpoints, and for longer ones."""
+        """`body` for periods of one layer, which the scan checkpoints, and for longer ones, which checkpoint by layer."""
         if self.compute.gradient_checkpointing == "none":
             return body, body
         policy = CHECKPOINT_POLICIES["products" if self.compute.gradient_checkpointing == "products" else "full"]
@@ -121,7 +121,10 @@ class LayerStack(eqx.Module):
 
 
 def periods(kinds: Sequence[Hashable]) -> list[tuple[tuple[Hashable, ...], int]]:
-    """[(period, how often it comes)], in order: at each place the period that goes furthest, the shortest of these."""
+    """[(period, number of repeats)], in order.
+
+    Each period is the one whose repeats cover the most layers from there on; if several do, the shortest.
+    """
     found, first = [], 0
     while first < len(kinds):
         best = (tuple(kinds[first : first + 1]), 1)
@@ -138,5 +141,5 @@ def periods(kinds: Sequence[Hashable]) -> list[tuple[tuple[Hashable, ...], int]]
 
 
 def _policy_around_layers(compute: ComputeConfig) -> Any:
-    """For the scan over periods of layers that are checkpointed one by one: their inputs are what is kept."""
+    """The policy of a scan over longer periods. Their layers are checkpointed one by one, so it keeps their inputs."""
     return CHECKPOINT_POLICIES["nested" if compute.gradient_checkpointing == "nested" else "none"]

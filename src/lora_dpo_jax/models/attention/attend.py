@@ -1,4 +1,4 @@
-"""Attention itself: over packed rows by the kernels of the platform, else with all scores at once."""
+"""The attention function: the platform's kernels for packed rows, all scores at once for other masks."""
 
 import dataclasses
 import functools
@@ -33,20 +33,20 @@ def attend(
     """Softmax attention, probabilities in float32.
 
     q {row, position, kv_head, q_heads_per_group, head_size}, k and v {row, key_position, kv_head, head_size};
-    returns q's axes. `implementation`: see `IMPLEMENTATIONS`; a mask that is not packed is always dense.
+    returns q's axes. `implementation`: see `IMPLEMENTATIONS`; a mask that is not packed always takes `dense`.
     """
     if implementation != "dense" and isinstance(mask, PackedMask):
         return _packed(PACKED_KERNELS[implementation], q, k, v, mask, rule)
     products = hax.dot(q, k, axis=HeadSize, preferred_element_type=jnp.float32)
     scores = NamedArray(rule.scores(products.array), products.axis_names)
-    # Finite, so that a padding query, which sees nothing, yields numbers and no NaN.
+    # MASKED is finite, so a padding query, which sees no key, yields finite values and no NaN.
     scores = hax.where(mask.allowed(rule.window), scores, MASKED)
     probabilities = _softmax(scores, rule.sinks).astype(v.dtype)
     return hax.dot(probabilities, v, axis=KEY_POSITION).rearrange(q.axes)
 
 
 def _softmax(scores: NamedArray, sinks: NamedArray | None) -> NamedArray:
-    """Over keys; a sink takes its share of the weight and gives nothing."""
+    """Softmax over keys. A sink takes its share of the weight but has no value to add."""
     if sinks is None:
         return hax.nn.softmax(scores, axis=KEY_POSITION)
     log_normalizer = hax.nn.logsumexp(scores, axis=KEY_POSITION)
@@ -58,7 +58,7 @@ def _softmax(scores: NamedArray, sinks: NamedArray | None) -> NamedArray:
 
 @dataclass(frozen=True)
 class _PlatformKernels:
-    """The kernels of the platform that a program is compiled for, which need not be the one it is traced on."""
+    """The kernels of the platform that a program is compiled for, which may differ from the platform that traces it."""
 
     def forward(self, q: Array, k: Array, v: Array, runs: KeyRuns, rule: ScoreRule) -> tuple[Array, Array]:
         return self._of_platform("forward")(q, k, v, runs, rule)
@@ -110,7 +110,7 @@ PACKED_KERNELS: dict[str, Kernels] = {
     "pallas_tpu": TpuKernels(),
     "pallas_gpu": GpuKernels(),
 }
-# How attention over packed rows is computed. All but `dense`, which is there to compare with, take memory linear in the
-# row and compute nothing for blocks that nobody may see.
+# How attention over packed rows is computed. `dense` is for comparison. All others take memory linear in the row's
+# length and skip blocks of keys that no query sees.
 IMPLEMENTATIONS = (*PACKED_KERNELS, "dense")
-PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}  # what runs on one platform alone
+PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}  # implementations that run on one platform only

@@ -1,7 +1,7 @@
-"""Packed attention by blocks in plain XLA: what a CPU runs, and any platform without kernels of its own.
+"""Packed attention by blocks in plain XLA, for CPUs and other platforms without kernels of their own.
 
-Rows and key-value heads are taken one after the other, so that each product is a plain matrix product with all query
-heads of a group in it: on a CPU these run several times faster than batched ones.
+Rows and key-value heads are processed one after the other, so each product is a plain matrix product over all query
+heads of a group. On a CPU, these products run several times faster than batched products.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class BlockedKernels:
 
 
 class _Cut:
-    """How arrays are cut into tiles [row, kv_head, block, position in it * group, head_size]."""
+    """How arrays are cut into tiles [row, kv_head, block, position in the block * group, head_size]."""
 
     def __init__(self, block: int, q: Array, runs: KeyRuns, rule: ScoreRule):
         self.rows, self.size, self.kv_heads, self.group, self.head_size = q.shape
@@ -90,9 +90,9 @@ class _Cut:
 
 @dataclass(frozen=True)
 class _Head:
-    """What the blocks of one row and key-value head have to visit, and by which rule."""
+    """The blocks of one row and key-value head: what each must visit, and the score rule."""
 
-    runs: KeyRuns  # [block, position in it]
+    runs: KeyRuns  # [block, position in the block]
     start: Array
     stop: Array
     inner: Array
@@ -101,16 +101,16 @@ class _Head:
     sinks: Array | None  # [head of the group]
 
     def visit(self, outer: Array, body: Callable[[Array, Any], Any], carry: Any) -> Any:
-        """Folds body(inner block, carry) over the blocks that `outer` needs."""
+        """Folds body(inner block, carry) over the inner blocks that block `outer` visits."""
         bounds = self.start[outer], self.stop[outer]
         return jax.lax.fori_loop(*bounds, lambda n, carry: body(self.inner[n], carry), carry)
 
     def scores(self, q_i: Array, k_j: Array) -> Array:
-        """Float32 [block * group, block] of a block of queries and one of keys."""
+        """Scores float32 [block * group, block] of a block of queries and a block of keys."""
         return self.rule.scores(_dot(q_i, k_j.T))
 
     def masked(self, scores: Array, i: Array, j: Array) -> Array:
-        """The scores of query block `i` and key block `j` where a query sees a key."""
+        """The scores of query block `i` and key block `j`, but MASKED where a query does not see a key."""
         block = scores.shape[1]
         at = jnp.arange(block)
         runs = jax.tree.map(lambda x: x[i][:, None], self.runs)
@@ -119,7 +119,7 @@ class _Head:
         return jnp.where(mask, scores, MASKED)
 
     def begin(self, queries: int, head_size: int) -> tuple[Array, Array, Array]:
-        """Of the running softmax of a block: the highest score so far, the sum of weights, the sum of values."""
+        """The initial state of a block's running softmax: highest score, sum of weights, weighted sum of values."""
         high, total = jnp.full(queries, MASKED), jnp.zeros(queries)
         if self.sinks is not None:
             high, total = jnp.tile(self.sinks, queries // self.group), jnp.ones(queries)

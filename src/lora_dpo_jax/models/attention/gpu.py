@@ -1,7 +1,7 @@
 """Packed attention on GPU: Pallas kernels for Triton that loop over the blocks to visit.
 
-One program is one block of queries or, for the gradients of keys and values, one block of keys. It loops over the list
-of blocks that someone may see, which follows from the data. Kernels see whole arrays, which to them are only addresses.
+One program computes one block of queries or, for the gradients of keys and values, one block of keys. It loops over its
+list of blocks to visit, which depends on the data. Kernels take whole arrays, which in Triton are only addresses.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class GpuKernels:
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pl.next_power_of_2(x.shape[-1]) - x.shape[-1])])
 
     def _call(self, kernel: Callable, outer: str, results: tuple, runs: KeyRuns, rule: ScoreRule, arrays: tuple) -> Any:
-        """Runs programs (block, row, head), or (block, row, key-value head) where the blocks are of keys."""
+        """Runs a program for each (block, row, head), or (block, row, key-value head) if `outer` is "key"."""
         rows, length, kv_heads, group, _ = arrays[0].shape
         runs = runs.padded(length)
         todo = visits(runs, self.block, self.block, outer=outer)
@@ -155,7 +155,7 @@ def _key_gradient_kernel(
             queries = pl.ds(inner[n] * block, block)
             q_block, d_out_block = (x[row, queries, kv_head, head, :] for x in (q, d_out))
             normalizer, product = (x[row, kv_head, head, queries][None] for x in (log_normalizer, inner_product))
-            # Keys down and queries across, so that the products below take both factors as they stand.
+            # Scores are [key, query], so that the products below need no transpose.
             scores = rule.scores(dot(k_block, q_block.T), LOG2_E)
             runs = _runs(own, first, stop, row, queries, axis=1)
             weights = jnp.exp2(_masked(scores, runs, queries, keys, query_axis=1) - normalizer)
@@ -182,7 +182,7 @@ def _visits_of_program(start: Any) -> tuple[Array, Array]:
 
 
 def _runs(own: Any, first: Any, stop: Any, row: Array, queries: Any, axis: int) -> KeyRuns:
-    """Those of a block of queries, which lie along `axis` of the scores."""
+    """The runs of a block of queries, which lie along `axis` of the scores."""
     return KeyRuns(*(jnp.expand_dims(x[row, queries], 1 - axis) for x in (own, first, stop)))
 
 

@@ -1,4 +1,4 @@
-"""Who may attend to whom."""
+"""Attention masks: which keys each query sees."""
 
 import abc
 from typing import Any
@@ -12,12 +12,12 @@ from lora_dpo_jax.axes import KEY_POSITION, POSITION
 
 
 def as_keys(x: NamedArray) -> NamedArray:
-    """Renames the position axis so that keys and queries can meet in one array."""
+    """Renames the position axis, so that an array of scores can have one axis for keys and one for queries."""
     return x.rename({POSITION: KEY_POSITION})
 
 
 class AttentionMask(eqx.Module):
-    """Says which keys each query may see."""
+    """Defines which keys each query sees."""
 
     @abc.abstractmethod
     def allowed(self, window: int | None) -> NamedArray:
@@ -25,11 +25,11 @@ class AttentionMask(eqx.Module):
 
 
 class PackedMask(AttentionMask):
-    """Several pairs in a row, each laid out `prompt | chosen | rejected`; all arrays {row, position}.
+    """Several examples in a row, each laid out `prompt | response 1 | ...`; all arrays {row, position}.
 
     Query *q* sees key *k* when both are in the same segment, *k* does not come after *q*, and *k* is in the prompt
-    (branch 0) or in *q*'s branch. Distances are measured in rotary positions, which go on from the prompt in both
-    branches.
+    (branch 0) or in *q*'s branch. Distances are measured in rotary positions, which continue from the prompt in every
+    branch.
     """
 
     segment_ids: NamedArray
@@ -58,7 +58,7 @@ class PackedMask(AttentionMask):
 class CachedMask(AttentionMask):
     """Queries at `position_ids` {row, position} over a key-value cache.
 
-    Cache slots hold keys at `key_position_ids` {row, key_position}; a negative one is an empty slot.
+    Cache slots hold keys at `key_position_ids` {row, key_position}; a negative id marks an empty slot.
     """
 
     position_ids: NamedArray

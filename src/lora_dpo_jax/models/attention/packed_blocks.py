@@ -1,8 +1,8 @@
 """Which keys each query of a packed row sees, and which blocks of keys each block of queries must therefore visit.
 
-In a row laid out `prompt | chosen | rejected`, pair after pair, the keys that a query sees are two runs: those of its
-own branch up to itself, and those of its prompt. Four comparisons of indices per score then decide the mask, whatever
-the platform, and the blocks to visit are found exactly.
+A row holds examples laid out `prompt | response 1 | ...`. The keys that a query sees there are two runs: its own branch
+up to itself, and its prompt. On every platform, four comparisons of indices per score then give the mask, and the list
+of blocks to visit is exact.
 """
 
 import functools
@@ -17,15 +17,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_dpo_jax.models.attention.score_rule import ScoreRule
 
-MASKED = -1e30  # finite, so that differences of masked scores are numbers
-ATTENDED = "attended"  # what checkpointing policies call the results of attention
+MASKED = -1e30  # finite, so that differences of masked scores are not NaN
+ATTENDED = "attended"  # the name of attention's results in checkpointing policies
 LOG2_E = math.log2(math.e)  # kernels take powers of two, exp2(x * LOG2_E), as the hardware does
 
 
 class KeyRuns(eqx.Module):
-    """The keys that each query sees: `own_start` to itself, and `prompt_start` up to but without `prompt_stop`.
+    """The keys that each query sees: from `own_start` to itself, and from `prompt_start` to before `prompt_stop`.
 
-    All int32 [row, position], counted in positions of the row. A query always sees itself.
+    All are int32 [row, position] and count positions of the row. A query always sees itself.
     """
 
     own_start: Array
@@ -33,21 +33,21 @@ class KeyRuns(eqx.Module):
     prompt_stop: Array
 
     def visible(self, query: Array, key: Array) -> Array:
-        """The mask of keys at indices `key`, which broadcast against the queries' at `query` and against the runs."""
+        """Whether the queries at indices `query` see the keys at indices `key`. Both broadcast against the runs."""
         own = (self.own_start <= key) & (key <= query)
         return own | ((self.prompt_start <= key) & (key < self.prompt_stop))
 
     def padded(self, length: int) -> "KeyRuns":
-        """For rows padded at their end: the padding sees itself alone."""
+        """The runs of rows that are padded at their end to `length`. Padding sees only padding."""
         size = self.own_start.shape[1]
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, length - size)), constant_values=size), self)
 
 
 def key_runs(segment: Array, branch: Array, window: int | None) -> KeyRuns:
-    """From ids [row, position] (see `PackedMask`) and the sliding window (tokens).
+    """The runs, from ids [row, position] (see `PackedMask`) and the sliding window (tokens).
 
-    Rotary positions rise by one from token to token and go on from the prompt in each branch, so that distances follow
-    from the indices.
+    Rotary positions rise by one from token to token and continue from the prompt in each branch. Distances therefore
+    follow from the indices.
     """
     index = jnp.broadcast_to(jnp.arange(segment.shape[1], dtype=jnp.int32), segment.shape)
 
@@ -68,16 +68,17 @@ def key_runs(segment: Array, branch: Array, window: int | None) -> KeyRuns:
         first_of_prompt = prompt_stop + index - own_start - window + 1
         own_start = jnp.maximum(own_start, first_own)
         prompt_start = jnp.minimum(jnp.maximum(prompt_start, first_of_prompt), prompt_stop)
-    own_start = jnp.where(segment == 0, index, own_start)  # padding sees itself, so that its blocks see nothing else
+    # A padding token sees only itself, so its block visits no other block.
+    own_start = jnp.where(segment == 0, index, own_start)
     return KeyRuns(own_start, prompt_start, prompt_stop)
 
 
 class Visits(eqx.Module):
-    """The pairs of blocks to compute, in the order of the outer block; int32.
+    """The pairs of blocks to compute, ordered by outer block; int32.
 
-    `outer` [visits + 1] numbers the outer blocks of all rows in one count; `inner` [visits] is a block of the same row.
-    Those of outer block `b` stand at `start[b]` up to `start[b + 1]`, and what follows the last is never visited.
-    `masked` [visits] is 1 where some query does not see some key.
+    `outer` [visits + 1] counts the outer blocks of all rows together; `inner` [visits] is a block of the same row. The
+    visits of outer block `b` are at `start[b]` to before `start[b + 1]`. Entries after the last visit are not used.
+    `masked` [visits] is 1 if some query of the pair does not see some key.
     """
 
     outer: Array
@@ -87,10 +88,10 @@ class Visits(eqx.Module):
 
 
 def visits(runs: KeyRuns, query_block: int, key_block: int, *, outer: str) -> Visits:
-    """`outer` is "query" or "key". The rows' length must be a multiple of both blocks."""
+    """The pairs of blocks to visit. `outer` is "query" or "key". The rows' length must be a multiple of both blocks."""
     rows, length = runs.own_start.shape
     needed, whole = _block_pairs(runs, query_block, key_block)
-    # As many as an unbranched row can need: that is all there is room for.
+    # The most visits that a row can need: those of a row without branches.
     most = sum(-(-(start + query_block) // key_block) for start in range(0, length, query_block))
     if outer == "key":
         needed, whole = needed.swapaxes(1, 2), whole.swapaxes(1, 2)
@@ -103,7 +104,7 @@ def visits(runs: KeyRuns, query_block: int, key_block: int, *, outer: str) -> Vi
 
 
 def _block_pairs(runs: KeyRuns, query_block: int, key_block: int) -> tuple[Array, Array]:
-    """bool [row, query block, key block]: some query sees some key; every query sees every key."""
+    """Two bool [row, query block, key block]: whether some query sees some key, whether every query sees every key."""
     rows, length = runs.own_start.shape
     first_key = jnp.arange(0, length, key_block)
     last_key = first_key + key_block - 1
@@ -118,11 +119,11 @@ def _block_pairs(runs: KeyRuns, query_block: int, key_block: int) -> tuple[Array
 
 
 class Kernels(Protocol):
-    """Attention over packed rows on one platform, as hashable settings with two functions.
+    """Attention over packed rows on one platform: hashable settings with two functions.
 
-    q and what has its shape [row, position, kv_head, group, head_size]; k, v [row, position, kv_head, head_size]; the
-    log-normalizers that go from one function to the other, float32 [row, kv_head, group, position]. Of `rule`, the
-    window is in `runs` already, and the sinks are float32 [kv_head, group].
+    q, the output and their gradients are [row, position, kv_head, group, head_size]; k, v and their gradients are
+    [row, position, kv_head, head_size]. `forward` returns log-normalizers for `backward`, float32 [row, kv_head, group,
+    position]. `runs` already includes the window of `rule`. The sinks of `rule` are float32 [kv_head, group].
     """
 
     def forward(self, q: Array, k: Array, v: Array, runs: KeyRuns, rule: ScoreRule) -> tuple[Array, Array]:
@@ -140,16 +141,16 @@ class Kernels(Protocol):
         inner: Array,
         d_out: Array,
     ) -> tuple[Array, Array, Array]:
-        """Gradients of q, k and v. `inner` is the sum of out * d_out over the head, shaped as `log_normalizer`."""
+        """Gradients of q, k and v. `inner`, shaped as `log_normalizer`, is the sum of out * d_out over head_size."""
         ...
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def packed_attention(kernels: Kernels, q: Array, k: Array, v: Array, runs: KeyRuns, rule: ScoreRule) -> Array:
-    """Softmax attention; memory linear in the row's length, forward and backward. Gradients go to q, k and v alone.
+    """Softmax attention; memory linear in the row's length, forward and backward. Only q, k and v get gradients.
 
-    Softmax is accumulated over blocks of keys (https://arxiv.org/abs/2205.14135) and the backward pass computes scores
-    again from the saved log-normalizers (https://arxiv.org/abs/2307.08691).
+    Softmax is accumulated over blocks of keys (https://arxiv.org/abs/2205.14135). The backward pass recomputes scores
+    and uses the saved log-normalizers (https://arxiv.org/abs/2307.08691).
     """
     return kernels.forward(q, k, v, runs, rule)[0]
 
@@ -161,7 +162,7 @@ def _forward(kernels: Kernels, q, k, v, runs, rule):
 
 def _backward(kernels: Kernels, saved: Any, d_out: Array):
     q, k, v, runs, rule, out, log_normalizer = saved
-    # The sum over keys of weights * d_weights, by way of the output.
+    # The sum over keys of weights * d_weights equals the sum of out * d_out.
     inner = jnp.moveaxis(_sum_of_products(out, d_out), 1, -1)
     return *kernels.backward(q, k, v, runs, rule, log_normalizer, inner, d_out), None, None
 
@@ -170,9 +171,9 @@ packed_attention.defvjp(_forward, _backward)
 
 
 def _sum_of_products(a: Array, b: Array) -> Array:
-    """Over the last axis, in float32."""
+    """The sum of a * b over the last axis, in float32."""
 
-    def product_with_ones(a, b):  # which XLA computes on a CPU ten times as fast
+    def product_with_ones(a, b):  # ten times as fast in XLA on a CPU
         products = a.astype(jnp.float32) * b.astype(jnp.float32)
         return products @ jnp.ones(a.shape[-1], jnp.float32)
 
@@ -183,14 +184,14 @@ def _sum_of_products(a: Array, b: Array) -> Array:
 
 
 def pad_positions(x: Array, length: int, axis: int = 1) -> Array:
-    """Zeros at the end of the position axis."""
+    """Pads the position axis at its end with zeros, to `length`."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, length - x.shape[axis])
     return jnp.pad(x, widths)
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
-    """Float32 sums of the products of two matrices; of float32 factors at full precision."""
+    """The product of two matrices with float32 sums; float32 factors are multiplied at full precision."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, precision, preferred_element_type=jnp.float32)

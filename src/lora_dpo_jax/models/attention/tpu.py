@@ -1,8 +1,8 @@
 """Packed attention on TPU: Pallas kernels whose grid is the list of blocks to visit.
 
-The grid is as long as the list, which follows from the data, so a block that nobody may see costs nothing, not even
-being fetched. Scores stand transposed, keys down and queries across: what belongs to a query is then a row of lanes,
-and the softmax reduces over sublanes, which is the cheap direction.
+The grid is as long as the list, which depends on the data. A block that no query sees therefore costs nothing and is
+not even fetched. Scores are transposed, [key, query]: values per query are then a row of lanes, and the softmax reduces
+over sublanes, which is the cheap direction.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ LANES = 128
 class TpuKernels:
     """`Kernels` for TPU. Rows are padded to a multiple of the block."""
 
-    largest_block: int = 512  # positions, a multiple of 128; every visit costs some 0.35 us whatever its size
+    largest_block: int = 512  # positions, a multiple of 128; every visit costs about 0.35 us, whatever its size
     interpret: bool = False
 
     def forward(self, q: Array, k: Array, v: Array, runs: KeyRuns, rule: ScoreRule) -> tuple[Array, Array]:
@@ -98,8 +98,8 @@ class _Tiles:
     def __init__(self, kernels: TpuKernels, q: Array, k: Array, runs: KeyRuns, rule: ScoreRule, *, outer: str):
         self.rows, size, self.kv_heads, self.group, self.head_size = q.shape
         self.heads = self.kv_heads * self.group
-        self.rule = dataclasses.replace(rule, window=None, sinks=None)  # what a kernel may close over
-        # As many blocks as the largest size needs, and as small as that many may be.
+        self.rule = dataclasses.replace(rule, window=None, sinks=None)  # kernels cannot close over arrays
+        # As many blocks as `largest_block` requires, each as small as this number of blocks allows.
         blocks = -(-size // kernels.largest_block)
         unit = min(LANES, kernels.largest_block)
         self.block = -(-size // (blocks * unit)) * unit
@@ -112,7 +112,7 @@ class _Tiles:
         self.outer_is_query = outer == "query"
 
     def call(self, kernel, grid, inputs, outputs, shapes, scratch):
-        # Heads may be shared out among cores; visits must come in order.
+        # Cores may share the heads; visits must run in order.
         semantics = "parallel", "arbitrary", "arbitrary"
         call = pl.pallas_call(
             kernel,
@@ -158,7 +158,7 @@ class _Tiles:
         return pl.BlockSpec((None, None, self.block, self.head_size), place)
 
     def per_query(self, count: int, of_head: bool = True) -> pl.BlockSpec:
-        """`count` numbers for each query, of its head or the same for all heads."""
+        """The block of an array with `count` numbers for each query, for each head or for all heads together."""
 
         def place(*indices):
             row, head, _, query, _ = self._place(indices)
@@ -169,11 +169,11 @@ class _Tiles:
 
     @property
     def per_head(self) -> pl.BlockSpec:
-        """What `of_heads` gives."""
+        """The block of a result of `of_heads`."""
         return pl.BlockSpec((None, 1, self.block), lambda *indices: (self._place(indices)[1], 0, 0))
 
     def of_heads(self, x: Array) -> Array:
-        """[kv_head, group] -> [heads, 1, block], a head's number for each query of a block."""
+        """[kv_head, group] -> [heads, 1, block]: repeats a head's number for each query of a block."""
         return jnp.broadcast_to(x.reshape(self.heads, 1, 1), (self.heads, 1, self.block))
 
     def query_shape(self, dtype) -> jax.ShapeDtypeStruct:
@@ -269,7 +269,7 @@ def _key_gradient_kernel(
 
 
 def _gradient_of_products(q, k, v, runs, d_out, stats, rule: ScoreRule, place: dict[str, Array] | None):
-    """Attention weights and the gradient of scaled products, [key, query] in the dtype of products."""
+    """Attention weights and the gradient of the scaled products, [key, query], in the dtypes of `d_out` and `q`."""
     scores = rule.scores(dot(k[...], q[...], (1, 1)), LOG2_E)
     masked = scores if place is None else _mask(scores, runs, **place)
     log_normalizer, inner_product = stats[0:1, :], stats[1:2, :]
@@ -286,7 +286,7 @@ def _mask(scores: Array, runs: Any, query_block: Array, key_block: Array) -> Arr
 
 
 def _with_or_without_mask(masked: Array, accumulate: Callable[[bool], None]) -> None:
-    """Most blocks of long pairs are seen whole, and masking them would cost as much as the softmax."""
+    """Masks only where needed: most blocks of long examples are fully visible, and a mask costs as much as softmax."""
     pl.when(masked == 1)(lambda: accumulate(True))
     pl.when(masked == 0)(lambda: accumulate(False))
 
