@@ -43,7 +43,7 @@ class LayerStack(eqx.Module):
 
     @staticmethod
     def init(make_layer: Callable, kinds: Sequence[Hashable], compute: ComputeConfig, *, key) -> "LayerStack":
-        """Makes a layer `make_layer(kind, key=...)` for each of `kinds`; a kind says how its layers differ from others."""
+        """Makes a layer `make_layer(kind, key=...)` for each of `kinds`. Layers of equal kinds may share a program."""
         keys = jax.random.split(key, len(kinds))
         segments, first = [], 0
         for period, repeats in periods(kinds):
@@ -97,7 +97,7 @@ class LayerStack(eqx.Module):
         return sum(segment.Block.size * len(segment.stacked.layers) for segment in self.segments)
 
     def of_layers(self, fn: Callable[[Axis, Any], Any]) -> tuple[tuple[Any, ...], ...]:
-        """fn(axis of the segment, layer) for each layer of each segment's period, in the structure of `scan`'s `own`."""
+        """fn(axis of the segment, layer) for each layer of each segment's period, structured as `own` in `scan`."""
         return tuple(tuple(fn(s.Block, layer) for layer in s.stacked.layers) for s in self.segments)
 
     def numbers(self, path: Sequence[Any]) -> tuple[range, int]:
@@ -113,7 +113,7 @@ class LayerStack(eqx.Module):
         return range(first, first + size * here.Block.size, size), 5
 
     def _per_layer(self, body: Callable) -> tuple[Callable, Callable]:
-        """`body` for periods of one layer, which the scan checkpoints, and for longer ones, which checkpoint by layer."""
+        """`body` for periods of one layer, which the scan checkpoints, and a checkpointed one for longer periods."""
         if self.compute.gradient_checkpointing == "none":
             return body, body
         policy = CHECKPOINT_POLICIES["products" if self.compute.gradient_checkpointing == "products" else "full"]
