@@ -4,11 +4,11 @@
 
     self_attn                       self_attn
       q_proj: Linear                  q_proj: LoraLinear
-                                        wrapped: Linear       frozen, the very same arrays
+                                        wrapped: Linear       frozen, the same arrays
                                         lora_A   {layers, lora_rank, *In}     float32, random
                                         lora_B   {layers, *Out, lora_rank}    float32, zero
 
-Nothing is flagged or mutated: the reference is another tree, `unwrap_lora(model)`, that shares the weights.
+Nothing is flagged or mutated: the reference is another tree, `unwrap_lora(model)`, which shares the weights.
 """
 
 from lora_dpo_jax.lora.adapter import Adapter, Factor, unwrapped

@@ -1,11 +1,11 @@
-"""What an adapter is: a frozen layer and the factors that are trained beside it.
+"""The interface of adapters: a frozen layer and the factors that are trained beside it.
 
     Adapter
       wrapped    the frozen layer, weight {*stack, *Out, *In}
-      factors    "lora_A.weight": {*stack, lora_rank, *In}, ...    by the names of PEFT's tensors
+      factors    "lora_A.weight": {*stack, lora_rank, *In}, ...    under the names of PEFT's tensors
       active     {*stack} of 0 and 1, or None
 
-Surgery, merging, export, loading and the cost of a step ask this interface. `variants.py` chooses the class.
+Surgery, merging, export, loading and the cost of a step use this interface. `variants.py` chooses the class.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ from lora_dpo_jax.parameters import axes_of
 
 
 class Factor(NamedTuple):
-    """A trainable array of an adapter: for each layer of its stack, one tensor of PEFT's."""
+    """A trainable array of an adapter. It holds one of PEFT's tensors for each layer of its stack."""
 
     array: NamedArray  # {*stack, then the axes of the sides in any order}
-    side_names: tuple[tuple[str, ...], ...]  # of the axes that make up each dimension of the tensor
+    side_names: tuple[tuple[str, ...], ...]  # names of the axes that make up each dimension of the tensor
 
     @property
     def sides(self) -> tuple[tuple[Axis, ...], ...]:
@@ -45,36 +45,36 @@ class Factor(NamedTuple):
 
 
 class Adapter(eqx.Module):
-    """A frozen layer and what is added to its output."""
+    """A frozen layer and the trainable term that is added to its output."""
 
     wrapped: eqx.AbstractVar[Any]  # the frozen layer
     scaling: eqx.AbstractVar[float]
     dropout: eqx.AbstractVar[float]
-    # {*stack} of 0 and 1 where only some layers of a stack are targets; None where all are.
+    # {*stack} of 0 and 1 if only some layers of a stack are targets; None if all are.
     active: eqx.AbstractVar[NamedArray | None]
 
     @classmethod
     @abstractmethod
     def init(cls, layer: Any, config: LoraConfig, active: NamedArray | None, *, key) -> "Adapter":
-        """A new adapter of `layer` that adds nothing, with float32 factors."""
+        """A new adapter of `layer` with float32 factors. It adds zero to the layer's output."""
 
     @property
     @abstractmethod
     def factors(self) -> dict[str, Factor]:
-        """All that is trained, by the names PEFT gives the tensors of one layer: lora_A.weight.
+        """All trainable arrays, by PEFT's names for the tensors of one layer, such as lora_A.weight.
 
-        Must work on a tree whose arrays were replaced, by None or bools.
+        Must also work on a tree whose arrays were replaced by None or bools.
         """
 
     @property
     @abstractmethod
     def rank(self) -> int:
-        """`r` of the settings that it was made with."""
+        """The rank `r` in the settings of this adapter."""
 
     @property
     @abstractmethod
     def flops_per_token(self) -> int:
-        """Operations of the forward pass beside those of the wrapped layer, in all layers of the stack."""
+        """Floating-point operations that the adapter adds to the forward pass, over all layers of the stack."""
 
     @abstractmethod
     def __call__(self, x: NamedArray, *, key=None) -> NamedArray:
@@ -82,21 +82,21 @@ class Adapter(eqx.Module):
 
     @abstractmethod
     def merge(self, weight: Any, tensors: Mapping[str, Any]) -> Any:
-        """The weight [..., out, in] with the factors folded in. All are float32, of NumPy or of JAX.
+        """The weight [..., out, in] with the factors folded in. All arrays are float32, of NumPy or JAX.
 
         `tensors` are the factors as PEFT stores them, with the same leading axes as the weight.
         """
 
     @abstractmethod
     def adds_nothing(self) -> jax.Array:
-        """Whether the output is the wrapped layer's, judged by the factors: a bool without axes."""
+        """Whether the factors leave the output of the wrapped layer unchanged: a bool without axes."""
 
     @property
     def parameter_count(self) -> int:
         return sum(factor.array.size for factor in self.factors.values())
 
     def merged(self) -> Any:
-        """The wrapped layer with the factors folded in: in float32, rounded once to the weight's dtype."""
+        """The wrapped layer with the factors folded in, computed in float32 and rounded once to the weight's dtype."""
         weight = self.wrapped.weight
         plain = Factor(weight.astype(jnp.float32), (names_of(self.wrapped.Out), names_of(self.wrapped.In)))
         axes = plain.in_order().axes
@@ -108,7 +108,7 @@ class Adapter(eqx.Module):
         return dataclasses.replace(self.wrapped, weight=total.astype(weight.dtype))
 
     def with_factors(self, arrays: Mapping[str, NamedArray]) -> Self:
-        """The adapter with these arrays in the place of its factors."""
+        """The adapter with these arrays in place of its factors."""
         return eqx.tree_at(lambda adapter: [adapter.factors[name].array for name in arrays], self, [*arrays.values()])
 
     def with_dropout(self, rate: float) -> Self:
@@ -121,12 +121,12 @@ def unwrapped(layer: Any) -> Any:
 
 
 def names_of(side: AxisSpec) -> tuple[str, ...]:
-    """Of the axes of one side of a linear layer."""
+    """The names of the axes of one side of a linear layer."""
     return tuple(axis.name for axis in axes_of(side))
 
 
 def stack_axes(layer: Any) -> tuple[Axis, ...]:
-    """The leading axes of a linear layer's weight {*stack, *Out, *In}, those of the stacks that it lies in."""
+    """The axes of a linear layer's stacks, which lead in its weight {*stack, *Out, *In}."""
     sides = axes_of(layer.In) + axes_of(layer.Out)
     return tuple(axis for axis in layer.weight.axes if axis not in sides)
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from lora_dpo_jax.settings.choices import check_choices
 
-# Settings that adapter_config.json has under the same names, each true or false.
+# Boolean settings that have the same names in adapter_config.json.
 PEFT_SWITCHES = ("use_rslora",)
-# Settings without which the adapters of a checkpoint mean nothing.
+# Settings without which the adapters of a checkpoint cannot be interpreted.
 CHECKPOINTED = ("r", "alpha", *PEFT_SWITCHES, "target_modules", "exclude_modules")
 
 
@@ -21,15 +21,15 @@ class LoraConfig:
     """PEFT's options under Levanter's names."""
 
     r: int = 8  # the rank
-    alpha: float = 8.0  # what the adapters add is scaled by alpha / r
-    dropout: float = 0.0  # on the input of the adapters, of the policy alone, in training alone
+    alpha: float = 8.0  # the output of the adapters is scaled by alpha / r
+    dropout: float = 0.0  # on the input of the adapters, only in the policy and only in training
     use_rslora: bool = False  # scale by alpha / sqrt(r) (https://arxiv.org/abs/2312.03732) instead of alpha / r
-    # A list matches by suffix on dotted paths, a string is a regular expression for the whole path, null is every
-    # linear layer of the decoder (not lm_head). Paths are those of the checkpoint: model.layers.0.self_attn.q_proj
+    # A list matches suffixes of dotted paths. A string is a regular expression for the whole path. null means every
+    # linear layer of the decoder (not lm_head). Paths are those of Hugging Face: model.layers.0.self_attn.q_proj
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None  # the same syntax
-    zero_init_b: bool = True  # with a_init random: B starts at zero. The trainer insists on it
-    a_init: Literal["random", "zero"] = "random"  # zero: A starts at zero and B at random, the product being zero too
+    zero_init_b: bool = True  # with a_init random: B starts at zero. Training always sets it to true
+    a_init: Literal["random", "zero"] = "random"  # zero: A starts at zero and B at random; their product is zero too
 
     def __post_init__(self):
         if self.r < 1:
@@ -50,7 +50,7 @@ class LoraConfig:
 
 def _check_pattern(setting: str, pattern: str) -> None:
     if pattern == "all-linear":
-        raise ValueError(f"{setting}={pattern!r}: PEFT's word for every linear layer is null here; leave it out")
+        raise ValueError(f"{setting}={pattern!r}: in PEFT, this means every linear layer; here, leave it out or set null")
     names = [name.strip() for name in pattern.split(",")]
     if len(names) > 1 and all(re.fullmatch(r"[\w.]*", name) for name in names):  # no path has a comma
         raise ValueError(
@@ -59,7 +59,7 @@ def _check_pattern(setting: str, pattern: str) -> None:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+            warnings.simplefilter("ignore")  # about syntax that a later Python may read differently
             re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Dropout on the input of adapters. A token is dropped alike whatever row, micro-batch or device it lies in."""
+"""Dropout on the input of adapters. What a token drops does not depend on its row, micro-batch or device."""
 
 import functools
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from haliax import Axis, NamedArray
 
 
 class TokenKey(eqx.Module):
-    """A random key from which each token draws by its own numbers, not by its place in the batch."""
+    """A random key. Each token draws from it by its own numbers, not by its place in the batch."""
 
     key: jax.Array
-    token: tuple[NamedArray, ...]  # int32, axes alike: numbers that together tell a token from all others
+    token: tuple[NamedArray, ...]  # int32, all with the same axes: together they identify a token
 
     def split(self, count: int) -> list["TokenKey"]:
         return [TokenKey(key, self.token) for key in jax.random.split(self.key, count)]
 
     def bernoulli(self, shape: tuple[Axis, ...], p: float) -> NamedArray:
-        """bool {shape}. Each token draws the axes that `token` lacks."""
+        """bool {shape}. Each token draws values over the axes that `token` lacks."""
         tokens = self.token[0].axes
         features = tuple(axis for axis in shape if axis not in tokens)
 
@@ -38,6 +38,6 @@ def split_key(key: TokenKey | None, count: int) -> Sequence[TokenKey | None]:
 
 
 def dropout(x: NamedArray, rate: float, key: Any) -> NamedArray:
-    """`x` with a share `rate` of its entries at zero and the others scaled up. `key` is JAX's or a `TokenKey`."""
+    """`x` with a fraction `rate` of its entries set to zero and the others scaled up. `key`: JAX's or a `TokenKey`."""
     draw = key.bernoulli if isinstance(key, TokenKey) else functools.partial(hax.random.bernoulli, key)
     return hax.where(draw(p=1 - rate, shape=x.axes), x / x.dtype.type(1 - rate), 0)

@@ -1,4 +1,4 @@
-"""LoRA's own adapter: two thin matrices beside a frozen linear layer."""
+"""The adapter of the original LoRA: two thin matrices beside a frozen linear layer."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from lora_dpo_jax.lora.config import LoraConfig
 from lora_dpo_jax.lora.dropout import dropout
 from lora_dpo_jax.parameters import axes_of
 
-LOW_RANK = "low_rank"  # what a checkpointing policy calls A x
+LOW_RANK = "low_rank"  # the name of A x in checkpointing policies
 
 
 class LoraLinear(Adapter):
@@ -56,7 +56,7 @@ class LoraLinear(Adapter):
         return self.wrapped(x) + self.delta(x, key=key)
 
     def delta(self, x: NamedArray, *, key=None) -> NamedArray:
-        """What the adapter adds to the wrapped layer's output, in the dtype of `x`."""
+        """The term that the adapter adds to the wrapped layer's output, in the dtype of `x`."""
         if key is not None and self.dropout > 0.0:
             x = dropout(x, self.dropout, key)
         scale = self.scaling if self.active is None else self.scaling * self.active
@@ -93,7 +93,7 @@ def _kaiming_uniform(key, axes: tuple[Axis, ...], fan_in: int) -> NamedArray:
 def low_rank_product(x: NamedArray, A: NamedArray, B: NamedArray) -> NamedArray:
     """B A x in the dtype of `x`. The factors' gradients are summed in the factors' own dtype.
 
-    `x` {..., *In} may lack axes that both factors lead with: each of their slices is then applied to all of it.
+    `x` {..., *In} may lack leading axes that both factors have. Each slice of the factors then applies to all of `x`.
     """
     return _low_rank_forward(x, A, B)[0]
 
@@ -108,7 +108,7 @@ def _low_rank_backward(saved, d_out: NamedArray):
     x, A, B, low = saved
     tokens: Any = [axis for axis in low.axes if axis not in A.axes]
     d_low = d_out.dot(B.astype(x.dtype), axis=_side(B, A))
-    # The thin factor comes first: the wide one is then not transposed, which would cost more than the product.
+    # The thin factor comes first, so that the wide one is not transposed: this would cost more than the product.
     d_A = _summed_in(A.dtype, d_low, x, tokens).rearrange(A.axes)
     d_B = _summed_in(B.dtype, low, d_out, tokens).rearrange(B.axes)
     not_in_x: Any = [axis for axis in A.axes if axis not in x.axes]
@@ -122,12 +122,12 @@ def _summed_in(dtype: Any, a: NamedArray, b: NamedArray, axis: Any) -> NamedArra
     return jax.lax.platform_dependent(
         a,
         b,
-        # XLA has no such sums of bfloat16 products for some layouts on a CPU, and fails when it runs.
+        # On a CPU, XLA does not support such sums of bfloat16 products for some layouts, and fails at run time.
         cpu=lambda a, b: hax.dot(a.astype(dtype), b.astype(dtype), axis=axis),
         default=lambda a, b: hax.dot(a, b, axis=axis, preferred_element_type=dtype),
     )
 
 
 def _side(factor: NamedArray, other: NamedArray) -> Any:
-    """The inputs of A, the outputs of B: the two share the rank and the axes of a stack."""
+    """The axes that only `factor` has: A's inputs or B's outputs. Both factors have the rank and the stack's axes."""
     return [axis for axis in factor.axes if axis not in other.axes]

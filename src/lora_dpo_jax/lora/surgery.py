@@ -1,4 +1,4 @@
-"""From one tree to another: adapters put in, taken out, folded in, marked as trainable.
+"""Functions from one tree to another: they add, remove or merge adapters, or mark them as trainable.
 
 The reference of a run is such a tree too. It shares the weights with the policy.
 """
@@ -21,7 +21,7 @@ M = TypeVar("M")
 
 
 def loraize(model: M, config: LoraConfig, *, key) -> M:
-    """The model with new adapters where `config` says so; float32 factors, the weights shared.
+    """The model with new adapters on the targets of `config`. Factors are float32; the weights are shared.
 
     Raises ValueError if nothing matches, or if a target cannot be adapted.
     """
@@ -29,7 +29,7 @@ def loraize(model: M, config: LoraConfig, *, key) -> M:
     names = [name for of_layer in layers for name in of_layer]
     tied = getattr(model, "lm_head", "absent") is None
     check_targets(names, unadaptable_layers(model), config, tied=tied)
-    # One for each layer of the tree, a target or not: other targets change no factors.
+    # One key for each layer of the tree, target or not: a layer's factors do not depend on the other targets.
     keys = {of_layer[0]: key for of_layer, key in zip(layers, jax.random.split(key, len(names)), strict=False)}
 
     def make(layer: Any, names: list[str], chosen: list[bool]) -> Adapter:
@@ -62,12 +62,12 @@ def unwrap_lora(model: M) -> M:
 
 
 def merge_lora(model: M) -> M:
-    """The plain model that computes what the adapted one does."""
+    """The model without adapters whose weights give the same output as the adapted model."""
     return _map_adapters(lambda adapter: adapter.merged(), model)
 
 
 def with_dropout(model: M, rate: float) -> M:
-    """The model with this dropout in all its adapters."""
+    """The model with dropout `rate` in all its adapters."""
     return _map_adapters(lambda adapter: adapter.with_dropout(rate), model)
 
 
@@ -87,14 +87,14 @@ def trainable_filter(model: M) -> M:
 
 
 def frozen_copy(model: M) -> M:
-    """The model's adapters as they are now, to be the reference of a run that trains them further."""
+    """A copy of the model's adapters, for use as the reference of a run that trains them further."""
     return jax.tree.map(jnp.copy, eqx.filter(model, trainable_filter(model)))
 
 
 def reference_model(model: M, adapters: Any) -> M:
-    """What the policy `model`, or a part of it, is held to; shares the weights, and no gradient flows.
+    """The reference of the policy `model`, or of a part of it. It shares the weights and gets no gradient.
 
-    That is the base without adapters, or with frozen ones (a tree like `model`, or its leaves alone).
+    It is the base without adapters, or with the frozen `adapters` (a tree like `model`, or only its leaves).
     """
     if adapters is None:
         return unwrap_lora(model)
@@ -105,10 +105,10 @@ def reference_model(model: M, adapters: Any) -> M:
 
 @eqx.filter_jit
 def equals_reference(model: Any, adapters: Any, *, training: bool = False) -> jax.Array:
-    """Whether the policy `model` is `reference_model(model, adapters)`, by their arrays: a bool without axes.
+    """Whether the policy `model` equals `reference_model(model, adapters)`, by their arrays: a bool without axes.
 
-    It is if its adapters add nothing to the base, or if they are those of the reference. Both may be the adapters of a
-    model, without its weights. With dropout, in `training`, the policy is not the reference that has equal adapters.
+    If the reference has no adapters, it does if its own add nothing. Otherwise it does if both have equal adapters, but
+    never in `training` with dropout. `model` may be a tree of adapters without weights.
     """
     mine = [layer for layer, _ in linear_layers(model) if isinstance(layer, Adapter)]
     if adapters is None:

@@ -19,20 +19,20 @@ def matching_names(names: Sequence[str], config: LoraConfig) -> list[str]:
 def check_targets(names: Sequence[str], unadaptable: Mapping[str, str], config: LoraConfig, *, tied: bool) -> None:
     """Raises ValueError unless `config` names layers that can be adapted, and names no other layer.
 
-    `names` are those of the model's linear layers, `unadaptable` those that can have no adapter with the reasons;
-    `tied` says that its head is the input embedding.
+    `names` are those of the model's Linear layers. `unadaptable` has, by name, the layers that cannot have an adapter,
+    with the reason. `tied`: the head of the model is its input embedding.
     """
     wanted = config.target_modules
     if tied and wanted is not None and _matches("lm_head", wanted):
         raise ValueError(
             "lora.target_modules names lm_head, but this model ties its head to the input embedding: merging such an "
-            "adapter would change the embedding too (PEFT does so, without a word). Leave lm_head out."
+            "adapter would change the embedding too (PEFT does so without a warning). Leave lm_head out."
         )
-    # An error with null too: a run that leaves out layers which it was asked to train looks like any other run.
+    # Also an error if target_modules is null: otherwise a run would silently leave out layers that it should train.
     if bad := matching_names([*unadaptable], config):
         raise ValueError(
             f"lora.target_modules={wanted!r} includes {_abridged(bad)}: {unadaptable[bad[0]]}. Name it in "
-            "lora.exclude_modules, or only other layers in lora.target_modules"
+            "lora.exclude_modules, or name only other layers in lora.target_modules"
         )
     if not matching_names(names, config):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The linear layers in a model's tree, by the names of the checkpoint."""
+"""The linear layers in a model's tree, by their names in Hugging Face's files."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from lora_dpo_jax.parameters import checkpoint_names
 
 M = TypeVar("M")
 
-# What linear layers call their inputs and outputs: those of haliax, linear layers and convolutions of equinox.
+# Attributes for inputs and outputs of linear layers: in haliax, in equinox, and in convolutions of equinox.
 SIDES = (("In", "Out"), ("in_features", "out_features"), ("in_channels", "out_channels"))
 
 
@@ -42,10 +42,11 @@ def map_linear_layers(fn: Callable[[Any, list[str]], Any], model: M) -> M:
 
 
 def unadaptable_layers(model: Any) -> dict[str, str]:
-    """By name, the linear layers that can have no adapter, each with the reason.
+    """The linear layers that cannot have an adapter: the name and the reason of each.
 
-    A module counts as linear if it has a weight and both SIDES. No adapter knows those that are no Linear, such as
-    `haliax.nn.MoELinear`. The adapter of a Linear has no name in a file if its weight has axes that nothing numbers.
+    A module counts as linear if it has a weight and a pair of SIDES. No adapter supports modules that are no Linear,
+    such as `haliax.nn.MoELinear`. A Linear is also reported if its weight has axes without layer numbers: its adapter
+    would then have no names in a file.
     """
     found: dict[str, str] = {}
 

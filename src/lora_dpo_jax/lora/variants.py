@@ -1,4 +1,4 @@
-"""Which adapter a layer gets. A new variant of LoRA is a class, a row of the table and a field of `LoraConfig`."""
+"""Which adapter a layer gets. A new variant of LoRA needs a class, a row of the table and a field of `LoraConfig`."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from lora_dpo_jax.lora.adapter import Adapter, stack_axes
 from lora_dpo_jax.lora.config import LoraConfig
 from lora_dpo_jax.lora.lora_linear import LoraLinear
 
-# By the class of the layer: which adapter the settings make. A layer of no such class cannot be adapted.
+# For each class of layers: the adapter that the settings choose. A layer of any other class cannot be adapted.
 ADAPTERS: dict[type, Callable[[LoraConfig], type[Adapter]]] = {hnn.Linear: lambda config: LoraLinear}
 
 
@@ -30,12 +30,12 @@ def adapter_type(layer: Any, config: LoraConfig) -> type[Adapter]:
 
 
 def new_adapter(layer: Any, chosen: Sequence[bool], config: LoraConfig, *, key) -> Adapter:
-    """`chosen` says of each layer of the stack, in the order of its names, whether it is a target."""
+    """A new adapter of `layer`. `chosen`: whether each layer of the stack, in the order of names, is a target."""
     return adapter_type(layer, config).init(layer, config, _active(layer, chosen), key=key)
 
 
 def empty_adapter(layer: Any, chosen: Sequence[bool], config: LoraConfig) -> Adapter:
-    """The same with ShapeDtypeStructs as factors, for `Adapter.with_factors` to fill."""
+    """The same with ShapeDtypeStructs as factors, which `Adapter.with_factors` replaces by arrays."""
     active = _active(layer, chosen)
     init = adapter_type(layer, config).init
     shapes = eqx.filter_eval_shape(init, layer, config, active, key=jax.random.key(0))
