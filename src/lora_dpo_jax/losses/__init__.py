@@ -1,4 +1,4 @@
-"""Losses: from the scores of responses to a loss for each example. Nothing here knows of tokens or models."""
+"""Losses: from the scores of responses to a loss for each example. They do not depend on models or token ids."""
 
 from lora_dpo_jax.losses.examples import Examples
 from lora_dpo_jax.losses.interface import Loss
@@ -6,7 +6,7 @@ from lora_dpo_jax.losses.logistic import Dpo, LengthNormalizedDpo
 from lora_dpo_jax.losses.preference import Compared, PreferenceLoss
 from lora_dpo_jax.losses.scores import Scores, TokenScores
 
-# By `loss.type`.
+# The keys are the values of `loss.type`.
 LOSSES: dict[str, type[Loss]] = {
     "sigmoid": Dpo,
     "sigmoid_norm": LengthNormalizedDpo,

@@ -1,4 +1,4 @@
-"""Which responses belong to which example, what is compared with what, and the columns of the data.
+"""Which responses belong to which example, which responses are compared, and the columns of the data.
 
     example                0       1           two examples of a row: a pair, and a ranked list
     response               0 1     2 3 4
@@ -8,7 +8,7 @@
     example_of_comparison  0       1 1 1
     weight                 1       1/3 1/3 1/3
 
-Arrays may have a row axis before these; then each row counts its own slots. Empty slots are -1, or have weight 0.
+Arrays may also have a leading row axis; indices then count slots within the row. Empty slots are -1, or have weight 0.
 """
 
 import equinox as eqx
@@ -21,14 +21,14 @@ from lora_dpo_jax.axes import EXAMPLE, RESPONSE
 
 
 class Examples(eqx.Module):
-    """int32, but for what is said."""
+    """The examples of a row or of a batch. Arrays are int32 unless noted."""
 
     ids: NamedArray  # {..., example}: index in the data
     example_of_response: NamedArray  # {..., response}
-    chosen: NamedArray  # {..., comparison}: the response that is preferred
+    chosen: NamedArray  # {..., comparison}: the preferred response
     rejected: NamedArray  # {..., comparison}
     example_of_comparison: NamedArray  # {..., comparison}
-    weight: NamedArray  # float32 {..., comparison}; those of an example add up to 1 unless the data say otherwise
+    weight: NamedArray  # float32 {..., comparison}; an example's weights add up to 1 unless the data set others
     columns: dict[str, NamedArray] = eqx.field(default_factory=dict)  # float32 {..., example} or {..., response}
 
     @property
@@ -48,45 +48,45 @@ class Examples(eqx.Module):
 
     @property
     def share(self) -> NamedArray:
-        """float32 {..., comparison}: its part of its example's weight. A mean with it counts each example once."""
+        """float32 {..., comparison}: weight / its sum over the example. A mean with it counts each example once."""
         total = self.of_comparisons(self.sum_of_comparisons(self.weight))
         return hax.where(total > 0, self.weight / hax.where(total > 0, total, 1.0), 0.0)
 
     def of_comparisons(self, values: NamedArray) -> NamedArray:
-        """From {..., example} to {..., comparison}."""
+        """The value of each comparison's example: from {..., example} to {..., comparison}."""
         return take(values, EXAMPLE, self.example_of_comparison)
 
     def of_responses(self, values: NamedArray) -> NamedArray:
-        """From {..., example} to {..., response}."""
+        """The value of each response's example: from {..., example} to {..., response}."""
         return take(values, EXAMPLE, self.example_of_response)
 
     def compared(self, values: NamedArray) -> tuple[NamedArray, NamedArray]:
-        """From {..., response}: of the chosen and of the rejected one of each comparison."""
+        """The values of each comparison's chosen and rejected response: from {..., response} to {..., comparison}."""
         return take(values, RESPONSE, self.chosen), take(values, RESPONSE, self.rejected)
 
     def sum_of_comparisons(self, values: NamedArray) -> NamedArray:
-        """From {..., comparison} to {..., example}."""
+        """The sum over each example's comparisons: from {..., comparison} to {..., example}."""
         return add_up(values, self.example_of_comparison, self.ids.resolve_axis(EXAMPLE))
 
     def sum_of_responses(self, values: NamedArray) -> NamedArray:
-        """From {..., response} to {..., example}."""
+        """The sum over each example's responses: from {..., response} to {..., example}."""
         return add_up(values, self.example_of_response, self.ids.resolve_axis(EXAMPLE))
 
 
 def take(values: NamedArray, axis: str, index: NamedArray) -> NamedArray:
-    """values {..., axis} at index {..., slot}, within each row; 0 where the index is negative."""
+    """The values {..., axis} at `index` {..., slot}, within each row; 0 where the index is negative."""
     slots = index.axes[-1]
     values = values.rearrange((*index.axes[:-1], axis))
     if len(index.axes) == 1:
         return hax.where(index >= 0, hax.named(values.array[jnp.maximum(index.array, 0)], slots), 0)
-    # By counting: the gradient of a gather would add up by atomics on a GPU, in no fixed order.
+    # By a sum over a one-hot mask: on a GPU, the gradient of a gather would use atomic additions in no fixed order.
     Axis = values.resolve_axis(axis)
     is_it = index.broadcast_axis(Axis) == hax.arange(Axis)
     return hax.sum(hax.where(is_it, values, 0), axis=Axis).rearrange(index.axes)
 
 
 def add_up(values: NamedArray, index: NamedArray, Axis: hax.Axis) -> NamedArray:
-    """The transpose of `take`: values {..., slot} added up at their index, within each row."""
+    """The transpose of `take`: sums the values {..., slot} that have the same index, within each row."""
     values = values.rearrange(index.axes)
     if len(index.axes) == 1:
         at = jnp.where(index.array >= 0, index.array, Axis.size)

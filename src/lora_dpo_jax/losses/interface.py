@@ -15,11 +15,11 @@ from lora_dpo_jax.objective import ExampleLosses
 
 @dataclass(frozen=True)
 class Loss(draccus.ChoiceRegistry, abc.ABC):
-    """A loss chosen by its `type` in the configuration. What it needs is declared, and everything else left out."""
+    """A loss, chosen by its `type` in the configuration. It declares the inputs that it needs; others are left out."""
 
     beta: float = 0.1  # how strongly the policy is held to the reference, in reward units per nat
 
-    # Whose scores come with `per_token`. A reference of which they are needed is never cached.
+    # Which models' scores include `per_token`. With "both", the reference is never cached.
     per_token: ClassVar[Literal["none", "policy", "both"]] = "none"
     statistics: ClassVar[tuple[str, ...]] = ()  # of the policy's tokens, by their names in log_probs.STATISTICS
     needs_comparisons: ClassVar[bool] = False
@@ -39,7 +39,7 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether the sums over whole responses do not suffice."""
+        """Whether the loss needs scores of single tokens, and not only sums over responses."""
         return self.per_token != "none" or bool(self.statistics)
 
     @property
@@ -47,11 +47,11 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
         return self.needs_reference and self.per_token == "both"
 
     def loss_where_equal(self) -> float | None:
-        """The loss of every example where policy and reference are equal, or None where that is not known."""
+        """The loss of every example if policy and reference are equal, or None if that loss is not known."""
         return None
 
     @abc.abstractmethod
     def __call__(
         self, policy: Scores, reference: Scores | None, examples: Examples, *, are_equal: jax.Array | bool = False
     ) -> ExampleLosses:
-        """`reference` is None where none is needed. `are_equal`: the two are the same model, whatever the rounding."""
+        """`reference` is None if it is not needed. `are_equal`: policy and reference are equal up to rounding."""

@@ -1,4 +1,4 @@
-"""DPO and its like: the log-likelihood of the preferences under a logistic model of the rewards."""
+"""DPO and similar losses: the log-likelihood of the preferences under a logistic model of the rewards."""
 
 import math
 from dataclasses import dataclass

@@ -17,14 +17,14 @@ from lora_dpo_jax.objective import ExampleLosses, Mean
 
 
 class Compared(eqx.Module):
-    """What the policy says of the two responses of each comparison, and what the data say of them."""
+    """One model's scores of the two responses of each comparison, and the data about them."""
 
     chosen: NamedArray  # float32 {..., comparison}: log p(response | prompt) in nats
     rejected: NamedArray
     chosen_tokens: NamedArray  # int32 {..., comparison}
     rejected_tokens: NamedArray
     examples: Examples
-    per_token: TokenScores | None  # where the loss declares `per_token`
+    per_token: TokenScores | None  # if the loss declares `per_token`
 
     @staticmethod
     def of(scores: Scores, examples: Examples) -> "Compared":
@@ -32,22 +32,22 @@ class Compared(eqx.Module):
         return Compared(chosen, rejected, *examples.compared(scores.tokens), examples, scores.per_token)
 
     def column(self, name: str) -> NamedArray:
-        """A column with one number an example: float32 {..., comparison}."""
+        """A column with one number per example: the number of each comparison's example, float32 {..., comparison}."""
         return self.examples.of_comparisons(self.examples.columns[name])
 
     def columns(self, name: str) -> tuple[NamedArray, NamedArray]:
-        """A column with one number a response: of the chosen and of the rejected ones, float32 {..., comparison}."""
+        """A column with one number per response: those of chosen and rejected responses, float32 {..., comparison}."""
         return self.examples.compared(self.examples.columns[name])
 
 
 @dataclass(frozen=True)
 class PreferenceLoss(Loss):
-    """A loss of each comparison. An example's loss is the sum over its comparisons, by their weights."""
+    """A loss of each comparison. An example's loss is the weighted sum over its comparisons."""
 
-    reference_free: bool = False  # a uniform reference: its log-ratio of chosen to rejected counts as zero
+    reference_free: bool = False  # assume a uniform reference, whose log-ratio of chosen to rejected is zero
 
     needs_comparisons = True
-    name: ClassVar[str | None] = None  # in the metric `<name>_loss`; None: that of its `type`
+    name: ClassVar[str | None] = None  # of the metric `<name>_loss`; None: the loss's `type`
 
     @property
     def needs_reference(self) -> bool:
@@ -91,11 +91,11 @@ def preference_metrics(
     *,
     are_equal: jax.Array | bool = False,
 ) -> dict[str, NamedArray]:
-    """By their names, {..., comparison}; rewards are beta * log(policy / reference).
+    """Metrics by name, {..., comparison}. Rewards are beta * log(policy / reference).
 
-    `dpo_accuracy` counts a tie as half, so that it is 0.5 where policy and reference are equal;
-    `rewards/accuracies` counts it as wrong, as TRL does. `are_equal` says that the two are the same model: margins are
-    then the rounding of two programs, and no pair is won.
+    `dpo_accuracy` counts a tie as half, so that it is 0.5 if policy and reference are equal; `rewards/accuracies`
+    counts it as wrong, as TRL does. `are_equal`: policy and reference are the same model. Margins are then only
+    rounding differences between two programs, and every comparison is a tie.
     """
     margin = chosen_reward - rejected_reward
     one_model: Any = jnp.asarray(are_equal)

@@ -1,4 +1,4 @@
-"""What one model says of responses."""
+"""The scores of responses under one model."""
 
 import equinox as eqx
 from haliax import NamedArray
@@ -8,19 +8,19 @@ from lora_dpo_jax.losses.examples import Examples, add_up, take
 
 
 class TokenScores(eqx.Module):
-    """Of each token of each response, in slots; several responses share a row."""
+    """The scores of each token of each response, in slots; several responses share a row."""
 
     log_probs: NamedArray  # float32 {..., target}, in nats; 0 in an empty slot
     response: NamedArray  # int32 {..., target}: which response the token belongs to; -1 in an empty slot
-    index: NamedArray  # int32 {..., target}: which token of its response it is, from 0
-    statistics: dict[str, NamedArray] = eqx.field(default_factory=dict)  # float32 {..., target}; no gradient flows
+    index: NamedArray  # int32 {..., target}: the token's index in its response, from 0
+    statistics: dict[str, NamedArray] = eqx.field(default_factory=dict)  # float32 {..., target}, without gradient
 
     def summed(self, values: NamedArray, examples: Examples) -> NamedArray:
-        """Over the tokens of each response: from {..., target} to {..., response}."""
+        """The sum over the tokens of each response: from {..., target} to {..., response}."""
         return add_up(values, self.response, examples.example_of_response.resolve_axis(RESPONSE))
 
     def of_tokens(self, values: NamedArray) -> NamedArray:
-        """From {..., response} to {..., target}."""
+        """The value of each token's response: from {..., response} to {..., target}."""
         return take(values, RESPONSE, self.response)
 
 
@@ -30,4 +30,4 @@ class Scores(eqx.Module):
     log_probs: NamedArray  # float32 {..., response}
     tokens: NamedArray  # int32 {..., response}
     per_token: TokenScores | None = None  # where the loss asks for it
-    auxiliary: dict[str, NamedArray] = eqx.field(default_factory=dict)  # what the layers report for a loss, by name
+    auxiliary: dict[str, NamedArray] = eqx.field(default_factory=dict)  # values that layers report for a loss, by name
