@@ -365,7 +365,7 @@ def test_a_name_that_others_use_leads_to_the_setting(told, name):
             ["--data.components.old.source.type", "hf"],
             "data.components.old.source.train_urls is a setting of type url alone, and the type here is another",
         ),
-        (["--lora.target_modules", "all-linear"], "in PEFT, this means every linear layer; here, leave it out or set null"),
+        (["--lora.target_modules", "all-linear"], "PEFT reads this as every linear layer; here, leave it out"),
         (
             ["--lora.target_modules", "q_proj,v_proj"],
             "lora.target_modules='q_proj,v_proj': a text is a regular expression for whole paths; for a list of names "

@@ -50,7 +50,7 @@ class LoraConfig:
 
 def _check_pattern(setting: str, pattern: str) -> None:
     if pattern == "all-linear":
-        raise ValueError(f"{setting}={pattern!r}: in PEFT, this means every linear layer; here, leave it out or set null")
+        raise ValueError(f"{setting}={pattern!r}: PEFT reads this as every linear layer; here, leave it out")
     names = [name.strip() for name in pattern.split(",")]
     if len(names) > 1 and all(re.fullmatch(r"[\w.]*", name) for name in names):  # no path has a comma
         raise ValueError(
