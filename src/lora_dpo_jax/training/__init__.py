@@ -1,1 +1,1 @@
-"""The training loop and what it is made of; it knows nothing of preference pairs or of DPO."""
+"""The training loop, the train step and the optimizer. They do not depend on the loss."""

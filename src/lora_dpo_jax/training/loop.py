@@ -1,4 +1,4 @@
-"""The training loop. It knows steps, metrics and hooks, and nothing of models, losses or data."""
+"""The training loop. It handles steps, metrics and hooks, and does not depend on models, losses or data."""
 
 import logging
 import math
@@ -31,24 +31,24 @@ logger = logging.getLogger("lora_dpo_jax")
 S = TypeVar("S")
 COUNTS = ("pairs", "tokens", "flops")  # metrics of a step that are logged as rates
 MOST_STEPS = 2**31 - 1  # the optimizer counts them in int32
-LONGEST_ID = 200  # bytes; a file name may have 255, and the writers of checkpoints add to it
-METRICS_LAG = 1  # steps dispatched before the metrics of one are fetched, so that the device never waits for the host
+LONGEST_ID = 200  # bytes; a file name may have 255, and the writers of checkpoints append to the id
+METRICS_LAG = 1  # later steps dispatched before a step's metrics are fetched: the device never waits for the host
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How long, how fast and where a run runs; names are Levanter's where it has one."""
+    """The length, the batches, the devices and the folders of a run. Names are those of Levanter if it has one."""
 
     num_train_steps: int | None = None  # updates
-    num_train_epochs: float | None = None  # the other way to say how long; 1 if neither is given
+    num_train_epochs: float | None = None  # the length of the run in epochs instead of steps; 1 if neither is given
     train_batch_size: int = 32  # pairs per update
-    # What becomes of the pairs at the end of an epoch that make no whole batch. short: they are a batch of their own,
-    # as in transformers and TRL. fill: the next epoch fills it up. null: short, unless num_train_steps is given.
+    # How to use the last pairs of an epoch if they do not fill a batch. short: they form a smaller batch, as in
+    # transformers and TRL. fill: the next epoch fills the batch. null: short, or fill if num_train_steps is given.
     last_batch: Literal["short", "fill"] | None = None
-    # What a device computes at once, in pairs of the longest length; -1 is what makes up 16,384 tokens. Less uses less
-    # memory: the gradients of the rest are accumulated.
+    # How many pairs of the longest length a device computes at once; -1 means as many as have 16,384 tokens. A smaller
+    # number uses less memory, because gradients are accumulated over micro-batches.
     per_device_parallelism: int = -1
-    per_device_eval_parallelism: int = -1  # likewise in evaluation; -1 takes that of training, or 8
+    per_device_eval_parallelism: int = -1  # likewise in evaluation; -1 takes the number of training, or 8 if that is -1
     steps_per_eval: int | None = None  # null: evaluate before the first and after the last step only
     eval_at_start: bool = True  # evaluate before the first step
     log_every: int = 1  # steps
@@ -62,15 +62,15 @@ class TrainerConfig:
     # The run's folder in log_dir; null generates a name. A run with the id of an earlier one resumes it.
     id: str | None = None
     checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
-    load_checkpoint: bool | None = None  # null: go on from a checkpoint if there is one; true: there must be one
-    # A step whose loss or gradient is not finite makes no update. stop: the run ends there. skip: it continues, until
-    # more than max_skips_in_a_row come one after the other.
+    load_checkpoint: bool | None = None  # null: resume from a checkpoint if one exists. true: one must exist
+    # A step whose loss or gradient is not finite makes no update. stop: the run ends there. skip: the run continues,
+    # unless more than max_skips_in_a_row such steps are consecutive.
     non_finite: Literal["stop", "skip"] = "stop"
-    max_skips_in_a_row: int = 10  # with skip: more of them end the run
-    # How long the run waits for its input, its devices or a hook before the log says so; null: it never does.
+    max_skips_in_a_row: int = 10  # with skip: more consecutive steps without an update end the run
+    # How long the run waits for its input, its devices or a hook before the log reports it; null never reports it.
     stall_seconds: float | None = 120.0
-    # Where compiled programs are kept for the next run, a folder or a URL; null: JAX's own setting
-    # ($JAX_COMPILATION_CACHE_DIR), or `programs` where the run keeps its other caches.
+    # Where compiled programs are kept for the next run: a folder or a URL. null: JAX's own setting
+    # ($JAX_COMPILATION_CACHE_DIR), or `programs` in the folder of the run's other caches.
     jax_compilation_cache_dir: str | None = None
 
     def __post_init__(self):
@@ -96,31 +96,31 @@ class TrainerConfig:
         if self.mp is not None:
             self.precision  # noqa: B018  (raises if it cannot be parsed)
         if self.id is not None:
-            _refuse_bad_id(self.id)
+            _check_id(self.id)
         if is_url(self.log_dir):
             raise ValueError(
-                f"trainer.log_dir={self.log_dir!r} must be a folder of this machine; checkpoints alone go to a bucket, "
-                "by trainer.checkpointer.base_path"
+                f"trainer.log_dir={self.log_dir!r} must be a folder of this machine; only checkpoints can go to a "
+                "bucket: set trainer.checkpointer.base_path"
             )
         check_trackers(self.tracker)
 
     @property
     def precision(self) -> jmp.Policy:
         """Dtypes of adapters (param) and of computation (compute)."""
-        # The backend is asked only if it must be: its devices are not there before the processes of a run have met.
+        # Asks for the backend only if needed: it has no devices before the processes of a run are connected.
         return self.precision_on("" if self.mp else jax.default_backend())
 
     def precision_on(self, platform: str) -> jmp.Policy:
-        """The same on devices of a platform (cpu, gpu, tpu), which need not be here."""
+        """The same for devices of a platform (cpu, gpu, tpu), which this machine may lack."""
         return precision_of("trainer.mp", self.mp or ("f32" if platform == "cpu" else "p=f32,c=bfloat16"))
 
     @property
     def has_short_batches(self) -> bool:
-        """Whether an epoch ends with the pairs that are left, however few."""
+        """Whether the last batch of an epoch holds the remaining pairs, however few."""
         return self.last_batch == "short" or (self.last_batch is None and self.num_train_steps is None)
 
     def steps(self, num_pairs: int) -> int:
-        """How many updates the run makes, if an epoch has so many pairs."""
+        """The number of steps of the run, if an epoch has `num_pairs` pairs."""
         if self.num_train_steps is not None:
             return self.num_train_steps
         epochs = self.num_train_epochs or 1
@@ -129,15 +129,15 @@ class TrainerConfig:
         return math.ceil(epochs * num_pairs / self.train_batch_size)
 
     def run_id(self) -> str:
-        """The same on all processes, each of which must call this."""
+        """The id of the run, the same on all processes. All of them must call this."""
         return from_first_process(self.id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
 
     def run_dir(self, run_id: str) -> Path:
         return Path(self.log_dir).expanduser() / run_id
 
 
-def _refuse_bad_id(name: str) -> None:
-    """The id is the name of one folder, in log_dir and perhaps in a bucket."""
+def _check_id(name: str) -> None:
+    """Raises ValueError unless the id can be the name of one folder, in log_dir and perhaps in a bucket."""
     if name in (".", "..") or set(name) & set("/\\") or not name.isprintable() or name != name.strip():
         raise ValueError(f"trainer.id={name!r} must be the name of one folder in trainer.log_dir, without slashes")
     if len(name.encode()) > LONGEST_ID:
@@ -148,7 +148,7 @@ def _refuse_bad_id(name: str) -> None:
 
 @dataclass(frozen=True)
 class StepInfo(Generic[S]):
-    """What a hook sees: the state after `step` updates."""
+    """The argument of a hook: the state after `step` steps."""
 
     step: int
     state: S
@@ -156,10 +156,10 @@ class StepInfo(Generic[S]):
 
 @dataclass(frozen=True)
 class Hook:
-    """Calls `function` before the first step if `at_start`, after every `every` steps, and after the last one.
+    """Calls `function` before the first step if `at_start`, after every `every` steps, and after the last if `at_end`.
 
-    Also after the steps of which `when` says so; it is asked at most once a step. A run that was asked to stop calls
-    those hooks alone that are meant for it, `at_stop`.
+    Also after each step for which `when` returns true; `when` is called at most once per step. A run that is asked to
+    stop calls only the hooks with `at_stop`.
     """
 
     function: Callable[[StepInfo], None]
@@ -179,7 +179,7 @@ class Hook:
 
 
 class NonFiniteLossError(RuntimeError):
-    """Training stopped as a loss or gradient was not a number; the message names the step and what was in its batch."""
+    """Training stopped because a loss or gradient was not finite. The message names the step and its examples."""
 
 
 def train(
@@ -200,14 +200,14 @@ def train(
 ) -> S:
     """Runs `step_fn` over `batches` and returns the last state. Raises ValueError if there are too few batches.
 
-    A resumed run has a state after `first_step` updates, and `batches` of the steps from there on. It begins with
-    the hooks that are due after so many steps: they may not have come to an end before.
+    A resumed run passes the state after `first_step` steps, and the `batches` of the steps that follow. It first calls
+    the hooks that are due after `first_step` steps: the earlier run may have stopped before these hooks finished.
 
-    The metrics of a step (their `values`: scalars by name) are fetched after the next step is on its way.
-    `check(step, metrics, values)` sees those of every step and may raise. `mfu` is logged if the devices' `peak_flops`
-    (FLOP/s) are given. How long the first step was in coming is counted from `began` (of time.perf_counter), or from
-    this call. When `stop`, asked after each step but the last, names a signal, hooks that are `at_stop` are called and
-    StoppedBySignalError is raised. `stalls` learns what the loop waits for.
+    The metrics of a step (their `values`: scalars by name) are fetched after the next step is dispatched.
+    `check(step, metrics, values)` gets those of every step and may raise. `mfu` is logged if the devices' `peak_flops`
+    (FLOP/s) are given. The time to the first step is measured from `began` (of time.perf_counter), or from this call.
+    `stop` is called after each step but the last. If it returns a signal, the hooks with `at_stop` are called and
+    StoppedBySignalError is raised. `stalls` records what the loop waits for.
     """
     began = time.perf_counter() if began is None else began
     pending: deque[tuple[int, Any]] = deque()
@@ -260,7 +260,7 @@ def _run(hooks: Sequence[Hook], info: StepInfo, stalls: StallMonitor) -> None:
 
 
 class _MetricsLog:
-    """Fetches metrics, adds rates, and hands them to tracker and progress bar."""
+    """Fetches metrics, adds rates, and passes them to tracker and progress bar."""
 
     def __init__(
         self,
@@ -305,7 +305,7 @@ class _MetricsLog:
 
 
 class _PausedClock:
-    """Time spent inside does not count as training."""
+    """A context whose time does not count in the rates."""
 
     def __init__(self, log: _MetricsLog):
         self.log = log

@@ -1,4 +1,4 @@
-"""AdamW with warmup, decay and clipping: the steps that torch and transformers take from the same settings."""
+"""AdamW with warmup, decay and clipping. It makes the same updates as torch and transformers with the same settings."""
 
 import math
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from lora_dpo_jax.settings.choices import check_choices
 class OptimizerConfig:
     """torch.optim.AdamW under a transformers schedule, after torch's clip_grad_norm_.
 
-    `warmup` below 1 is a fraction of the run, rounded up to whole steps as transformers does; from 1 on it is a count
-    of steps, which may exceed the run: the rate then rises to the end of it.
+    `warmup` below 1 is a fraction of the run, rounded up to whole steps as in transformers. From 1 on it is a number of
+    steps. If this number exceeds the run, the rate rises until the end of the run.
     """
 
     learning_rate: float = 5e-6  # the peak; as in TRL's and Levanter's LoRA-DPO examples
-    weight_decay: float = 0.0  # decoupled: each step shrinks every adapter by learning rate * this
-    beta1: float = 0.9  # of the mean of gradients
-    beta2: float = 0.999  # of the mean of their squares
-    epsilon: float = 1e-8  # added to the root of that mean
-    max_grad_norm: float | None = 1.0  # over all adapters together; null or 0 does not clip
+    weight_decay: float = 0.0  # decoupled: each step shrinks every adapter by learning_rate * weight_decay
+    beta1: float = 0.9  # decay of the running mean of gradients
+    beta2: float = 0.999  # decay of the running mean of squared gradients
+    epsilon: float = 1e-8  # added to the root of the mean of squared gradients
+    max_grad_norm: float | None = 1.0  # clips the gradient's norm over all adapters; null or 0 does not clip
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls after the warmup
     warmup: int | float = 0  # below 1 a fraction of the run, from 1 on a number of steps
-    min_lr_ratio: float = 0.0  # where linear and cosine end, as a share of learning_rate; 0 is transformers' own
+    min_lr_ratio: float = 0.0  # final rate of linear and cosine, as a fraction of learning_rate; 0 in transformers
 
     def __post_init__(self):
         _require(0 <= self.learning_rate < math.inf, "learning_rate", self.learning_rate, "at least 0, and finite")
@@ -50,8 +50,8 @@ class OptimizerConfig:
     def schedule(self, num_train_steps: int) -> optax.Schedule:
         """The learning rate of update `step`, counted from 0, as a float32 scalar.
 
-        Update 0 of a warmup has rate 0, so it moves nothing, and the peak comes at update `warmup_steps`: that is
-        transformers' count.
+        As in transformers, update 0 of a warmup has rate 0 and changes nothing, and update `warmup_steps` has the peak
+        rate.
         """
         warmup_steps = self.warmup_steps(num_train_steps)
         decay_steps = max(1, num_train_steps - warmup_steps)
@@ -69,8 +69,8 @@ class OptimizerConfig:
     def build(self, num_train_steps: int) -> optax.GradientTransformation:
         """Clipping, then AdamW. Its state is float32 whatever the dtype of the adapters.
 
-        `update` needs the adapters. Gradients that are not finite reach the adapters, as in torch: stopping is up to
-        the caller.
+        Its `update` needs the adapters as an argument. As in torch, gradients that are not finite reach the adapters:
+        the caller must check for them.
         """
         adamw = optax.adamw(
             self.schedule(num_train_steps),
@@ -97,7 +97,7 @@ def _require(holds: bool, field: str, found, needed: str) -> None:
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """torch.nn.utils.clip_grad_norm_, with its 1e-6 in the denominator, which optax's own does not have."""
+    """torch.nn.utils.clip_grad_norm_, with its 1e-6 in the denominator, which optax's clipping lacks."""
 
     def clip(updates, params=None):
         del params
@@ -108,7 +108,7 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Run `inner` on float32 copies; its updates come back in the dtype of the params, which must not change."""
+    """Runs `inner` on float32 copies. Returns its updates in the dtype of the params, which must not change."""
 
     def init(params):
         return inner.init(_astype_float32(params))

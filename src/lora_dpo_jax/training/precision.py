@@ -1,4 +1,4 @@
-"""Dtypes by their names."""
+"""From the names of dtypes to a precision policy."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ import jmp
 def precision_of(setting: str, text: str) -> jmp.Policy:
     """Dtypes of parameters and of computation, from f32, bf16 or p=f32,c=bfloat16.
 
-    Raises ValueError that names the setting, for float64 too unless JAX is set to compute in it.
+    Raises ValueError that names the setting; also for float64, unless JAX_ENABLE_X64 is set.
     """
-    if "half" in text:  # it depends on the devices, and asking for them here would be too early
+    if "half" in text:  # half depends on the devices, and it is too early to ask for them
         raise ValueError(f"{setting}={text!r}: half is float16 or bfloat16; name one of them")
     try:
         policy = jmp.get_policy(text)

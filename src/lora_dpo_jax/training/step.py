@@ -22,37 +22,37 @@ Batch = PreferenceBatch | tuple[PreferenceBatch, ...]  # the parts of a step, of
 
 
 class TrainState(eqx.Module):
-    """What a step takes and gives. Of `model`, only the adapters change; the weights stay the same arrays."""
+    """The input and output of a step. In `model`, only the adapters change; the weights stay the same arrays."""
 
     step: jax.Array  # int32: steps so far
-    skipped: jax.Array  # int32: those among them whose update was not made, as a number was not finite
+    skipped: jax.Array  # int32: steps so far without an update, because a number was not finite
     model: CausalLM
     opt_state: optax.OptState
     key: jax.Array  # for dropout
-    # The reference's own adapters (a tree like `model`, None at weights); None: the reference is the bare base.
+    # The reference's adapters (a tree like `model`, with None for weights). None: the reference is the base alone.
     reference: Any = None
 
     @staticmethod
     def init(model: CausalLM, optimizer: optax.GradientTransformation, *, key, reference: Any = None) -> "TrainState":
-        """`model` has adapters already. `reference`: see `lora.frozen_copy`."""
+        """The state before the first step. `model` must have adapters. `reference`: see `lora.frozen_copy`."""
         adapters = eqx.filter(model, trainable_filter(model))
-        none, no_skips = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two, as both are donated
+        none, no_skips = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two arrays: both are donated
         return TrainState(none, no_skips, model, optimizer.init(adapters), key, reference)
 
     @property
     def trained(self) -> dict[str, Any]:
-        """All that steps change: with the seed and the weights, it is what a run needs to go on."""
+        """Everything that steps change. A run can resume from it, with the seed and the weights."""
         adapters = eqx.filter(self.model, trainable_filter(self.model))
         return {"step": self.step, "skipped": self.skipped, "adapters": adapters, "optimizer": self.opt_state}
 
     def with_trained(self, trained: dict[str, Any]) -> "TrainState":
-        """The state of which `trained` is the trained part; the rest is this one's."""
+        """This state with `trained` in place of its trained part."""
         model = eqx.combine(trained["adapters"], self.model)
         return TrainState(trained["step"], trained["skipped"], model, trained["optimizer"], self.key, self.reference)
 
 
 class StepMetrics(eqx.Module):
-    """Scalars by name, and for each part of the batch the loss of each example, for telling which one went wrong."""
+    """Scalars by name, and the loss of each example, by part of the batch, to find an example that went wrong."""
 
     values: dict[str, jax.Array]
     example_losses: tuple[NamedArray, ...]  # {micro, row, example}
@@ -60,7 +60,7 @@ class StepMetrics(eqx.Module):
 
 
 class Accumulated(eqx.Module):
-    """What a batch comes to."""
+    """The gradients, loss and metrics of a whole batch."""
 
     gradients: Any  # of the mean loss over all examples, with respect to the adapters: a tree like the model
     loss: jax.Array  # the mean over all examples
@@ -71,9 +71,9 @@ class Accumulated(eqx.Module):
 class TrainStep:
     """`state, metrics = step(state, batch)`, compiled once per shape of batch.
 
-    A batch is one PreferenceBatch, or several of different shapes whose examples count together. The adapters and the
-    optimizer state are donated: use the returned state. The loss is the mean over the examples of the batch. Where
-    the loss or a gradient is not finite, the update is not made and counts as skipped; schedules go by those made.
+    A batch is one PreferenceBatch, or several of different shapes. The loss is the mean over all examples of the batch.
+    The adapters and the optimizer state are donated: use the returned state. If the loss or a gradient is not finite,
+    the step makes no update and counts as skipped. Schedules count only updates that were made.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class TrainStep:
     ):
         """`schedule` is only for the metric `learning_rate`; `scope`: see `sharding.Placement.scope`."""
         self.objective, self.optimizer, self.schedule, self.scope = objective, optimizer, schedule, scope
-        self._compiled: Any = None  # made when it is known where the state lies
+        self._compiled: Any = None  # compiled at the first call, which shows the sharding of the state
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         moving, frozen = self._split(state)
@@ -96,7 +96,7 @@ class TrainStep:
         return TrainState(step, skipped, model, opt_state, state.key, state.reference), metrics
 
     def lower(self, state: TrainState, batch: Batch):
-        """The lowered step, to compile and ask for its memory and cost; arrays may be ShapeDtypeStructs."""
+        """The lowered step, for compiling it and reading its memory and cost. Arrays may be ShapeDtypeStructs."""
         moving, frozen = self._split(state)
         with self.scope():
             return self._program(moving).lower(moving, frozen, _parts(batch))
@@ -106,7 +106,7 @@ class TrainStep:
         return 0 if self._compiled is None else self._compiled._cache_size()
 
     def _program(self, moving: tuple) -> Any:
-        """Gives the state back split over the mesh as it was: to JAX any other spelling is another program."""
+        """The jitted update. It returns the state with unchanged shardings: others would make JAX compile it again."""
         if self._compiled is None:
             self._compiled = jax.jit(
                 self._update, donate_argnums=0, out_shardings=(jax.tree.map(_mesh_sharding, moving), None)
@@ -142,7 +142,7 @@ class TrainStep:
 def accumulate(objective: Objective, model: CausalLM, reference: Any, batch: Batch, *, key) -> Accumulated:
     """Gradients, loss and metrics of a whole batch, one micro-batch after the other; for use under `jax.jit`.
 
-    `reference` is that of the state. `key`, for dropout, is the same for all micro-batches, or None.
+    `reference` is that of the train state. `key`, for dropout, is the same for all micro-batches, or None.
     """
     parts = _parts(batch)
     adapters, weights = eqx.partition(model, trainable_filter(model))
@@ -164,7 +164,7 @@ def accumulate(objective: Objective, model: CausalLM, reference: Any, batch: Bat
             return gradients, total, metrics, example_losses.updated_slice({MICRO: index}, losses.loss)
 
         start = (*totals, hax.zeros_like(part.examples.ids, dtype=jnp.float32))
-        # Micro-batches that this step does not fill cost nothing.
+        # Empty micro-batches cost nothing.
         used = part.num_used_micro_batches
         if part.num_micro_batches > 1:
             return jax.lax.fori_loop(0, used, add_micro_batch, start)
@@ -184,7 +184,7 @@ def accumulate(objective: Objective, model: CausalLM, reference: Any, batch: Bat
 
 
 def micro_batches(batch: Batch) -> Iterator[PreferenceBatch]:
-    """All micro-batches of a batch but empty ones. Not for use under `jax.jit`, where `accumulate` is."""
+    """All micro-batches of a batch that hold examples. Not for use under `jax.jit`; use `accumulate` there."""
     for part in _parts(batch):
         for index in range(int(part.num_used_micro_batches)):
             yield part.micro_batch(index)
@@ -195,7 +195,7 @@ def _parts(batch: Batch) -> tuple[PreferenceBatch, ...]:
 
 
 class _Frozen(eqx.Module):
-    """What a step reads and never writes."""
+    """The part of the state that a step reads but does not change."""
 
     model: Any  # its weights
     reference: Any
@@ -203,15 +203,15 @@ class _Frozen(eqx.Module):
 
 
 def _mesh_sharding(array: Any) -> NamedSharding | None:
-    """None off a mesh, where arrays stay on the device that they are on."""
+    """The array's sharding on a mesh. None without a mesh: the array then stays on its device."""
     sharding = getattr(array, "sharding", None)  # a tracer has none
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def _counts(parts: tuple[PreferenceBatch, ...]) -> dict[str, jax.Array]:
-    """What the batch holds: `tokens` count a prompt once for each response; `padding_fraction` is of the rows computed.
+    """Counts of a batch. `tokens` counts a prompt once for each response; `padding_fraction` is of the computed rows.
 
-    `pairs` are comparisons. Where these are not the examples, `examples` are counted too.
+    `pairs` counts comparisons. If some examples are not pairs, `examples` counts the examples too.
     """
     num_tokens: Any = 0
     in_sequences: Any = 0
