@@ -1,4 +1,4 @@
-"""Completions: chat template, key-value cache, greedy and sampled."""
+"""Completions with a chat template and a key-value cache, greedy or sampled."""
 
 import json
 import logging
@@ -30,13 +30,13 @@ PROMPT_BLOCK = 64
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How to choose tokens, under transformers' names and with its meanings."""
+    """How to choose tokens. Names and meanings are those of transformers."""
 
     max_new_tokens: int = 128  # tokens of a completion, at most
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0  # sample among the fewest tokens whose probabilities add up to this
-    top_k: int | None = None  # sample among this many tokens, or more if the last of them ties; before top_p
-    seed: int = 0  # of the samples
+    top_k: int | None = None  # sample among this many likeliest tokens, or more if the last of them ties; before top_p
+    seed: int = 0  # of the sampling
     batch_size: int = 8  # prompts computed together; bounds memory
 
     def __post_init__(self):
@@ -72,9 +72,9 @@ def complete(
 ) -> list[str]:
     """The completion of each prompt, without special tokens.
 
-    A list of messages goes through the tokenizer's chat template, with `template_kwargs`; so does a string, as the only
-    user message, if there is a template and `chat` is true; any other string is raw text. `stop_ids` end a completion
-    as the tokenizer's own end of sequence does. `origins` say where each prompt stands, for errors.
+    The tokenizer's chat template renders a list of messages, with `template_kwargs`. It also renders a string, as the
+    only user message, if there is a template and `chat` is true. Any other string is raw text. A completion ends at one
+    of `stop_ids` or at the tokenizer's end-of-sequence token. `origins` name the prompts in errors.
     """
     token_ids = encode_prompts(tokenizer, prompts, chat=chat, origins=origins, **template_kwargs)
     stop_ids = {*stop_ids} | ({tokenizer.eos_token_id} - {None})
@@ -90,7 +90,7 @@ def encode_prompts(
     origins: Sequence[str] | None = None,
     **template_kwargs: Any,
 ) -> list[list[int]]:
-    """The tokens of each prompt; see `complete`. ValueError says which one cannot be."""
+    """The tokens of each prompt; see `complete`. Raises ValueError that names the first prompt with an error."""
     token_ids = []
     for index, prompt in enumerate(prompts):
         try:
@@ -103,8 +103,8 @@ def encode_prompts(
 def encode_prompt(
     tokenizer: Any, prompt: str | Sequence[Message], *, chat: bool = True, **template_kwargs: Any
 ) -> list[int]:
-    """The tokens that a completion continues; see `complete`. ValueError if the tokenizer or its template cannot."""
-    _refuse_surrogates(prompt)
+    """The tokens of one prompt; see `complete`. Raises ValueError if the prompt cannot be encoded."""
+    _check_surrogates(prompt)
     has_template = bool(tokenizer.chat_template or template_kwargs.get("chat_template"))
     if isinstance(prompt, str):
         if not (chat and has_template):
@@ -117,11 +117,11 @@ def encode_prompt(
         return tokenizer.apply_chat_template(list(prompt), tokenize=True, return_dict=False, **template_kwargs)
     except TemplateSyntaxError as error:
         raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
-    except Exception as error:  # a template is a program: what it raises over odd messages has no one type
+    except Exception as error:  # a template is a program, and may raise any type for odd messages
         raise ValueError(f"the chat template refuses it: {error}") from error
 
 
-def _refuse_surrogates(prompt: str | Sequence[Message]) -> None:
+def _check_surrogates(prompt: str | Sequence[Message]) -> None:
     try:
         json.dumps(prompt, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
@@ -130,15 +130,15 @@ def _refuse_surrogates(prompt: str | Sequence[Message]) -> None:
 
 def _encode_text(tokenizer: Any, text: str) -> list[int]:
     ids = tokenizer(text)["input_ids"]
-    # Some tokenizers end every text, which is not what a text to go on from needs.
+    # Some tokenizers add the end-of-sequence token to every text, but a prompt must not end.
     ended = tokenizer.eos_token and ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
     return ids[:-1] if ended and len(ids) > 1 else ids
 
 
 def read_stop_ids(folder: Path) -> frozenset[int]:
-    """What ends a completion according to `generation_config.json`, or to `config.json` where there is none.
+    """The token ids that end a completion: from `generation_config.json`, or from `config.json` if that is absent.
 
-    ValueError names the file if that is no token id, nor a list of them.
+    Raises ValueError that names the file if `eos_token_id` is no token id, no list of these and not null.
     """
     for name in ("generation_config.json", "config.json"):
         if (folder / name).exists():
@@ -155,16 +155,16 @@ def _is_ids(value: Any) -> bool:
 def generate(
     model: CausalLM, prompts: Sequence[Sequence[int]], config: GenerationConfig, *, stop_ids: Collection[int]
 ) -> list[list[int]]:
-    """The new tokens of each prompt, up to and without the first of `stop_ids`.
+    """The new tokens of each prompt, up to the first of `stop_ids` but without it.
 
-    A prompt's completion depends on its index and the seed, not on the other prompts nor on `batch_size`.
+    A prompt's completion depends on its index and the seed, not on the other prompts or on `batch_size`.
     """
     _check_prompts(model, prompts, config)
     stop_ids = frozenset(stop_ids)
     stop_array = np.array(sorted(stop_ids), dtype=np.int32)
-    # The seed is data, not program: another one compiles nothing anew.
+    # The seed is an input of the compiled program, so that another seed does not compile it again.
     program, seed = replace(config, seed=0), np.array(config.seed, dtype=np.uint32)
-    # `dynamic` rotary scaling follows the longest sequence of a batch, so there each must have its own.
+    # `dynamic` rotary scaling depends on the longest sequence of a batch, so each prompt then needs its own batch.
     batch_size = 1 if model.config.rope.type == "dynamic" else config.batch_size
     completions: list[list[int]] = []
     for batch in _batches(prompts, batch_size):
@@ -174,9 +174,9 @@ def generate(
 
 
 class _PromptBatch(eqx.Module):
-    """Prompts padded on the right, as NumPy arrays: each process of a run gives its own copy.
+    """Prompts padded on the right, as NumPy arrays: each process of a run passes its own copy.
 
-    The last batch may end in fillers, which stop at once, so that it has the shape that is compiled already.
+    Filler rows may complete the last batch, so that its shape is already compiled. They stop at once.
     """
 
     ids: Any  # int32[row, position]
@@ -199,24 +199,24 @@ def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[_Pro
 
 
 class _Decoding(eqx.Module):
-    """The state between two new tokens."""
+    """The state of decoding between two new tokens."""
 
     num_new: Array  # int32 scalar
     new_ids: Array  # int32[row, new], of which `num_new` columns are known
     done: Array  # bool[row]
-    cache: Any  # of the keys and values so far
+    cache: Any  # the keys and values so far
 
 
 @eqx.filter_jit
 def _generate_batch(model: CausalLM, batch: _PromptBatch, seed: Any, stop_ids: Any, config: GenerationConfig) -> Array:
-    """int32[row, max_new_tokens]; what follows a stop token is undefined."""
+    """The new tokens, int32[row, max_new_tokens]; tokens after a stop token are undefined."""
     num_rows, prompt_slots = batch.ids.shape
     Row, Slots = Axis(COMPLETION, num_rows), Axis(KEY_POSITION, prompt_slots + config.max_new_tokens)
     key_positions = _key_positions(batch.lengths, prompt_slots, Slots.size)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch.indices)
 
     def forward(ids, positions, slot, cache, read_at) -> tuple[Array, Any]:
-        """float32[row, vocab] at column `read_at` of each row."""
+        """Logits float32[row, vocab] at column `read_at` of each row, and the new cache."""
         Pos = Axis(POSITION, ids.shape[1])
         position_ids = hax.named(positions, (Row, Pos))
         mask = CachedMask(position_ids, hax.named(key_positions, (Row, Slots)))
@@ -231,7 +231,7 @@ def _generate_batch(model: CausalLM, batch: _PromptBatch, seed: Any, stop_ids: A
         stopped = (ids[:, None] == stop_ids[None, :]).any(axis=1)
         return _Decoding(state.num_new + 1, new_ids, state.done | stopped, cache)
 
-    def go_on(state: _Decoding) -> Array:
+    def must_continue(state: _Decoding) -> Array:
         return (state.num_new < config.max_new_tokens) & ~state.done.all()
 
     def decode(state: _Decoding) -> _Decoding:
@@ -247,21 +247,21 @@ def _generate_batch(model: CausalLM, batch: _PromptBatch, seed: Any, stop_ids: A
     positions = jnp.minimum(jnp.arange(prompt_slots)[None, :], batch.lengths[:, None] - 1)
     logits, cache = forward(batch.ids, positions, jnp.int32(0), cache, batch.lengths - 1)
     state = step(_Decoding(jnp.int32(0), new_ids, batch.is_filler, cache), logits, cache)
-    return jax.lax.while_loop(go_on, decode, state).new_ids
+    return jax.lax.while_loop(must_continue, decode, state).new_ids
 
 
 def _key_positions(lengths: Array, prompt_slots: int, slots: int) -> Array:
     """int32[row, slot]: the position of the key in each slot, negative where a prompt is padded.
 
-    New tokens go to the slots after the padding and to the positions after the prompt. Those not yet written are hidden
-    by causality: they lie after every query.
+    New tokens go to the slots after the padding and have the positions after the prompt. The causal mask hides slots
+    that are not yet written: their positions lie after every query.
     """
     slot, lengths = jnp.arange(slots)[None, :], lengths[:, None]
     return jnp.where(slot < prompt_slots, jnp.where(slot < lengths, slot, -1), slot - prompt_slots + lengths)
 
 
 def choose(logits: Array, keys: Array, config: GenerationConfig) -> Array:
-    """int32[row]: the next token of each row, from float32[row, vocab] and a random key a row."""
+    """int32[row]: the next token of each row, from float32[row, vocab] and one random key per row."""
     if config.temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = filter_logits(logits / config.temperature, config)
@@ -269,7 +269,7 @@ def choose(logits: Array, keys: Array, config: GenerationConfig) -> Array:
 
 
 def filter_logits(logits: Array, config: GenerationConfig) -> Array:
-    """float32[row, vocab] with -inf for the tokens that top_k, and then top_p among the rest, leave out."""
+    """Logits float32[row, vocab] with -inf for the tokens that top_k, and then top_p among the rest, exclude."""
     vocab_size = logits.shape[-1]
     if config.top_k is not None:
         smallest = jax.lax.top_k(logits, min(config.top_k, vocab_size))[0][:, -1:]
@@ -277,7 +277,7 @@ def filter_logits(logits: Array, config: GenerationConfig) -> Array:
     if config.top_p < 1.0:
         ascending = jnp.argsort(logits, axis=-1)
         up_to = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, ascending, axis=-1), axis=-1), axis=-1)
-        # The least likely tokens that add up to 1 - top_p go; the likeliest one stays whatever top_p is.
+        # Excludes the least likely tokens that add up to 1 - top_p, but never the likeliest token.
         kept = (up_to > 1.0 - config.top_p) | (jnp.arange(vocab_size)[None, :] == vocab_size - 1)
         kept = jnp.put_along_axis(jnp.zeros_like(kept), ascending, kept, axis=-1, inplace=False)
         logits = jnp.where(kept, logits, -jnp.inf)
@@ -293,14 +293,14 @@ def _check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], config: Ge
     limit, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(f"prompts[{i}] has no tokens; a completion needs at least one to go on from")
+            raise ValueError(f"prompts[{i}] has no tokens; a completion needs at least one token before it")
         if bad := [token for token in prompt if not 0 <= token < vocab_size]:
             raise ValueError(f"prompts[{i}] holds token {bad[0]}, but the model knows 0 to {vocab_size - 1}")
     longest = max(map(len, prompts), default=0)
     if longest + config.max_new_tokens > limit:
         logger.warning(
-            "The longest prompt has %d tokens; with max_new_tokens=%d that can pass the model's "
-            "max_position_embeddings=%d, and completions beyond are often poor.",
+            "The longest prompt has %d tokens; with max_new_tokens=%d, its completion can exceed the model's "
+            "max_position_embeddings=%d. Text beyond this length is often poor.",
             longest,
             config.max_new_tokens,
             limit,

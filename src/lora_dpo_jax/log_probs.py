@@ -1,8 +1,9 @@
 """From a model and a packed micro-batch to the scores of its responses, with no `[tokens, vocab]` array.
 
-Only hidden states that predict a response token reach the head, a block at a time. Each block's logits live in float32
-for as long as the block is computed; the backward pass does not build them again: what the forward pass keeps is the
-gradient of each log-probability with respect to its hidden state, an array as large as those states.
+Only hidden states that predict a response token reach the head, one block at a time. A block's float32 logits exist
+only while the block is computed. The backward pass does not recompute them: the forward pass keeps the gradient of each
+log-probability with respect to its hidden state, an array as large as those states. Only a head with adapters
+recomputes its blocks.
 """
 
 import dataclasses
@@ -24,27 +25,27 @@ from lora_dpo_jax.losses import Scores, TokenScores
 from lora_dpo_jax.models import CausalLM, PackedMask
 from lora_dpo_jax.sharding import gathered
 
-BLOCK_LOGITS_BYTES = 2**26  # how much a block's logits may take on a device, unless 64 targets a row take more
+BLOCK_LOGITS_BYTES = 2**26  # limit for a block's logits on a device, unless 64 targets a row take more
 
 
 def _entropy(logits: NamedArray, log_normalizer: NamedArray, target_logit: NamedArray) -> NamedArray:
-    """Of the next token, in nats."""
+    """The entropy of the next token, in nats."""
     log_probs = logits - log_normalizer
     return -hax.sum(hax.exp(log_probs) * log_probs, axis="vocab")
 
 
 def _log_sum_of_squares(logits: NamedArray, log_normalizer: NamedArray, target_logit: NamedArray) -> NamedArray:
-    """log of the sum of p^2 over the vocabulary: the log of how likely a sampled token is to be drawn again."""
+    """log of the sum of p^2 over the vocabulary: the log-probability that two sampled tokens are equal."""
     return hnn.logsumexp(2.0 * (logits - log_normalizer), axis="vocab")
 
 
 def _is_likeliest(logits: NamedArray, log_normalizer: NamedArray, target_logit: NamedArray) -> NamedArray:
-    """1.0 where no other token is likelier than the target."""
+    """1.0 if no other token is likelier than the target, else 0.0."""
     return (target_logit >= hax.max(logits, axis="vocab")).astype(jnp.float32)
 
 
-# What a loss may ask for of each token: from the block's logits {row, target, vocab}, the log of their normalizer and
-# the target's logit {row, target}.
+# Statistics of each token that a loss may ask for. Arguments: the block's logits {row, target, vocab}, the log of their
+# normalizer {row, target} and the target's logit {row, target}.
 STATISTICS: dict[str, Callable[[NamedArray, NamedArray, NamedArray], NamedArray]] = {
     "entropy": _entropy,
     "log_sum_of_squares": _log_sum_of_squares,
@@ -57,10 +58,10 @@ def score_responses(
 ) -> Scores:
     """The scores {row, response} of one micro-batch. `key` switches the adapters' dropout on. Empty slots get 0.
 
-    `per_token` adds the scores of each token, with the `statistics` of it. Raises ValueError for what has several
-    micro-batches.
+    `per_token` or `statistics` add the scores of each token, with these statistics. Raises ValueError for a batch of
+    several micro-batches.
     """
-    _refuse_many_micro_batches(micro)
+    _check_one_micro_batch(micro)
     k_model, k_head = split_key(_token_key(key, micro), 2)
     output = model.model(micro.tokens, micro.position_ids, _mask(micro), key=k_model)
     scores = _scores(gathered(model.head), output.hidden, micro, key=k_head, per_token=per_token, statistics=statistics)
@@ -77,28 +78,29 @@ def score_with_reference(
     per_token_of_reference: bool = False,
     statistics: Sequence[str] = (),
 ) -> tuple[Scores, Scores]:
-    """The same of the policy `model` and of `lora.reference_model(model, reference)`; statistics of the policy alone.
+    """The scores under the policy `model` and under `lora.reference_model(model, reference)`.
 
-    Both pass through each layer together, so weights that are split over devices are gathered once for both.
+    Only the policy's scores have statistics. Both models pass through each layer together, so weights that are split
+    over devices are gathered once for both.
     """
-    _refuse_many_micro_batches(micro)
+    _check_one_micro_batch(micro)
     k_model, k_head = split_key(_token_key(key, micro), 2)
     adapters = None if reference is None else reference.model
     output, reference_hidden = model.model.with_reference(
         adapters, micro.tokens, micro.position_ids, _mask(micro), key=k_model
     )
-    head = gathered(model.head)  # by itself, XLA would gather it for each block of targets
+    head = gathered(model.head)  # otherwise XLA would gather it for each block of targets
     reference_head = reference_model(head, None if reference is None else reference.head)
     policy = _scores(head, output.hidden, micro, key=k_head, per_token=per_token, statistics=statistics)
     policy = dataclasses.replace(policy, auxiliary=output.auxiliary)
     return policy, _scores(reference_head, reference_hidden, micro, per_token=per_token_of_reference)
 
 
-def _refuse_many_micro_batches(micro: PreferenceBatch) -> None:
+def _check_one_micro_batch(micro: PreferenceBatch) -> None:
     if micro.tokens.has_axis(MICRO):
         raise ValueError(
-            "needed: one micro-batch; found: a batch of several. Go through training.step.micro_batches(batch), or let "
-            "training.step.accumulate do so"
+            "needed: one micro-batch; found: a batch of several. Iterate over training.step.micro_batches(batch), or "
+            "call training.step.accumulate"
         )
 
 
@@ -107,7 +109,7 @@ def _mask(micro: PreferenceBatch) -> PackedMask:
 
 
 def _token_key(key, micro: PreferenceBatch) -> TokenKey | None:
-    """Tells tokens apart by their example in the data, and by what they are in it."""
+    """Identifies each token by its example in the data, and by its rotary position and branch in the example."""
     if key is None:
         return None
     slot = jnp.maximum(micro.segment_ids.array - 1, 0)
@@ -138,7 +140,7 @@ def _scores(
 
 
 def _index_in_response(micro: PreferenceBatch, belongs: NamedArray) -> NamedArray:
-    """int32 {row, target}: which token of its response each target is. Those of a response follow each other."""
+    """int32 {row, target}: the index of each target in its response, whose targets are consecutive."""
     Target = micro.source.resolve_axis(TARGET)
     place = hax.arange(Target).broadcast_to(micro.source.axes)
     first = hax.min(hax.where(belongs, place, Target.size), axis=TARGET)
@@ -147,8 +149,8 @@ def _index_in_response(micro: PreferenceBatch, belongs: NamedArray) -> NamedArra
 
 
 def _sum_rounded_once(per_token: NamedArray) -> NamedArray:
-    """Over targets. A plain float32 sum of thousands of nats would differ by its order in the fourth decimal."""
-    coarse = hax.round(per_token * 256.0) / 256.0  # such numbers add up without any rounding
+    """The sum over targets. In a plain float32 sum of thousands of nats, the order would change the fourth decimal."""
+    coarse = hax.round(per_token * 256.0) / 256.0  # sums of such numbers are exact
     return hax.sum(coarse, axis=TARGET) + hax.sum(per_token - coarse, axis=TARGET)
 
 
@@ -164,13 +166,12 @@ def target_log_probs(
 ) -> tuple[NamedArray, dict[str, NamedArray]]:
     """log p(target | hidden state at source), float32 {row, target}; 0 where `is_target` is false.
 
-    `head` maps to {vocab}; `hidden` is {row, position, embed}; the next three are {row, target},
-    with true targets first; the tokens of `key`, for dropout, are {row, position}. A head without adapters gets no
-    gradient at all, not even a zero one. With them come the `statistics` asked for, by their names in STATISTICS,
-    alike in shape; no gradient flows from these.
+    `head` maps to {vocab}; `hidden` is {row, position, embed}; the next three are {row, target}, with true targets
+    first; the tokens of `key`, for dropout, are {row, position}. A head without adapters gets no gradient at all, not
+    even a zero one. Also returns the `statistics`, by their names in STATISTICS, with the same axes and no gradient.
     """
     if unknown := sorted(set(statistics) - set(STATISTICS)):
-        raise ValueError(f"no statistics of tokens are called {unknown}; there are {sorted(STATISTICS)}")
+        raise ValueError(f"unknown statistics of tokens: {unknown}; known: {sorted(STATISTICS)}")
     adapters, weights = eqx.partition(head, trainable_filter(head))
     return _target_log_probs(statistics, adapters, hidden, weights, (source, target_ids, is_target), key)
 
@@ -204,7 +205,7 @@ _target_log_probs.defvjp(_target_log_probs_fwd, _target_log_probs_bwd)
 
 
 def _forward(adapters, hidden, weights, targets, key, statistics: tuple[str, ...], *, keep_gradients: bool):
-    """Log-probs, their statistics and, if asked for, their gradients {row, target, embed}: those by the states."""
+    """Log-probs, statistics and, if `keep_gradients`, gradients {row, target, embed} with respect to the states."""
     head = eqx.combine(adapters, weights)
     source, _, is_target = targets
     Block, num_blocks = _blocks(head, is_target)
@@ -228,7 +229,7 @@ def _forward(adapters, hidden, weights, targets, key, statistics: tuple[str, ...
 
 
 def _block_log_probs(head, states, targets, key, statistics: tuple[str, ...], keep_gradients: bool):
-    """log p of a block {row, target}, its statistics and, if asked for, its gradient with respect to `states`."""
+    """log p of a block {row, target}, its statistics and, if `keep_gradients`, its gradient by `states`."""
     _, target_ids, is_target = targets
     Vocab = head.Vocab
 
@@ -253,7 +254,7 @@ def _block_log_probs(head, states, targets, key, statistics: tuple[str, ...], ke
 
 
 def _recompute_gradients(adapters, hidden, weights, targets, key, cotangent):
-    """Gradients of a head that has adapters: its blocks are computed again, one at a time."""
+    """The gradients of a head that has adapters. Recomputes its blocks, one at a time."""
     head = eqx.combine(adapters, weights)
     Block, num_blocks = _blocks(head, targets[2])
 
@@ -276,18 +277,18 @@ def _recompute_gradients(adapters, hidden, weights, targets, key, cotangent):
 
 
 def _blocks(head, is_target: NamedArray) -> tuple[Axis, jax.Array]:
-    """The axis of a block of targets, and how many blocks hold a target in any row."""
+    """The axis of a block of targets, and the number of blocks that hold a target in any row."""
     Target, Row = is_target.resolve_axis(TARGET), is_target.resolve_axis(ROW)
     rows = Row.size // _row_shards(Row)
     size = max(64, BLOCK_LOGITS_BYTES // (4 * head.Vocab.size * rows))
-    # Blocks of equal size, so that the last one does not reach beyond the targets.
+    # Blocks of equal size, so that the last block does not extend beyond the targets.
     size = next(size for size in range(min(size, Target.size), 0, -1) if Target.size % size == 0)
     longest = hax.max(hax.sum(is_target, axis=TARGET))
     return Target.resize(size), -(-longest.scalar() // size)
 
 
 def _row_shards(Row: Axis) -> int:
-    """How many groups of devices share the rows among them."""
+    """The number of groups of devices that the rows are split over."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else hax.partitioning.physical_axis_size(Row) or 1
 
@@ -295,7 +296,7 @@ def _row_shards(Row: Axis) -> int:
 def _take_block(hidden: NamedArray, targets, key: TokenKey | None, at, Block: Axis):
     """The hidden states that predict targets `at` to `at + Block.size`, {row, target, embed}, and these targets.
 
-    Of `key`, that of the tokens with these states.
+    Also returns `key` for the tokens of these states.
     """
     here = tuple(x[{TARGET: hax.ds(at, Block)}] for x in targets)
     source = here[0]
@@ -314,7 +315,7 @@ def _gather(hidden: NamedArray, source: NamedArray) -> NamedArray:
 
 
 def _scatter(values: NamedArray, source: NamedArray, like: NamedArray) -> NamedArray:
-    """The transpose of `_gather`: adds values {row, target, embed} up at their sources, in the axes of `like`."""
+    """The transpose of `_gather`: sums values {row, target, embed} at their sources, in the axes of `like`."""
     Row, Pos, Embed = like.axes
     values = values.rearrange((ROW, TARGET, Embed)).astype(like.dtype)
 

@@ -5,7 +5,7 @@
         metrics    name -> Mean
 
 The step divides the sum of the losses by the number of examples in the whole batch, whatever its parts and
-micro-batches. A metric is a sum and its count, so that parts add up too.
+micro-batches are. A metric is a sum and its count, so that the metrics of parts can be added.
 """
 
 from typing import Any, Protocol, TypeVar
@@ -26,26 +26,26 @@ class Mean(eqx.Module):
 
     @staticmethod
     def over(values: NamedArray, weight: NamedArray) -> "Mean":
-        """The mean of `values`, each counting `weight` times; what has no weight may be NaN."""
+        """The mean of `values` weighted by `weight`. Values of weight 0 may be NaN."""
         counted = jnp.where(weight.array > 0, weight.array * values.rearrange(weight.axes).array, 0.0)
         return Mean(jnp.sum(counted), jnp.sum(weight.array))
 
     @property
     def value(self) -> jax.Array:
-        """0 where there is nothing to take the mean of."""
+        """The mean; 0 if `count` is 0."""
         return self.total / jnp.maximum(self.count, jnp.finfo(jnp.float32).tiny)
 
 
 class ExampleLosses(eqx.Module):
-    """What an objective says of a micro-batch."""
+    """The output of an objective for a micro-batch."""
 
     loss: NamedArray  # float32 {..., example}; 0 where a slot is empty
     metrics: dict[str, Mean] = eqx.field(default_factory=dict)
 
 
 class Objective(Protocol[M]):
-    """Any such function. One that has `flops(model, part)` too gets them logged, as `mfu`."""
+    """Such a function. If it also has a method `flops(model, part)`, training logs `mfu`."""
 
     def __call__(self, model: Any, reference: Any, micro: M, /, *, key: jax.Array | None) -> ExampleLosses:
-        """`reference` is the state's: the adapters of the reference, or None. `key` is for dropout."""
+        """`reference` is that of the train state: the reference's adapters, or None. `key` is for dropout."""
         ...

@@ -1,10 +1,10 @@
-"""Where an array of a model lies in its tree, and what the tensors of a checkpoint that it is made of are called.
+"""From the place of an array in a model's tree to the names of its tensors in Hugging Face's files.
 
     model.layers.segments[0].stacked.layers[0].self_attn.q_proj.weight   {layers: 2, ...}
         model.layers.0.self_attn.q_proj.weight, model.layers.1.self_attn.q_proj.weight
 
-A name is the path of attributes. A stack (`haliax.nn.Stacked`) holds one array for several tensors, which are then
-numbered; so does any module with `numbers`. Stacks may stand in stacks: the names then come in the order of the axes.
+A name is the path of attributes. A stack (`haliax.nn.Stacked`) holds one array for several tensors, whose names are
+numbered; so does any module with `numbers`. In nested stacks, the names are in the order of the axes.
 """
 
 import math
@@ -24,21 +24,23 @@ M = TypeVar("M")
 
 @runtime_checkable
 class Numbered(Protocol):
-    """A module whose parts are numbered in a checkpoint in another way than they lie in the tree."""
+    """A module whose parts have other numbers in tensor names than in the tree."""
 
     def numbers(self, path: Sequence[Any], /) -> tuple[Sequence[int], int]:
-        """From the path of an array below this module: the numbers that its slices have, and how many of the path's
-        entries these stand for."""
+        """The numbers of an array's slices, and how many entries of `path` these numbers replace.
+
+        `path` leads from this module to the array.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One array of the model and the tensors it is made of: one for each slice of its stacks, else one."""
+    """One array of the model and its tensors: one for each slice of its stacks, or one if it has no stack."""
 
     names: tuple[str, ...]
-    axes: tuple[Axis, ...]  # those of the stacks first
-    sides: tuple[tuple[Axis, ...], ...]  # what the tensors' dimensions are on disk: (out, in) for a matrix
+    axes: tuple[Axis, ...]  # the axes of stacks come first
+    sides: tuple[tuple[Axis, ...], ...]  # axes of each tensor dimension on disk: (out, in) for a matrix
 
     @property
     def stack_axes(self) -> tuple[Axis, ...]:
@@ -74,7 +76,7 @@ def map_parameters(fn: Callable[[Parameter], Any], model: M) -> M:
 
 
 def checkpoint_names(path: tuple, model: Any) -> list[str]:
-    """The dotted names of what lies at `path`: one, or one for each slice of the stacks that it lies in."""
+    """The dotted names of the node at `path`: one, or one for each slice of the stacks that hold the node."""
     names, node, at = [""], model, 0
     while at < len(path):
         if isinstance(node, Numbered):
@@ -96,7 +98,7 @@ def checkpoint_names(path: tuple, model: Any) -> list[str]:
 
 
 def axes_of(side: AxisSpec) -> tuple[Axis, ...]:
-    """The axes of one side of a linear layer: `layer.In` is an axis or several."""
+    """The axes of one side of a linear layer, as a tuple: `layer.In` may be one axis or several."""
     return cast(tuple[Axis, ...], hax.axis.ensure_tuple(side))
 
 

@@ -1,6 +1,6 @@
 """The objective of preference losses: from a model and a packed micro-batch to a loss for each example.
 
-Here alone it is decided whether the reference is computed live, was computed before, or is not needed.
+Only this module decides whether the reference is computed live, was computed before, or is not needed.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class PreferenceObjective:
     def scores(
         self, model: CausalLM, reference: Any, micro: PreferenceBatch, *, key=None
     ) -> tuple[Scores, Scores | None]:
-        """Of the policy and, where the loss needs it, of the reference; both {row, response}."""
+        """The scores of the policy and, if the loss needs them, of the reference; both {row, response}."""
         loss = self.loss
         asked: Any = {"per_token": loss.needs_tokens, "statistics": loss.statistics}
         if self.computes_reference(micro):
@@ -45,7 +45,7 @@ class PreferenceObjective:
         return policy, Scores(micro.reference, micro.response_tokens)
 
     def computes_reference(self, batch: PreferenceBatch) -> bool:
-        """Whether the reference passes through the model in each step."""
+        """Whether each step computes the reference's scores."""
         known = batch.reference is not None and not self.loss.needs_tokens_of_reference
         return self.loss.needs_reference and not known
 

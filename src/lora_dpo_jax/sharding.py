@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lora_dpo_jax.axes import EMBED, KV_HEAD, MLP, ROW, SPLITTABLE
 
 AxisMapping = Mapping[str, Any]
-MeshAxes = str | list[str] | None  # that an axis of arrays is split over
+MeshAxes = str | list[str] | None  # the mesh axes that an array axis is split over
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class MeshConfig:
     `model` splits the inside of each layer (tensor parallelism). `replica_dcn` is `replica` across slices.
     """
 
-    # Sizes within a slice: devices that a fast network joins. -1 takes the devices that are left.
+    # Sizes within a slice, whose devices a fast network joins. -1 takes the remaining devices.
     axes: dict[str, int] = field(default_factory=lambda: {"replica": 1, "data": -1, "model": 1})
-    # Sizes across slices, of axes of their own or of those above, which are then that many times longer.
+    # Sizes across slices. An axis that is also in `axes` gets the product of both sizes; -1 takes the remaining slices.
     dcn_axes: dict[str, int] = field(default_factory=lambda: {"replica_dcn": -1})
-    # From axes of arrays to the axes of the mesh that split them, of weights and of activations.
+    # From array axes to the mesh axes that split them, in weights and activations.
     shared_mapping: dict[str, MeshAxes] = field(default_factory=lambda: {MLP: "model", KV_HEAD: "model"})
-    # Likewise, of activations.
+    # Likewise, in activations.
     compute_mapping: dict[str, MeshAxes] = field(default_factory=lambda: {ROW: ["replica_dcn", "replica", "data"]})
-    param_mapping: dict[str, MeshAxes] = field(default_factory=lambda: {EMBED: "data"})  # likewise, of weights
+    param_mapping: dict[str, MeshAxes] = field(default_factory=lambda: {EMBED: "data"})  # likewise, in weights
 
     def __post_init__(self):
         object.__setattr__(self, "axes", _with_defaults("axes", self.axes, {"replica": 1, "data": -1, "model": 1}))
@@ -57,7 +57,7 @@ class MeshConfig:
         return tuple(dict.fromkeys([*self.dcn_axes, *self.axes]))
 
     def mesh(self, devices: list | None = None) -> Mesh:
-        """Neighbours in the mesh are so in the network. Raises ValueError if the devices do not fill the mesh."""
+        """The mesh; its neighbours are neighbours in the network. Raises ValueError if the devices do not fill it."""
         devices = devices if devices is not None else jax.devices()
         num_slices = len({_slice_of(device) for device in devices})
         dcn = _filled("dcn_axes", self.dcn_axes, num_slices, f"{num_slices} slices")
@@ -73,12 +73,12 @@ class MeshConfig:
 
     @property
     def compute(self) -> AxisMapping:
-        """For activations."""
+        """The mapping of activations."""
         return self._mapping(self.compute_mapping)
 
     @property
     def parameters(self) -> AxisMapping:
-        """For weights and adapters."""
+        """The mapping of weights and adapters."""
         return self._mapping(self.param_mapping)
 
     def _mapping(self, own: dict[str, Any]) -> AxisMapping:
@@ -86,9 +86,9 @@ class MeshConfig:
 
 
 def split_evenly(axes: Sequence[Axis], mapping: AxisMapping, mesh: Mesh | None = None) -> NamedSharding:
-    """How an array with `axes` is split, by default over the mesh in scope.
+    """The sharding of an array with `axes`, by default over the mesh in scope.
 
-    Raises ValueError if an axis cannot be cut into equal parts, or if two would be split over the same devices.
+    Raises ValueError if an axis cannot be cut into equal parts, or if two axes would be split over the same mesh axis.
     """
     sizes = hax.partitioning.sharding_for_axis((), mapping, mesh).mesh.shape
     shape = ", ".join(f"{axis.name}: {axis.size}" for axis in axes)
@@ -106,16 +106,16 @@ def split_evenly(axes: Sequence[Axis], mapping: AxisMapping, mesh: Mesh | None =
             over = " x ".join(f"{name} ({sizes[name]})" for name in names)
             raise ValueError(
                 f"trainer.mesh splits {axis.name} over {over}, which does not divide the {axis.size} of an array "
-                f"{{{shape}}}. Change trainer.mesh.axes, or leave {axis.name} out of trainer.mesh's mappings: it is "
-                "then whole on every device."
+                f"{{{shape}}}. Change trainer.mesh.axes, or leave {axis.name} out of trainer.mesh's mappings, so that "
+                "every device has it whole."
             )
     return hax.partitioning.sharding_for_axis(tuple(axes), mapping, mesh)
 
 
 def gathered(tree: Any) -> Any:
-    """Weights as a computation needs them, made so here, once, and not wherever XLA finds it best.
+    """Gathers weights for a computation, once and at this point of the program, not where XLA would choose.
 
-    Without a mesh in scope, the tree itself.
+    Without a mesh in scope, returns the tree itself.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return tree
@@ -123,7 +123,7 @@ def gathered(tree: Any) -> Any:
     def constrain(leaf: Any) -> Any:
         if not isinstance(leaf, NamedArray) or leaf.array is None:
             return leaf
-        # hax.auto_sharded asks for nothing where the array is to be whole on every device.
+        # hax.auto_sharded adds no constraint if the array should be whole on every device.
         whole = jax.lax.with_sharding_constraint(leaf.array, hax.partitioning.pspec_for_axis(leaf.axes))
         return NamedArray(jax.lax.optimization_barrier(whole), leaf.axis_names)
 
@@ -131,7 +131,7 @@ def gathered(tree: Any) -> Any:
 
 
 def _with_defaults(setting: str, given: dict[str, int], default: dict[str, int]) -> dict[str, int]:
-    """The axes that are not given too; what is left goes to the default's -1 only if no other axis takes it."""
+    """Adds the axes that are not given. The default's -1 takes the remaining devices only if no given axis does."""
     if -1 in given.values():
         default = {name: 1 for name in default}
     axes = default | given
@@ -164,13 +164,13 @@ def _as_tuple(value: Any) -> tuple[str, ...]:
 
 
 class Placement:
-    """A mesh and what goes where on it."""
+    """A mesh, and how arrays are placed on it."""
 
     def __init__(self, config: MeshConfig, devices: list | None = None):
         """Raises ValueError if the devices do not fill the mesh."""
         self.mesh = config.mesh(devices)
         self.compute, self.parameters = config.compute, config.parameters
-        # How many groups of devices share the rows of a batch.
+        # The number of groups of devices that the rows of a batch are split over.
         self.row_shards = math.prod(self.mesh.shape[axis] for axis in _as_tuple(self.compute.get(ROW)))
 
     @contextmanager
@@ -180,14 +180,14 @@ class Placement:
             yield
 
     def put_batch(self, batch: Any) -> Any:
-        """Of several processes, each must have the whole batch, and gives its devices their rows of it."""
+        """Each process must have the whole batch. It puts on its devices their rows of the batch."""
         return self._place(batch, self.compute, _put)
 
     def put_parameters(self, tree: Any) -> Any:
         return self._place(tree, self.parameters, _put)
 
     def abstract_batch(self, batch: Any) -> Any:
-        """What `put_batch` would give, as ShapeDtypeStructs: for compiling without arrays, or without the devices."""
+        """The result of `put_batch` as ShapeDtypeStructs, for compiling without arrays or without the devices."""
         return self._place(batch, self.compute, _abstract)
 
     def abstract_parameters(self, tree: Any) -> Any:
@@ -207,7 +207,7 @@ class Placement:
 
 
 def on_host(array: jax.Array) -> np.ndarray:
-    """All of an array. What lies with other processes is fetched: all of them must call this."""
+    """The whole array. All processes must call this, because it fetches the parts on other processes."""
     if not array.is_fully_addressable:
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
@@ -219,7 +219,7 @@ def _put(array: Any, sharding: NamedSharding) -> jax.Array:
         return jax.device_put(array, sharding)
     if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_put(jax.random.key_data(array), sharding), impl=jax.random.key_impl(array))
-    # Not device_put, which lets all processes compare what they give, and waits for them.
+    # Not device_put, which makes all processes compare their values, and waits for them.
     values = np.asarray(array)
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
