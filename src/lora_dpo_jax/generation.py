@@ -130,7 +130,7 @@ def _check_surrogates(prompt: str | Sequence[Message]) -> None:
 
 def _encode_text(tokenizer: Any, text: str) -> list[int]:
     ids = tokenizer(text)["input_ids"]
-    # Some tokenizers add the end-of-sequence token to every text, but a prompt must not end.
+    # Some tokenizers add the end-of-sequence token to every text. A prompt must not have it, because it continues.
     ended = tokenizer.eos_token and ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
     return ids[:-1] if ended and len(ids) > 1 else ids
 

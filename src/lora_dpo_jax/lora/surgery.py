@@ -107,8 +107,8 @@ def reference_model(model: M, adapters: Any) -> M:
 def equals_reference(model: Any, adapters: Any, *, training: bool = False) -> jax.Array:
     """Whether the policy `model` equals `reference_model(model, adapters)`, by their arrays: a bool without axes.
 
-    If the reference has no adapters, it does if its own add nothing. Otherwise it does if both have equal adapters, but
-    never in `training` with dropout. `model` may be a tree of adapters without weights.
+    If the reference has no adapters, the two are equal if the policy's adapters add nothing. Otherwise they are equal
+    if their adapters are, except in `training` with dropout. `model` may be a tree of adapters without weights.
     """
     mine = [layer for layer, _ in linear_layers(model) if isinstance(layer, Adapter)]
     if adapters is None:

@@ -47,7 +47,7 @@ SIZES = (*SHAPE, *DERIVED, "vocab_size", "max_position_embeddings")
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "partial_rotary_factor")
 USED = {*SIZES, *FLAGS, *ROPE, "model_type", "rms_norm_eps", "hidden_act", "max_window_layers", "layer_types"}
-ALL_DIMENSIONS = "1.0: rotary embeddings of some dimensions alone are not supported"
+ALL_DIMENSIONS = "1.0: rotary embeddings on only some of the dimensions are not supported"
 MOST_LAYERS = 10_000  # a larger number is a mistake, and per-layer lists of that length would fill the memory
 
 # Keys that change no logit: initialization, labels, training-time dropout (which TRL turns off as well), and the tensor

@@ -142,7 +142,7 @@ class CausalLM(eqx.Module):
         return CausalLM(Decoder.init(config, compute, key=k_model), head)
 
     def __call__(self, token_ids: NamedArray, position_ids: NamedArray, mask: AttentionMask, *, key=None) -> NamedArray:
-        """Float32 logits {row, position, vocab}: for tests and generation; training never builds this array."""
+        """Float32 logits {row, position, vocab}, for tests: training and generation never build this array."""
         return self.head(self.model(token_ids, position_ids, mask, key=key).hidden)
 
 

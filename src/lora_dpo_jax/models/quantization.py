@@ -78,9 +78,9 @@ class QuantizedWeight(eqx.Module):
 class Nf4Weight(QuantizedWeight):
     """NF4 with double quantization, computed as in bitsandbytes: 0.516 bytes a weight.
 
-    A block is 64 consecutive inputs of one output. If the number of inputs is no multiple of 64, the block is their
-    greatest common divisor, a power of two. Two neighbouring outputs share a byte; the even output has the high bits.
-    The inputs thus keep their axes, and a mesh can split them as in the weight. It never splits `block`.
+    A block is 64 consecutive inputs of one output. If the number of inputs is no multiple of 64, the block size is the
+    greatest common divisor of both, a power of two. Two neighbouring outputs share a byte; the even output has the high
+    bits. The inputs thus keep their axes, and a mesh can split them as in the weight. It never splits `block`.
     """
 
     codes: NamedArray  # uint8 {..., *Out with the last axis halved, *In}
