@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_pairs import VOCAB, moved, new_adapters
 
+from lora_dpo_jax import log_probs
 from lora_dpo_jax.data.batches import packed_batches
 from lora_dpo_jax.data.config import FormatConfig
 from lora_dpo_jax.data.examples import TokenizedExample
@@ -20,7 +21,7 @@ from lora_dpo_jax.lora import unwrap_lora
 from lora_dpo_jax.losses import Dpo
 from lora_dpo_jax.objective import ExampleLosses, Mean
 from lora_dpo_jax.preference_objective import PreferenceObjective
-from lora_dpo_jax.training.step import Accumulated, accumulate
+from lora_dpo_jax.training.step import Accumulated, accumulate, micro_batches
 
 ALL_SIX = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 
@@ -69,6 +70,20 @@ def test_four_ranked_answers_are_the_six_comparisons_as_rows_of_their_own():
     assert tokens < 0.45 * tokens_apart
     for name in ("dpo_accuracy", "rewards/margins"):
         assert float(together.metrics[name].value) == pytest.approx(float(apart.metrics[name].value), abs=1e-5)
+
+
+def test_dropout_draws_for_each_token_of_many_answers_on_its_own():
+    rng = np.random.default_rng(0)
+    responses = tuple(rng.integers(0, VOCAB, 8).astype(np.int32) for _ in range(7))
+    table = in_memory([TokenizedExample(responses[0], responses, ((0, 6),))])
+    ids = [np.arange(1)]
+    shapes = choose_shapes(ids, table.sizes, longest_row=256)
+    (batch,) = packed_batches(table, ids, shapes, place=lambda batch: jax.tree.map(jnp.asarray, batch))
+    micro = next(micro_batches(batch))
+    key = log_probs._token_key(jax.random.key(0), micro)
+    assert key is not None
+    numbers = np.stack([np.asarray(number.array)[np.asarray(micro.segment_ids.array) > 0] for number in key.token])
+    assert len({*map(tuple, numbers.T)}) == numbers.shape[1] >= 8 + 7 * 7
 
 
 def test_the_share_of_an_example_does_not_depend_on_how_many_comparisons_it_has():

@@ -114,7 +114,9 @@ def _token_key(key, micro: PreferenceBatch) -> TokenKey | None:
         return None
     slot = jnp.maximum(micro.segment_ids.array - 1, 0)
     example = hax.named(jnp.take_along_axis(micro.examples.ids.array, slot, axis=-1), micro.segment_ids.axes)
-    return TokenKey(key, (example, 3 * micro.position_ids + micro.branch_ids))
+    # One number for position and branch: branches 0 to 2, those of a pair, have the numbers below 2**25.
+    beyond, branch = micro.branch_ids // 3, micro.branch_ids % 3
+    return TokenKey(key, (example, beyond * 2**25 + 3 * micro.position_ids + branch))
 
 
 def _scores(

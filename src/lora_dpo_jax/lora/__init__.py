@@ -12,7 +12,7 @@ Nothing is flagged or mutated: the reference is another tree, `unwrap_lora(model
 """
 
 from lora_dpo_jax.lora.adapter import Adapter, Factor, unwrapped
-from lora_dpo_jax.lora.config import CHECKPOINTED, PEFT_SWITCHES, LoraConfig
+from lora_dpo_jax.lora.config import PEFT_SWITCHES, LoraConfig
 from lora_dpo_jax.lora.dropout import TokenKey, split_key
 from lora_dpo_jax.lora.lora_linear import LOW_RANK, LoraLinear
 from lora_dpo_jax.lora.surgery import (
@@ -31,7 +31,6 @@ from lora_dpo_jax.lora.tree import linear_layers, map_linear_layers, unadaptable
 from lora_dpo_jax.lora.variants import adapter_type, empty_adapter
 
 __all__ = [
-    "CHECKPOINTED",
     "LOW_RANK",
     "PEFT_SWITCHES",
     "Adapter",

@@ -12,8 +12,6 @@ from lora_dpo_jax.settings.choices import check_choices
 
 # Boolean settings that have the same names in adapter_config.json.
 PEFT_SWITCHES = ("use_rslora",)
-# Settings without which the adapters of a checkpoint cannot be interpreted.
-CHECKPOINTED = ("r", "alpha", *PEFT_SWITCHES, "target_modules", "exclude_modules")
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,8 @@ class LoraConfig:
 
 def _check_pattern(setting: str, pattern: str) -> None:
     if pattern == "all-linear":
-        raise ValueError(f"{setting}={pattern!r}: PEFT reads this as every linear layer; here, leave it out")
+        here = "leave it out" if setting == "lora.target_modules" else "it would exclude them all"
+        raise ValueError(f"{setting}={pattern!r}: PEFT reads this as every linear layer; here, {here}")
     names = [name.strip() for name in pattern.split(",")]
     if len(names) > 1 and all(re.fullmatch(r"[\w.]*", name) for name in names):  # no path has a comma
         raise ValueError(
