@@ -246,7 +246,7 @@ NO_MATTER = {
     "batches": {"trainer__train_batch_size": 7, "trainer__per_device_parallelism": 1},
     "length of the run": {"trainer__num_train_steps": 99},
     "mesh": {"trainer__mesh": {"axes": {"data": 4, "model": 2}}},
-    "attention and checkpointing": {"model": {"attention": "dense", "gradient_checkpointing": "full"}},
+    "attention and checkpointing": {"model": {"attention": "auto", "gradient_checkpointing": "full"}},
     "new adapters": {"lora": {"r": 16, "dropout": 0.1}},
     "saying what is the default": {"model": {"dtype": "f32"}, "trainer__mp": "f32"},
 }

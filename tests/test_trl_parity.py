@@ -122,6 +122,7 @@ def our_run(
         write_rows(tmp_path / "train.jsonl", rows),
         initialize_from_peft=str(start),
         loss={"type": loss_type, "beta": BETA},
+        model__attention="auto",
         peft_save_path=str(tmp_path / "adapter"),
         trainer__train_batch_size=BATCH,
         optimizer={

@@ -27,7 +27,7 @@ from haliax import Axis
 
 from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.lora import LoraConfig, LoraLinear, loraize, map_linear_layers
-from lora_dpo_jax.models import CausalLM, PackedMask
+from lora_dpo_jax.models import CausalLM, ComputeConfig, PackedMask
 
 HIDDEN, VOCAB, LAYERS = 32, 104, 3
 LENGTH = 24  # tokens that tests pass through; longer than every window and every original length below
@@ -151,9 +151,9 @@ def summed_log_probs(model: Any, prompt: list[int], response: list[int]) -> floa
     return float(log_probs[at, response].double().sum())
 
 
-def load(folder: Path, dtype: Any = jnp.float32, **kwargs: Any) -> CausalLM:
-    """The model in a folder, as ours."""
-    return load_model(folder, read_config(folder), dtype=dtype, **kwargs)
+def load(folder: Path, dtype: Any = jnp.float32, attention: str = "dense", **kwargs: Any) -> CausalLM:
+    """The model in a folder, as ours. Dense attention is compiled soonest."""
+    return load_model(folder, read_config(folder), dtype=dtype, compute=ComputeConfig(attention=attention), **kwargs)
 
 
 def with_random_adapters(model: CausalLM, config: LoraConfig, *, seed: int = 0) -> CausalLM:

@@ -41,6 +41,8 @@ CONFIGS = {
     "qwen": QWEN,
 }
 COMPUTE = {"llama_remat": ComputeConfig(gradient_checkpointing="full")}
+# Dense attention is traced and compiled in half the time. Tests whose subject is attention ask for `auto`.
+ATTENTION = "dense"
 SOME_LAYERS = ["layers.1.self_attn.q_proj", "0.mlp.down_proj", "k_proj", "lm_head"]
 ADAPTERS = {
     "everywhere": LoraConfig(r=4, alpha=8.0),  # but in the head
@@ -48,34 +50,35 @@ ADAPTERS = {
 }
 
 
-def tiny_decoder(name: str = "llama", attention: str = "auto") -> CausalLM:
+def tiny_decoder(name: str = "llama", attention: str = ATTENTION) -> CausalLM:
     """Float32. Norms and biases are random too, so that a forgotten one shows."""
-    compute = dataclasses.replace(COMPUTE.get(name, ComputeConfig()), attention=attention)
-    shapes = eqx.filter_eval_shape(CausalLM.init, CONFIGS[name], compute, key=jax.random.key(0))
-    return jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(_decoder(name)))
+    return jax.tree.unflatten(jax.tree.structure(_shapes(name, attention)), jax.tree.leaves(_decoder(name)))
 
 
-def new_adapters(name: str = "llama", lora: str = "everywhere", attention: str = "auto") -> CausalLM:
+def new_adapters(name: str = "llama", lora: str = "everywhere", attention: str = ATTENTION) -> CausalLM:
     """The tiny decoder after `loraize`. A train step takes the adapters for its own: give it `fresh` ones."""
     adapted = _new_adapters(name, lora)
-    if attention == "auto":
+    if attention == ATTENTION:
         return adapted
     # The same arrays, for a model that differs in nothing but how it is computed.
     shapes = eqx.filter_eval_shape(loraize, tiny_decoder(name, attention), ADAPTERS[lora], key=jax.random.key(2))
     return jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(adapted))
 
 
+def _shapes(name: str, attention: str = ATTENTION) -> CausalLM:
+    compute = dataclasses.replace(COMPUTE.get(name, ComputeConfig()), attention=attention)
+    return eqx.filter_eval_shape(CausalLM.init, CONFIGS[name], compute, key=jax.random.key(0))
+
+
 @functools.cache
 def _decoder(name: str) -> CausalLM:
-    compute = COMPUTE.get(name, ComputeConfig())
-    shapes = eqx.filter_eval_shape(CausalLM.init, CONFIGS[name], compute, key=jax.random.key(0))
     rng = np.random.default_rng(0)
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         is_norm = "norm" in jax.tree_util.keystr(path)
         return jnp.asarray(rng.normal(1.0 if is_norm else 0.0, 0.2, leaf.shape), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, _shapes(name))
 
 
 @functools.cache

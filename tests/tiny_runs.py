@@ -101,7 +101,7 @@ def run_config(tmp_path: Path, train: Path, **settings: Any) -> TrainConfig:
         },
         "train_seq_len": 256,
         "validation_split_fraction": 0.0,
-        "model": {"gradient_checkpointing": "none"},
+        "model": {"gradient_checkpointing": "none", "attention": "dense"},  # traced and compiled soonest
         "trainer": {"num_train_steps": 2, "train_batch_size": 4, "log_dir": str(tmp_path / "logs"), "id": "run"},
         "lora": {"r": 4, "alpha": 8.0},
     }

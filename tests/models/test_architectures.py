@@ -30,7 +30,8 @@ from lora_dpo_jax.models.architectures import HARMLESS, HARMLESS_KINDS, USED
 
 def assert_logits_match(folder, tokens):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    np.testing.assert_allclose(logits(load(folder), tokens), torch_logits(theirs, tokens), rtol=0, atol=1e-4)
+    ours = logits(load(folder, attention="auto"), tokens)
+    np.testing.assert_allclose(ours, torch_logits(theirs, tokens), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

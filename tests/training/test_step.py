@@ -80,7 +80,8 @@ def trained(
 
 
 def trained_on(step: TrainStep, batches: Iterable, placement: Placement | None = None) -> dict:
-    state = state_of(moved(new_adapters()), step.optimizer)
+    attention = "dense" if placement is None else "auto"  # whose kernels work on each device's part
+    state = state_of(moved(new_adapters(attention=attention)), step.optimizer)
     before = adapters_of(state.model)
     if placement is not None:
         state = placement.put_parameters(state)
