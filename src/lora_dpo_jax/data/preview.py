@@ -28,7 +28,7 @@ def preview(
     file: TextIO | None = None,  # sys.stdout
     color: bool | None = None,
 ) -> None:
-    """Prints the first `count` examples, in colour or in labelled blocks of text. `color` None: colour on a terminal."""
+    """Prints the first `count` examples, in colour or in labelled blocks of text. `color` None: colour on terminals."""
     out = sys.stdout if file is None else file
     if color is None:
         color = out.isatty() and "NO_COLOR" not in os.environ
