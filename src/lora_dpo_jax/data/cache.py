@@ -178,7 +178,7 @@ def _names_component(name: str) -> Iterator[None]:
         raise SourceError(f"data.components.{name}.source: {error}") from error
     except UnreadableRowError as error:
         setting = f"data.components.{name}.format.invalid_rows"
-        raise RowError(error.reason, str(error), f"mend the row, or set {setting} to drop") from error
+        raise RowError(error.reason, str(error), f"fix the row, or set {setting} to drop") from error
 
 
 def describe(report: dict[str, int], name: str) -> str:

@@ -57,7 +57,7 @@ def load_tokenizer(config: TrainConfig) -> Any:
     try:
         return read_tokenizer(folder)
     except ValueError as error:
-        raise ValueError(f"{error}. Mend it, or set data.tokenizer") from error
+        raise ValueError(f"{error}. Fix it, or set data.tokenizer") from error
 
 
 def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base:
