@@ -72,7 +72,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(folder, whole, c
     caplog.set_level(logging.INFO)
     main(config)
     assert "step-4 is damaged and is left out: the content of its file" in messages(caplog)
-    assert "going on from " in messages(caplog) and "damaged/checkpoints/step-3" in messages(caplog)
+    assert "resuming from " in messages(caplog) and "damaged/checkpoints/step-3" in messages(caplog)
     assert outcome(config) == {**outcome(whole), "adapter/step-3/adapter_model.safetensors": outcome(config).get(
         "adapter/step-3/adapter_model.safetensors")}  # fmt: skip
 

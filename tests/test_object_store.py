@@ -113,17 +113,17 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_in_a_bucket(bucket, tmp_
 
     on_disk = run("on disk", None)
     folder = "runs/checkpoints/run"
-    assert "going on from" not in went_on("whole")
+    assert "resuming from" not in went_on("whole")
     assert {path.split("/")[3] for path in bucket.find(folder)} == {"step-2", "step-4"}
 
     flipped = next(path for path in bucket.find(f"{folder}/step-4/d"))
     content = bucket.cat(flipped)
     bucket.pipe(flipped, bytes([content[0] ^ 1]) + content[1:])
     told = went_on("flipped")
-    assert "the content of its file d/" in told and "going on from gs://runs/checkpoints/run/step-2" in told
+    assert "the content of its file d/" in told and "resuming from gs://runs/checkpoints/run/step-2" in told
 
     # Killed just before the last thing that Orbax writes.
     bucket.rm(f"{folder}/step-4/commit_success.txt")
     told = went_on("not finished")
-    assert "it has no commit_success.txt" in told and "going on from gs://runs/checkpoints/run/step-2" in told
-    assert "going on from gs://runs/checkpoints/run/step-4" in went_on("done")
+    assert "it has no commit_success.txt" in told and "resuming from gs://runs/checkpoints/run/step-2" in told
+    assert "resuming from gs://runs/checkpoints/run/step-4" in went_on("done")

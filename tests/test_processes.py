@@ -201,14 +201,14 @@ def test_sigterm_to_one_process_stops_all_and_the_run_goes_on_exactly(folder, on
     fewer = config_of(folder, "fewer", trainer__id="stopped")
     shutil.copytree(config.trainer.log_dir, fewer.trainer.log_dir)
     outcomes = run_on(2, config)
-    assert "going on from" in outcomes[0][2]
+    assert "resuming from" in outcomes[0][2]
     assert metrics_of(config) == metrics_of(on_two[0])
     theirs = adapters_of(on_two[0])
     assert all(np.array_equal(tensor, theirs[name]) for name, tensor in adapters_of(config).items())
 
     with caplog.at_level("INFO", "lora_dpo_jax"):
         main(fewer)  # on one process
-    assert f"step-{stopped[0][0]}" in caplog.text and "going on from" in caplog.text
+    assert f"step-{stopped[0][0]}" in caplog.text and "resuming from" in caplog.text
     assert_same_run(fewer, alone)
 
 

@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_again_and_again_equals_one_that_never_was(folder,
         assert read_metrics(config)[-1]["step"] == at
     caplog.set_level(logging.INFO)
     main(dataclasses.replace(config, sample_prompts=["7: where sleeps the owl?"]))
-    assert "checkpoints/step-3" in next(r.getMessage() for r in caplog.records if "going on from" in r.getMessage())
+    assert "checkpoints/step-3" in next(r.getMessage() for r in caplog.records if "resuming from" in r.getMessage())
     assert outcome(config) == outcome(whole)
     assert saved_steps(config) == saved_steps(whole) == ["step-3", "step-6", "step-8"]
     printed = capsys.readouterr().out

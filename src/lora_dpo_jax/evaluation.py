@@ -1,4 +1,4 @@
-"""Scores of a whole table under a model, and what a loss makes of those of policy and reference."""
+"""Scores of a whole table under a model, and a loss's metrics from the scores of policy and reference."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -49,7 +49,7 @@ class Scorer:
         *,
         wanted: np.ndarray | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The same as it comes: the numbers of some examples, and log p of their responses, float32 in nats.
+        """The same scores, batch by batch: (numbers of examples, log p of their responses, float32 in nats).
 
         Batches without any example that is `wanted` (bool [example]; None: all are) are left out.
         """
@@ -66,7 +66,7 @@ class Scorer:
 
 
 def scores_of(examples: ExampleTable, log_probs: np.ndarray) -> Scores:
-    """From log p of every response of a table, float32 [response] in nats."""
+    """Scores from log p of every response of a table, float32 [response] in nats."""
     tokens = examples.arrays.response_tokens
     Response = hax.Axis(RESPONSE, len(tokens))
     return Scores(hax.named(log_probs, Response), hax.named(np.asarray(tokens), Response))
@@ -75,7 +75,7 @@ def scores_of(examples: ExampleTable, log_probs: np.ndarray) -> Scores:
 def summarize_by_tokens(
     objective: Objective, columns: Sequence[str], score: Scorer, model: CausalLM, reference: Any
 ) -> dict[str, float]:
-    """The same of an objective that needs more than the sums which `score` gives: it is called for each batch.
+    """`summarize` for an objective that needs more than the sums from `score`. It is called for each batch.
 
     `reference` is the adapters of the reference, or None. `columns` are those that the objective reads.
     """
@@ -95,7 +95,7 @@ def summarize_by_tokens(
 
 
 def summarize(loss: Loss, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, float]:
-    """The means over all examples, under the names of the training metrics."""
+    """The means of the loss and its metrics over all examples, under the names of the training metrics."""
     losses = loss(policy, reference, examples)
     return _means(float(losses.loss.sum().scalar()) / losses.loss.size, losses.metrics)
 

@@ -18,9 +18,9 @@ LITTER_SECONDS = 24 * 3600
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes the content under another name beside `path`, then puts it there. A former file stays until then.
+    """Writes the content to another file beside `path`, then renames it. A former file stays until then.
 
-    Its mode is kept. Raises OSError and leaves nothing behind if the content cannot be written in full.
+    The mode of a former file is kept. If the content cannot be written in full, raises OSError and leaves no file.
     """
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     try:
@@ -65,7 +65,7 @@ def _put_in_place(building: Path, target: Path, is_whole: Callable[[Path], bool]
 
 
 def _remove_litter(parent: Path) -> None:
-    """Removes what killed processes left. A process that still writes has written something within a day."""
+    """Removes folders that killed processes left. A process that is still writing has written within a day."""
     for building in parent.glob(".building-*"):
         try:
             last_write = max(path.stat().st_mtime for path in (building, *building.rglob("*")))
@@ -85,7 +85,7 @@ def size_and_crc32(path: Path | epath.Path) -> tuple[int, int]:
 
 
 def sha256_of(file: BinaryIO) -> str:
-    """Hex; of an open file's bytes, as `sha256sum` prints it."""
+    """The hex digest of an open file's bytes, as `sha256sum` prints it."""
     return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
 
 

@@ -1,4 +1,4 @@
-"""JSON that others wrote: files read whole, and values taken with their kinds checked.
+"""Reads JSON files that others wrote, and checks the types of their values.
 
 Every error is one line that names the file, the key, the value found and the value needed.
 """
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REQUIRED: Any = object()  # in place of a default: the key must be there
+REQUIRED: Any = object()  # as the default: the key must be there
 LARGEST = 2**31 - 1  # sizes and ids are int32
 LONGEST = 100  # characters of a value in a message
 
 
 @dataclass(frozen=True)
 class JsonObject:
-    """An object and where it stands. Each getter returns the value of a key, or `default` where the key is absent.
+    """A JSON object and its place. Each getter returns the value of a key, or `default` if the key is absent.
 
-    null is taken where `default` is None. Anything else of another kind is a ValueError.
+    null is allowed if `default` is None. Any other value of the wrong type raises ValueError.
     """
 
     values: Mapping[str, Any]
@@ -46,7 +46,7 @@ class JsonObject:
         return found if found is None else JsonObject(found, f"{self.where}: {key}")
 
     def taken(self, key: str, default: Any, is_right: Callable[[Any], bool], needed: str) -> Any:
-        """The value of `key`, if it `is_right`; `needed` says in words what that is."""
+        """The value of `key`, if it `is_right`. `needed` describes such a value in messages."""
         if key not in self.values:
             if default is REQUIRED:
                 raise ValueError(f"{self.where}: {key} is missing; needed: {needed}")
@@ -65,7 +65,7 @@ class JsonObject:
 
 
 def read_json_object(path: Path) -> JsonObject:
-    """The object that a file holds; ValueError or OSError that names the file."""
+    """The object that a file holds. Raises ValueError or OSError with the file's name."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -84,7 +84,7 @@ def is_whole(value: Any, least: int, most: int = LARGEST) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is finite as a float too: Python's ints have no end."""
+    """Whether it is a number that is finite as a float too: Python's ints have no largest value."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1.7e308
 
 
@@ -93,6 +93,6 @@ def is_texts(value: Any) -> bool:
 
 
 def brief(value: Any) -> str:
-    """The value for a message: without control characters, and no longer than helps."""
+    """The value for a message: without control characters, and cut if it is long."""
     text = repr(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -1,4 +1,4 @@
-"""Places, which are paths or URLs: one spelling for each, so that two names of one folder are never taken for two."""
+"""Places, which are paths or URLs: one spelling for each, so two names of one folder never count as two folders."""
 
 import difflib
 import itertools
@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-MOST_NAMES = 10_000  # of a folder that are compared with a name that is not there
+MOST_NAMES = 10_000  # so many names of a folder, at most, are compared with a missing one
 LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes; Linux's
 
 
@@ -20,9 +20,9 @@ def is_url(path: str | Path) -> bool:
 
 
 def place_of(path: str | Path) -> str:
-    """The spelling that all names of a path or URL share: `out`, `./out/`, `out/../out` and links to it have one.
+    """One spelling for all names of a path or URL: `out`, `./out/`, `out/../out` and links to it have the same.
 
-    A path (also one given as file://) becomes absolute, with its links followed; it need not exist. No store is asked.
+    A path (also given as file://) becomes absolute, with its links followed; it need not exist. Contacts no store.
     """
     text = str(path)
     if not is_url(text):
@@ -30,7 +30,7 @@ def place_of(path: str | Path) -> str:
     protocol, _, rest = text.partition("://")
     try:
         store = fsspec.get_filesystem_class(protocol)
-    except (ImportError, ValueError):  # reported where something is written there
+    except (ImportError, ValueError):  # reported when something is written there
         return f"{protocol}://{posixpath.normpath(rest)}"
     if issubclass(store, LocalFileSystem):
         return os.path.realpath(store._strip_protocol(text))
@@ -45,7 +45,7 @@ def same_place(one: str | Path, other: str | Path) -> bool:
     """Whether two paths or URLs name one file or folder, or will when it is made."""
     one, other = place_of(one), place_of(other)
     try:
-        # Also names that differ in case alone, where the disk does not tell them apart, and bind mounts.
+        # samefile also covers bind mounts, and names that differ only in case on a disk that ignores case.
         return one == other or os.path.samefile(one, other)
     except (OSError, ValueError):  # one of them is not there, or is a URL
         return False
@@ -60,9 +60,9 @@ def is_within(inner: str | Path, outer: str | Path) -> bool:
 
 
 def spelled_alike(path: str | Path) -> str:
-    """For the end of a message about a path that is not there: "; did you mean data/rows.jsonl?", or nothing.
+    """The end of a message about a path that does not exist: "; did you mean data/rows.jsonl?", or nothing.
 
-    Compares the first name that is not there with its neighbours.
+    Compares the first missing name of the path with the names in its folder.
     """
     if is_url(path):
         return ""
@@ -72,7 +72,7 @@ def spelled_alike(path: str | Path) -> str:
         name, *below = whole.relative_to(parent).parts
         with os.scandir(parent) as entries:
             names = [entry.name for entry in itertools.islice(entries, MOST_NAMES)]
-    except (OSError, RuntimeError, ValueError, StopIteration):  # no path at all, or a folder that may not be read
+    except (OSError, RuntimeError, ValueError, StopIteration):  # not a valid path, or a folder that may not be read
         return ""
     near = difflib.get_close_matches(name, sorted(names), 1, 0.75)
     if not near or name in names:
@@ -82,13 +82,13 @@ def spelled_alike(path: str | Path) -> str:
 
 
 def leads_nowhere(path: str | Path) -> bool:
-    """Whether it is a link, or lies behind one, that leads back to itself: nothing can ever be there."""
+    """Whether a path is or contains a link that leads back to itself, so that nothing can ever be there."""
     place = place_of(path)
     return not is_url(place) and any(os.path.islink(part) for part in (place, *Path(place).parents))
 
 
 def parent_of(path: str | Path) -> str:
-    """The place that holds it."""
+    """The folder or URL that contains `path`."""
     place = place_of(path)
     if not is_url(place):
         return str(Path(place).parent)
@@ -97,7 +97,7 @@ def parent_of(path: str | Path) -> str:
 
 
 def refuse_impossible_paths(settings: Mapping[str, str | None]) -> None:
-    """Raises ValueError that names the setting. They are paths, URLs or hub ids, by name; None where one is not set."""
+    """Raises ValueError for an impossible path. `settings`: paths, URLs or hub ids by setting; None where not set."""
     for setting, path in settings.items():
         if path is None or is_url(path):
             continue

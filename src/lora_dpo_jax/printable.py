@@ -1,19 +1,19 @@
-"""Texts from data, models, file names and errors, on their way to a terminal."""
+"""Makes texts from data, models, file names and errors safe to print on a terminal."""
 
 import unicodedata
 
 LINE_ENDS_AND_TABS = str.maketrans("", "", "\n\t")
-# Control characters, formats such as the direction of writing, halves of surrogate pairs, and the two line ends that
-# some terminals obey.
+# Control characters, formats such as the direction of writing, halves of surrogate pairs, and Unicode's two line ends,
+# which some terminals obey.
 HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
-# Formats that letters of Persian and of Indian scripts, and many emoji, are made with.
+# Format characters that Persian, Indian scripts and many emoji need.
 JOINERS = "\u200c\u200d"
 
 
 def printable(text: str) -> str:
-    """`text` with what a terminal would obey or not show written as \\x1b or \\u202e; line ends and tabs stay.
+    """`text` with control and invisible characters written as \\x1b or \\u202e. Line ends and tabs stay.
 
-    Only for people to read: files keep the text as it is.
+    Only for texts that people read: files keep the text as it is.
     """
     if text.translate(LINE_ENDS_AND_TABS).isprintable():  # almost always
         return text

@@ -1,8 +1,8 @@
-"""Secrets in texts that others may read: logs, config.yaml, checkpoints, exports, trackers.
+"""Hides secrets in texts that others may read: logs, config.yaml, checkpoints, exports, trackers.
 
-What a secret looks like is known in three ways: by the name it stands under (`?token=`, `api_key: ...`, HF_TOKEN in the
-environment), by its place (`https://user:password@host`, an Authorization header), and by its shape (hf_..., a private
-key). Hashes, run ids and paths look alike, so what merely looks random is no secret.
+A secret is recognized in three ways: by its name (`?token=`, `api_key: ...`, HF_TOKEN in the environment), by its place
+(`https://user:password@host`, an Authorization header), and by its shape (hf_..., a private key). Hashes, run ids and
+paths look random too, so a text that merely looks random is no secret.
 """
 
 import functools
@@ -17,43 +17,43 @@ from urllib.parse import quote
 from lora_dpo_jax.printable import printable
 
 HIDDEN = "***"
-SHORTEST = 8  # characters of an environment variable's value; shorter ones would be found in innocent words
-SHORTEST_KEY = 16  # of what looks random in the value of a variable such as SORT_KEY, which most often is no secret
+SHORTEST = 8  # characters of an environment variable's value; shorter values would match parts of innocent words
+SHORTEST_KEY = 16  # random-looking characters in the value of a variable such as SORT_KEY, which is rarely a secret
 
-# Of names in lower case, with underscores between their words. A secret, whatever its value is...
+# Names are in lower case, with underscores between their words. Under such a name, any value is a secret...
 _SECRET_NAME = re.compile(
     r"(?:password|passwd|passphrase|secret|token|signature|credentials?|(?:^|_)(?:pwd|pass|pat|sig|sas|jwt)"
     r"|(?:api|access|secret|private|account|shared|auth|encryption|signing|subscription|storage)_?key)$"
 )
 _PASSWORD_NAME = re.compile(r"(?:password|passwd|passphrase|(?:^|_)(?:pwd|pass))$")
-# ...unless it is a tokenizer's token or a count of them.
+# ...unless the name is that of a tokenizer's token or of a count of tokens.
 _TOKEN_OF_A_TEXT = re.compile(
     r"(?:^|_)(?:pad|eos|bos|unk|sep|cls|mask|stop|start|end|first|next|last|image|special|max|min|per)_token$"
 )
-# Names that only settings have, not prose: at the end of a line, what follows their colon is a value.
+# Names that occur only in settings, not in prose: at the end of a line, the text after their colon is a value.
 _SETTING_NAME = re.compile(
     r"(?:password|passwd|passphrase|_secret|(?:api|access|secret|private|account|shared|auth)_?key"
     r"|(?:access|api|auth|bearer|bot|github|gitlab|hf|hub|refresh|security|session)_?token)$"
 )
-# A secret if the value looks like one.
+# Under such a name, a value is a secret only if it looks like one.
 _DOUBTFUL_NAME = re.compile(r"(?:^|_)(?:key|auth|authorization|bearer|cookie|session(?:_?id)?)$")
-_CREDENTIAL = ("key", "auth")  # a secret when it is all of the name of a setting or of a part of a query
+_CREDENTIAL = ("key", "auth")  # secret if this is the whole name of a setting or of a query parameter
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _NAMED_NUMBER = re.compile(r"[A-Za-z]+\d{1,4}|\d{1,4}[A-Za-z]+")
 _PLACEHOLDER = re.compile(
     r"(?i)none|null|true|false|\d{1,5}|\*{3}.*|\W*|\$.*|<.*>|(?:any|bool|bytes|int|optional|str)\b.*"
 )
-_KEY = re.compile(r"(?=.*[a-z])(?=.*[A-Z])(?=.*\d)[\w+/=-]{32,}")  # in Base64, cut by its signs into words
-_PATHS = ("/", "~", "./", "../")  # how a path begins
-_PATH_OR_ID = re.compile(r"[\w.~@:+=,*-]*(?:/[\w.~@+=,*-]*)+")  # of a file here or a repository of the hub; no URL
+_KEY = re.compile(r"(?=.*[a-z])(?=.*[A-Z])(?=.*\d)[\w+/=-]{32,}")  # in Base64; its signs may split it into words
+_PATHS = ("/", "~", "./", "../")  # beginnings of paths
+_PATH_OR_ID = re.compile(r"[\w.~@:+=,*-]*(?:/[\w.~@+=,*-]*)+")  # a local path or the id of a hub repository; no URL
 
-# Each bounds what it repeats, so that no text takes long.
+# All repetitions are bounded, so that no text takes long.
 _USER_OF_URL = re.compile(
     r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]{0,20}://)(?:"
-    # user:password@host, up to the last @ before a query, and no host:port/path@version; a quote in a word ends none
+    # user:password@host, up to the last @ before a query, but not host:port/path@version; a quote may be inside a word
     r"(?:[^/\s:?#'\"<>,\[\]]|['\"](?=\w)){0,200}:(?!\d{1,5}(?:[/?#\s,;)'\"]|$))"
     r"(?:(?!://|[?&][\w.-]{1,40}=)[^\s'\"<>]|['\"](?=\w)){0,1000}@"
-    # token@host; where it is not the web, what has no colon is a name: abfss://container@account
+    # token@host, only on the web: elsewhere a part without a colon is a name, as in abfss://container@account
     r"|(?<=http://)[^/\s@?#'\"]{1,500}@|(?<=https://)[^/\s@?#'\"]{1,500}@)"
 )
 _OF_QUERY = re.compile(r"([?&;#])([\w.%-]{1,64})=([^&;#\s'\"]+)")
@@ -61,7 +61,7 @@ _ASSIGNED = re.compile(
     r"(?<![\w.-])(?P<flag>--)?(?=[\w.-]{0,60}(?i:pass|pwd|secret|token|signature|credential|key|sig|sas|jwt))"
     r"(?P<name>[A-Za-z][\w.-]{0,63})(?P<sign>\\?['\"]?\s{0,2}[=:]\s{0,2}|(?(flag)\s|(?!)))"
     r"(?:b?(?P<quote>\\?['\"])(?P<quoted>(?:(?!(?P=quote)).){1,2000})"
-    # what is assigned is no assignment itself
+    # the value is not an assignment itself
     r"|(?P<bare>(?![\w.-]{1,64}(?:=[^=\s]|:\s))[^\s'\",;&)}\]]{4,2000}))"
     r"(?P<end>(?=\s{0,3}(?:$|[\r\n,;)}\]'\"])))?"
 )
@@ -98,12 +98,12 @@ _SHAPES = re.compile(
     )
     + ")"
 )
-# A path that is a secret: who has it may write there.
+# Paths that are secrets: everyone who knows them may write there.
 _HOOK = re.compile(
     r"(hooks\.slack\.com/(?:services|workflows)/|discord(?:app)?\.com/api/webhooks/|api\.telegram\.org/bot)[\w/:-]{8,}"
 )
 _NETRC = re.compile(r"(\blogin\s{1,3}\S{1,100}\s{1,3}password\s{1,3})\S+")
-# Keys of Weights & Biases were 40 hexadecimal digits, as commits are: only their surroundings tell them apart.
+# Old keys of Weights & Biases are 40 hexadecimal digits, like commits. Only the text around them distinguishes them.
 _WANDB_KEY = re.compile(
     r"(?i)((?:password|api[ _-]?key|wandb\b[^\n]{0,40}?(?:login|key))(?: --\w{1,20})?\W{1,4}(?:key=\W?)?)"
     r"[0-9a-f]{40}(?![0-9a-z])"
@@ -117,9 +117,9 @@ def redact(text: str) -> str:
 
 
 def redacted(tree: Any) -> Any:
-    """The same for nested mappings and lists; what is under the name of a secret is hidden whatever it is.
+    """`redact` for nested mappings and lists. Any text under the name of a secret is hidden.
 
-    Values of environment variables stay in paths and ids of repositories, which would lead nowhere without them.
+    Values of environment variables stay in paths and ids of repositories, which would not work without them.
     """
     if isinstance(tree, Mapping):
         return {name: HIDDEN if _is_secret(str(name), value) else redacted(value) for name, value in tree.items()}
@@ -132,13 +132,13 @@ def redacted(tree: Any) -> Any:
 
 
 def without_secrets(url: str) -> str:
-    """`url` without user and password, and without its query if there is a secret in it: for those who go there."""
+    """`url` without user and password, and without its query if that has a secret, so that others can use the URL."""
     shown = _without_patterns(url).replace(f"{HIDDEN}@", "")
     return re.split(r"[?#]", shown)[0] if HIDDEN in shown else shown
 
 
 class RedactingFormatter(logging.Formatter):
-    """Messages and tracebacks alike, without secrets and without what a terminal would obey."""
+    """Formats messages and tracebacks without secrets and without control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
         level = "warning: " if record.levelno >= logging.WARNING else ""
@@ -146,7 +146,7 @@ class RedactingFormatter(logging.Formatter):
 
 
 def log_to_stderr(level: int) -> None:
-    """The log of a command, that of the libraries which would write past it included."""
+    """Sets up the log of a command. It includes the libraries that would otherwise write their own log."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(RedactingFormatter("%(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
@@ -186,10 +186,10 @@ def _hide_assigned(found: re.Match) -> str:
     name, value = found["name"], found[part]
     if _kind(name) != "secret" or _PLACEHOLDER.fullmatch(value) or value.startswith(_PATHS):
         return found[0]
-    # Prose and source code have names of secrets too: "token: the one of ...", f(token=self.token).
+    # Prose and source code contain names of secrets too: "token: the one of ...", f(token=self.token).
     is_code = _words(value).endswith(_words(name).rpartition("_")[2])
     is_setting = found["end"] is not None and ("-" in name or _SETTING_NAME.search(_words(name)))
-    is_folder = found.string[: found.start()].endswith("/")  # of a table that is split by columns: /token=abc/
+    is_folder = found.string[: found.start()].endswith("/")  # of a partitioned table: /token=abc/
     is_meant = part == "quoted" or found["flag"] or (not is_code and (found["sign"] == "=" or is_setting))
     if (is_folder or not is_meant) and not _looks_secret(value.split("/")[0] if is_folder else value, SHORTEST):
         return found[0]
@@ -219,7 +219,7 @@ def _is_secret(name: str, value: Any) -> bool:
 
 
 def _looks_secret(value: str, shortest: int) -> bool:
-    """Whether so many characters in a row mix letters and digits otherwise than words with numbers do."""
+    """Whether at least `shortest` characters in a row mix letters and digits, but not as a word with a number does."""
     return any(
         len(run) >= 2 * SHORTEST_KEY
         or (len(run) >= shortest and not run.isdigit() and not run.isalpha() and not _NAMED_NUMBER.fullmatch(run))
@@ -232,7 +232,7 @@ def _is_no_word(text: str) -> bool:
 
 
 def _secret_variables() -> frozenset[tuple[str, bool]]:
-    """Values of environment variables that are secrets, and whether they may be plain words, as passwords may."""
+    """(value, whether it may be a plain word, as passwords may) of environment variables that are secrets."""
     found = set()
     for name, value in os.environ.items():
         kind, value = _kind(name), value.strip().strip("'\"")  # files of secrets end in a line end
@@ -248,7 +248,7 @@ def _secret_variables() -> frozenset[tuple[str, bool]]:
 
 @functools.lru_cache(16)
 def _pattern_of(variables: frozenset[tuple[str, bool]]) -> re.Pattern | None:
-    """Finds the values, as they are or percent-encoded; those that may be words only where they are a whole word."""
+    """A pattern of the values, plain or percent-encoded. Values that may be words must match a whole word."""
     forms = {(form, is_word) for value, is_word in variables for form in (value, quote(value, safe=""))}
     each = [
         rf"(?<![A-Za-z0-9]){re.escape(form)}(?![A-Za-z0-9])" if is_word else re.escape(form)

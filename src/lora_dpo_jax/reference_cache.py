@@ -1,15 +1,15 @@
-"""Log-probs of the reference, computed once and kept on disk under a key made of all that shapes them.
+"""Log-probs of the reference, computed once and kept on disk. The key is a hash of everything that affects them.
 
     <cache_dir>/reference/<key>/
-      records.bin    12 bytes for each response that is known: its number among those of its component, log p
+      records.bin    12 bytes for each known response: its number among the responses of its component, log p
                      (float32, nats), a checksum
-      meta.json      what the key was made of; for people, nothing reads it
+      meta.json      the contents of the key, for people; no code reads it
     <cache_dir>/reference/<key of a table>.started
-                     which of its examples a run is computing, for when it is interrupted; gone when it is done
+                     the examples that a run is computing, in case it is interrupted; removed when all are done
 
-A key stands for one reference model and one tokenized component, whatever part of it a run uses and whatever it does
-with it. Runs append records, several at once if they like; a response recorded twice is harmless. Checksums are salted
-with the key: what is damaged, or came from elsewhere, is not taken for a record. What is not found is computed.
+A key is for one reference model and one tokenized component, whatever part of the component a run uses, and for
+whatever purpose. Several runs may append records at once; a response recorded twice is harmless. Checksums are salted
+with the key, so damaged or foreign records are not used. Missing log-probs are computed.
 """
 
 import hashlib
@@ -32,16 +32,16 @@ from lora_dpo_jax.models import CausalLM
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # raise it when the same model and tokens would get other log-probs, or the files another layout
+VERSION = 2  # increase it when the same model and tokens would get other log-probs, or the files another layout
 RECORD = np.dtype([("response", "<i4"), ("log_prob", "<f4"), ("checksum", "<u4")])
 CHECKED_BYTES = RECORD.fields["checksum"][1]  # pyright: ignore[reportOptionalSubscript]
 
 
 class ReferenceCache:
-    """What is known of one reference model's log-probs. Only the first process touches the disk; all must call."""
+    """The known log-probs of one reference model. Only the first process uses the disk; all make the same calls."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]):
-        """`identity` holds all that shapes the log-probs, but for the examples; it must serialize to JSON."""
+        """`identity` holds everything that affects the log-probs, except the examples; it must serialize to JSON."""
         self.folder, self.identity = folder, {"version": VERSION, **identity}
 
     def find(self, examples: ExampleTable) -> np.ndarray:
@@ -56,17 +56,17 @@ class ReferenceCache:
         return np.array(multihost_utils.broadcast_one_to_all(values))
 
     def compute(self, model: CausalLM, score: Scorer, known: np.ndarray | None = None) -> np.ndarray:
-        """The log-probs of the examples of `score` under the reference `model`, as `find` gives them.
+        """The log-probs of the examples of `score` under the reference `model`, in the form of `find`.
 
-        Of what is `known`, as `find` gave it, nothing is changed. Each batch is on disk before the next one is
-        computed, so that little is lost when this is interrupted.
+        `known` log-probs, which come from `find`, stay unchanged. Each batch is on disk before the next one is
+        computed, so that an interruption loses little.
         """
         examples, arrays = score.examples, score.examples.arrays
         values = np.full(len(arrays.response_tokens), np.nan, np.float32) if known is None else known.copy()
         is_missing = missing_examples(examples, values)
         is_first = jax.process_index() == 0
         batches = score.in_batches(model) if is_missing.all() else score.in_batches(model, wanted=is_missing)
-        # None shows the bar on a terminal alone.
+        # None shows the bar only on a terminal.
         disable = None if is_first else True
         unit = " pairs" if arrays.are_pairs else " examples"
         with tqdm(total=int(is_missing.sum()), desc="reference log-probs", unit=unit, disable=disable) as progress:
@@ -81,9 +81,9 @@ class ReferenceCache:
         return values
 
     def to_compute(self, examples: ExampleTable, missing: np.ndarray) -> np.ndarray:
-        """The examples to give to `compute` together: `missing`, and what else an interrupted run began to compute.
+        """The examples to give to `compute` together: `missing`, and all others that an interrupted run began with.
 
-        Responses get the same bits when the same examples are packed together. So a resumed run ends as if it had
+        Log-probs get the same bits when the same examples are packed together. So a resumed run ends as if it had
         never been interrupted.
         """
         is_wanted = np.zeros(len(examples), bool)
@@ -98,7 +98,7 @@ class ReferenceCache:
         return np.flatnonzero(multihost_utils.broadcast_one_to_all(is_wanted))
 
     def all_computed(self, examples: ExampleTable) -> None:
-        """Nothing that `to_compute` gave is missing any more."""
+        """To be called when all examples from `to_compute` are computed."""
         if jax.process_index() == 0:
             self._started_path(examples).unlink(missing_ok=True)
 
@@ -123,7 +123,7 @@ class ReferenceCache:
 
 
 def missing_examples(examples: ExampleTable, values: np.ndarray) -> np.ndarray:
-    """bool [example]: whether any of its responses has no value, of float32 [response] with NaN for none."""
+    """bool [example]: whether any response of the example is NaN in `values`, float32 [response]."""
     is_missing = np.zeros(len(examples), bool)
     is_missing[np.repeat(np.arange(len(examples)), examples.arrays.response_counts)[np.isnan(values)]] = True
     return is_missing
@@ -139,7 +139,7 @@ class _Records:
         self.path, self.salt = self.folder / "records.bin", zlib.crc32(key.encode())
 
     def read(self) -> np.ndarray:
-        """float32 [response], NaN where there is no sound record. Unsound ones are removed."""
+        """float32 [response], NaN without a sound record. Unsound records are removed from the file."""
         values = np.full(self.num_responses, np.nan, np.float32)
         if not self.path.exists():
             return values
@@ -153,7 +153,7 @@ class _Records:
         return values
 
     def append(self, responses: np.ndarray, values: np.ndarray) -> None:
-        """Adds log-probs [response]; those that are not finite are left out, to be computed again."""
+        """Appends log-probs [response]. Those that are not finite are left out, so that they are computed again."""
         is_finite = np.isfinite(values)
         records = np.zeros(int(is_finite.sum()), RECORD)
         records["response"], records["log_prob"] = responses[is_finite], values[is_finite]
@@ -170,13 +170,13 @@ class _Records:
         if not self.folder.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_file(self.folder / "meta.json", self.description.encode())
-        # Opened anew each time, as another run may have put a file without damage in its place; whole records in one
-        # write, so that those of several runs do not mix.
+        # Opened anew each time, because another run may have replaced a damaged file. Whole records in one write, so
+        # that records of several runs do not mix.
         with open(self.path, "ab", buffering=0) as file:
             # A run that was killed while writing may have left a part of a record.
             content = bytes(-file.tell() % RECORD.itemsize) + records
             if file.write(content) != len(content):
-                raise OSError(f"only a part of {len(content)} bytes was; is the disk full?")
+                raise OSError(f"only a part of {len(content)} bytes was written; is the disk full?")
 
     def _are_sound(self, records: np.ndarray) -> np.ndarray:
         in_range = (records["response"] >= 0) & (records["response"] < self.num_responses)
@@ -189,12 +189,12 @@ class _Records:
         return np.fromiter(checksums, np.uint32, count=len(records))
 
     def _keep_only(self, records: np.ndarray, is_sound: np.ndarray, size: int) -> None:
-        """Records that another run appends meanwhile are lost, which only means that they are computed again."""
+        """Removes unsound records. Records that another run appends meanwhile are lost, and computed again later."""
         unsound = np.flatnonzero(~is_sound)
         first = int(unsound[0] if len(unsound) else len(records)) * RECORD.itemsize
         logger.warning(
             "%s: %d of %d records are damaged or belong to another cache, and %d bytes at the end are no whole record "
-            "(the first fault is at byte %d). They are removed; what they stood for is computed again.",
+            "(the first fault is at byte %d). They are removed, and their log-probs are computed again.",
             self.path,
             len(unsound),
             len(records),
@@ -205,7 +205,7 @@ class _Records:
 
 
 def _read_started(path: Path, num_examples: int) -> np.ndarray:
-    """None of the examples if there is no list that can be read. A wrong one only means other last bits."""
+    """The listed examples; none if the list cannot be read. A wrong list only changes the last bits of log-probs."""
     try:
         started = np.array(json.loads(path.read_bytes()), np.int64)
     except (OSError, ValueError, TypeError):

@@ -226,7 +226,7 @@ def test_a_row_that_is_not_json_is_told_how_to_be_dropped(write, load, tmp_path)
     path = write(ROWS[:3])
     with open(path, "a") as file:
         file.write('{"chosen": "cut')
-    advice = "mend the row, or set data.components.data.format.invalid_rows to drop"
+    advice = "fix the row, or set data.components.data.format.invalid_rows to drop"
     with pytest.raises(
         RowError, match=rf"rows.jsonl, row 4: is not JSON: it breaks off after 15 characters: {advice}$"
     ):

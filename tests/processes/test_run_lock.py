@@ -108,7 +108,7 @@ def test_a_process_of_another_machine_that_gives_signs_is_at_work(brief, tmp_pat
     sign = threading.Timer(0.3, lambda: left_by(tmp_path, **content | {"sign": 4}))
     sign.start()
     with pytest.raises(
-        RunIsActiveError, match="process 4711 on node-7 is at work .*if it is gone all the same, remove .*run.lock"
+        RunIsActiveError, match="process 4711 on node-7 is at work .*process is gone all the same, remove .*run.lock"
     ):
         RunLock(tmp_path, "my-run").__enter__()
     sign.join()

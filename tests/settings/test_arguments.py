@@ -194,7 +194,7 @@ def test_prompts_are_taken_as_they_stand():
     assert parse_generate(["--model", "m", "--prompt", "x", "--chat_template", "{{ messages }}"]).chat_template
     for args, says in (
         (["--prompt"], "--prompt needs a text"),
-        (["--prompt", "a", "--prompts", "[b]"], "two ways to say"),
+        (["--prompt", "a", "--prompts", "[b]"], "set the same"),
     ):
         assert says in str(how_it_ends(lambda args=args: parse_generate(["--model", "m", *args])))
 

@@ -1,6 +1,6 @@
-"""The arrays of a checkpoint, written by Orbax in the background: a folder with its final name is all there.
+"""The arrays of a checkpoint, written by Orbax in the background. A folder with its final name is complete.
 
-Orbax writes into a folder of another name and renames it in the end (on object stores, it marks it instead).
+Orbax writes into a folder with another name and renames it at the end. (On object stores, it writes a marker instead.)
 """
 
 from collections.abc import Mapping
@@ -21,20 +21,20 @@ class CheckpointArrays:
         self._orbax = ocp.AsyncCheckpointer(self._handler)
 
     def write(self, folder: epath.Path, arrays: Mapping[str, jax.Array], description: Mapping[str, Any]) -> None:
-        """Returns once the arrays are copied to the host; `wait` returns when all is on disk.
+        """Returns once the arrays are copied to the host; `wait` returns when all are on disk.
 
-        Replaces what is at `folder`. `description`: see `files.describe`.
+        Replaces an existing `folder`. `description`: see `files.describe`.
         """
         self._orbax.wait_until_finished()
-        self._handler.description = description  # nothing is on its way that could still take the former one
+        self._handler.description = description  # no pending write could still use the former one
         self._orbax.save(folder, args=_Save(dict(arrays)), force=True)
 
     def wait(self) -> None:
-        """Raises what went wrong in the background."""
+        """Waits until the arrays are on disk. Raises the errors of the background."""
         self._orbax.wait_until_finished()
 
     def read(self, folder: epath.Path, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """The arrays, each where its namesake in `like` lies, whatever devices it was written from."""
+        """The arrays, each sharded as its namesake in `like`, whatever devices it was written from."""
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in like.items()}
         places = {name: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape) for name, x in like.items()}
         return self._orbax.restore(folder, args=_Restore(item=shapes, restore_args=places))
@@ -49,7 +49,7 @@ class _DescribedArrays(ocp.PyTreeCheckpointHandler):
     description: Mapping[str, Any]
 
     def finalize(self, directory: epath.Path) -> None:
-        """Called on the first process, in the background, when all have written."""
+        """Called on the first process, in the background, after all processes have written."""
         super().finalize(directory)
         describe(directory, self.description)
 

@@ -1,4 +1,4 @@
-"""When a checkpoint is due by the clock, on all processes after the same step."""
+"""Decides when a checkpoint is due by the clock, for all processes after the same step."""
 
 import time
 
@@ -6,11 +6,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-LOOKS = 20  # how often in an interval several processes compare their clocks
+LOOKS = 20  # how often in an interval several processes ask the first one
 
 
 class SaveClock:
-    """Whether `seconds` have gone by since the last save, by the clock of the first process."""
+    """Whether `seconds` have passed since the last save, by the clock of the first process."""
 
     def __init__(self, seconds: float | None):
         self.seconds = seconds
@@ -27,8 +27,8 @@ class SaveClock:
         now = time.monotonic()
         is_due, ahead = now - self.since >= self.seconds, 1
         if jax.process_count() > 1:
-            # Asking the first process is a collective that waits for the devices: it is done a few times in an
-            # interval, after a number of steps that is again the first process's.
+            # Asking the first process is a collective that waits for the devices. So it is done a few times in an
+            # interval, after a number of steps that the first process decides too.
             if self.looked_at is not None:
                 then, at = self.looked_at
                 ahead = max(1, int(self.seconds / LOOKS / max((now - then) / (step - at), 1e-6)))

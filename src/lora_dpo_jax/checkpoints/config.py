@@ -15,21 +15,21 @@ class CheckpointInterval:
     """The checkpoints after every `every` steps are kept, up to step `until`."""
 
     every: int  # steps
-    until: int | None = None  # the last step that the rule is for; null, in the last rule alone, means all later steps
+    until: int | None = None  # the last step of the rule; null, only allowed in the last rule, means all later steps
 
 
 @dataclass(frozen=True)
 class CheckpointerConfig:
     """When checkpoints are saved and which are kept. Names and rules are Levanter's.
 
-    A checkpoint is kept if the first of `keep` that reaches its step says so; the last one always is. Those by the
-    clock, or on a signal, are temporary: they go when a newer one is complete.
+    The first rule of `keep` that reaches a checkpoint's step decides whether it is kept. The last checkpoint always is.
+    Checkpoints by the clock, or on a signal, are temporary: they are deleted when a newer one is complete.
     """
 
     base_path: str | None = None  # a folder or a gs:// URL; null is `checkpoints` in the run's folder
     append_run_id_to_base_path: bool = True  # the id is a folder in base_path
     save_interval: str | None = "15m"  # 1h30m, 90s; a bare number is in minutes; null saves none by the clock
-    # Which steps' checkpoints are saved and stay: rules, by rising `until`. The last step's always is.
+    # Rules, by rising `until`, for the steps whose checkpoints are saved and kept. The last step's always is.
     keep: list[CheckpointInterval] = field(default_factory=lambda: [CheckpointInterval(every=10_000)])
 
     def __post_init__(self):
@@ -63,7 +63,7 @@ class CheckpointerConfig:
 
 
 def _seconds(text: str) -> float:
-    """Of 1h30m, 10m or 90s; a number alone is in minutes."""
+    """The seconds of 1h30m, 10m or 90s; a number alone is in minutes."""
     compact = text.lower().replace(" ", "")
     if re.fullmatch(r"\d+(\.\d+)?", compact):
         compact += "m"

@@ -1,4 +1,4 @@
-"""In which settings a checkpoint and a run differ."""
+"""The settings that differ between a checkpoint and a run."""
 
 import json
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def listed(lines: list[str]) -> str:
-    """Indented, one below the other; of many, the first and how many more there are."""
+    """Indented lines. If there are many, the first ones and how many more there are."""
     more = len(lines) - SHOWN_DIFFERENCES
     return "\n".join(f"  {line}" for line in lines[:SHOWN_DIFFERENCES] + ([f"and {more} more"] if more > 0 else []))
 

@@ -1,11 +1,11 @@
-"""Whether a checkpoint on disk is whole: what was said of it when it was written, and sums of all its files.
+"""Whether a checkpoint on disk is complete: a description, and checksums of all its files.
 
     step-<n>/
       checkpoint.json       the description, and the size and CRC-32 of every file below
       _METADATA, d/, ...    the arrays by name: see arrays.py
 
-checkpoint.json is the last file to be written: a folder without it is half a checkpoint. (In a bucket, where nothing is
-renamed, Orbax writes commit_success.txt after it.)
+checkpoint.json is the last file to be written: a folder without it is an unfinished checkpoint. (In a bucket, where
+folders are not renamed, Orbax writes commit_success.txt after it.)
 """
 
 import json
@@ -20,24 +20,24 @@ from fsspec.config import conf as fsspec_settings
 from lora_dpo_jax.files import size_and_crc32
 
 DESCRIPTION = "checkpoint.json"
-VERSION = 1  # raise it when the files get another layout
-COMMITTED = "commit_success.txt"  # what Orbax takes no checkpoint without that has no folder of another name before
-UNCHECKED = ("_CHECKPOINT_METADATA", COMMITTED)  # written by Orbax later still; no array depends on them
-# What a checkpoint has right in its folder; of one that was deleted by half, something is left.
+VERSION = 1  # increase it when the layout of the files changes
+COMMITTED = "commit_success.txt"  # Orbax's marker of a finished checkpoint, where it renames no folder
+UNCHECKED = ("_CHECKPOINT_METADATA", COMMITTED)  # Orbax writes them after checkpoint.json; no array depends on them
+# Names directly in a checkpoint's folder. A half-deleted checkpoint still has some of them.
 NAMES = (DESCRIPTION, *UNCHECKED, "_METADATA", "_sharding", "array_metadatas", "d", "manifest.ocdbt")
 OURS = re.compile("|".join(map(re.escape, NAMES)) + r"|ocdbt\.process_\d+")
 
-# Orbax writes arrays past fsspec, which would not see them in the listings that it keeps.
+# Orbax does not write arrays through fsspec, so the listings that fsspec caches would miss them.
 for protocol in ("gs", "gcs"):
     fsspec_settings.setdefault(protocol, {}).setdefault("use_listings_cache", False)
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint is not all of what was written; the message says where."""
+    """A checkpoint is not complete as it was written. The message names the fault."""
 
 
 def describe(folder: epath.Path, description: Mapping[str, Any]) -> None:
-    """Writes checkpoint.json, when all other files are written. `description` must serialize to JSON."""
+    """Writes checkpoint.json, after all other files are written. `description` must serialize to JSON."""
     files = {
         path.relative_to(folder).as_posix(): size_and_crc32(path)
         for path in _files(folder)
@@ -48,12 +48,12 @@ def describe(folder: epath.Path, description: Mapping[str, Any]) -> None:
 
 
 def read_description(folder: epath.Path) -> dict[str, Any]:
-    """What `describe` was given. Raises DamagedCheckpointError if it cannot be read."""
+    """The description that `describe` wrote. Raises DamagedCheckpointError if it cannot be read."""
     return _read(folder)["description"]
 
 
 def check_files(folder: epath.Path) -> None:
-    """Reads all files of a checkpoint through. Raises DamagedCheckpointError if one is not as it was written."""
+    """Reads all files of a checkpoint. Raises DamagedCheckpointError if one is not as it was written."""
     if folder.as_posix().startswith("gs://") and not (folder / COMMITTED).exists():
         raise DamagedCheckpointError(f"it has no {COMMITTED}, so it was not finished")
     for name, (size, checksum) in _read(folder)["files"].items():
@@ -68,7 +68,7 @@ def check_files(folder: epath.Path) -> None:
 
 
 def refuse_foreign_files(folder: epath.Path) -> None:
-    """Raises FileExistsError for a folder that has the name of a checkpoint alone: a new one would replace it."""
+    """Raises FileExistsError for a folder that is no checkpoint despite its name: a new checkpoint would replace it."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name]
     if foreign := [name for name in names if not name.startswith(".") and not OURS.fullmatch(name)]:
         raise FileExistsError(
@@ -84,7 +84,7 @@ def _read(folder: epath.Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
         if content.pop("checksum") != _checksum_of_json(content):
-            raise ValueError("its checksum is another")
+            raise ValueError("its checksum does not match")
         if content["version"] != VERSION:
             raise ValueError(f"it is of version {content['version']}, and this program reads {VERSION}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

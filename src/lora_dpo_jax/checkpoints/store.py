@@ -35,14 +35,14 @@ logger = logging.getLogger("lora_dpo_jax")
 
 T = TypeVar("T")  # a tree of arrays
 STEP_FOLDER = re.compile(r"step-(\d+)")
-UNFINISHED_FOLDER = re.compile(r"step-\d+\.orbax-checkpoint-tmp.*")  # what Orbax writes into
+UNFINISHED_FOLDER = re.compile(r"step-\d+\.orbax-checkpoint-tmp.*")  # Orbax writes into it, then renames it
 SECONDS_TO_SEE = 10.0  # how long a network file system may take to show one host what another wrote
 NONE_FOUND, REFUSED = -1, -2  # sent by the first process instead of a step
 
 
 @dataclass(frozen=True)
 class Restored(Generic[T]):
-    """A checkpoint that was read: the arrays after `step` updates, and what else was saved with them."""
+    """A checkpoint that was read: the arrays after `step` updates, and the notes that were saved with them."""
 
     step: int
     arrays: T
@@ -52,7 +52,7 @@ class Restored(Generic[T]):
 class Checkpoints:
     """The checkpoints of one run, as `step-<n>` in one folder. With several processes, all must make the same calls.
 
-    A context manager: at its end, what is still being written is waited for.
+    A context manager, which waits for pending writes at its end.
     """
 
     def __init__(
@@ -63,23 +63,24 @@ class Checkpoints:
         identity: Mapping[str, Any],
         settings: Mapping[str, Any],
     ):
-        """`identity`: what a run and a checkpoint must have in common. `settings`: all of the run's, for the log.
+        """`identity`: facts that a run and its checkpoints share. `settings`: all settings of the run, for the log.
 
-        Both are nested mappings that serialize to JSON; the first process's are taken.
+        Both are nested mappings that serialize to JSON. Those of the first process are used.
         """
         self.folder, self.config = folder, config
         self.identity, self.settings = _as_json(identity), _as_json(settings)
-        self._at_hand: int | None = None  # the step of which the newest checkpoint is
+        self._at_hand: int | None = None  # the step of the newest checkpoint
         self._clock = SaveClock(config.interval_seconds)
         self._storage: Any = None
         self._finishing: Future | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoints")
 
     def restore(self, like: T, *, wanted: bool | None = None) -> Restored[T] | None:
-        """The newest whole checkpoint of this run, as a tree like `like`, each array where its namesake lies.
+        """The newest complete checkpoint of this run, as a tree like `like`, with each array sharded as its namesake.
 
-        Damaged ones are left out and named in the log. None: there is none, which is an error if `wanted`; if `wanted`
-        is false there must be none. Raises ValueError if the newest one is of another run, with the differences.
+        Damaged checkpoints are skipped and logged. Returns None if there is none, which is an error if `wanted` is
+        true. If `wanted` is false, any checkpoint is an error. Raises ValueError with the differences if the newest
+        checkpoint is of another run.
         """
         arrays = _named(like)
         step, error = NONE_FOUND, None
@@ -92,21 +93,21 @@ class Checkpoints:
         if error is not None:
             raise error
         if step == REFUSED:
-            raise ValueError(f"{self.folder}: the first process refused it; its log says why")
-        self._refuse_unshared_folder()
+            raise ValueError(f"{self.folder}: the first process rejected it; its log says why")
+        self._check_shared_folder()
         if step == NONE_FOUND:
             return None
         path = self._path(step)
         values = self._open().read(path, arrays)
         leaves = [values[name] for name in arrays]
         self._at_hand = step
-        logger.info("going on from %s", path)
+        logger.info("resuming from %s", path)
         return Restored(step, jax.tree.unflatten(jax.tree.structure(like), leaves), read_description(path)["notes"])
 
     def is_due(self, step: int) -> bool:
-        """Whether to save after `step` updates, by the rules or the clock. To be asked once a step."""
+        """Whether to save after `step` updates, by the rules or the clock. Call it once per step."""
         if self._finishing is not None and self._finishing.done():
-            self.wait()  # raises where the writing failed
+            self.wait()  # raises if the writing failed
         return self.config.keeps(step) or self._clock.is_due(step)
 
     def save(self, step: int, arrays: Any, *, notes: Mapping[str, Any], is_last: bool = False) -> None:
@@ -131,7 +132,7 @@ class Checkpoints:
         self._finishing = self._thread.submit(self._finish, step)
 
     def wait(self) -> None:
-        """Until the last save is on disk. Raises OSError if it could not be written."""
+        """Waits until the last save is on disk. Raises OSError if it could not be written."""
         finishing, self._finishing = self._finishing, None
         if finishing is not None:
             finishing.result()
@@ -153,7 +154,7 @@ class Checkpoints:
                 self._storage.close()
 
     def _find(self, arrays: Mapping[str, jax.Array], wanted: bool | None) -> int:
-        """The step to go on from, or NONE_FOUND."""
+        """The step to resume from, or NONE_FOUND."""
         self._make_folder()
         steps = sorted(self._steps(), reverse=True)
         if wanted is False and steps:
@@ -170,26 +171,26 @@ class Checkpoints:
                 refuse_foreign_files(path)
                 logger.warning("the checkpoint %s is damaged and is left out: %s", path, error)
                 continue
-            self._refuse_other_runs(path, description, arrays)
+            self._check_same_run(path, description, arrays)
             return step
         if wanted:
             raise FileNotFoundError(f"trainer.load_checkpoint=true, but {self.folder} holds no whole checkpoint")
         return NONE_FOUND
 
-    def _refuse_other_runs(self, path: epath.Path, found: dict[str, Any], arrays: Mapping[str, jax.Array]) -> None:
+    def _check_same_run(self, path: epath.Path, found: dict[str, Any], arrays: Mapping[str, jax.Array]) -> None:
         theirs = dict(found["identity"])
         shapes = theirs.pop("arrays")
-        # Which settings made the arrays differ says more than the arrays.
+        # If settings differ, they explain more than the arrays that they change.
         if different := differences(theirs, self.identity) or differences(shapes, _shapes(arrays)):
             raise ValueError(
                 f"{path} is a checkpoint of another run:\n{listed(different)}\n"
-                "Set these back to go on from it, or choose another trainer.id to begin anew."
+                "Set these back to resume from it, or choose another trainer.id to begin anew."
             )
         if changed := differences(found["settings"], self.settings):
             logger.warning("since the checkpoint %s these settings have changed:\n%s", path, listed(changed))
 
     def _make_folder(self) -> None:
-        """So that a place where nothing can be written is found out before training. Removes halves."""
+        """Makes the folder, checks that it is writable (before training), and removes unfinished checkpoints."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / f".writable-{uuid.uuid4().hex}"
@@ -205,8 +206,8 @@ class Checkpoints:
                 "trainer.log_dir, to a place where they can"
             ) from error
 
-    def _refuse_unshared_folder(self) -> None:
-        """Every process writes what its devices hold, and all of that is one checkpoint."""
+    def _check_shared_folder(self) -> None:
+        """Raises ValueError unless all processes see one folder: each writes its part of a checkpoint there."""
         probe = self.folder / from_first_process(f".seen-by-all-{uuid.uuid4().hex}")
         if is_first_process():
             probe.write_text("")
@@ -225,7 +226,7 @@ class Checkpoints:
             )
 
     def _finish(self, step: int) -> None:
-        """In the background: waits until the checkpoint is whole, then deletes the temporary ones before it."""
+        """In the background: waits until the checkpoint is complete, then deletes earlier temporary ones."""
         try:
             self._storage.wait()
         except Exception as error:
@@ -240,7 +241,7 @@ class Checkpoints:
         return OSError(f"the checkpoint {self._path(step)} could not be written; earlier ones are whole. {error}")
 
     def _is_temporary(self, step: int) -> bool:
-        """False where it cannot be read: what is not known to be temporary is not deleted."""
+        """False if its description cannot be read, so that it is not deleted."""
         try:
             return read_description(self._path(step))["is_temporary"]
         except DamagedCheckpointError:
@@ -249,7 +250,7 @@ class Checkpoints:
     def _entries(self) -> list[epath.Path]:
         try:
             return list(self.folder.iterdir())
-        except FileNotFoundError:  # in an object store, a folder without files is none
+        except FileNotFoundError:  # in an object store, a folder without files does not exist
             return []
 
     def _steps(self) -> list[int]:
@@ -261,7 +262,7 @@ class Checkpoints:
 
     def _open(self) -> Any:
         if self._storage is None:
-            # Not with the other imports: what only needs the settings need not wait for Orbax.
+            # Not with the other imports: code that only needs the settings need not wait for Orbax.
             from lora_dpo_jax.checkpoints.arrays import CheckpointArrays
 
             self._storage = CheckpointArrays()

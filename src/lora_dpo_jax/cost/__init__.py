@@ -1,1 +1,1 @@
-"""What a step costs: operations, memory, traffic, and what devices can do."""
+"""The cost of a step: operations, memory, traffic, and the performance of devices."""

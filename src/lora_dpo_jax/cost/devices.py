@@ -1,4 +1,4 @@
-"""What devices can do, from their makers' data sheets, and devices that are only described."""
+"""The performance of devices, from their makers' data sheets, and descriptions of devices that are not present."""
 
 import os
 import re
@@ -13,12 +13,12 @@ from jax.experimental import topologies
 class DeviceKind:
     """One chip."""
 
-    name: str  # what a user calls it
-    jax_name: str  # a part of what JAX calls it (`device_kind`)
+    name: str  # the name for users
+    jax_name: str  # a part of JAX's name (`device_kind`)
     flops: float  # dense bfloat16 products, FLOP/s
     memory: float  # bytes that a program can use
     memory_bandwidth: float  # bytes/s
-    interconnect: float  # bytes/s to the others of its slice or host, one way, all links together
+    interconnect: float  # bytes/s to the other chips of its slice or host, one way, all links together
 
     @property
     def is_tpu(self) -> bool:
@@ -26,7 +26,7 @@ class DeviceKind:
 
 
 GIB = 2**30
-# A name that begins another comes after it.
+# If a JAX name begins with another one, the longer name comes first.
 DEVICE_KINDS = (
     DeviceKind("v4", "TPU v4", 275e12, 31.25 * GIB, 1228e9, 300e9),
     DeviceKind("v5e", "TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 200e9),
@@ -40,12 +40,12 @@ DEVICE_KINDS = (
 )
 
 
-# Slices of at least as many TPU chips, whose programs stand for those of GPUs.
+# By number of GPUs, a TPU slice of at least as many chips. Its programs represent those of the GPUs.
 STAND_INS = {1: "v5p:2x2x1", 2: "v5p:2x2x1", 4: "v5p:2x2x1", 8: "v5p:2x2x2", 16: "v5p:2x2x4", 32: "v5p:2x4x4"}
 
 
 def kind_of(device: Any) -> DeviceKind | None:
-    """Of a JAX device; None if it is not known."""
+    """The kind of a JAX device; None if it is not known."""
     return next((kind for kind in DEVICE_KINDS if kind.jax_name in device.device_kind), None)
 
 
@@ -56,7 +56,7 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
 
 
 def devices_of_topology(topology: str) -> tuple[DeviceKind, list[Any]]:
-    """Devices of a TPU slice, without any TPU; those that stand for GPUs are TPU chips with the most memory."""
+    """The devices of a TPU slice, without any TPU. GPUs are represented by the TPU chips with the most memory."""
     name, _, shape = topology.partition(":")
     kind = next((kind for kind in DEVICE_KINDS if kind.name == name), None)
     if kind is None or not re.fullmatch(r"\d+(x\d+)*", shape):
@@ -66,12 +66,12 @@ def devices_of_topology(topology: str) -> tuple[DeviceKind, list[Any]]:
         return kind, _topology(topology)
     count = int(shape) if shape.isdigit() else 0
     if count not in STAND_INS:
-        raise ValueError(f"topology={topology!r}: GPUs are counted, and a plan is made for {[*STAND_INS]} of them")
+        raise ValueError(f"topology={topology!r}: the number of GPUs must be one of {[*STAND_INS]}")
     return kind, _topology(STAND_INS[count])[:count]
 
 
 def _topology(name: str) -> list[Any]:
-    # libtpu need not look for the chips of this machine, nor keep them to this process: it only compiles.
+    # libtpu only compiles here: it need not look for chips of this machine, nor reserve them for this process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:

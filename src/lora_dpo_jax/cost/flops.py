@@ -1,4 +1,4 @@
-"""What a step must compute: for model FLOPs utilization (MFU)."""
+"""The floating-point operations that a step needs, for model FLOPs utilization (MFU)."""
 
 import haliax as hax
 import jax
@@ -12,9 +12,9 @@ from lora_dpo_jax.models import CausalLM
 def useful_flops(model: CausalLM, batch: PreferenceBatch, *, with_reference: bool) -> jax.Array:
     """Floating-point operations that the batch's tokens need, a shared prompt counted once; float32 scalar.
 
-    Forward, and backward to the inputs of frozen weights (as much again); the factors of the adapters get gradients
-    too. Attention by the keys each token sees, the head at predicting positions. The reference, if it is computed in
-    the step, adds a forward pass. Padding and recomputation do not count.
+    Frozen weights count forward, and backward to their inputs (as much again). The factors of the adapters also get
+    gradients. Attention counts the keys that each token sees, the head only predicting positions. The reference, if it
+    is computed in the step, adds a forward pass. Padding and recomputation do not count.
     """
     config = model.config
     weights = adapters = 0
@@ -25,7 +25,7 @@ def useful_flops(model: CausalLM, batch: PreferenceBatch, *, with_reference: boo
     is_token = batch.segment_ids > 0
     tokens = hax.sum(is_token).scalar().astype(jnp.float32)
     targets = hax.sum(batch.target_response >= 0).scalar().astype(jnp.float32)
-    # A token sees what stands before it in its own sequence, and itself.
+    # A token sees itself and the tokens before it in its own sequence.
     seen = hax.sum(hax.where(is_token, batch.position_ids + 1, 0).astype(jnp.float32)).scalar()
     products = tokens * (2.0 * weights * passes + 3.0 * adapters)
     # Scores and sums of values; their gradients cost twice as much as they do.

@@ -6,17 +6,17 @@ from typing import Any
 
 from lora_dpo_jax.cost.program_text import computations_of, num_bytes_of
 
-# What an array of a program comes from when nothing is computed.
+# Operations that return arrays without computing them.
 HANDED_ON = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "copy-start", "copy-done"}
 
 
 @dataclass(frozen=True)
 class ProgramMemory:
-    """Bytes of a device."""
+    """Bytes that a compiled program needs on a device."""
 
     arguments: int
     temporary: int
-    outputs: int  # beside the arguments that they take the place of
+    outputs: int  # without those that reuse the memory of arguments
     code: int
 
     @staticmethod
@@ -35,9 +35,9 @@ class ProgramMemory:
 
 
 def largest_arrays(program: str, count: int = 3) -> list[str]:
-    """The largest that operations of the optimized program make: `bf16[2048,14336]`, ..."""
+    """The largest arrays that operations of the optimized program make: `bf16[2048,14336]`, ..."""
     computations, _ = computations_of(program)
-    # What is inside of a fusion never lies in memory.
+    # Arrays inside a fusion are never in memory.
     fused = set(re.findall(r" fusion\(.*calls=%?([\w.-]+)", program))
     lines = (line for name, lines in computations.items() if name not in fused for line in lines)
     made = (re.match(r"\s+(?:ROOT )?%?\S+ = (\w+\[[\d,]*\])\S* ([\w-]+)\(", line) for line in lines)

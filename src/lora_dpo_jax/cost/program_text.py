@@ -6,7 +6,7 @@ import numpy as np
 
 
 def computations_of(program: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation, and the name of the first to run."""
+    """The lines of each computation, and the name of the entry computation."""
     computations: dict[str, list[str]] = {}
     entry = current = ""
     for line in program.splitlines():
@@ -20,7 +20,7 @@ def computations_of(program: str) -> tuple[dict[str, list[str]], str]:
 
 
 def num_bytes_of(shape: str) -> int:
-    """Of `bf16[2,3]`."""
+    """The bytes of an array such as `bf16[2,3]`."""
     kind, dims = shape.rstrip("]").split("[")
     bits = int(re.sub(r"\D", "", kind.partition("e")[0]) or 8)
     return int(np.prod([int(dim) for dim in dims.split(",") if dim], dtype=np.int64)) * bits // 8

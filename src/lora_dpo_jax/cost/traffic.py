@@ -12,7 +12,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 def collective_bytes(program: str, *, unknown_trips: int = 1) -> dict[str, float]:
     """Bytes that a device gets from others in one run of the optimized program, by kind of exchange.
 
-    A loop counts as often as it is known to turn, or `unknown_trips` times; of a choice, the dearest branch.
+    A loop counts once per iteration, or `unknown_trips` times if their number is not known. A conditional counts with
+    its most expensive branch.
     """
     computations, entry = computations_of(program)
     known: dict[str, dict[str, float]] = {}
@@ -32,7 +33,7 @@ def collective_bytes(program: str, *, unknown_trips: int = 1) -> dict[str, float
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
-    """How often the loop of `line` turns, as XLA notes it or as its condition compares; None: not known before."""
+    """The iterations of the loop in `line`, by XLA's note or the bound in its condition; None if not known."""
     if noted := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
         return int(noted[1])
     condition = re.search(r"condition=%?([\w.-]+)", line)
@@ -49,9 +50,9 @@ def _of_line(line: str, of: Any) -> dict[str, float]:
     kind = operation.removesuffix("-start")
     if kind in COLLECTIVES:
         sizes = [num_bytes_of(shape) for shape in re.findall(r"\w+\[[\d,]*\]", result)]
-        # What has but begun names its operand too, which is no larger than the result; else all are results.
+        # A -start operation also lists its operand, which is no larger than the result. Otherwise all are results.
         total = max(sizes) if operation in ("all-gather-start", "collective-permute-start") else sum(sizes)
-        # All devices' parts are added up and then handed to all.
+        # An all-reduce adds up the parts of all devices, and then sends the sum to all.
         return {kind: (2.0 if kind == "all-reduce" else 1.0) * total}
     if operation == "while" and (body := re.search(r"body=%?([\w.-]+)", line)):
         return of(body[1])
@@ -60,10 +61,10 @@ def _of_line(line: str, of: Any) -> dict[str, float]:
         branches = names[1].split(", ") if names else re.findall(r"(?:true|false)_computation=(%?[\w.-]+)", line)
         return max((of(name.lstrip("%")) for name in branches), key=lambda found: sum(found.values()), default={})
     if called := re.search(r"(?:calls|to_apply)=%?([\w.-]+)", line):
-        return {} if _goes_on_with_an_exchange(line, called[1]) else of(called[1])
+        return {} if _continues_an_exchange(line, called[1]) else of(called[1])
     return {}
 
 
-def _goes_on_with_an_exchange(line: str, called: str) -> bool:
-    """On a TPU, an exchange is written down once more in all that is computed meanwhile, and where it ends."""
+def _continues_an_exchange(line: str, called: str) -> bool:
+    """Whether a TPU's program only repeats an exchange here: it does so in overlapping computations and at the end."""
     return called.startswith("async_collective_fusion") or re.match(r"\s+%?async-collective-done", line) is not None

@@ -8,20 +8,21 @@ from pyarrow import types
 
 from lora_dpo_jax.data.json_rows import Unreadable, parse_json
 
-Reading = Callable[[Any], Any] | None  # None: as it is
+Reading = Callable[[Any], Any] | None  # None: the value stays as it is
 
 
 class Whole(dict):
-    """An object of which each null is a value."""
+    """An object whose nulls are all values, never missing keys."""
 
 
 def read_table(table: pa.Table | pa.RecordBatch, *, exact: bool = False) -> Iterator[Any]:
-    """Rows of Python values, with the columns that they have, and values of type arrow.json decoded.
+    """Rows of Python values, without columns that are null. Values of type arrow.json are decoded.
 
-    An Arrow struct has the keys of all objects, so a null in it is a value, or a key that the object lacks. `exact`: it
-    is a value, as where `datasets` has read JSON, because it keeps objects whose keys differ as arrow.json. A table of
-    `datasets` with such columns is exact too. Otherwise nulls are left out, unless only keys are null that never have a
-    value. A null argument of a call stays too if another call of the function in this table has a value for it.
+    An Arrow struct has the keys of all objects, so a null in it is a value, or a key that the object lacks. With
+    `exact`, each null is a value: when `datasets` reads JSON, it stores objects whose keys differ as arrow.json. So a
+    table of `datasets` with such columns is exact too. Otherwise nulls are left out, unless all null keys of an object
+    are keys that never have a value. A null argument of a function call also stays if another call of this function in
+    the table has a value for it.
     """
     by_datasets = b"huggingface" in (table.schema.metadata or {})
     exact = exact or (by_datasets and any(_has_json(column.type) for column in table.schema))
@@ -37,7 +38,7 @@ def read_table(table: pa.Table | pa.RecordBatch, *, exact: bool = False) -> Iter
 
 
 def _mark_arguments(rows: list[dict[str, Any]]) -> None:
-    """Makes arguments `Whole` whose nulls are of arguments that the called function has elsewhere."""
+    """Makes a call's arguments `Whole` if one of them is null, but has a value in another call of the function."""
     calls = list(_calls(rows))
     taken: dict[str, set[str]] = {}
     for call in calls:
@@ -61,7 +62,7 @@ def _calls(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _reading(kind: pa.DataType, exact: bool) -> Reading:
-    """How a value of this type, as `to_pylist` gives it and not None, becomes what JSON would hold."""
+    """The function from a value of this type, as `to_pylist` returns it and not None, to its value in JSON."""
     if isinstance(kind, pa.JsonType):
         return parse_json
     if types.is_struct(kind):
@@ -94,7 +95,7 @@ def _read(value: Any, reading: Reading) -> Any:
 
 
 def _content(text: str) -> Any:
-    """Text or parts. `datasets` puts no quotes around a text that is JSON by itself, such as 42."""
+    """A message's text or parts. `datasets` puts no quotes around a text that is itself JSON, such as 42."""
     value = parse_json(text)
     is_parts = isinstance(value, list) and all(isinstance(part, dict) for part in value)
     return value if is_parts or isinstance(value, str | None) else text

@@ -26,10 +26,11 @@ def packed_batches(
     columns: Sequence[str] = (),
     ahead: int = 2,
 ) -> Generator[tuple[PreferenceBatch, ...], None, None]:
-    """Packs `batches` (arrays of example ids) and puts them on the devices with `place`, in a thread, `ahead` of use.
+    """Packs `batches` (arrays of example ids) and puts them on the devices with `place`.
 
-    Each comes as its parts, one for each shape. `reference`, float32 [response of the table], is log p under the
-    reference in nats, if that is known. `columns` of the table come along.
+    A thread does this, up to `ahead` batches before their use. Yields the parts of each batch, one for each shape.
+    `reference`, float32 [response of the table], is log p under the reference in nats, if it is known. The batches
+    include the table's `columns`.
     """
     known = None if reference is None else examples.arrays.by_example(reference)
     per_response = {name: examples.arrays.columns[name].per_response for name in columns}
@@ -56,9 +57,9 @@ def packed_batches(
 def packed_rows(
     examples: ExampleTable, *, rows: int, place: Callable, columns: Sequence[str] = (), ahead: int = 2
 ) -> tuple[int, Iterator[PreferenceBatch]]:
-    """All examples once, in batches of one micro-batch of `rows` rows, packed as tightly as can be: (how many, they).
+    """(number of batches, batches): all examples once, packed as tightly as possible.
 
-    For passes in which it does not matter which examples share a batch.
+    Each batch is one micro-batch of `rows` rows. For passes in which it does not matter which examples share a batch.
     """
     sizes = examples.sizes
     longest = PackingConfig().shortest_row(sizes)
@@ -75,11 +76,11 @@ def packed_rows(
 
 
 def prefetch(jobs: Iterator[Callable[[], T]], ahead: int) -> Generator[T, None, None]:
-    """The results of `jobs` in order, computed in a thread up to `ahead` before they are asked for.
+    """The results of `jobs` in order. A thread computes up to `ahead` results before their use.
 
-    Closing it ends the thread.
+    Closing the generator ends the thread.
     """
-    is_finalizing = sys.is_finalizing  # at the interpreter's end, this module's own names may be gone
+    is_finalizing = sys.is_finalizing  # when the interpreter exits, this module's own names may be gone
     results: queue.Queue = queue.Queue(maxsize=ahead)
     stop = threading.Event()
     done = object()
@@ -99,7 +100,7 @@ def prefetch(jobs: Iterator[Callable[[], T]], ahead: int) -> Generator[T, None, 
                 if not offer((job(), None)):
                     return
             offer((done, None))
-        except BaseException as error:  # raised again where the result is asked for
+        except BaseException as error:  # raised again in the thread that reads the results
             offer((done, error))
 
     thread = threading.Thread(target=work, daemon=True, name="packing")
@@ -114,5 +115,5 @@ def prefetch(jobs: Iterator[Callable[[], T]], ahead: int) -> Generator[T, None, 
             yield item
     finally:
         stop.set()
-        if not is_finalizing():  # then threads stand still, and Python 3.13 would wait for this one without end
+        if not is_finalizing():  # when the interpreter exits, threads are stopped, and Python 3.13 would wait forever
             thread.join()

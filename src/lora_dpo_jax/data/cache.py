@@ -2,13 +2,13 @@
 
     <cache_dir>/examples/<fingerprint>/
       tokens.bin           int32: prompt and responses of example 0, then of example 1, ...
-      <array>.npy          those of ExampleArrays, such as response_tokens
+      <array>.npy          the arrays of ExampleArrays, such as response_tokens
       column-<k>.npy       float32: the k-th column of the data
       origins.npy          int32 [n, 2]: table, row
       prompt_hashes.npy    uint64 [n]
       meta.json            fingerprint, names of the tables and columns, report, size and checksum of the files above
 
-A folder gets its name when it is whole, so that any number of processes may share it.
+A folder gets its final name only when it is complete, so any number of processes may share it.
 """
 
 import dataclasses
@@ -51,9 +51,9 @@ from lora_dpo_jax.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # raise it when the same rows would become other tokens, or the files another layout
+VERSION = 3  # increase it when the same rows would give other tokens, or the files have another layout
 ROWS_PER_BATCH = 256
-# What a report counts beside `rows`, `kept` and `exact`, in words.
+# The counts of a report beside `rows`, `kept` and `exact`, in words.
 NOTES = {
     "empty": "empty",
     "malformed": "malformed",
@@ -63,11 +63,11 @@ NOTES = {
     "truncated": "truncated",
     "merged": "with a response tokenized by itself, as tokens would merge over the end of the prompt",
     "plain": "kept as plain strings although the tokenizer has a chat template, which servers apply: set "
-    "format.strings to chat, or to plain if that is meant",
-    "filled": "with tools that have null for a parameter, as tables fill them (docs/data.md: Nulls)",
+    "format.strings to chat, or to plain if this is intended",
+    "filled": "with tools that have null for a parameter, because tables fill in missing keys (docs/data.md: Nulls)",
     "template": "whose generation prompt ends in text that the template leaves out of whole conversations",
 }
-WARNED_OF = ("plain", "filled", "template")  # though the rows are kept
+WARNED_OF = ("plain", "filled", "template")  # although these rows are kept
 PATHS = ("name_or_path", "vocab_file", "tokenizer_file", "merges_file")
 ARRAYS = ("prompt_tokens", "response_counts", "response_tokens", "comparison_counts", "comparisons", "weights")
 
@@ -79,10 +79,10 @@ class TokenizedExamples:
     arrays: ExampleArrays
     prompt_hashes: np.ndarray  # uint64 [n]; of the prompt's tokens before any were cut
     checksums: dict[str, int]  # CRC-32; the same for the same examples, wherever they came from
-    report: dict[str, int]  # how many rows there were, were kept, were tokenized exactly as TRL does, and NOTES
+    report: dict[str, int]  # counts of all rows, rows kept, rows tokenized exactly as in TRL, and of NOTES
 
     def __init__(self, folder: Path):
-        """Raises OSError, ValueError or KeyError if the folder is not whole."""
+        """Raises OSError, ValueError or KeyError if the folder is incomplete or damaged."""
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["fingerprint"] != folder.name:
             raise ValueError(f"{folder / 'meta.json'} is damaged")
@@ -122,7 +122,7 @@ class TokenizedExamples:
 def load_examples(
     config: PreferenceDataConfig, tokenizer: PreTrainedTokenizerBase, *, split: Split, train_seq_len: int
 ) -> dict[str, TokenizedExamples]:
-    """By name, the tokenized examples of the components that have this split."""
+    """The tokenized examples of the components that have this split, by component name."""
     return {
         name: tokenize_component(
             component, tokenizer, split=split, train_seq_len=train_seq_len, cache_dir=config.cache_dir, name=name
@@ -141,9 +141,9 @@ def tokenize_component(
     cache_dir: str | os.PathLike | None = None,
     name: str = "data",
 ) -> TokenizedExamples:
-    """From the cache, or read, tokenized and cached.
+    """The tokenized examples of a component, from the cache if they are there; else tokenized and cached.
 
-    Raises SourceError for a file that cannot be read, RowError for a row that the format does not let drop, and
+    Raises SourceError for a file that cannot be read, RowError for an invalid row that the format forbids to drop, and
     ValueError if no example is left.
     """
     with _names_component(name):
@@ -158,7 +158,7 @@ def tokenize_component(
                     report = _tokenize(component, tables, tokenizer, train_seq_len, writer, f"{name} ({split})")
                 writer.finish(fingerprint=fingerprint, tables=redacted([table.name for table in tables]), report=report)
             examples = TokenizedExamples(folder)
-        except OSError as error:  # those of sources have become ValueErrors
+        except OSError as error:  # of the cache; OSErrors of sources were turned into SourceErrors
             raise OSError(
                 f"data.cache_dir: the tokenized examples could not be written to {folder.parent} ({error}). Make room, "
                 "or set it to another folder"
@@ -171,18 +171,18 @@ def tokenize_component(
 
 @contextmanager
 def _names_component(name: str) -> Iterator[None]:
-    """A source knows its files, and not the component that it belongs to."""
+    """Adds the component's name to errors, because a source does not know its component."""
     try:
         yield
     except SourceError as error:
         raise SourceError(f"data.components.{name}.source: {error}") from error
     except UnreadableRowError as error:
         setting = f"data.components.{name}.format.invalid_rows"
-        raise RowError(error.reason, str(error), f"mend the row, or set {setting} to drop") from error
+        raise RowError(error.reason, str(error), f"fix the row, or set {setting} to drop") from error
 
 
 def describe(report: dict[str, int], name: str) -> str:
-    """A sentence for people: how many rows were kept, and what became of the others."""
+    """A sentence for people: how many rows were kept and dropped, and the counts of NOTES."""
     notes = [f"{report[reason]:,} {text}" for reason, text in NOTES.items() if report[reason]]
     dropped = report["rows"] - report["kept"]
     sentence = f"{name}: {report['kept']:,} of {report['rows']:,} rows kept, {dropped:,} dropped"
@@ -248,7 +248,7 @@ def _usable(
 
 
 def _check_columns(format: FormatConfig, columns: set[str], name: str) -> None:
-    """A column that was named in the config, not by default, must exist."""
+    """Raises ValueError if no row has a column that the config names (defaults may be missing)."""
     for setting, column in format.named_columns.items():
         if column not in columns:
             raise ValueError(
@@ -258,7 +258,7 @@ def _check_columns(format: FormatConfig, columns: set[str], name: str) -> None:
 
 
 class _Writer:
-    """Puts examples into a folder as they come."""
+    """Writes examples into a folder, one at a time."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -278,18 +278,18 @@ class _Writer:
             self._tokens.write(part.tobytes())
         self._waiting.append(example)
         if len(self._waiting) == ROWS_PER_BATCH:
-            self._take_in()
+            self._flush()
         self._origins.extend((table, row))
         self._prompt_hashes.append(prompt_hash)
 
-    def _take_in(self) -> None:
-        """Keeps the sizes of the examples that came, and lets go of their tokens."""
+    def _flush(self) -> None:
+        """Keeps the sizes of the waiting examples, and frees their tokens."""
         if self._waiting:
             self._parts.append(ExampleArrays.of(self._waiting, str))
             self._waiting = []
 
     def finish(self, **meta) -> None:
-        self._take_in()
+        self._flush()
         arrays = ExampleArrays.joined(self._parts)
         files = {name: getattr(arrays, name) for name in ARRAYS}
         files |= {f"column-{number}": column.values for number, column in enumerate(arrays.columns.values())}
@@ -329,7 +329,7 @@ def _fingerprint(
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """All that decides its tokens. Where it was loaded from does not."""
+    """Everything that decides the tokens of a tokenizer. The path that it was loaded from is left out."""
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         model = backend_of(tokenizer).to_str()
     else:

@@ -1,15 +1,15 @@
-"""From an Example to tokens: the chat template's text, and exactly where in it the prompt ends.
+"""From an Example to tokens: the text of the chat template, and the exact end of the prompt in it.
 
     text      <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n | Hello!<|im_end|>\\n
     tokens                                              prompt | response: all of it is scored
 
-What is asked of the template is what TRL asks: the prompt alone with its generation prompt, and all conversations
-whole. The prompt's tokens are those a model is given at inference, and the same for all responses. Almost always they
-begin all conversations, and the rest of these is scored, token for token as in TRL. Where they do not:
+As in TRL, the template renders the prompt alone with its generation prompt, and each whole conversation. The prompt's
+tokens are those that a model gets at inference, and are the same for all responses. Almost always each conversation
+begins with them, and its other tokens are scored, token for token as in TRL. The exceptions:
 
 - tokens merge over the boundary ("assistant\\n" before "\\nHello"): the response is tokenized by itself;
-- the generation prompt holds text that whole conversations lack (`<think>`): the prompt ends where the two part;
-- the template renders the prompt's own messages differently when a response follows: the row is refused.
+- the generation prompt holds text that whole conversations lack (`<think>`): the prompt ends where the texts differ;
+- the template renders the prompt's own messages differently when a response follows: the row is rejected.
 """
 
 import inspect
@@ -31,12 +31,12 @@ from lora_dpo_jax.data.messages import Message
 from lora_dpo_jax.data.rows import Example
 from lora_dpo_jax.data.sources import RowError, attempt
 
-# exact: as TRL. merged: a response was tokenized by itself. template: the end of the generation prompt was left out.
+# exact: as in TRL. merged: a response was tokenized by itself. template: the end of the generation prompt was left out.
 Boundary = Literal["exact", "merged", "template"]
 
 
 class _Texts(NamedTuple):
-    """Each of `whole` is `prompt` and a response."""
+    """The texts of a prompt and of its conversations. Each text of `whole` is `prompt` followed by a response."""
 
     prompt: str
     whole: tuple[str, ...]
@@ -44,7 +44,7 @@ class _Texts(NamedTuple):
 
 
 class ExampleTokenizer:
-    """Tokenizes examples in batches with a Hugging Face tokenizer and its chat template, or `chat_template` instead."""
+    """Tokenizes examples in batches with a Hugging Face tokenizer. `chat_template` replaces its chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None):
         self.tokenizer = tokenizer
@@ -53,7 +53,7 @@ class ExampleTokenizer:
         self._reserved = _names_of_the_renderer(tokenizer)
 
     def tokenize(self, examples: Iterable[Example | RowError]) -> list[tuple[TokenizedExample, Boundary] | RowError]:
-        """In the order of `examples`. One that cannot be tokenized comes as the RowError that says why."""
+        """Results in the order of `examples`. An example that cannot be tokenized gives a RowError with the reason."""
         examples = list(examples)
         texts = [example if isinstance(example, RowError) else attempt(self._texts, example) for example in examples]
         wholes = [text for item in texts if isinstance(item, _Texts) for text in (item.prompt, *item.whole)]
@@ -67,7 +67,7 @@ class ExampleTokenizer:
         return results
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids without the special tokens that the tokenizer would add: the template has written its own."""
+        """Token ids without the special tokens that the tokenizer would add, because the template writes its own."""
         if not texts:
             return []
         if _is_plain_fast_tokenizer(self.tokenizer):
@@ -78,7 +78,7 @@ class ExampleTokenizer:
     def _texts(self, example: Example) -> _Texts:
         if isinstance(example.prompt, str):
             texts = self._string_texts(example.prompt, [str(response) for response in example.responses])
-            _refuse_surrogates("".join(texts.whole), example.origin)
+            _reject_surrogates("".join(texts.whole), example.origin)
         else:
             texts = self._chat_texts(example)
         if len(texts.prompt) in map(len, texts.whole):
@@ -108,14 +108,14 @@ class ExampleTokenizer:
             "boundary",
             example.origin,
             "the chat template renders the prompt differently when a response follows, so it has no exact end: "
-            f"alone it goes on with {_excerpt(prompt, shared)}, {', '.join(before)}. "
+            f"alone it continues with {_excerpt(prompt, shared)}, {', '.join(before)}. "
             "Change the messages, or set format.chat_template to a template that renders them alike",
         )
 
     def _end_without_generation_prompt(self, example: Example, prompt: str) -> str | None:
-        """As much of the prompt's text as begins every conversation that continues it, whatever the answer.
+        """The longest beginning of the prompt's text that every conversation shares, whatever the answer.
 
-        None if that is not all of the prompt's messages, or if it ends within a token.
+        None if it lacks some of the prompt's messages, or if it ends within a token.
         """
         probes = [
             self._render(example, [*example.prompt, {"role": first["role"], "content": content}, *others])
@@ -148,9 +148,9 @@ class ExampleTokenizer:
         except TemplateSyntaxError as error:
             whose = "the tokenizer's chat template" if self.chat_template is None else "format.chat_template"
             raise ValueError(f"{whose} is not valid Jinja: line {error.lineno}: {error.message}") from error
-        except Exception as error:  # a template is a program: what it raises over odd messages has no one type
+        except Exception as error:  # a template is a program, and may raise any type for odd messages
             raise RowError("malformed", example.origin, f"the chat template refuses it: {error}") from error
-        _refuse_surrogates(text, example.origin)
+        _reject_surrogates(text, example.origin)
         return text
 
     def _split(
@@ -158,7 +158,7 @@ class ExampleTokenizer:
     ) -> tuple[TokenizedExample, Boundary]:
         boundary = texts.boundary
         if example.implicit_prompt:
-            # No text says where the prompt ends, so it ends with the last whole token that all share.
+            # No text marks the end of the prompt, so it ends with the last whole token that all texts share.
             prompt = list(commonprefix([prompt, *whole]))
         responses = []
         for ids, text in zip(whole, texts.whole, strict=True):
@@ -184,9 +184,9 @@ class ExampleTokenizer:
         return tokens, boundary
 
     def _encode_alone(self, example: Example, response: str, prompt: list[int], whole: list[int]) -> list[int]:
-        """Tokens of a response that follow those of the prompt and together spell the same text as `whole`."""
+        """Tokens of a response that, appended to those of the prompt, decode to the same text as `whole`."""
         expected = self._decode(whole)
-        # Some tokenizers put a space before whatever begins a text; after an anchor, nothing begins.
+        # Some tokenizers put a space before the beginning of a text. After an anchor, the response is no beginning.
         for anchor in ("", str(self.tokenizer.eos_token or ""), "\n", "a"):
             before, both = self.encode([anchor, anchor + response])
             if both[: len(before)] == before and self._decode(prompt + both[len(before) :]) == expected:
@@ -195,7 +195,7 @@ class ExampleTokenizer:
             "boundary",
             example.origin,
             f"tokens merge over the end of the prompt ({_excerpt(self._decode(prompt[-4:]), 0)} before "
-            f"{_excerpt(response, 0)}), and the tokenizer cannot write the response by itself",
+            f"{_excerpt(response, 0)}), and the tokenizer cannot encode the response by itself",
         )
 
     def _decode(self, ids: list[int]) -> str:
@@ -216,11 +216,11 @@ def fit_to_length(
     bos_token_id: int | None = None,
     names: Sequence[str] = ("chosen", "rejected"),
 ) -> TokenizedExample:
-    """The example within train_seq_len, cut as format.slice_strategy says. Raises RowError where that is to refuse it.
+    """The example cut to train_seq_len by format.slice_strategy. Raises RowError if it must not or cannot be cut.
 
-    left: the beginning of the prompt goes, but for its BOS. right: the ends of the responses go, as with TRL's
-    keep_start. Either way all responses keep the same prompt, and each part keeps at least one token. `names` are what
-    messages call the responses.
+    left: removes the beginning of the prompt, except its BOS. right: removes the ends of the responses, as TRL's
+    keep_start does. In both cases all responses keep the same prompt, and each part keeps at least one token. `names`
+    are the names of the responses in errors.
     """
     if example.length <= train_seq_len:
         return example
@@ -252,7 +252,7 @@ def backend_of(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a plain text (a BOS, or nothing); what it puts after one is not wanted."""
+    """The special tokens that the tokenizer puts before a plain text: a BOS, or none. Those after it are not used."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)  # type: ignore
@@ -260,15 +260,15 @@ def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _names_of_the_renderer(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """What a row may not give to the template: what decides how it is rendered, and what the renderer gives itself."""
+    """Arguments that a row may not set: those that control the rendering, and those that the renderer sets itself."""
     functions = (type(tokenizer).apply_chat_template, render_jinja_template)
     names = {name for function in functions for name in inspect.signature(function).parameters}
     given = {"messages", "raise_exception", "strftime_now", *DEFAULT_NAMESPACE, *tokenizer.special_tokens_map}
-    return (names | given) - {"documents"}  # these are data: what a template for retrieval reads
+    return (names | given) - {"documents"}  # documents are data, which templates for retrieval read
 
 
 def _is_plain_fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether its Rust backend may be called directly (twice as fast): no Python code of its own changes texts."""
+    """Whether the Rust backend may be called directly (twice as fast): the tokenizer's Python code changes no text."""
     kind = type(tokenizer)
     return (
         isinstance(tokenizer, PreTrainedTokenizerFast)
@@ -284,7 +284,7 @@ def _run_of(token: Any, ids: np.ndarray) -> int:
     return int(others[0]) if len(others) else len(ids)
 
 
-def _refuse_surrogates(text: str, origin: str) -> None:
+def _reject_surrogates(text: str, origin: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -11,7 +11,7 @@ from lora_dpo_jax.settings.choices import check_choices
 
 SliceStrategy = Literal["raise", "drop", "left", "right"]
 
-# The optional columns of a row and what they are called unless the config says otherwise.
+# The settings of a row's optional columns, with their default column names.
 COLUMN_SETTINGS = {
     "prompt_field": "prompt",
     "system_prompt": "system",
@@ -22,7 +22,7 @@ COLUMN_SETTINGS = {
 
 @dataclass(frozen=True)
 class FormatConfig:
-    """In which columns a row's parts stand, and what becomes of rows that do not fit. The shape is read off each row.
+    """The columns that hold a row's parts, and what happens to invalid rows. The shape is detected for each row.
 
     As in Levanter, `system_prompt` and `chat_template_kwargs` are names of columns, not their values.
     """
@@ -37,13 +37,14 @@ class FormatConfig:
     system_prompt: str | None = "system"  # the column of a system message
     tools_field: str | None = "tools"  # the column of tool schemas
     chat_template_kwargs: str | None = "chat_template_kwargs"  # the column of arguments for the template
-    columns: list[str] = field(default_factory=list)  # that the loss takes; each row has a number
-    response_columns: list[str] = field(default_factory=list)  # likewise; each row has a list, one for each response
+    columns: list[str] = field(default_factory=list)  # columns that the loss reads; each row has a number
+    # Columns that the loss reads; each row has a list of numbers, one for each response.
+    response_columns: list[str] = field(default_factory=list)
     chat_template: str | None = None  # instead of the tokenizer's own: a Jinja text, or the path of one
     # Rows of strings. plain: as they are. chat: the prompt is the user's turn, a response the assistant's.
     # auto: chat if chat_template is set, or if the row has what only a template can write; else plain.
     strings: Literal["auto", "plain", "chat"] = "auto"
-    slice_strategy: SliceStrategy = "raise"  # of rows longer than train_seq_len
+    slice_strategy: SliceStrategy = "raise"  # for rows longer than train_seq_len
     invalid_rows: Literal["raise", "drop"] = "raise"  # empty, malformed, identical, or without a clear prompt boundary
 
     def __post_init__(self):
@@ -65,12 +66,12 @@ class FormatConfig:
 
     @property
     def response_names(self) -> tuple[str, ...]:
-        """What messages call the responses of a row."""
+        """The names of a row's responses in errors."""
         return ("completion",) if self.type == "unpaired" else ("chosen", "rejected")
 
     @property
     def answer_columns(self) -> tuple[str, ...]:
-        """In the order of `response_names`."""
+        """The columns of the responses, in the order of `response_names`."""
         return (self.completion_field,) if self.type == "unpaired" else (self.chosen_field, self.rejected_field)
 
     def refuses(self, reason: Reason) -> bool:
@@ -112,7 +113,7 @@ class PreferenceDataConfig:
             raise ValueError(
                 f"data.train_weights has no weight for {missing}. Give each one; 0 keeps a component out of training"
             )
-        # Written so that NaN is refused too.
+        # Written so that NaN is rejected too.
         if bad := {name: weight for name, weight in weights.items() if not 0 <= weight < float("inf")}:
             raise ValueError(f"data.train_weights must be finite and not negative; found {bad}")
         if not sum(weights.values()) > 0:

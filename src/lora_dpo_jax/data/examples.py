@@ -1,6 +1,7 @@
-"""Tokenized examples: one prompt with its K responses, what is compared with what, and columns of the data.
+"""Tokenized examples: one prompt with its K responses, their comparisons, and columns of the data.
 
-K = 2 with one comparison is a pair, K = 1 with a label is what unpaired losses take, and more are a ranked list.
+K = 2 with one comparison is a pair. K = 1 with a label is an example for unpaired losses. More responses are a ranked
+list.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ class TokenizedExample:
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
     comparisons: tuple[tuple[int, int], ...] = ()  # (chosen, rejected), numbers of responses
-    weights: tuple[float, ...] | None = None  # one for each comparison; None: alike, and 1 together
+    weights: tuple[float, ...] | None = None  # one for each comparison; None: equal, with sum 1
     columns: Mapping[str, float | Sequence[float]] = field(default_factory=dict)  # a number, or one for each response
 
     @classmethod
@@ -44,12 +45,12 @@ class TokenizedExample:
 
     @property
     def size(self) -> int:
-        """Tokens, the prompt once."""
+        """Number of tokens. The prompt counts once."""
         return sum(map(len, self.parts))
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and the longest response: what train_seq_len bounds."""
+        """Number of tokens of the prompt and the longest response, at most train_seq_len."""
         return len(self.prompt) + max(map(len, self.responses))
 
     @property
@@ -60,14 +61,14 @@ class TokenizedExample:
 
     @property
     def prompt_hash(self) -> int:
-        """64 bits, of the prompt's tokens: examples with the same belong together when a table is split."""
+        """64-bit hash of the prompt's tokens. Examples with the same hash stay together when a table is split."""
         digest = hashlib.blake2b(self.prompt.astype("<i4").tobytes(), digest_size=8).digest()
         return int.from_bytes(digest, "little")
 
 
 @dataclass(frozen=True)
 class ExampleSizes:
-    """How large the examples of a table are, int32 [example] each: all that rows are laid out by."""
+    """The sizes of a table's examples, int32 [example] each. The layout of rows depends on nothing else."""
 
     prompt: np.ndarray  # tokens
     targets: np.ndarray  # tokens of all responses
@@ -89,7 +90,7 @@ class ExampleSizes:
 
     @property
     def tokens(self) -> np.ndarray:
-        """Of each example, the prompt once."""
+        """Tokens of each example. The prompt counts once."""
         return self.prompt + self.targets
 
 
@@ -103,7 +104,7 @@ class Column:
 
 @dataclass(frozen=True)
 class ExampleArrays:
-    """All of many examples but their tokens, one after the other; int32 but for what is said."""
+    """All data of many examples except their tokens, concatenated. int32, unless noted."""
 
     prompt_tokens: np.ndarray  # [example]
     response_counts: np.ndarray  # [example]
@@ -115,7 +116,7 @@ class ExampleArrays:
 
     @staticmethod
     def of(examples: Sequence[TokenizedExample], origin: Callable[[int], str]) -> "ExampleArrays":
-        """Of examples in memory. Raises ValueError, with the `origin` of an example that is not sound."""
+        """From examples in memory. Raises ValueError with the `origin` of an invalid example."""
         for number, example in enumerate(examples):
             if fault := _fault(example, examples[0]):
                 raise ValueError(f"{origin(number)}: {fault}")
@@ -135,7 +136,7 @@ class ExampleArrays:
 
     @staticmethod
     def joined(parts: Sequence["ExampleArrays"]) -> "ExampleArrays":
-        """One after the other, with the columns that all of them have."""
+        """`parts`, concatenated, with the columns that all of them have."""
         if not parts:
             return ExampleArrays.of([], str)
         names = [field.name for field in dataclasses.fields(ExampleArrays) if field.name != "columns"]
@@ -181,7 +182,7 @@ class ExampleArrays:
         )
 
     def example(self, number: int, tokens: np.ndarray) -> TokenizedExample:
-        """The example of that number, whose prompt and responses are `tokens`, one after the other."""
+        """Example `number`. `tokens` are those of its prompt and responses, concatenated."""
         responses = slice(self.response_starts[number], self.response_starts[number + 1])
         comparisons = slice(self.comparison_starts[number], self.comparison_starts[number + 1])
         ends = np.cumsum([self.prompt_tokens[number], *self.response_tokens[responses]])
@@ -198,7 +199,7 @@ class ExampleArrays:
         )
 
     def responses_of(self, ids: np.ndarray) -> np.ndarray:
-        """Where the responses of some examples are among all."""
+        """The indices of the responses of these examples."""
         return _ranges(self.response_starts, ids)
 
     def subset(self, ids: np.ndarray) -> "ExampleArrays":
@@ -217,12 +218,12 @@ class ExampleArrays:
         )
 
     def by_example(self, values: np.ndarray) -> Callable[[int], np.ndarray]:
-        """From values [response] to those of an example by its number."""
+        """A function from an example's number to its part of `values` [response]."""
         return lambda number: values[self.response_starts[number] : self.response_starts[number + 1]]
 
     @functools.cached_property
     def examples(self) -> Examples:
-        """All of them as a loss takes them, without rows."""
+        """All examples as losses take them, without rows."""
         numbers = np.arange(len(self), dtype=np.int32)
         Example = hax.Axis(EXAMPLE, len(self))
         Response = hax.Axis(RESPONSE, len(self.response_tokens))
@@ -243,14 +244,14 @@ class ExampleArrays:
         )
 
     def to_bytes(self) -> bytes:
-        """The same for the same examples, on any machine."""
+        """Bytes that are the same for the same examples, on any machine."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "columns"]
         arrays = [getattr(self, name) for name in names] + [self.columns[name].values for name in sorted(self.columns)]
         return b"".join(array.astype(array.dtype.newbyteorder("<")).tobytes() for array in arrays)
 
 
 def _fault(example: TokenizedExample, first: TokenizedExample) -> str | None:
-    """What is wrong with an example that is to stand in a table with the `first`."""
+    """The fault of an example in a table that begins with `first`; None if it has no fault."""
     count = len(example.responses)
     for chosen, rejected in example.comparisons:
         if not (0 <= chosen < count and 0 <= rejected < count and chosen != rejected):
@@ -275,7 +276,7 @@ def _ints(values: Iterable[int]) -> np.ndarray:
 
 
 def _ranges(starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """int64: the numbers from starts[id] to starts[id + 1], for each of the ids, one after the other."""
+    """int64: the numbers from starts[id] up to starts[id + 1] for each id, concatenated."""
     first, counts = starts[:-1][ids], np.diff(starts)[ids]
     before = np.concatenate([[0], np.cumsum(counts)])
     return np.arange(before[-1]) + np.repeat(first - before[:-1], counts)

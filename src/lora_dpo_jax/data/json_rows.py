@@ -16,7 +16,7 @@ DECODER = json.JSONDecoder()
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for a row that cannot be read, and says why. The rows after it can be."""
+    """A row that cannot be read, with the reason. The rows after it can be read."""
 
     why: str
 
@@ -35,7 +35,7 @@ def parse_json(text: str) -> Any:
 
 
 def read_json_lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """One row a line, so that rows are numbered as an editor numbers lines. Blank lines are no rows."""
+    """One row a line, numbered as an editor numbers lines. Blank lines are not rows."""
     for number, line in enumerate(utf8_lines(file), start=1):
         if line.strip():
             yield number, _line(line)
@@ -54,9 +54,9 @@ def read_json(file: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 
 def utf8_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines without the byte-order marks of the files that were joined to this one, with their ends.
+    """Lines with their line ends, without byte-order marks. Files that were joined into one have a mark each.
 
-    Raises ValueError if it begins as a file in UTF-16 or UTF-32.
+    Raises ValueError if the file begins as one in UTF-16 or UTF-32.
     """
     for number, line in enumerate(file):
         if number == 0 and not (encoding := json.detect_encoding(line)).startswith("utf-8"):
@@ -66,7 +66,7 @@ def utf8_lines(file: BinaryIO) -> Iterator[bytes]:
 
 def _line(line: bytes) -> Any:
     try:
-        return parse_json(line.decode().rstrip("\r\n"))  # else a text that breaks off seems to hold the line's end
+        return parse_json(line.decode().rstrip("\r\n"))  # else a truncated text seems to contain the line end
     except UnicodeDecodeError as error:
         return Unreadable(f"is not UTF-8: {error}")
     except ValueError as error:
@@ -74,7 +74,7 @@ def _line(line: bytes) -> Any:
 
 
 def _why(line: bytes, error: ValueError) -> str:
-    """Without the decoder's line number, which is always 1."""
+    """The reason, without the decoder's line number, which is always 1."""
     fault = error.__cause__
     if not isinstance(fault, json.JSONDecodeError):
         return str(error)
@@ -84,7 +84,7 @@ def _why(line: bytes, error: ValueError) -> str:
 
 
 def _read_array(text: str) -> Iterator[tuple[int, Any]]:
-    """Item by item, so that an error says beyond which row."""
+    """Reads item by item, so that an error can name the last row before it."""
     at = _skip_space(text, text.index("[") + 1)
     number = 0
     while number or not text.startswith("]", at):
@@ -101,7 +101,7 @@ def _read_array(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _value_at(text: str, start: int) -> tuple[Any, int]:
-    """The value that begins there, and where what follows it begins. Raises ValueError if there is none."""
+    """(the value that begins at `start`, the position after it and the space that follows). May raise ValueError."""
     try:
         value, end = DECODER.raw_decode(text, start)
     except RecursionError:
@@ -126,7 +126,7 @@ def _skip_space(text: str, start: int) -> int:
 
 
 def _is_columns(value: Any) -> bool:
-    """Whether an object is a table. Where all lists hold objects alone, it is a row with its messages."""
+    """Whether an object is a table. If all its lists hold only objects, it is one row with messages."""
     if not isinstance(value, dict) or not value or not all(isinstance(column, list) for column in value.values()):
         return False
     holds_messages = all(isinstance(item, dict) for column in value.values() for item in column)

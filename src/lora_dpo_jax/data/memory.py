@@ -11,11 +11,10 @@ from lora_dpo_jax.data.examples import PAIR, ExampleArrays, TokenizedExample
 
 
 class MemoryExamples(Sequence[TokenizedExample]):
-    """All that `TokenizedExamples` offers of examples on disk.
+    """Examples in memory, with the interface of `TokenizedExamples`.
 
-    Each is a `TokenizedExample`, or a pair as (prompt, chosen, rejected), token ids each. Raises ValueError for a part
-    that does not hold ids, or holds none: a prompt needs at least the token that the first one of a response is
-    predicted from.
+    Each is a `TokenizedExample`, or a pair (prompt, chosen, rejected) of token ids. Raises ValueError for a part that
+    is empty or does not hold ids. A prompt needs a token from which the first token of a response is predicted.
     """
 
     def __init__(self, examples: Iterable[TokenizedExample | Sequence[ArrayLike]], name: str = "memory"):

@@ -1,10 +1,10 @@
-"""Messages as chat templates take them, from the shapes in which data sets hold them.
+"""Messages as chat templates take them, from the various forms in data sets.
 
     {"role": "assistant", "content": "Let me see.",
      "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"town": "Bern", "days": null}}}]}
 
-A null of a message, of a part of its content or of a tool call is a missing key: tables fill every struct with the keys
-of all. A null inside `arguments` is data and stays.
+A null in a message, in a part of its content or in a tool call means a missing key, because tables give every struct
+the keys of all structs. A null inside `arguments` is data and stays.
 """
 
 import json
@@ -17,11 +17,11 @@ from lora_dpo_jax.data.sources import RowError
 Message = dict[str, Any]
 Text = str | list[Message]
 
-# Roles that speak to the model. A response begins with any other role: the model's own, whatever it is called.
+# Roles of messages to the model. A response begins with any other role: the model's own, under any name.
 INPUT_ROLES = ("system", "developer", "user", "tool", "function", "ipython", "observation")
-# Names of ShareGPT that stand for another role, whatever the keys of the message are.
+# ShareGPT's names for roles, which are renamed in messages with any keys.
 RENAMED_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-# What may stand in ShareGPT's `from`. There a tool's answer has several names, and a call is a message of its own.
+# Values of ShareGPT's `from`. A tool's answer has several names there, and a call is a message of its own.
 SHARE_GPT_ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     **RENAMED_ROLES,
@@ -31,13 +31,13 @@ SHARE_GPT_ROLES = {
     "function_call": "assistant",
 }
 TEXT_PARTS = ("text", "input_text", "output_text")
-REASONING = ("reasoning_content", "reasoning", "thinking")  # what templates may write of a message without content
-# Cells that hold messages as Python writes them, which is what pandas makes of lists in a CSV file.
+REASONING = ("reasoning_content", "reasoning", "thinking")  # templates may write these without content
+# Matches messages in Python's notation, as pandas writes lists into the cells of a CSV file.
 PYTHON_MESSAGES = re.compile(r"\s*\[?\s*\{\s*'(role|content|from|value)'\s*:.*[\]}]\s*", re.DOTALL)
 
 
 def read_messages(value: Any, column: str, origin: str) -> list[Message]:
-    """A list of messages, one message, or an object of lists, in the keys of OpenAI or ShareGPT. Raises RowError."""
+    """Messages from a list, one message or an object of lists, with keys of OpenAI or ShareGPT. Raises RowError."""
     items = _items(value)
     if items is None:
         raise RowError("malformed", origin, f"{column!r} is {kind(value)}; needed: a string or a list of messages")
@@ -47,7 +47,7 @@ def read_messages(value: Any, column: str, origin: str) -> list[Message]:
 
 
 def read_all_text(texts: Mapping[str, str], origin: str) -> list[Text]:
-    """By column, texts as they are; or messages if each of the texts is JSON of messages, as in cells of CSV files."""
+    """The texts as they are; or messages if each of the texts is JSON of messages, as in cells of CSV files."""
     written = [_messages_in_text(text) for text in texts.values()]
     if all(written):
         return [read_messages(value, column, origin) for value, column in zip(written, texts, strict=True)]
@@ -58,7 +58,7 @@ def read_all_text(texts: Mapping[str, str], origin: str) -> list[Text]:
 
 
 def says_something(message: Message) -> bool:
-    """Whether a template has anything to write of a message beside its role."""
+    """Whether a message holds more than its role for a template to write."""
     return any(
         item.strip() if isinstance(item, str) else item
         for key, item in message.items()
@@ -80,13 +80,13 @@ def without_nulls(struct: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kind(value: Any) -> str:
-    """A value in words, for errors."""
+    """A description of a value, for errors."""
     named = {dict: "an object", list: "a list", str: "a string", type(None): "null"}.get(type(value))
     return named or f"{type(value).__name__} {repr(value)[:80]}"
 
 
 def holds_fills(tools: list[dict]) -> bool:
-    """Whether a table has given a tool the parameters of other tools: null is no schema of a parameter."""
+    """Whether a tool has null parameters, which are no schemas: a table gave it the parameters of other tools."""
     return any(
         None in _struct(_struct(_struct(tool, "function") or tool, "parameters"), "properties").values()
         for tool in tools
@@ -114,7 +114,7 @@ def _items(value: Any) -> list | None:
 
 
 def _messages_in_text(text: str) -> Any:
-    """What a text says if it is JSON of messages with known roles; None for any other text."""
+    """The decoded text if it is JSON of messages with known roles; None for any other text."""
     if not text.lstrip().startswith(("[", "{")) or ('"role"' not in text and '"from"' not in text):
         return None
     try:
@@ -148,7 +148,7 @@ def _message(item: Any, where: str, origin: str) -> Message:
         message["content"] = _joined(message["content"], where, origin)
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], where, origin)
-    if isinstance(message.get("function_call"), Mapping):  # as OpenAI wrote them first
+    if isinstance(message.get("function_call"), Mapping):  # OpenAI's older form of a call
         message["function_call"] = _function(message["function_call"], where, origin)
     if "content" not in message and not says_something(message):
         found = "has a role and nothing else" if len(message) == 1 else f"has no content; found {sorted(message)}"
@@ -157,7 +157,7 @@ def _message(item: Any, where: str, origin: str) -> Message:
 
 
 def _from_share_gpt(message: Message, where: str, origin: str) -> Message:
-    """The message with `role` and `content` in the place of `from` and `value`."""
+    """The message with `role` and `content` instead of `from` and `value`."""
     speaker = message.pop("from")
     role = SHARE_GPT_ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
@@ -172,7 +172,7 @@ def _from_share_gpt(message: Message, where: str, origin: str) -> Message:
 
 
 def _joined(content: Any, where: str, origin: str) -> str:
-    """A content of one string, from a string or a list of text parts."""
+    """The content as one string, from a string or a list of text parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -204,7 +204,7 @@ def _tool_call(call: Any, where: str, origin: str) -> dict:
     if not isinstance(call, Mapping):
         raise RowError("malformed", origin, f"{where} is {kind(call)}; needed: an object")
     call = without_nulls(call)
-    if "function" not in call:  # its name and arguments stand in the call itself
+    if "function" not in call:  # its name and arguments are in the call itself
         return _function(call, where, origin)
     return {**call, "function": _function(call["function"], where, origin)}
 

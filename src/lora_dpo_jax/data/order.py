@@ -8,9 +8,9 @@ from fractions import Fraction
 
 import numpy as np
 
-MIXING = 2  # the version: raise it when the same train_weights would draw other pairs
+MIXING = 2  # a version: increase it when the same train_weights would draw other pairs
 SHUFFLE_ROUNDS = 16
-BLOCK = 8192  # positions of a mixture that are worked out at once: NumPy takes hardly longer for a hundred than for one
+BLOCK = 8192  # positions of a mixture that are computed at once: NumPy takes hardly longer for a hundred than for one
 GOLDEN = 0x9E3779B97F4A7C15  # the step of splitmix64
 
 
@@ -19,7 +19,7 @@ class ExampleOrder:
     """Which pairs the steps of a run train on.
 
     Without `weights`, epochs over all pairs follow each other. With them, components are interleaved in exactly these
-    proportions, as evenly as can be, and each goes through epochs of its own.
+    proportions, as evenly as possible, and each component has its own epochs.
     """
 
     sizes: tuple[int, ...]  # pairs of each component
@@ -36,14 +36,14 @@ class ExampleOrder:
 
     @functools.cached_property
     def epoch(self) -> int:
-        """Pairs of an epoch: as many as there are in components that are drawn from."""
+        """Pairs of an epoch: the number of pairs in all components with a positive weight."""
         return sum(size for size, weight in zip(self.sizes, self.weights or self.sizes, strict=True) if weight > 0)
 
     def batch(self, step: int, size: int, *, short_ends: bool = False) -> np.ndarray:
         """The ids of the pairs of `step`, int64[size].
 
-        With `short_ends`, the last batch of an epoch has the pairs that are left, and the next epoch begins with a new
-        batch; without, that batch is filled up with pairs of the next epoch.
+        With `short_ends`, the last batch of an epoch has only the remaining pairs, and the next epoch begins with a new
+        batch. Otherwise pairs of the next epoch fill the last batch.
         """
         start, stop = step * size, (step + 1) * size
         if short_ends:
@@ -93,10 +93,10 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 class _Mixture:
     """Which component each position of an endless sequence draws from, in the exact proportions of `weights`.
 
-    Positions come down a Huffman tree of the components. Of the first n that reach a node, round(n * share) go to its
-    lighter side. So where a position goes, and how many went there before it, follows from its number alone. Of any
-    two shares on a way down that follow each other, the product is at most 1/2; so of the first n positions each
-    component gets its share to within 2, whatever the weights and however many they are.
+    Positions go down a Huffman tree of the components. Of the first n positions that reach a node, round(n * share) go
+    to its lighter side. So the path of a position, and how many earlier positions took it, depend only on its number.
+    The product of two consecutive shares on a path is at most 1/2. So among the first n positions, each component is
+    within 2 of its share, for any weights and any number of components.
     """
 
     def __init__(self, weights: Sequence[float]):
@@ -105,8 +105,8 @@ class _Mixture:
         self.share = np.array([node[0] for node in nodes])  # of the lighter side, at most 1/2
 
     def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(the component of each position, how many positions before it have the same one), both int64."""
-        # As float64, which holds whole numbers up to 2^53: after 10^9 positions a product is off by 10^-7.
+        """(the component of each position, the number of earlier positions with this component), both int64."""
+        # float64 holds whole numbers up to 2^53: after 10^9 positions the error of a product is 10^-7.
         nth, node = positions.astype(np.float64), np.full(len(positions), len(self.share) - 1)
         while (node >= self.components).any():
             share = self.share[node]
@@ -118,12 +118,12 @@ class _Mixture:
 
 
 def _huffman_tree(weights: Sequence[float]) -> list[tuple[float, int, int]]:
-    """Of each node the share of its lighter side, the number of its heavier side and that of its lighter one.
+    """For each node: (share of its lighter side, index of its heavier side, index of its lighter side).
 
-    First the components, in their order, where what arrives stays: share 0, both sides themselves. The root is last.
+    The components come first, in their order. They are leaves: share 0, and both sides are the leaf. The root is last.
     """
     exact = [Fraction(weight) for weight in weights]
-    unit = max(weight.denominator for weight in exact)  # those of floats are powers of two
+    unit = max(weight.denominator for weight in exact)  # denominators of floats are powers of two
     waiting = [(int(weight * unit), component) for component, weight in enumerate(exact) if weight > 0]
     heapq.heapify(waiting)
     nodes = [(0.0, component, component) for component in range(len(exact))]
@@ -136,10 +136,10 @@ def _huffman_tree(weights: Sequence[float]) -> list[tuple[float, int, int]]:
 
 
 def _shuffled(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Where each `index` goes in a random order of `size` elements, another one for each `key` (uint64).
+    """The place of each `index` in a random order of `size` elements. Each `key` (uint64) gives another order.
 
-    A Feistel network, so that an element costs the same whatever the size, and nothing is kept. Its halves are row and
-    column in a table of about sqrt(size) rows; what it sends beyond `size` is sent on until it comes back.
+    A Feistel network: the cost of an element does not depend on the size, and nothing is stored. Its halves are row and
+    column in a table of about sqrt(size) rows. A place of `size` or more goes through the network again.
     """
     rows = np.ceil(np.sqrt(size)).astype(np.int64)
     columns = -(-size // rows)
@@ -156,7 +156,7 @@ def _shuffled(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarra
 
 
 def _hash(key: np.ndarray, number: int, half: np.ndarray) -> np.ndarray:
-    """splitmix64 (https://doi.org/10.1145/2714064.2660195) of a sum in which each of the three counts, uint64."""
+    """splitmix64 (https://doi.org/10.1145/2714064.2660195) of a weighted sum of the three arguments, uint64."""
     x = key + half * GOLDEN + number * 0xD1B54A32D192ED03 % 2**64
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB

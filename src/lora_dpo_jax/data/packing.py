@@ -6,9 +6,9 @@
     branch_ids    0 0 0 1 1 2 2 2 0 0 1 2 2 0 0      prompt, first response, second response
     position_ids  0 1 2 3 4 3 4 5 0 1 2 2 3 0 0      each response begins where the prompt ended
 
-What must be predicted is a list beside the rows: for each response token, where its logits are found (`source`, the
-token before it in its own sequence, so the last prompt token serves all responses), the token (`target_ids`) and which
-response of the row it belongs to (`target_response`).
+The targets are a list beside the rows. For each response token it has the position of its logits (`source`), the token
+(`target_ids`) and the number of its response in the row (`target_response`). `source` is the token before it in its own
+sequence, so the last prompt token serves all responses.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ from lora_dpo_jax.losses.examples import Examples, take
 
 
 class PreferenceBatch(eqx.Module):
-    """A part of a step, int32 but for what is said. Axes {micro, row, ...}; a micro-batch has no `micro`."""
+    """A part of a step. int32, unless noted. Axes {micro, row, ...}; a micro-batch has no `micro`."""
 
     tokens: NamedArray  # {position}
     segment_ids: NamedArray  # {position}
@@ -38,7 +38,7 @@ class PreferenceBatch(eqx.Module):
     target_response: NamedArray  # {target}; -1 = empty
     response_tokens: NamedArray  # {response}: how many; 0 = empty
     examples: Examples  # {example}, {response}, {comparison}
-    reference: NamedArray | None = None  # float32 {response}: log p under the reference in nats, where it is known
+    reference: NamedArray | None = None  # float32 {response}: log p under the reference in nats, if it is known
 
     def micro_batch(self, index) -> "PreferenceBatch":
         """The micro-batch `index` (a number, or a traced one inside a loop)."""
@@ -50,7 +50,7 @@ class PreferenceBatch(eqx.Module):
 
     @property
     def num_used_micro_batches(self):
-        """Micro-batches from this one on are empty: a step need not run them."""
+        """Only the first of this many micro-batches hold examples: a step need not run the others."""
         used = hax.any(self.examples.is_example, axis=(ROW, EXAMPLE))
         return hax.sum(used).scalar()
 
@@ -82,10 +82,9 @@ def pack(
 ) -> PreferenceBatch:
     """Lays the rows (arrays of indices into `examples`) out in NumPy arrays.
 
-    `reference` gives, by the number of an example, log p of its responses under the reference, float32 [response] in
-    nats. `columns` are those that the batch brings along, and whether they have a number for each response. Without
-    `share_prefix` the prompt comes again as the beginning of each response. Raises ValueError if there are more rows
-    than the shape has.
+    `reference` maps the number of an example to log p of its responses under the reference, float32 [response] in nats.
+    `columns` names the columns of the batch, and whether each has a number for each response. Without `share_prefix`
+    the prompt is repeated before each response. Raises ValueError if there are more rows than the shape has.
     """
     capacity = shape.micro_batches * shape.rows
     if len(rows) > capacity:
@@ -146,7 +145,7 @@ class _Filling:
         self.tokens = self.targets = self.examples = self.responses = self.comparisons = 0
 
     def add(self, number: int, example: TokenizedExample, reference: np.ndarray | None) -> None:
-        """`number` is that of the example in the data."""
+        """`number` is the example's number in the data."""
         arrays, row, slot, first = self.arrays, self.row, self.examples, self.responses
         prompt = example.prompt
         if self.share_prefix:
@@ -187,7 +186,7 @@ class _Filling:
         self.tokens = span.stop
 
     def _predict(self, response: np.ndarray, start: int, prompt_end: int) -> None:
-        """Each token of the response from the one before it; the first from the last one of the prompt."""
+        """Predicts each response token from the token before it, the first from the last prompt token."""
         span = slice(self.targets, self.targets + len(response))
         arrays, row = self.arrays, self.row
         arrays.source[row, span] = np.arange(start - 1, start + len(response) - 1)

@@ -13,7 +13,7 @@ from lora_dpo_jax.data.table import ExampleTable
 from lora_dpo_jax.printable import printable
 
 RESET = "\x1b[0m"
-# Two shades for each role, token by token in turn, so that the ends of tokens can be seen.
+# Two shades for each role. Tokens alternate between them, so that token boundaries are visible.
 SHADES = {
     "prompt": ("\x1b[38;5;250m", "\x1b[38;5;244m"),
     "chosen": ("\x1b[38;5;46m", "\x1b[38;5;34m"),
@@ -28,7 +28,7 @@ def preview(
     file: TextIO | None = None,  # sys.stdout
     color: bool | None = None,
 ) -> None:
-    """The first `count` examples: in colour on a terminal, or by `color`; else in labelled blocks of plain text."""
+    """Prints the first `count` examples, in colour or in labelled blocks of text. `color` None: colour on terminals."""
     out = sys.stdout if file is None else file
     if color is None:
         color = out.isatty() and "NO_COLOR" not in os.environ
@@ -69,7 +69,7 @@ def _pieces(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _visible(text: str) -> str:
-    """Line ends marked, so that those at the end of the prompt can be seen; no control character reaches a terminal."""
+    """Marks line ends, so that those at the end of the prompt are visible. Control characters reach no terminal."""
     return printable(text.replace("\n", "\u21b5\n"))
 
 

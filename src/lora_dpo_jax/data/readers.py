@@ -1,4 +1,4 @@
-"""From the bytes of a file to its rows: the formats and compressions, by the suffix."""
+"""From the bytes of a file to its rows. The suffix decides the format and the compression."""
 
 import bz2
 import csv
@@ -18,7 +18,7 @@ from lora_dpo_jax.data.json_rows import Unreadable, read_json, read_json_lines, 
 ROWS_PER_READ = 1024
 BYTES_PER_READ = 1 << 16
 COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "xz": "xz", "zst": "zstd"}  # by suffix
-# How a file of each kind begins.
+# The first bytes of a file of each compression.
 MAGIC = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "xz": b"\xfd7zXZ\x00", "zstd": b"\x28\xb5\x2f\xfd"}
 # Objects with `decompress`, `eof` and `unused_data`, each for one stream.
 DECOMPRESSORS: dict[str, Callable[[], Any]] = {
@@ -30,9 +30,9 @@ DECOMPRESSORS: dict[str, Callable[[], Any]] = {
 
 
 def read_rows(file: BinaryIO, path: str) -> Iterator[tuple[int, Any]]:
-    """(number, row) of each row of a file of this name, counted from 1. A row may be Unreadable.
+    """(number, row) of each row of a file, counted from 1. `path` gives its suffix. A row may be Unreadable.
 
-    Raises whatever the libraries do if the file is damaged, or not what its suffix says.
+    Raises the libraries' errors if the file is damaged, or has another format than its suffix says.
     """
     suffix, compression = suffixes(path)
     read = READERS.get(suffix)
@@ -54,17 +54,17 @@ def suffixes(path: str) -> tuple[str, str | None]:
 
 
 def decompress(file: BinaryIO, compression: str | None) -> BinaryIO:
-    """Raises when it is read, if the file breaks off or something else follows."""
+    """The decompressed file. Reading it raises an error if the file is truncated or other data follows."""
     if compression is None:
         return file
     return io.BufferedReader(_Streams(file, compression), BYTES_PER_READ)
 
 
 class _Streams(io.RawIOBase):
-    """Compressed streams, one after another.
+    """Reads concatenated compressed streams.
 
-    The libraries' own readers end without an error where the second stream of a file does not begin as one (bz2, lzma),
-    or where a stream breaks off (zstandard).
+    The libraries' own readers end without an error if the data after the first stream is not a stream (bz2, lzma), or
+    if a stream is truncated (zstandard).
     """
 
     def __init__(self, file: BinaryIO, compression: str):
@@ -100,8 +100,8 @@ class _Streams(io.RawIOBase):
 
 
 def _read_separated(file: BinaryIO, dialect: str) -> Iterator[tuple[int, Any]]:
-    """Cells are strings. The header is no row."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # 128 KiB otherwise
+    """Rows of a CSV or TSV file. Cells are strings. The header is not a row."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default limit is 128 KiB
     lines = (line.decode() for line in utf8_lines(file))
     records = (record for record in csv.reader(lines, dialect, strict=True) if record)
     header = next(records, [])

@@ -1,4 +1,4 @@
-"""How a raw row becomes an Example: which of its columns is what, and where the prompt ends."""
+"""From a raw row to an Example: what each column means, and where the prompt ends."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from lora_dpo_jax.data.messages import (
 )
 from lora_dpo_jax.data.sources import RowError
 
-# Where a prompt stands in rows without `prompt_field`: text first, then messages that wait for an answer.
+# Columns of the prompt in rows without `prompt_field`: first texts, then messages that end before an answer.
 PROMPT_COLUMNS = ("question", "instruction", "input", "conversations", "messages")
 OPENAI_RESPONSES = ("preferred_output", "non_preferred_output")
 LARGEST_FLOAT32 = 3.4e38
@@ -33,12 +33,12 @@ class Example:
     prompt: Text
     responses: tuple[Text, ...]
     origin: str  # "train.jsonl, row 12"
-    names: tuple[str, ...] = ("chosen", "rejected")  # what messages call the responses
+    names: tuple[str, ...] = ("chosen", "rejected")  # of the responses, in errors
     comparisons: tuple[tuple[int, int], ...] = PAIR  # (chosen, rejected), numbers of responses
     columns: Mapping[str, float | list[float]] = field(default_factory=dict)  # a number, or one for each response
     tools: list[dict] | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    # Strings alone: the prompt is what the responses share, so nothing but their tokens says where it ends.
+    # Only for strings: the prompt is the text that the responses share, so only their tokens decide where it ends.
     implicit_prompt: bool = False
 
 
@@ -46,14 +46,14 @@ class Example:
 class _Prompt:
     column: str
     value: Text
-    tools: Any = None  # OpenAI's `input` holds them
+    tools: Any = None  # OpenAI's `input` may hold tools
 
 
 @dataclass(frozen=True)
 class _Answers:
     """The responses of a row: all strings, or all lists of messages."""
 
-    names: tuple[str, ...]  # what messages call them
+    names: tuple[str, ...]  # of the responses, in errors
     texts: list[Any]
 
     @property
@@ -178,7 +178,7 @@ def _split_prompt(prompt: _Prompt | None, answers: _Answers, origin: str) -> tup
     names = " and ".join(answers.names)
     if shared == 0:
         raise RowError("malformed", origin, f"has no prompt, and {names} share no first message")
-    # A prompt column beside full conversations only repeats one of their messages.
+    # If the responses are full conversations, a prompt column only repeats one of their messages.
     if prompt is not None and text not in [message.get("content") for message in responses[0][:shared]]:
         raise RowError(
             "malformed",
@@ -190,7 +190,7 @@ def _split_prompt(prompt: _Prompt | None, answers: _Answers, origin: str) -> tup
 
 
 def _shared_prefix(texts: Sequence[Text]) -> int:
-    """How much all begin with, never the whole of one."""
+    """The length of the beginning that all share, always less than the whole of any."""
     first, limit = texts[0], min(map(len, texts)) - 1
     return next((i for i in range(limit) if any(text[i] != first[i] for text in texts)), limit)
 
@@ -216,7 +216,7 @@ def _answers(row: Mapping, format: FormatConfig, origin: str) -> _Answers:
 
 
 def _number(row: Mapping, name: str, origin: str) -> float:
-    """Of a column of format.columns."""
+    """A row's number in a column of format.columns."""
     value = row.get(name)
     if not _is_number(value):
         found = "is not there" if value is None else f"is {kind(value)}"
@@ -225,7 +225,7 @@ def _number(row: Mapping, name: str, origin: str) -> float:
 
 
 def _numbers(row: Mapping, name: str, count: int, origin: str) -> list[float]:
-    """Of a column of format.response_columns."""
+    """A row's numbers in a column of format.response_columns."""
     values = row.get(name)
     if not (isinstance(values, list) and len(values) == count and all(map(_is_number, values))):
         found = "is not there" if values is None else f"is {kind(values)}"
@@ -239,7 +239,7 @@ def _numbers(row: Mapping, name: str, count: int, origin: str) -> list[float]:
 
 
 def _label(row: Mapping, format: FormatConfig, origin: str) -> float:
-    """Of an unpaired row: whether the response is a desirable one."""
+    """1 if the response of an unpaired row is desirable, else 0."""
     value = row.get(format.label_field)
     if value not in (True, False):  # 1 and 0 too
         raise RowError("malformed", origin, f"{format.label_field!r} is {kind(value)}; needed: true or false")
@@ -251,7 +251,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _find_prompt(row: Mapping, format: FormatConfig, answers: _Answers, origin: str) -> _Prompt | None:
-    """The prompt of its column or, in rows without that column, of the one column that holds it elsewhere."""
+    """The prompt from its column or, if the row lacks that column, from the only one of PROMPT_COLUMNS that fits."""
     in_responses = bool(answers.first_roles) and answers.first_roles <= {*INPUT_ROLES}
     given = _column(row, format.prompt_field)
     if given is not None and not (in_responses and given == ""):
@@ -260,7 +260,7 @@ def _find_prompt(row: Mapping, format: FormatConfig, answers: _Answers, origin: 
         return None
     columns = [column for column in PROMPT_COLUMNS if row.get(column)]
     if {"instruction", "input"} <= {*columns} and isinstance(row["input"], str):
-        columns.remove("input")  # stands in the prompt of the instruction
+        columns.remove("input")  # it becomes part of the instruction's prompt
     prompts = [_read_prompt(row, column, origin) for column in columns]
     prompts = [prompt for prompt in prompts if _awaits(prompt.value, answers)]
     if len(prompts) > 1:
@@ -271,17 +271,17 @@ def _find_prompt(row: Mapping, format: FormatConfig, answers: _Answers, origin: 
 
 def _read_prompt(row: Mapping, column: str, origin: str) -> _Prompt:
     value = row[column]
-    if isinstance(value, Mapping) and "messages" in value:  # of OpenAI
+    if isinstance(value, Mapping) and "messages" in value:  # as in OpenAI's format
         messages = read_messages(value["messages"], f"{column}.messages", origin)
         return _Prompt(column, messages, value.get("tools"))
-    more = row.get("input") if column == "instruction" else None  # of Alpaca
+    more = row.get("input") if column == "instruction" else None  # as in Alpaca
     if isinstance(value, str) and isinstance(more, str) and more.strip():
         value = f"{value}\n{more}"
     return _Prompt(column, _text(value, column, origin))
 
 
 def _awaits(prompt: Text, answers: _Answers) -> bool:
-    """Whether the responses answer this text, which stands in no column made for it."""
+    """Whether the responses may answer this text, which is not from the prompt's own column."""
     if not isinstance(prompt, str):
         return prompt[-1]["role"] in INPUT_ROLES
     first = answers.texts[0]
@@ -297,7 +297,7 @@ def _text(value: Any, column: str, origin: str) -> Text:
 
 
 def _template_options(row: Mapping, format: FormatConfig, prompt: _Prompt | None, origin: str) -> dict[str, Any]:
-    """Those of system, tools and chat_template_kwargs that the row has and that say something."""
+    """Those of system, tools and chat_template_kwargs that the row has and that are not empty."""
     system = _column(row, format.system_prompt)
     if system is not None and not isinstance(system, str):
         raise RowError("malformed", origin, f"{format.system_prompt!r} is {kind(system)}; needed: a string")
@@ -310,7 +310,7 @@ def _template_options(row: Mapping, format: FormatConfig, prompt: _Prompt | None
 
 
 def _decoded(value: Any, needed: type, what: str, origin: str) -> Any:
-    """A list or a dict; tables often hold it as JSON text."""
+    """A list or a dict, None if it is empty. Tables often hold it as JSON text."""
     if isinstance(value, str) and value:
         value = decode_json(value, what, origin)
     if value and not isinstance(value, needed):
@@ -323,7 +323,7 @@ def _column(row: Mapping, column: str | None) -> Any:
 
 
 def _holds_a_value(value: Any) -> bool:
-    """Not of an empty list, nor of a struct that a table has filled with nulls."""
+    """False for an empty list, and for a struct that a table filled with nulls."""
     if isinstance(value, Mapping):
         return any(map(_holds_a_value, value.values()))
     if isinstance(value, list):

@@ -1,7 +1,7 @@
 """Which examples share a row, and the few shapes of rows that a run compiles.
 
 A step is computed in micro-batches. Each has one of these shapes, and a step has as many of each as its examples need.
-Shapes differ so that what is left of a step after its long rows does not pay for another long one.
+Shapes differ so that the examples that remain after the long rows do not pay for another long row.
 """
 
 import bisect
@@ -17,16 +17,16 @@ from lora_dpo_jax.axes import COMPARISON, EXAMPLE, MICRO, POSITION, RESPONSE, RO
 from lora_dpo_jax.data.examples import ExampleSizes
 
 MAX_SHAPES = 3  # that a run compiles
-WORTH_COMPILING = 0.02  # of all tokens computed: what another shape must save
-LENGTH_MULTIPLE = 128  # tokens; blocks of attention divide rows
+WORTH_COMPILING = 0.02  # the share of all computed tokens that another shape must save
+LENGTH_MULTIPLE = 128  # tokens; attention splits rows into blocks
 SHORTEST_ROW = 256  # tokens, unless all examples are shorter
-MICRO_BATCH_COST = 32  # what beginning another micro-batch costs, in tokens of a row
-SAMPLED_EXAMPLES = 1024  # of the run, on which the shapes are chosen
+MICRO_BATCH_COST = 32  # the overhead of another micro-batch, in tokens of a row
+SAMPLED_EXAMPLES = 1024  # the shapes are chosen for a sample of this many examples
 
 
 @dataclass(frozen=True)
 class PartShape:
-    """The shape of a part of a step. It changes no loss, no gradient and no order, only what is computed together."""
+    """The shape of a part of a step. It decides what is computed together, and changes no loss, gradient or order."""
 
     micro_batches: int
     rows: int  # per micro-batch
@@ -68,17 +68,17 @@ class _Rows:
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """How the tokens of examples are laid into rows; both are on unless one wants to compare."""
+    """How the tokens of examples are laid into rows. Both settings are on, except for comparisons."""
 
     packing: bool = True  # several examples in a row
     share_prefix: bool = True  # the prompt of an example once, for all responses
 
     def tokens(self, sizes: ExampleSizes) -> np.ndarray:
-        """Of each example in its row."""
+        """Tokens that each example takes in its row."""
         return sizes.tokens if self.share_prefix else sizes.prompt * sizes.responses + sizes.targets
 
     def shortest_row(self, sizes: ExampleSizes) -> int:
-        """Tokens of a row that holds any of the examples."""
+        """Tokens of the shortest row that can hold any of the examples."""
         return round_up(int(self.tokens(sizes).max()), LENGTH_MULTIPLE)
 
 
@@ -113,10 +113,10 @@ def choose_shapes(
     packing: PackingConfig = PackingConfig(),
     max_shapes: int = MAX_SHAPES,
 ) -> StepShapes:
-    """Shapes that hold each of `batches` (arrays of example ids), so that one compiled step serves all.
+    """Shapes that hold each of `batches` (arrays of example ids), so that one compiled step serves all batches.
 
-    A micro-batch has `row_multiple` rows, one for each group of devices that share rows. `longest_row` (tokens) bounds
-    a row, and so the memory of a step; a row always holds the longest example.
+    A micro-batch has `row_multiple` rows, one for each group of devices that share rows. `longest_row` (tokens) limits
+    the length of a row, and so the memory of a step. A row is always long enough for the longest example.
     """
     chosen = _choose_rows(batches, sizes, row_multiple, longest_row, packing, max_shapes)
     used: list[_Extent] = [_Extent() for _ in chosen]
@@ -129,7 +129,7 @@ def choose_shapes(
 
 @dataclass
 class _Extent:
-    """The most that any step has of a shape."""
+    """The largest counts that any step needs of a shape."""
 
     micro_batches: int = 0
     targets: int = 0  # per row
@@ -152,7 +152,7 @@ class _Extent:
 
 
 def shape_of_rows(filled: Iterable[np.ndarray], sizes: ExampleSizes, *, rows: int) -> PartShape:
-    """One micro-batch of rows that can be any of `filled` (arrays of example ids)."""
+    """The shape of one micro-batch whose rows can be any of `filled` (arrays of example ids)."""
     shape, extent = _Rows(rows, PackingConfig().shortest_row(sizes)), _Extent(micro_batches=1)
     for row in filled:
         extent.include(shape, [list(range(len(row)))], sizes[row])
@@ -160,7 +160,7 @@ def shape_of_rows(filled: Iterable[np.ndarray], sizes: ExampleSizes, *, rows: in
 
 
 def _choose_rows(batches, sizes, row_multiple, bound, packing, max_shapes) -> Sequence[_Rows]:
-    """The set of shapes, one of which holds any example, that computes the fewest tokens on a sample of the steps."""
+    """The set of shapes with the fewest computed tokens on a sample of the steps. One shape holds any example."""
     tokens = packing.tokens(sizes)
     totals = np.array([tokens[ids].sum() for ids in batches])
     sample = _sample(batches, sizes, totals)
@@ -179,7 +179,7 @@ def _choose_rows(batches, sizes, row_multiple, bound, packing, max_shapes) -> Se
     chosen: tuple[_Rows, ...] = ()
     least = math.inf
     for count in range(1, max_shapes + 1):
-        # Two are tried with each other; the third is what goes best with these.
+        # All sets of two are tried. The third shape is the best one to add to the chosen two.
         sets = itertools.combinations(candidates, count) if count < 3 else ((*chosen, c) for c in candidates)
         options = [_by_size(o) for o in sets if len(set(o)) == count and max(shape.length for shape in o) >= longest]
         costs = [cost(option) for option in options]
@@ -191,7 +191,7 @@ def _choose_rows(batches, sizes, row_multiple, bound, packing, max_shapes) -> Se
 
 
 def _sample(batches: Sequence[np.ndarray], sizes: ExampleSizes, totals: np.ndarray) -> list[ExampleSizes]:
-    """The examples of some steps: from the one with the fewest tokens to the one with the most."""
+    """The sizes of some steps, spread evenly from the step with the fewest tokens to the step with the most."""
     count = min(len(batches), max(2, SAMPLED_EXAMPLES // len(batches[0])))
     order = np.argsort(totals, kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, count).round().astype(int)]
@@ -199,7 +199,7 @@ def _sample(batches: Sequence[np.ndarray], sizes: ExampleSizes, totals: np.ndarr
 
 
 def _candidate_lengths(longest: int, totals: np.ndarray, bound: int | None) -> list[int]:
-    """Tokens: the longest example, what whole steps hold, and lengths evenly spread between a short row and these."""
+    """Row lengths in tokens: the longest example, the totals of whole steps, and lengths spread from short to these."""
     most = float(totals.max()) * 1.05 if bound is None else bound
     spread = SHORTEST_ROW * 2 ** np.arange(0, max(1.0, math.log2(max(most, longest) / SHORTEST_ROW)), 0.5)
     steps = np.quantile(totals, [0.25, 0.5, 0.75, 1.0]) * 1.03
@@ -212,7 +212,7 @@ def _by_size(shapes: tuple[_Rows, ...]) -> tuple[_Rows, ...]:
 
 
 def _lay_out(sizes: ExampleSizes, shapes: Sequence[_Rows], packing: PackingConfig) -> list[list[list[int]]]:
-    """The rows of each shape: of the ways tried, the first in order of tokens computed that holds all examples."""
+    """The rows of each shape, for the first of `_counts` whose rows hold all examples."""
     tokens = packing.tokens(sizes).tolist()
     if not packing.packing:
         return _one_a_row(tokens, shapes)
@@ -226,7 +226,7 @@ def _lay_out(sizes: ExampleSizes, shapes: Sequence[_Rows], packing: PackingConfi
 
 
 def _counts(total: int, longest: int, shapes: Sequence[_Rows]) -> Iterator[tuple[int, ...]]:
-    """Numbers of micro-batches of each shape that might hold `total` tokens, fewest tokens first; then ever more."""
+    """Numbers of micro-batches of each shape that may hold `total` tokens: fewest tokens first, then more and more."""
     main = shapes[0].tokens
     tried: list[tuple[int, ...]] = []
     for first in range(max(0, total // main - 1), total // main + 2):
@@ -263,10 +263,10 @@ def _one_a_row(sizes: list[int], shapes: Sequence[_Rows]) -> list[list[list[int]
 
 
 def _best_fit(sizes: Sequence[int], capacities: Sequence[int], more: int | None = None) -> list[list[int]] | None:
-    """Items, longest first, each into the row with the least room that holds it.
+    """Puts items, longest first, each into the row with the least free room that holds it.
 
-    Returns the items of each row of `capacities`, and of further rows of length `more` if that is given; else None if
-    they do not fit.
+    Returns the items of each row of `capacities`. Items that do not fit go into further rows of length `more`; without
+    `more`, None is returned.
     """
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
     rows: list[list[int]] = [[] for _ in capacities]

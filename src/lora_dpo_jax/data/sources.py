@@ -23,16 +23,16 @@ T = TypeVar("T")
 Split = Literal["train", "validation"]
 Reason = Literal["empty", "malformed", "identical", "boundary", "too_long"]
 
-# Local files up to this size are known by their content, so that copying or touching them rebuilds nothing.
+# Local files up to this size are identified by their content, so copying or touching them rebuilds nothing.
 CONTENT_HASH_BYTES = 1 << 30
 
 
 class SourceError(ValueError):
-    """A file or data set cannot be had or read. The message names it, and not yet the component."""
+    """A file or data set cannot be found or read. The message names it, but not its component."""
 
 
 class RowError(ValueError):
-    """One row cannot be used. `reason` is the name it is counted under where such rows may be dropped."""
+    """One row cannot be used. If such rows may be dropped, they are counted under `reason`."""
 
     def __init__(self, reason: Reason, origin: str, message: str):
         super().__init__(f"{origin}: {message}")
@@ -47,7 +47,7 @@ class UnreadableRowError(RowError):
 
 
 def attempt(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "T | RowError":
-    """The result, or the RowError raised instead: a refused row is an answer, for the caller to raise or to count."""
+    """The function's result, or the RowError that it raised, which the caller raises or counts."""
     try:
         return function(*args, **kwargs)
     except RowError as error:
@@ -55,17 +55,17 @@ def attempt(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "T |
 
 
 class RowTable(Protocol):
-    """One file, or one split of a data set: what row numbers count within."""
+    """One file, or one split of a data set. Row numbers count within it."""
 
     @property
     def name(self) -> str: ...
 
     def identity(self) -> str:
-        """Changes whenever the rows may have changed."""
+        """A text that changes whenever the rows may have changed."""
         ...
 
     def rows(self) -> Iterator[tuple[int, Any]]:
-        """(number, row), counted from 1. A row that cannot be parsed comes as the RowError that says so."""
+        """(number, row), counted from 1. A row that cannot be parsed is replaced by a RowError."""
         ...
 
 
@@ -86,13 +86,13 @@ class SourceConfig(draccus.ChoiceRegistry):
 @SourceConfig.register_subclass("url")
 @dataclass(frozen=True)
 class UrlSource(SourceConfig):
-    """Local paths, globs and whatever fsspec opens (gs://, s3://, https://, hf://...).
+    """Local paths, globs and all URLs that fsspec opens (gs://, s3://, https://, hf://...).
 
-    The suffix says which format (.jsonl, .json, .parquet, .csv, .tsv) and the compression (.gz, .zst, .bz2, .xz).
+    The suffix gives the format (.jsonl, .json, .parquet, .csv, .tsv) and the compression (.gz, .zst, .bz2, .xz).
     """
 
     train_urls: list[str] = field(default_factory=list)  # paths, globs and URLs
-    validation_urls: list[str] = field(default_factory=list)  # likewise
+    validation_urls: list[str] = field(default_factory=list)  # paths, globs and URLs
 
     def __post_init__(self):
         if not self.train_urls and not self.validation_urls:
@@ -118,10 +118,10 @@ class HubSource(SourceConfig):
     """A data set of the Hugging Face hub, a local folder laid out like one, or a folder of `save_to_disk`."""
 
     id: str  # of a hub data set, or a local folder
-    name: str | None = None  # the configuration, where the data set has several
+    name: str | None = None  # the configuration, if the data set has several
     revision: str | None = None  # branch, tag or commit
     train_split: str | None = "train"  # any split expression of `datasets`, such as train[:1000]
-    validation_split: str | None = None  # likewise
+    validation_split: str | None = None  # likewise a split expression; null: no validation data
 
     def __post_init__(self):
         if not self.id.strip():
@@ -134,7 +134,7 @@ class HubSource(SourceConfig):
         expression = self._split(split)
         if expression is None:
             return []
-        with _told_as(f"{self.id} ({split}_split: {expression}): cannot be loaded"):
+        with _as_source_error(f"{self.id} ({split}_split: {expression}): cannot be loaded"):
             if os.path.isfile(self.id):
                 raise SourceError(f"{self.id} is a file; read it with source: {{type: url, {split}_urls: [{self.id}]}}")
             saved = _is_saved(*url_to_fs(self.id))
@@ -157,7 +157,7 @@ class RowFile:
         return place_of(self.path if local else self.filesystem.unstrip_protocol(self.path))
 
     def identity(self) -> str:
-        with _told_as(f"{self.name}: cannot be read"):
+        with _as_source_error(f"{self.name}: cannot be read"):
             info = self.filesystem.info(self.path)
             if not isinstance(self.filesystem, LocalFileSystem):
                 return f"{info.get('size')} {self.filesystem.ukey(self.path)}"
@@ -167,16 +167,16 @@ class RowFile:
                 return sha256_of(file)
 
     def check_compressed(self) -> None:
-        """Reads all of a compressed file, as `datasets` takes one that breaks off for whole. Raises SourceError."""
+        """Reads a compressed file to its end, because `datasets` accepts truncated files. Raises SourceError."""
         compression = suffixes(self.path)[1]
         if compression is not None:
-            with _told_as(f"{self.name}: cannot be read"), self.filesystem.open(self.path, "rb") as raw:
+            with _as_source_error(f"{self.name}: cannot be read"), self.filesystem.open(self.path, "rb") as raw:
                 content = decompress(cast(BinaryIO, raw), compression)
                 while content.read(1 << 20):
                     pass
 
     def rows(self) -> Iterator[tuple[int, Any]]:
-        """Raises SourceError where the file is damaged."""
+        """Raises SourceError if the file is damaged."""
         number = 0
         try:
             with self.filesystem.open(self.path, "rb") as raw:
@@ -184,7 +184,7 @@ class RowFile:
                     yield number, _or_error(row, self.name, number)
         except Exception as error:
             where = f"cannot be read beyond row {number}" if number else "cannot be read"
-            raise SourceError(f"{self.name}: {where}: {_said(error)}") from error
+            raise SourceError(f"{self.name}: {where}: {_one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -197,10 +197,10 @@ class HubTable:
         return self.dataset._fingerprint
 
     def rows(self) -> Iterator[tuple[int, Any]]:
-        """Raises SourceError where the data set is damaged."""
+        """Raises SourceError if the data set is damaged."""
         from lora_dpo_jax.data.arrow_rows import read_table
 
-        with _told_as(f"{self.name}: cannot be read"):
+        with _as_source_error(f"{self.name}: cannot be read"):
             tables = self.dataset.with_format("arrow").iter(ROWS_PER_READ)
             rows = (row for table in tables for row in read_table(table, exact=self.exact))
             for number, row in enumerate(rows, start=1):
@@ -219,8 +219,8 @@ def read_tables(tables: Sequence[RowTable]) -> Iterator[tuple[int, int, Any]]:
 
 
 def expand_url(url: str) -> list[RowFile]:
-    """The files of a path, URL or glob, in the order of their names. Raises SourceError if there is none."""
-    with _told_as(f"{url}: cannot be opened"):
+    """The files of a path, URL or glob, sorted by name. Raises SourceError if there is none."""
+    with _as_source_error(f"{url}: cannot be opened"):
         filesystem, path = url_to_fs(url)
         # In a web address a question mark begins the query.
         pattern = has_magic(path) if not url.startswith(("http:", "https:")) else "*" in path
@@ -285,7 +285,7 @@ def _hub_table(source: HubSource, expression: str) -> HubTable:
 
 
 def _first_fault(files: Sequence[RowFile]) -> str | None:
-    """`datasets` does not say in which file and row it failed."""
+    """The first unreadable file or row: errors of `datasets` do not name it."""
     known = [file for file in files if suffixes(file.path)[0] in READERS]
     try:
         return next((str(row) for _, _, row in read_tables(known) if isinstance(row, RowError)), None)
@@ -298,18 +298,18 @@ def _or_error(row: Any, table: str, number: int) -> Any:
 
 
 @contextmanager
-def _told_as(what: str) -> Iterator[None]:
-    """Whatever a library raises becomes a SourceError of one line, which begins with what could not be done."""
+def _as_source_error(failure: str) -> Iterator[None]:
+    """Turns any error of a library into a SourceError of one line, which begins with `failure`."""
     try:
         yield
     except SourceError:
         raise
     except Exception as error:
-        raise SourceError(f"{what}: {_said(error)}") from error
+        raise SourceError(f"{failure}: {_one_line(error)}") from error
 
 
-def _said(error: BaseException) -> str:
-    """In one line, with the cause where the message does not hold it."""
+def _one_line(error: BaseException) -> str:
+    """The error in one line, with its cause if the message does not contain it."""
     message = " ".join(str(error).split())
     if not message or not isinstance(error, ValueError | OSError | ImportError | EOFError):
         message = f"{type(error).__name__}: {message}".rstrip(": ")

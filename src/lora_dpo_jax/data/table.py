@@ -1,4 +1,4 @@
-"""Tables of examples: of several components, numbered through, and how a part of them is held out."""
+"""Tables of examples from several components, numbered consecutively, and how a part of them is held out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -11,7 +11,7 @@ from lora_dpo_jax.data.examples import ExampleArrays, ExampleSizes, TokenizedExa
 class ExampleSource(Protocol):
     """The examples of one component: `TokenizedExamples` on disk, `MemoryExamples` in memory."""
 
-    fingerprint: str  # hex; other examples have another one
+    fingerprint: str  # hex; different examples have different fingerprints
     arrays: ExampleArrays
     prompt_hashes: np.ndarray  # uint64 [n]
     checksums: dict[str, int]  # the same for the same examples, wherever they came from
@@ -26,7 +26,7 @@ class ExampleSource(Protocol):
 
 
 class ExampleTable(Sequence[TokenizedExample]):
-    """Chosen examples of one or more components, numbered through."""
+    """Selected examples of one or more components, numbered consecutively."""
 
     def __init__(self, components: Mapping[str, tuple[ExampleSource, np.ndarray]]):
         """Each component comes with the indices of its examples that belong to this table."""
@@ -79,9 +79,9 @@ def whole_table(components: Mapping[str, ExampleSource]) -> ExampleTable:
 def split_by_prompt(
     components: Mapping[str, ExampleSource], fraction: float, seed: int
 ) -> tuple[ExampleTable, ExampleTable]:
-    """(train, validation), the latter holding about `fraction` of the examples. No prompt is in both, of any component.
+    """(train, validation). Validation has about `fraction` of the examples. No prompt of any component is in both.
 
-    Prompts are drawn, each with all of its examples, of those that have not more examples than are wanted.
+    Prompts are drawn at random, each with all of its examples. Prompts with more examples than wanted are not drawn.
     """
     hashes = [np.asarray(source.prompt_hashes) for source in components.values()]
     prompts, prompt_of = np.unique(np.concatenate(hashes), return_inverse=True)

@@ -1,1 +1,1 @@
-"""Reading and writing what the Hugging Face world holds: models, tokenizers and PEFT adapters."""
+"""Reads and writes models, tokenizers and PEFT adapters in Hugging Face's formats."""

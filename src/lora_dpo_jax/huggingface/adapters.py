@@ -1,7 +1,7 @@
-"""Adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, both ways.
+"""Reads and writes adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
 A tensor is called `base_model.model.<path of the layer>.<factor>`: `lora_A.weight`, {r, in}, or `lora_B.weight`,
-{out, r}. Which factors there are, an `Adapter` says.
+{out, r}. Each kind of `Adapter` defines its factors.
 """
 
 import json
@@ -48,31 +48,31 @@ CONFIG, STEM = "adapter_config.json", "adapter_model"
 # PEFT stores the whole frozen head beside the adapter of a head.
 HEAD_COPY = "base_model.model.lm_head.base_layer.weight"
 
-# What an adapter computes follows from these...
+# Options that decide what an adapter computes.
 USED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", *PEFT_SWITCHES}
 USED |= {"layers_to_transform", "base_model_name_or_path"}
-# ...and not from these.
+# Options that do not change what an adapter computes.
 HARMLESS = {"auto_mapping", "inference_mode", "peft_version", "revision", "runtime_config"}
 HARMLESS |= {"layers_pattern", "loftq_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
-# Values under which the other options change nothing; for those not named here, only null, false and empty.
+# Values with which the other options change nothing. For options not named here, only null, false and empty do so.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "task_type": (None, "CAUSAL_LM"),
     "bias": ("none",),
-    # Not pissa, olora, corda, loftq or lora_ga: these change the base, and the adapter fits only the changed one.
+    # Not pissa, olora, corda, loftq or lora_ga: these change the base, and the adapter fits only the changed base.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
 ALL_LINEAR = "all-linear"
-PEFT_DEFAULT_TARGETS = ["q_proj", "v_proj"]  # of every family that is supported here
+PEFT_DEFAULT_TARGETS = ["q_proj", "v_proj"]  # the same for every family that is supported here
 TARGETS = "a list of names, or a regular expression that compiles"
 
 
 @dataclass(frozen=True)
 class LayerAdapter:
-    """One layer of an adapter, which may have a stack of them, on the host."""
+    """The adapter of one layer, on the host. `adapter` may hold a stack of layers."""
 
     name: str  # the dotted path of the layer
     adapter: Adapter
-    tensors: dict[str, np.ndarray]  # float32, by the names that PEFT gives them
+    tensors: dict[str, np.ndarray]  # float32, by PEFT's names
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -81,7 +81,7 @@ class LayerAdapter:
         return hax.axis_size(wrapped.Out), hax.axis_size(wrapped.In)
 
     def merge(self, weight: np.ndarray) -> np.ndarray:
-        """The layer's weight {out, in} with the adapter folded in, both float32."""
+        """The layer's weight {out, in} with the adapter merged in, both float32."""
         return self.adapter.merge(weight, self.tensors)
 
 
@@ -99,15 +99,15 @@ def save_adapter(
 ) -> None:
     """Writes the adapters for `peft.PeftModel.from_pretrained`, to a path or a URL (see `export_folder`).
 
-    `base_model` is the folder, URL or hub id that readers take the base from, `revision` the hub's; `tokenizer`, if
-    given, is saved beside the adapters with its chat template. `config` is that of the adapters, of which the target
-    modules are not used: those of the model are. Every process of a run must call this; the first writes.
+    `base_model` is the folder, URL or hub id from which readers load the base, `revision` its revision on the hub.
+    `tokenizer`, if given, is saved beside the adapters with its chat template. `config` is the config of the adapters;
+    but the target modules are those of the model. Every process of a run must call this; only the first one writes.
     """
     adapters = layer_adapters(model)
-    _refuse_another_config(adapters, config)
+    _check_config(adapters, config)
     if jax.process_index() != 0:
         return
-    # PEFT may know how to adapt layers that we cannot.
+    # PEFT may be able to adapt layers that we cannot adapt.
     names = [*_layer_names(model), *unadaptable_layers(model)]
     targets = explicit_targets([adapter.name for adapter in adapters], names)
     tensors = {
@@ -127,9 +127,9 @@ def save_adapter(
 def load_adapter(model: CausalLM, folder: Path, *, mapping: Any = None, base_model: str | None = None) -> CausalLM:
     """The plain `model` with the adapters in `folder`, float32 whatever the file's dtype.
 
-    `mapping` (axis name to mesh axis) says how they are sharded; `base_model` is what the model is called in messages.
-    Raises ValueError naming the folder and the tensor or the setting where the adapter does not fit the model, or
-    computes something else than our adapters do.
+    `mapping` (axis name to mesh axis) gives their sharding; `base_model` is the model's name in messages. Raises
+    ValueError with the folder and the tensor or setting if the adapter does not fit the model, or computes something
+    that our adapters cannot.
     """
     peft, config, tensors = _read(folder), read_adapter_config(folder), TensorFiles(folder, STEM)
     made_for = peft.text("base_model_name_or_path", None)
@@ -141,9 +141,9 @@ def load_adapter(model: CausalLM, folder: Path, *, mapping: Any = None, base_mod
         only_layers = peft.values.get("layers_to_transform")
         targets = _targets(model, config, only_layers)
         empty = adapt(model, targets, lambda layer, _, chosen: empty_adapter(layer, chosen, config))
-        _refuse_other_tensors(tensors, empty, targets, config, only_layers)
+        _check_tensors(tensors, empty, targets, config, only_layers)
         if HEAD_COPY in tensors.names:
-            _refuse_another_head(tensors, model)
+            _check_head(tensors, model)
 
         def fill(layer: Any, names: list[str]) -> Any:
             return _filled(tensors, layer, names, targets, mapping) if isinstance(layer, Adapter) else layer
@@ -159,7 +159,7 @@ def load_adapter(model: CausalLM, folder: Path, *, mapping: Any = None, base_mod
 
 
 class MisfitError(ValueError):
-    """An adapter is not for the model that it is put on."""
+    """An adapter does not fit the model."""
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
@@ -177,15 +177,15 @@ def read_adapter_config(folder: Path) -> LoraConfig:
 
 
 def read_base_model(folder: Path) -> tuple[str | None, str | None]:
-    """The base model that an adapter names, a folder or a hub id, and its revision there."""
+    """(the base model that an adapter names, a folder or a hub id; its revision on the hub)."""
     peft = read_json_object(folder / CONFIG)
     return peft.text("base_model_name_or_path", None), peft.text("revision", None)
 
 
 def base_from_anywhere(base_model: str) -> str:
-    """A hub id as it is, the absolute path of a folder here, a URL without the secrets in it.
+    """A name of the base for any working directory: a hub id, an absolute path, or a URL without secrets.
 
-    PEFT and servers look for the base from their own working directory; this package reads URLs too.
+    PEFT and servers resolve a path from their own working directory. Only this package reads URLs.
     """
     if base_model.startswith(LOCAL_URLS):
         base_model = LocalFileSystem._strip_protocol(base_model)
@@ -196,7 +196,7 @@ def base_from_anywhere(base_model: str) -> str:
 
 
 def layer_adapters(model: CausalLM) -> list[LayerAdapter]:
-    """Copies the adapters of a model to the host; under several processes, all must call this."""
+    """Copies the adapters of a model to the host. With several processes, all must call this."""
     found = []
     for adapter, names in linear_layers(model):
         if not isinstance(adapter, Adapter):
@@ -232,7 +232,7 @@ def _key(layer: str, factor: str) -> str:
     return f"base_model.model.{layer}.{factor}"
 
 
-def _refuse_another_config(adapters: list[LayerAdapter], config: LoraConfig) -> None:
+def _check_config(adapters: list[LayerAdapter], config: LoraConfig) -> None:
     if not adapters:
         raise ValueError("the model has no adapters to save")
     switches = " and ".join(f"lora.{switch}={getattr(config, switch)}" for switch in PEFT_SWITCHES)
@@ -293,7 +293,7 @@ LoRA adapter for `{base_model}`, trained by Direct Preference Optimization with 
 
 
 def _read(folder: Path) -> JsonObject:
-    """adapter_config.json, once nothing in it says that it computes something else than our adapters do."""
+    """The content of adapter_config.json. Raises ValueError if our adapters cannot compute what it asks for."""
     path = folder / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing{_where_else(folder)}")
@@ -311,7 +311,7 @@ def _read(folder: Path) -> JsonObject:
 
 
 def _where_else(folder: Path) -> str:
-    """Where an adapter may be, for people who gave the folder around it or another one."""
+    """The end of a message: where the adapter may be, if a parent folder or a model's folder was given."""
     if within := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")):
         return f"; its subfolders {abridged(within)} hold adapters: give the path of one"
     return "; the folder holds a model: give it as initialize_from_hf" if (folder / "config.json").exists() else ""
@@ -332,7 +332,7 @@ def _is_layers(value: Any) -> bool:
 
 
 def _targets(model: CausalLM, config: LoraConfig, only_layers: int | list[int] | None) -> set[str]:
-    """The layers that the settings ask for."""
+    """The names of the layers that the settings select."""
     targets = set(matching_names(_layer_names(model), config))
     if only_layers in (None, []):
         return targets
@@ -340,10 +340,10 @@ def _targets(model: CausalLM, config: LoraConfig, only_layers: int | list[int] |
     return {name for name in targets if any(f".layers.{number}." in name for number in numbers)}
 
 
-def _refuse_other_tensors(
+def _check_tensors(
     tensors: TensorFiles, empty: CausalLM, targets: set[str], config: LoraConfig, only_layers: int | list[int] | None
 ) -> None:
-    """MisfitError unless the file holds the factors of the targets, as `empty` has them, and nothing else."""
+    """Raises MisfitError unless the file holds the factors of the targets, as in `empty`, and nothing else."""
     factors = {
         name: [*layer.factors] for layer, names in linear_layers(empty) if isinstance(layer, Adapter) for name in names
     }
@@ -383,10 +383,10 @@ def _tensor(tensors: TensorFiles, key: str, shape: tuple[int, ...]) -> Any:
     return tensors.view(key)
 
 
-def _refuse_another_head(tensors: TensorFiles, model: CausalLM) -> None:
-    """ValueError unless the head that PEFT stored is the model's, to the lower of the two precisions."""
+def _check_head(tensors: TensorFiles, model: CausalLM) -> None:
+    """Raises MisfitError unless the head that PEFT stored equals the model's, at the lower of the two precisions."""
     head = model.lm_head
-    assert isinstance(head, hnn.Linear)  # an adapter of a tied head has been refused
+    assert isinstance(head, hnn.Linear)  # an adapter of a tied head was rejected before
     theirs = tensors.read(HEAD_COPY)
     ours = head.weight.array
     rounded = theirs.astype(ours.dtype).astype(theirs.dtype)

@@ -1,7 +1,7 @@
-"""Digests of the files that hold a model's or an adapter's tensors: they differ where the tensors do.
+"""Digests of the files that hold a model's or an adapter's tensors: different tensors have different digests.
 
-A file is read through once. Its digest is then remembered under its path, size, modification time and inode, and a file
-of which all four are as they were is trusted to hold what it held.
+A file is read once. Its digest is then stored with its path, size, modification time and inode. While all four are the
+same, the content is assumed to be the same.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ SETTLED_SECONDS = 2.0
 
 
 def tensor_digests(folder: Path, stem: str = "model", *, memory: Path) -> dict[str, str]:
-    """By name, the digests of the files that `TensorFiles(folder, stem)` reads; `memory` is the folder for them."""
+    """The digests of the files that `TensorFiles(folder, stem)` reads, by file name. `memory` is their folder."""
     return {path.name: file_digest(path, memory=memory) for path in TensorFiles(folder, stem).files}
 
 
 def file_digest(path: Path, *, memory: Path) -> str:
-    """Hex; of the contents alone."""
+    """The hex digest of a file's content alone."""
     before = _state(path)
     remembered = memory / f"{hashlib.sha256(before['path'].encode()).hexdigest()[:32]}.json"
     try:
@@ -35,7 +35,7 @@ def file_digest(path: Path, *, memory: Path) -> str:
         if known["file"] == before:
             return known["digest"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # never read, or damaged: the file itself is asked
+        pass  # no stored digest, or a damaged one: the file itself is read
     digest = _digest(path)
     is_settled = time.time_ns() - before["mtime_ns"] > SETTLED_SECONDS * 1e9
     if is_settled and _state(path) == before:
@@ -55,7 +55,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of the SHA-256s of its chunks, which threads compute side by side."""
+    """SHA-256 of the SHA-256s of its chunks, which threads compute in parallel."""
     with (
         open(path, "rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,

@@ -1,4 +1,4 @@
-"""Where models come from, and how exports are put in place whole or not at all."""
+"""Where models are loaded from, and how exports are written as a whole or not at all."""
 
 import hashlib
 import os
@@ -21,22 +21,22 @@ from lora_dpo_jax.places import is_url, place_of, spelled_alike
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*"]
 TEMPLATES = "additional_chat_templates"  # where tokenizers keep all but the first of their chat templates
 # Repositories hold more than the model in Hugging Face's format: other formats in folders, Mistral's own beside it.
-# These patterns are of every folder but TEMPLATES: whose name has another letter, ends before its end, or goes on.
+# These patterns match every folder but TEMPLATES: names with another letter, shorter names, longer names.
 NOT_MODEL_FILES = [
     *(f"{TEMPLATES[:i]}[!{letter}]*/*" for i, letter in enumerate(TEMPLATES)),
     *(f"{TEMPLATES[:i]}/*" for i in range(1, len(TEMPLATES))),
     f"{TEMPLATES}?*/*",
     "consolidated*",
 ]
-# An export without one of these is not whole: no reader takes it for a model or an adapter.
+# An export without one of these is incomplete: no reader accepts it as a model or an adapter.
 MARKERS = ("config.json", "adapter_config.json")
 
 
 def local_folder(name_or_path: str | Path, *, revision: str | None = None, patterns: list[str] | None = None) -> Path:
-    """The folder itself if it exists, else a copy of what a URL (gs://...) or a hub id names, downloaded once.
+    """The folder itself if it exists, else a local copy of a URL (gs://...) or a hub id, downloaded once.
 
-    `patterns` are the file names to fetch, of the folder itself and of its chat templates. Raises FileNotFoundError if
-    there is no such thing.
+    `patterns` are the names of the files to download, with those of its chat templates. Raises FileNotFoundError if
+    there is no such folder, URL or id.
     """
     name = str(name_or_path)
     if is_url(name):
@@ -58,7 +58,7 @@ def local_folder(name_or_path: str | Path, *, revision: str | None = None, patte
         files = snapshot_download(
             name, revision=revision, allow_patterns=patterns or MODEL_FILES, ignore_patterns=NOT_MODEL_FILES
         )
-    except Exception as error:  # of its HTTP client too
+    except Exception as error:  # also any error of the HTTP client
         raise FileNotFoundError(f"{_why_not_from_the_hub(name, error)}{spelled_alike(name)}") from error
     return Path(files)
 
@@ -69,32 +69,32 @@ def _why_not_from_the_hub(name: str, error: Exception) -> str:
             f"{name!r} is neither a folder here nor in the local cache of the Hugging Face hub, and HF_HUB_OFFLINE=1 "
             "forbids asking the hub: check the id, or unset HF_HUB_OFFLINE"
         )
-    return f"{name!r} is neither a folder here nor a repository that the Hugging Face hub gave: {error}"
+    return f"{name!r} is neither a folder here nor a repository that the Hugging Face hub returned: {error}"
 
 
 def check_export_target(target: str | Path, *, run: str | None = None, overwrite: bool = False) -> None:
-    """Raises FileExistsError where an export of `run` would: for runs that should fail before their work, not after."""
+    """Raises FileExistsError if an export of `run` would, so that a run fails before its work, not after it."""
     _replaceable(place_of(target), run, overwrite)
 
 
 @contextmanager
 def export_folder(target: str | Path, *, run: str | None = None, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a local folder to write an export into; when the block ends, its files are put at `target`, path or URL.
+    """Yields a local folder to write an export into. At the end of the block, its files move to `target`, path or URL.
 
-    A manifest beside them names them. Only what a manifest names, and nobody changed since, is replaced: the export of
-    the same `run` (None is never the same), and that of another one if `overwrite`. Any other file at `target` raises
-    FileExistsError; hidden files and subfolders stay as they are. A new folder appears as a whole; in one that is
-    there, config.json or adapter_config.json comes last. Only one process may export to a target at a time.
+    A manifest beside the files lists them. Only unchanged files in a manifest are replaced: those of an export of the
+    same `run` (None is never the same), and with `overwrite` those of another run. Any other file at `target` raises
+    FileExistsError; hidden files and subfolders stay as they are. A new folder appears as a whole. In an existing
+    folder, config.json or adapter_config.json is written last. Only one process may export to a target at a time.
     """
-    place = place_of(target)  # links are followed: what is written lies behind them
+    place = place_of(target)  # links are followed: the files go to the folder that they lead to
     former = _replaceable(place, run, overwrite)
-    with _workshop(place, run) as folder:
+    with _temporary_folder(place, run) as folder:
         yield folder
         _put_in_place(folder, place, former, run)
 
 
 def _replaceable(place: str, run: str | None, overwrite: bool) -> list[str]:
-    """The files of a former export that a new one takes the place of, by their paths in it."""
+    """The files of a former export that a new one replaces, as paths in its folder. May raise FileExistsError."""
     store, root = fsspec.core.url_to_fs(place)
     store.invalidate_cache(root)
     if store.isfile(root):
@@ -129,10 +129,10 @@ def _replaceable(place: str, run: str | None, overwrite: bool) -> list[str]:
 
 
 def _file_names(store: fsspec.AbstractFileSystem, root: str) -> list[str]:
-    """Of the files right in a folder, but for hidden ones, which no reader of models looks at."""
+    """The names of the files directly in a folder, except hidden ones, which no reader of models uses."""
     if not store.isdir(root):
         return []
-    # Some stores list a folder as an empty file in itself.
+    # Some stores list a folder as an empty file inside itself.
     paths = [x["name"].rstrip("/") for x in store.ls(root, detail=True) if x["type"] != "directory"]
     names = {PurePosixPath(path).name for path in paths if path != root and not store.isdir(path)}
     return sorted(name for name in names if not name.startswith("."))
@@ -143,18 +143,18 @@ def _some(names: list[str]) -> str:
 
 
 @contextmanager
-def _workshop(place: str, run: str | None) -> Iterator[Path]:
-    """A local folder to write an export in. Nothing of it is left, but by a killed process."""
+def _temporary_folder(place: str, run: str | None) -> Iterator[Path]:
+    """A temporary local folder to write an export in. It is always removed, unless the process is killed."""
     if is_url(place):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
         return
     target = Path(place)
     made = [path for path in (target, *target.parents) if not path.exists()]
-    # Of the run's name, so that what a killed run left goes when it is started again.
+    # The name depends on the run's, so that a resumed run removes what a killed process left.
     name = (uuid.uuid4().hex if run is None else hashlib.sha256(run.encode()).hexdigest())[:12]
     beside, inside = target.parent / f".tmp-{target.name}-{name}", target / f".tmp-{name}"
-    folder = inside if target.exists() else beside  # what is beside a folder may be on another disk
+    folder = inside if target.exists() else beside  # the parent folder may be on another disk
     try:
         for left in (beside, inside):
             shutil.rmtree(left, ignore_errors=True)
@@ -162,16 +162,16 @@ def _workshop(place: str, run: str | None) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # they are not empty if all went well
+        with suppress(OSError):  # after a successful export they are not empty
             for path in made:
                 if path.exists():
                     path.rmdir()
 
 
 def _put_in_place(folder: Path, place: str, former: list[str], run: str | None) -> None:
-    """Moves or uploads the files in `folder`. The marker of the former export goes first, that of the new comes last.
+    """Moves or uploads the files in `folder`. The former export's marker is removed first, the new one written last.
 
-    Whenever a process is killed, what is there is named by the manifest that is there.
+    Whenever a process is killed, the manifest at `place` lists all files of an export there.
     """
     store, root = fsspec.core.url_to_fs(place)
     store.invalidate_cache(root)
@@ -195,7 +195,7 @@ def _put_in_place(folder: Path, place: str, former: list[str], run: str | None) 
 def _download(url: str, patterns: list[str]) -> Path:
     try:
         return _fetched(url, patterns)
-    except Exception as error:  # whatever the store's own client raises
+    except Exception as error:  # any error of the store's own client
         raise FileNotFoundError(f"{url}: {error}") from error
 
 
@@ -208,7 +208,7 @@ def _fetched(url: str, patterns: list[str]) -> Path:
         templates = files.ls(entries[TEMPLATES]["name"], detail=True)
         entries |= {f"{TEMPLATES}/{PurePosixPath(entry['name']).name}": entry for entry in templates}
     wanted = {name: entry for name, entry in entries.items() if entry["type"] == "file" and _is_wanted(name, patterns)}
-    # Sizes, times and checksums are in the entries: a changed folder is another one.
+    # The entries hold sizes, times and checksums, so a changed folder is downloaded again.
     described = [url, *(str(sorted(entry.items())) for _, entry in sorted(wanted.items()))]
     target = cache_folder() / hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
     if not target.exists():
@@ -220,5 +220,5 @@ def _fetched(url: str, patterns: list[str]) -> Path:
 
 
 def _is_wanted(name: str, patterns: list[str]) -> bool:
-    """As the hub's client decides."""
+    """The same decision as the hub's client makes."""
     return any(fnmatch(name, of) for of in patterns) and not any(fnmatch(name, of) for of in NOT_MODEL_FILES)

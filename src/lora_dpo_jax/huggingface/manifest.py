@@ -1,8 +1,8 @@
-"""What an export wrote: its folder holds a list of its files, and only these may ever be replaced.
+"""The list of an export's files, which lies in its folder. Only these files may ever be replaced.
 
     {"version": 1, "run": "20260801-120000-a1b2c3", "files": {"adapter_config.json": {"bytes": 731, "sha256": "..."}}}
 
-A file that was changed since counts as the user's: its size or its SHA-256 (that of `sha256sum`) shows it.
+A file that was changed later belongs to the user. Its size or SHA-256 (as `sha256sum` prints it) shows the change.
 """
 
 import json
@@ -18,7 +18,7 @@ import fsspec
 from lora_dpo_jax.files import sha256_of
 
 MANIFEST = "lora_dpo_export.json"
-VERSION = 1  # raise it when the file gets another layout
+VERSION = 1  # increase it when the layout of the file changes
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Manifest:
 
     @staticmethod
     def of(folder: Path, run: str | None) -> "Manifest":
-        """Of all files in a local folder."""
+        """The manifest of all files in a local folder."""
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             described = list(threads.map(_described, paths))
@@ -39,7 +39,7 @@ class Manifest:
 
     @staticmethod
     def read(store: fsspec.AbstractFileSystem, root: str) -> "Manifest | None":
-        """That in the folder `root`; None if there is none. Raises ValueError if it cannot be used."""
+        """The manifest in the folder `root`; None if there is none. Raises ValueError if it cannot be used."""
         path = f"{root}/{MANIFEST}"
         if not store.isfile(path):
             return None
@@ -61,7 +61,7 @@ class Manifest:
         path.write_text(json.dumps({"version": VERSION, "run": self.run, "files": self.files}, indent=1) + "\n")
 
     def split(self, store: fsspec.AbstractFileSystem, root: str) -> tuple[list[str], list[str]]:
-        """Of its files that are there: those that are as they were written, and those that were changed since."""
+        """(unchanged files, changed files) of those that still exist."""
         there = [name for name in self.files if store.exists(f"{root}/{name}")]
         changed = [name for name in there if not self._is_unchanged(store, root, name)]
         return [name for name in there if name not in changed], changed

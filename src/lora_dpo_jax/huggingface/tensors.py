@@ -1,4 +1,4 @@
-"""safetensors files: read part by part, and written tensor by tensor."""
+"""Reads safetensors files part by part, and writes them tensor by tensor."""
 
 import copy
 import json
@@ -32,9 +32,9 @@ DTYPES = {
     "BOOL": "?",
 }
 DTYPES |= {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
-BLOCK_BYTES = 2**24  # of whole rows, of which some columns are taken
-METADATA = {"format": "pt"}  # transformers refuses files that do not say they hold PyTorch's layout
-# How files of other formats (.bin, .pth, .gguf) become the ones that are read, by their stem.
+BLOCK_BYTES = 2**24  # of whole rows that are read at once to take some of their columns
+METADATA = {"format": "pt"}  # transformers rejects files that do not declare PyTorch's layout
+# How to convert files of other formats (.bin, .pth, .gguf), by the stem of the result.
 CONVERSIONS = {
     "model": "transformers writes them: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER); for "
     "a .gguf, give the checkpoint that it was made from",
@@ -44,9 +44,9 @@ CONVERSIONS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says of a tensor."""
+    """A tensor's type and shape, from the header of its file."""
 
-    dtype: str  # in safetensors' words: F32, BF16, F8_E4M3, I64, BOOL
+    dtype: str  # safetensors' name: F32, BF16, F8_E4M3, I64, BOOL
     shape: tuple[int, ...]
 
     @property
@@ -67,12 +67,12 @@ class TensorInfo:
 class LazyTensor:
     """A tensor in a file. Index it with slices, one for each of its first dimensions, to read that part.
 
-    The file is read and not mapped: of a part that is some columns of each row, all pages would be this process's.
+    The file is not memory-mapped: reading some columns of each row would map all its pages into this process.
     """
 
     path: Path
     info: TensorInfo
-    offset: int  # bytes before it
+    offset: int  # bytes before the tensor in the file
 
     @property
     def dtype(self) -> np.dtype:
@@ -105,9 +105,9 @@ class LazyTensor:
 
 
 class TensorFiles:
-    """The tensors of a folder, in one file `stem`.safetensors or in several with an index. Nothing is read yet.
+    """The tensors of a folder, in one file `stem`.safetensors or in several with an index. Reads only headers.
 
-    Where both are there, the one file counts, as it does for transformers. The index must make sense all the same.
+    If both exist, the single file is used, as in transformers. The index must be valid all the same.
     """
 
     def __init__(self, folder: Path, stem: str = "model"):
@@ -121,7 +121,7 @@ class TensorFiles:
         if file_of is None:
             raise FileNotFoundError(f"{folder}: neither {self._single} nor {self._index} {instead(folder, stem)}")
         self._file_of = file_of
-        self._name_in_file: dict[str, str] = {}  # where it is another
+        self._name_in_file: dict[str, str] = {}  # of renamed tensors
 
     @property
     def names(self) -> list[str]:
@@ -134,7 +134,7 @@ class TensorFiles:
         return [self.folder / name for name in [*index, *sorted(set(self._file_of.values()))]]
 
     def renamed(self, former: str, name: str) -> "TensorFiles":
-        """The same files, in which the tensor `former` goes by `name`."""
+        """The same files, with the tensor `former` renamed to `name`."""
         other = copy.copy(self)
         other._file_of = {name if known == former else known: file for known, file in self._file_of.items()}
         other._name_in_file = {**self._name_in_file, name: former}
@@ -160,10 +160,10 @@ class TensorFiles:
     def _tensors_of(self, name: str) -> dict[str, LazyTensor]:
         if name not in self._opened:
             path = self.folder / name
-            if not os.path.exists(path):  # also where the name is too long to ask for
+            if not os.path.exists(path):  # also if the name is too long for the file system
                 raise FileNotFoundError(f"{path} is missing, though {self._index} names it")
             try:
-                with safe_open(path, framework="numpy"):  # which looks whether the file is as its header says
+                with safe_open(path, framework="numpy"):  # it checks the file against its header
                     self._opened[name] = _tensors_in(path)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} is no safetensors file, or only part of one: {error}") from error
@@ -171,7 +171,7 @@ class TensorFiles:
 
 
 def instead(folder: Path, stem: str = "model") -> str:
-    """What to do about a folder that holds something else, for the end of a message."""
+    """The end of a message about a folder without safetensors: what to do."""
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
     return f"(no other format is read). {CONVERSIONS[stem]}; found {found}"
 
@@ -179,11 +179,11 @@ def instead(folder: Path, stem: str = "model") -> str:
 def write_shards(
     folder: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray], *, max_shard_bytes: int
 ) -> None:
-    """Writes what `read` gives for each name, one tensor at a time being in memory; with an index for several files.
+    """Writes the tensor that `read` returns for each name, and an index if there are several files.
 
-    Raises ValueError if a tensor is not as `tensors` says.
+    Only one tensor at a time is in memory. Raises ValueError if a tensor does not match `tensors`.
     """
-    shards = _plan({name: info.num_bytes for name, info in tensors.items()}, max_shard_bytes)
+    shards = _names_of_shards({name: info.num_bytes for name, info in tensors.items()}, max_shard_bytes)
     if len(shards) == 1:
         return _stream(folder / "model.safetensors", {name: tensors[name] for name in shards[0]}, read)
     file_of = {}
@@ -197,17 +197,17 @@ def write_shards(
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """One file."""
+    """Writes one file."""
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path, metadata=METADATA)
 
 
 def sharded_array(
     views: Sequence[Any], sides: Sequence[tuple[Axis, ...]], axes: tuple[Axis, ...], mapping: Any, dtype: Any
 ) -> jax.Array:
-    """An array with `axes`, of which each device reads its part: of one lazy tensor, or of several stacked.
+    """An array with `axes`, from one lazy tensor or a stack of several. Each device reads only its part.
 
-    `sides` are a tensor's dimensions on disk, flattened. `axes` are those of the sides in any order, after the axes of
-    the stacks if there are some, in whose order the tensors come. A view that is None stands for zeros.
+    `sides` are the axes that each dimension of a tensor on disk combines. `axes` are the axes of the stack, if any, and
+    then those of the sides in any order. `views` come in the order of the stack's axes. None as a view means zeros.
     """
     depth = len(axes) - sum(len(side) for side in sides)
     stacked = np.empty(len(views), object)
@@ -228,7 +228,7 @@ def sharded_array(
 
 
 def array_sharding(axes: tuple[Axis, ...], mapping: Any) -> jax.sharding.Sharding:
-    """`mapping` goes from axis name to mesh axis; None means all of it on the first device."""
+    """`mapping` goes from axis name to mesh axis. None: the whole array is on the first device."""
     if mapping is None:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return split_evenly(axes, mapping)
@@ -242,7 +242,7 @@ def abridged(names: list[str]) -> str:
 def _read_part(
     view: Any, sides: Sequence[tuple[Axis, ...]], axes: Sequence[Axis], index: Sequence[slice]
 ) -> np.ndarray:
-    """One slice for each of `axes`. Cuts of a side's outermost axis are made on disk, others in memory."""
+    """The part at `index`, one slice for each of `axes`. A side's outermost axis is cut on disk, others in memory."""
     cuts = dict(zip(axes, index, strict=True))
     on_disk, shape, in_memory = [], [], []
     for outer, *inner in sides:
@@ -266,13 +266,13 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _is_shard(file: Any) -> bool:
-    # By its letters alone: in the hub's cache, every file is a link out of its folder.
+    # Only the text of the path counts: in the hub's cache, every file is a link out of its folder.
     path = PurePosixPath(file) if isinstance(file, str) else PurePosixPath("..")
     return path.suffix == ".safetensors" and ".." not in path.parts and not path.is_absolute() and "\\" not in str(file)
 
 
 def _tensors_in(path: Path) -> dict[str, LazyTensor]:
-    """By https://github.com/huggingface/safetensors: the header's size, 8 bytes, the header in JSON, the tensors."""
+    """A file has (https://github.com/huggingface/safetensors) the header's size in 8 bytes, a JSON header, tensors."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -284,8 +284,8 @@ def _tensors_in(path: Path) -> dict[str, LazyTensor]:
 
 
 def _stream(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]) -> None:
-    """One file, as https://github.com/huggingface/safetensors describes it; its library wants all tensors at once."""
-    # The widest first, so that each begins at a multiple of its items' size.
+    """Writes one file of https://github.com/huggingface/safetensors, whose library needs all tensors at once."""
+    # The widest items first, so that each tensor begins at a multiple of its item size.
     names = sorted(tensors, key=lambda name: -tensors[name].item_bytes)
     header: dict[str, Any] = {"__metadata__": METADATA}
     end = 0
@@ -308,8 +308,8 @@ def _content(name: str, tensor: np.ndarray, info: TensorInfo) -> memoryview:
     return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
 
 
-def _plan(num_bytes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
-    """Tensors in their order, a new shard beginning where the next one would not fit."""
+def _names_of_shards(num_bytes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """The tensors of each shard, in their order. A new shard begins when the next tensor would not fit."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, more in num_bytes.items():

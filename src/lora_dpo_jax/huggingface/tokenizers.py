@@ -1,4 +1,4 @@
-"""Tokenizers in Hugging Face's format. No code of a model's folder is run, asked about or passed on."""
+"""Tokenizers in Hugging Face's format. Code in a model's folder is never run or exported, and no prompt offers it."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from lora_dpo_jax.json_objects import JsonObject, is_number, is_texts, read_json
 CHECKED = ("tokenizer_config.json", "special_tokens_map.json")
 ALSO_READ = ("added_tokens.json", "config.json")
 TEMPLATES = ("*.jinja", "additional_chat_templates/*.jinja")
-VOCABULARY = "tokenizer.json"  # large, so it is looked into only if nothing loads
+VOCABULARY = "tokenizer.json"  # large, so it is checked only if loading fails
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MORE_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "split_special_tokens")
@@ -21,7 +21,7 @@ TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer in `folder`; ValueError names the file, and the key if it is known, if none loads."""
+    """The tokenizer in `folder`. If it does not load, ValueError names the file and, if known, the key."""
     for name in (*CHECKED, *ALSO_READ):
         if (folder / name).exists():
             settings = read_json_object(folder / name)
@@ -37,7 +37,7 @@ def read_tokenizer(folder: Path) -> Any:
             raise ValueError(f"{path} is not UTF-8: {error}") from error
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # hostile values raise any kind
+    except Exception as error:  # hostile values raise errors of any type
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{folder / 'tokenizer_config.json'} asks for Python code of its own (auto_map), which is never run"
@@ -54,7 +54,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def drop_code(folder: Path) -> None:
-    """Takes out of an export what names Python code (auto_map), which neither training nor the export had."""
+    """Removes references to Python code (auto_map) from an export, because neither training nor the export has it."""
     for name in ("config.json", "tokenizer_config.json"):
         path = folder / name
         settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -63,7 +63,7 @@ def drop_code(folder: Path) -> None:
 
 
 def _check(settings: JsonObject) -> None:
-    """ValueError for values of the wrong kind: some would show later, or never, and others without their key."""
+    """Raises ValueError for values of the wrong type. Some would fail later or never, others without their key."""
     kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
         "tokenizer_class": (lambda value: isinstance(value, str), "text"),
         "model_max_length": (lambda length: is_number(length) and length > 0, "a number above 0"),
@@ -83,7 +83,7 @@ def _check(settings: JsonObject) -> None:
 def _check_vocabulary(path: Path) -> None:
     try:
         Tokenizer.from_file(str(path))
-    except Exception as error:  # the library's are bare Exceptions, which say the line and column
+    except Exception as error:  # the library raises plain Exceptions, with line and column
         raise ValueError(f"{path} is no tokenizer: {_line(error)}") from error
 
 

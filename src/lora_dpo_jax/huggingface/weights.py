@@ -35,7 +35,7 @@ from lora_dpo_jax.parameters import Parameter, map_parameters
 
 logger = logging.getLogger(__name__)
 
-# Old checkpoints store what is computed from the config.
+# Tensors in old files that are computed from the config.
 COMPUTED = re.compile(r".*rotary_emb\.inv_freq")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -76,14 +76,14 @@ def load_model(
     mapping: Mapping[str, Any] | None = None,
     quantization: str = "none",
 ) -> CausalLM:
-    """The pretrained model with its weights in `dtype`, the matrices of its layers quantized if asked for (nf4, int8).
+    """The pretrained model with its weights in `dtype`. `quantization` (nf4, int8) is for the matrices of its layers.
 
-    Under a mesh, `mapping` (axis name to mesh axis) says how weights are sharded; each device reads only its part, and
-    host memory holds one array's parts at a time. Missing, surplus and misshapen tensors raise ValueError.
+    Under a mesh, `mapping` (axis name to mesh axis) gives the sharding. Each device reads only its part, and the host
+    holds the parts of one array at a time. Missing, surplus and misshapen tensors raise ValueError.
     """
     tensors = _weights_in(folder, config)
     template = eqx.filter_eval_shape(CausalLM.init, config, compute, key=jax.random.key(0))
-    _refuse_other_tensors(tensors, template)
+    _check_tensors(tensors, template)
 
     def read(parameter: Parameter) -> NamedArray | QuantizedWeight:
         if quantization != "none" and parameter.is_layer_matrix:
@@ -107,18 +107,18 @@ def save_merged(
     run: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes the checkpoint in `source` with the adapters of `model` folded in, to a path or URL (see `export_folder`).
+    """Writes the weights in `source` with the adapters of `model` merged in, to a path or URL (see `export_folder`).
 
-    Each tensor is computed from that of `source`, not from the model's copy of it, and keeps the dtype and the name it
-    has there; those without adapters keep their bits. So a quantized model is merged at full precision: how far that is
-    from what it was trained on is logged. `tokenizer`, if given, is saved in place of the source's. Every
-    process of a run must call this; the first one writes, holding one tensor in memory.
+    Each tensor is computed from the one in `source`, not from the model's copy, and keeps its dtype and name. Tensors
+    without adapters keep their bits. So a quantized model is merged at full precision, and the log reports the error of
+    the quantization. `tokenizer`, if given, is saved instead of the source's. Every process of a run must call this;
+    only the first one writes, with one tensor in memory.
     """
     adapters = {f"{adapter.name}.weight": adapter for adapter in layer_adapters(model)}
     if jax.process_index() != 0:
         return
     tensors = TensorFiles(source)
-    _refuse_other_source(adapters, tensors)
+    _check_source(adapters, tensors)
     if errors := _quantization_errors(model):
         logger.info("%s: merged into the weights of %s, not into the quantized ones; %s", folder, source, errors)
 
@@ -139,15 +139,15 @@ def save_merged(
 
 
 def _weights_in(folder: Path, config: DecoderConfig) -> TensorFiles:
-    """Under the names of the model's parameters: of a tied matrix, the file may hold either name."""
+    """The tensors under the names of the model's parameters. A tied matrix may have either name in the file."""
     tensors = TensorFiles(folder)
     if config.tie_word_embeddings and HEAD in tensors.names and EMBEDDING not in tensors.names:
         return tensors.renamed(HEAD, EMBEDDING)
     return tensors
 
 
-def _refuse_other_tensors(tensors: TensorFiles, template: CausalLM) -> None:
-    """ValueError unless the files hold what the template needs, and nothing else."""
+def _check_tensors(tensors: TensorFiles, template: CausalLM) -> None:
+    """Raises ValueError unless the files hold the tensors that the template needs, and nothing else."""
     needed: dict[str, tuple[int, ...]] = {}
 
     def remember(parameter: Parameter) -> Any:
@@ -158,7 +158,7 @@ def _refuse_other_tensors(tensors: TensorFiles, template: CausalLM) -> None:
     found = [name for name in tensors.names if not COMPUTED.fullmatch(name)]
     if template.config.tie_word_embeddings and HEAD in found:
         found.remove(HEAD)
-        _refuse_another_head(tensors)
+        _check_tied_head(tensors)
     if missing := [name for name in needed if name not in found]:
         raise ValueError(f"{tensors.folder}: tensors are missing: {abridged(missing)}")
     if surplus := [name for name in found if name not in needed]:
@@ -178,16 +178,16 @@ def _refuse_other_tensors(tensors: TensorFiles, template: CausalLM) -> None:
             )
 
 
-def _refuse_another_head(tensors: TensorFiles) -> None:
+def _check_tied_head(tensors: TensorFiles) -> None:
     if not np.array_equal(tensors.read(HEAD), tensors.read(EMBEDDING)):
         raise ValueError(
             f"{tensors.folder}: config.json ties the head to the input embedding, but {HEAD} differs from {EMBEDDING}; "
-            "set tie_word_embeddings to false there if the head is meant"
+            "set tie_word_embeddings to false there to use the head"
         )
 
 
 def _read_quantized(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapping, kind: str) -> QuantizedWeight:
-    """Quantized by the devices, tensor by tensor: each reads its part, one at a time being there in full precision."""
+    """Reads and quantizes tensor by tensor on the devices, which hold one tensor at a time in full precision."""
     Out, In = parameter.sides
     stack = parameter.stack_axes
     axes = parameter.axes[len(stack) :]
@@ -221,7 +221,7 @@ def _read_quantized(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapp
     return stacked
 
 
-def _refuse_other_source(adapters: dict[str, LayerAdapter], tensors: TensorFiles) -> None:
+def _check_source(adapters: dict[str, LayerAdapter], tensors: TensorFiles) -> None:
     for name, adapter in adapters.items():
         shape = adapter.weight_shape
         if name not in tensors.names:
@@ -231,7 +231,7 @@ def _refuse_other_source(adapters: dict[str, LayerAdapter], tensors: TensorFiles
 
 
 def _quantization_errors(model: CausalLM) -> str:
-    """What quantization changed, by kind of layer, for people to read; empty if the model is not quantized."""
+    """A text with the quantization error of each kind of layer; empty if the model is not quantized."""
     errors = {}
     for linear, names in linear_layers(model):
         weight = unwrapped(linear).weight

@@ -1,1 +1,1 @@
-"""The command line: `python -m lora_dpo_jax.main` trains; `.evaluate` and `.generate` beside it."""
+"""The commands: `python -m lora_dpo_jax.main` trains; `.evaluate`, `.generate` and `.plan` are beside it."""

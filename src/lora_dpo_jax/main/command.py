@@ -17,9 +17,10 @@ from lora_dpo_jax.processes.start import DistributedConfig, start_processes
 
 @contextmanager
 def command(parse: Callable[[], Any], distributed: Callable[[Any], DistributedConfig]) -> Iterator[Any]:
-    """Around a whole command: yields its settings, and joins the processes that the environment or they name.
+    """Wraps a whole command: connects the processes that its settings or the environment name. Yields its settings.
 
-    Mistakes are reported in a line (see errors.py). When one process ends, all do. All but the first log only warnings.
+    Mistakes are reported in one line (see errors.py). When one process ends, all end. All but the first process log
+    only warnings.
     """
     with told_in_a_line():
         config = parse()
@@ -46,7 +47,7 @@ def command(parse: Callable[[], Any], distributed: Callable[[Any], DistributedCo
 
 
 def process_start() -> float:
-    """When this process began, of time.perf_counter: on Linux, before Python and its imports."""
+    """The start of this process, as a time of time.perf_counter. On Linux it is before Python and its imports."""
     now, ticks = time.perf_counter(), process_started(os.getpid())
     if ticks is None:  # not Linux
         return now

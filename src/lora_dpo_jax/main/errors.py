@@ -1,4 +1,4 @@
-"""A mistake in a config, a path or a row is reported in a line; only a possible fault of this library shows a trace."""
+"""Reports a mistake in a config, path or row in one line. Only a possible fault of this library shows a trace."""
 
 import io
 import os
@@ -22,14 +22,14 @@ FOR_USERS = Path(__file__).parents[1]  # the folder whose code raises errors for
 
 @contextmanager
 def told_in_a_line() -> Iterator[None]:
-    """Around a whole command: prints errors that users can fix in a line, and exits with status 1.
+    """Wraps a whole command: prints each error that users can fix in one line, and exits with status 1.
 
     A run that a signal stopped exits with StoppedBySignalError.exit_code. A command whose reader has gone (as in
-    `| head`) exits silently with READER_GONE. Secrets are left out of traces too.
+    `| head`) exits silently with READER_GONE. Secrets are hidden in traces too.
     """
     sys.excepthook = print_trace
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a terminal's encoding ends no command
+        sys.stdout.reconfigure(errors="backslashreplace")  # like stderr, so that no character fails
     try:
         yield
     except StoppedBySignalError as stopped:
@@ -41,7 +41,7 @@ def told_in_a_line() -> Iterator[None]:
         if os.environ.get(TRACEBACK) or not _is_for_users(error):
             raise
         if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python prints an error at exit
             raise SystemExit(READER_GONE) from error
         print(f"error: {_shown(str(error).strip())}\n({TRACEBACK}=1 shows where it comes from)", file=sys.stderr)
         raise SystemExit(1) from error
@@ -57,5 +57,5 @@ def _shown(text: str) -> str:
 
 
 def _is_for_users(error: BaseException) -> bool:
-    """Whether a line of this package raised it: other packages know nothing of the user's settings."""
+    """Whether code of this package raised it. Errors of other packages do not name the user's settings."""
     return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(FOR_USERS)

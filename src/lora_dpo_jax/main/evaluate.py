@@ -1,4 +1,4 @@
-"""Scores pairs under the policy and the reference, a line per pair.
+"""Scores pairs under the policy and the reference, and writes one line per pair.
 
 python -m lora_dpo_jax.main.evaluate --config_path config/quickstart.yaml --adapter <PEFT folder> --output scores.jsonl
 """
@@ -96,7 +96,7 @@ def _pairs(config: EvaluateConfig, data: Data) -> ExampleTable:
 def _score(
     config: EvaluateConfig, base: Base, pairs: ExampleTable, placement: Placement
 ) -> tuple[Scores, Scores, dict[str, float]]:
-    """The log-probs of the policy and of the reference, and the means of what the loss makes of them."""
+    """(log-probs of the policy, log-probs of the reference, means of the loss and its metrics)."""
 
     def progress(batches, total: int):
         return tqdm(batches, "policy", total=total, unit=" batches", disable=not is_first_process())
@@ -137,7 +137,7 @@ def _data_files(config: EvaluateConfig) -> dict[str, list[str]]:
 
 
 def _lines(policy: Scores, reference: Scores, examples: ExampleTable) -> Iterable[dict]:
-    """Of pairs, each number under a name of its own; of other examples, lists with one for each response."""
+    """Of pairs, each number has its own name. Other examples have lists, with a number for each response."""
     arrays = [np.asarray(x.array) for x in (policy.log_probs, reference.log_probs, policy.tokens)]
     for index in range(len(examples)):
         mine = [array[examples.arrays.responses_of(np.array([index]))].tolist() for array in arrays]

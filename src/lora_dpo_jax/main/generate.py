@@ -39,7 +39,7 @@ from lora_dpo_jax.settings.choices import check_choice, check_choices
 logger = logging.getLogger(__name__)
 
 Prompt = str | list[dict[str, Any]]
-# What a template may be given besides its own variables.
+# Arguments that a template may get besides its own variables.
 OPTIONS = {"tools", "documents", "add_generation_prompt", "continue_final_message"}
 TAKEN = {
     name
@@ -51,15 +51,15 @@ DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(GenerationConfig):
-    """Which model completes which prompts. Inherits, so that --temperature and the like need no prefix."""
+    """The model, and the prompts that it completes. Inherits, so that --temperature and the like need no prefix."""
 
     model: str  # folder or hub id of a base or merged model, or of an adapter that names its base
     adapter: str | None = None  # a PEFT folder (or hub id) on top of `model`
-    tokenizer: str | None = None  # null: the adapter's if it brings one, else the model's
-    # On the command line also --prompt TEXT, repeated at will; its text is taken literally, this list is YAML.
+    tokenizer: str | None = None  # null: the adapter's if it has one, else the model's
+    # On the command line also --prompt TEXT, any number of times. Its text is taken literally; this list is YAML.
     prompts: list[str] = field(default_factory=list)
     prompts_file: str | None = None  # .txt: one a line; .jsonl: `prompt`, a string or a list of messages
-    # The system message before each prompt. An empty one is not null: it takes the place of a template's default.
+    # The system message before each prompt. An empty text is not null: it replaces a template's default.
     system: str | None = field(default=None, metadata={"may_be_empty": True})
     chat: bool = True  # false: prompts that are strings do not go through the chat template
     chat_template: str | None = None  # instead of the tokenizer's own: a Jinja text, or the path of one
@@ -97,7 +97,7 @@ def main(config: GenerateConfig) -> list[str]:
     origins, prompts = _read_prompts(config)
     base, adapter = _model_folders(config)
     tokenizer = _load_tokenizer(config, base, adapter)
-    # Before the weights are read, so that a prompt that the template refuses is an error early.
+    # Before the weights are read, so that a prompt that the template rejects is an early error.
     encode_prompts(tokenizer, prompts, chat=config.chat, origins=origins, **template_kwargs)
     dtype = config.dtype or ("f32" if jax.default_backend() == "cpu" else "bf16")
     model = load_model(base, read_config(base), dtype=DTYPES[dtype], quantization=config.quantization)
@@ -114,7 +114,7 @@ def main(config: GenerateConfig) -> list[str]:
         origins=origins,
         **template_kwargs,
     )
-    if not is_first_process():  # each has computed the same, on a device of its own
+    if not is_first_process():  # each process has computed the same, on its own device
         return completions
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
         shown = printable(f"{_readable(prompt)}\n--- completion\n{completion}")
@@ -126,7 +126,7 @@ def main(config: GenerateConfig) -> list[str]:
 
 
 def _read_prompts(config: GenerateConfig) -> tuple[list[str], list[Prompt]]:
-    """Where each prompt stands, and the prompts, with the system message if there is one."""
+    """(the origin of each prompt, the prompts with the system message if there is one)."""
     found: list[tuple[str, Prompt]] = [(f"prompts[{index}]", prompt) for index, prompt in enumerate(config.prompts)]
     if config.prompts_file is not None:
         found += _file_prompts(config.prompts_file)
@@ -162,7 +162,7 @@ def _row_prompt(row: Any, origin: str) -> Prompt:
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, list) and prompt:
-        return read_messages(prompt, "prompt", origin)  # as rows to train on are read
+        return read_messages(prompt, "prompt", origin)  # as in rows to train on
     found = sorted(row) if isinstance(row, dict) and prompt is None else repr(prompt or row)[:80]
     raise ValueError(f"{origin}: needs `prompt`, a string or a list of messages (`role`, `content`); found {found}")
 
@@ -197,7 +197,7 @@ def _model_folders(config: GenerateConfig) -> tuple[Path, Path | None]:
     try:
         return local_folder(base, revision=revision), model
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{found} cannot be had: {error}. {advice}") from error
+        raise FileNotFoundError(f"{found} cannot be found: {error}. {advice}") from error
 
 
 def _folder(setting: str, name_or_path: str) -> Path:
@@ -220,7 +220,7 @@ def _load_tokenizer(config: GenerateConfig, base: Path, adapter: Path | None) ->
     try:
         tokenizer = read_tokenizer(folder)
     except ValueError as error:
-        raise ValueError(f"{error}. Mend it, or set tokenizer") from error
+        raise ValueError(f"{error}. Fix it, or set tokenizer") from error
     has_template = tokenizer.chat_template or config.chat_template
     if config.system is not None and not has_template:
         raise ValueError(f"system needs a chat template, and the tokenizer of {folder} has none: set chat_template")
@@ -236,7 +236,7 @@ def _readable(prompt: Prompt) -> str:
 
 
 def parse(args: Sequence[str]) -> GenerateConfig:
-    """The configuration of a command line. What follows --prompt is taken as it stands, dashes included."""
+    """The configuration of a command line. The word after --prompt is taken literally, dashes included."""
     prompts, rest = [], []
     words = iter(args)
     for word in words:
@@ -249,7 +249,7 @@ def parse(args: Sequence[str]) -> GenerateConfig:
             raise ValueError("--prompt needs a text, and nothing follows")
         prompts.append(text)
     if prompts and any(word.split("=")[0] == "--prompts" for word in rest):
-        raise ValueError("--prompt and --prompts are two ways to say the same: use one")
+        raise ValueError("--prompt and --prompts set the same: use only one of them")
     return parse_settings(GenerateConfig, rest, values={"prompts": prompts} if prompts else {})
 
 

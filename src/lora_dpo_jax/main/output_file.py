@@ -13,14 +13,14 @@ from lora_dpo_jax.files import replace_file
 from lora_dpo_jax.places import is_url, leads_nowhere, parent_of, place_of, same_place
 from lora_dpo_jax.runs.outputs import check_writable
 
-STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # where the names of pipes, and of what a shell opened, begin
-LONGEST_LINE = 2**24  # bytes; of a file that is no output the first line may be all of it
+STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # beginnings of names of pipes, and of files that a shell opened
+LONGEST_LINE = 2**24  # bytes; the first line of a file that is no output may be the whole file
 
 
 def check_output(output: str, *, lines: Iterable[Iterable[str]], inputs: Mapping[str, Iterable[str]]) -> None:
-    """Raises OSError if nothing can be written there, or if that would replace something else than a former output.
+    """Raises OSError if `output` cannot be written, or if that would replace anything other than a former output.
 
-    `lines`: the keys of a line, in each of its forms. `inputs`: by their settings, the files that the command reads.
+    `lines`: the keys of a line, in each of its forms. `inputs`: the files that the command reads, by setting.
     """
     if not output.strip() or (not is_url(output) and Path(place_of(output)).is_dir()):
         raise IsADirectoryError(f"output={output!r} is no file; name a .jsonl file")

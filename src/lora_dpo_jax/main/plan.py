@@ -1,9 +1,9 @@
-"""What a run takes, before it is launched: memory, operations, traffic and time of a step on devices that are not here.
+"""The cost of a run before its launch: memory, operations, traffic and time of a step on devices that are not here.
 
     python -m lora_dpo_jax.main.plan --config_path run.yaml --topology v5e:4x4
 
-The step is compiled for the topology by libtpu (`pip install -e '.[tpu]'`), which needs no TPU; of the model only
-`config.json` is read, and of the data nothing. Exit status 1 says that it does not fit.
+The step is compiled for the topology by libtpu (`pip install -e '.[tpu]'`), which needs no TPU. Of the model only
+`config.json` is read, and of the data nothing. Exit status 1 means that the run does not fit.
 """
 
 from dataclasses import dataclass, field
@@ -19,10 +19,10 @@ from lora_dpo_jax.settings.arguments import parse_arguments
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(TrainConfig):
-    """A run, and where it would be."""
+    """A run, and the devices that it would use."""
 
     topology: str  # a TPU slice (v5e:4x4, v5p:2x2x1, v6e:4x4), or GPUs of one host (h100:8)
-    # Mean tokens of prompt, chosen and rejected response; the default is what UltraFeedback has.
+    # Mean tokens of prompt, chosen and rejected response; the default is that of UltraFeedback.
     pair_tokens: list[int] = field(default_factory=lambda: [167, 356, 352])
 
     def __post_init__(self):
@@ -39,7 +39,7 @@ def main(config: PlanConfig) -> Capacity:
 
 
 def report(config: PlanConfig, found: Capacity) -> str:
-    """For the person at the terminal."""
+    """The plan as a text for people."""
     gib = 2.0**30
     kind = found.kind
     seconds = found.seconds
@@ -66,16 +66,16 @@ def report(config: PlanConfig, found: Capacity) -> str:
         + ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items())
         + f": bound by {bound}, {slowest:.2f} s a step, "
         f"{config.trainer.train_batch_size / slowest:,.0f} pairs/s",
-        _told_parallelism(found),
+        _parallelism_text(found),
     ]
     if not kind.is_tpu:
-        lines.append(f"The step was compiled for TPU chips in the place of {kind.name}: memory is an estimate.")
+        lines.append(f"The step was compiled for TPU chips instead of {kind.name}: memory is an estimate.")
     if not found.fits:
         lines.append(f"DOES NOT FIT. {_suggestion(config, found)}")
     return "\n".join(lines)
 
 
-def _told_parallelism(found: Capacity) -> str:
+def _parallelism_text(found: Capacity) -> str:
     if found.parallelism is None:
         return ""
     if found.fits and found.rows.startswith("1 x"):

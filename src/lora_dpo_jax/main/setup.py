@@ -1,4 +1,4 @@
-"""The former place of what is in `runs` now, for scripts that import it from here."""
+"""Names that are in `runs` now, for scripts that import them from here."""
 
 from lora_dpo_jax.runs.assembly import load_tables
 from lora_dpo_jax.runs.base import load_tokenizer

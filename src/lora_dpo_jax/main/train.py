@@ -1,4 +1,4 @@
-"""LoRA-DPO: from a Hugging Face model and preference pairs to a PEFT adapter and a merged checkpoint."""
+"""LoRA-DPO: from a Hugging Face model and preference pairs to a PEFT adapter and a merged model."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ __all__ = ["TrainConfig", "main"]
 def main(config: TrainConfig, *, began: float | None = None) -> TrainState | None:
     """Trains, evaluates and exports; returns the last state (None after a preview).
 
-    `began`, of time.perf_counter, is when the command was given, if that was before this call.
+    `began` is the start of the command, as a time of time.perf_counter, if it was before this call.
     """
     began = time.perf_counter() if began is None else began
     config = with_zero_init(config)
@@ -57,7 +57,7 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
 
 def _run(config: TrainConfig, run_id: str, began: float) -> TrainState:
     check_models(config)
-    placement = placement_of(config)  # what this machine lacks is an error before the data are read
+    placement = placement_of(config)  # missing devices are an error before the data are read
     for tracker in config.trainer.tracker:
         tracker.check_packages()
     run = assemble(config, placement)
@@ -129,7 +129,7 @@ def _hooks(
     samples: Samples,
     exports: Exports,
 ) -> list[Hook]:
-    """What happens between steps. `notes` are saved with each checkpoint, as they are then."""
+    """The hooks between steps. Each checkpoint saves `notes` as they are at that time."""
     trainer = config.trainer
 
     def save(info: StepInfo[TrainState]) -> None:
@@ -166,7 +166,7 @@ def _checkpoints(config: TrainConfig, run: Run, run_id: str, settings: Mapping[s
 def _tracking(
     config: TrainConfig, run: Run, run_id: str, settings: dict[str, Any], first_step: int
 ) -> Iterator[tuple[Tracker, list[dict[str, Any]]]]:
-    """While the block runs, metrics are logged: (the tracker, the lines that a resumed run has logged so far)."""
+    """Logs metrics while the block runs. Yields (the tracker, the lines that a resumed run has logged so far)."""
     run_dir = config.trainer.run_dir(run_id)
     earlier = cut_metrics(run_dir, first_step)
     trackers = config.trainer.tracker
@@ -182,7 +182,7 @@ def _tracking(
 
 
 def _reference(config: TrainConfig, run: Run) -> ReferenceLogProbs | None:
-    """None if the loss has no reference."""
+    """The log-probs of the reference; None if the loss needs no reference."""
     if not config.loss.needs_reference:
         return None
     state = run.learner.state
@@ -190,7 +190,7 @@ def _reference(config: TrainConfig, run: Run) -> ReferenceLogProbs | None:
 
 
 def _known_log_probs(reference: ReferenceLogProbs | None, steps: Steps, notes: dict[str, Any]) -> np.ndarray | None:
-    """Of the reference, float32 [response]; None: each step computes its own. A resumed run does as `notes` say."""
+    """The reference's log-probs, float32 [response]. None: each step computes them. A resumed run obeys `notes`."""
     known = None
     if reference is not None:
         known = reference.of_steps(steps.pairs, steps.ids, choice=notes.get("reference_log_probs", "auto"))

@@ -1,6 +1,6 @@
-"""What the processes of a run say to each other: texts, agreement on what they compute, and turns.
+"""How the processes of a run exchange texts, check that they compute the same, and take turns.
 
-All processes must make the same calls. With one process nothing here does anything.
+All processes must make the same calls. With one process nothing is exchanged.
 """
 
 import itertools
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
-from jax._src.distributed import global_state  # its client is what Orbax and Levanter talk over, too
+from jax._src.distributed import global_state  # Orbax and Levanter use its client, too
 
 T = TypeVar("T")
 # Long, because other processes may be tokenizing or exporting. liveness.py notices when one of them has ended.
@@ -19,7 +19,7 @@ SHOWN_DIFFERENCES = 8
 
 
 def service() -> Any:
-    """Through it processes exchange texts, without their devices; process 0 hosts it."""
+    """The service through which processes exchange texts, without their devices. Process 0 hosts it."""
     return global_state.client
 
 
@@ -31,7 +31,7 @@ _exchange_numbers = itertools.count()  # all processes make the same exchanges
 
 
 def from_first_process(text: str) -> str:
-    """What the first process gave. All must call this."""
+    """The text of the first process. All processes must call this."""
     if jax.process_count() == 1:
         return text
     key = f"lora_dpo_jax/exchange/{next(_exchange_numbers)}"
@@ -42,7 +42,7 @@ def from_first_process(text: str) -> str:
 
 
 def from_each_process(text: str) -> list[str]:
-    """What each process gave, in their order. All must call this."""
+    """The text of each process, in their order. All processes must call this."""
     if jax.process_count() == 1:
         return [text]
     key = f"lora_dpo_jax/exchange/{next(_exchange_numbers)}"
@@ -51,7 +51,7 @@ def from_each_process(text: str) -> list[str]:
 
 
 def wait_for_all() -> None:
-    """Until all processes have called this. No device takes part, so that none gives up waiting."""
+    """Waits until all processes have called this. No device takes part, so no collective times out."""
     if jax.process_count() > 1:
         service().wait_at_barrier(f"lora_dpo_jax/barrier/{next(_exchange_numbers)}", PATIENCE_MS)
 
@@ -59,7 +59,7 @@ def wait_for_all() -> None:
 def in_turns(work: Callable[[], T]) -> T:
     """Calls `work` on the first process, then on the first of each host, then on all others; all must call this.
 
-    For what fills a cache that the later ones may find: whether hosts share it or not, it is filled once.
+    For work that fills a cache for the later processes: it is filled once, whether hosts share it or not.
     """
     if jax.process_count() == 1:
         return work()
@@ -80,9 +80,9 @@ def _turn() -> int:
 
 
 def refuse_differences(mine: Mapping[str, Any]) -> None:
-    """Raises ValueError, on every process, unless all have the same; it names what differs. Values serialize to JSON.
+    """Raises ValueError with the differences, on every process, unless all have the same. Values serialize to JSON.
 
-    Processes that computed different things would not end with an error: they would wait for each other without end.
+    Processes that compute different things raise no error: they would wait for each other forever.
     """
     if jax.process_count() == 1:
         return

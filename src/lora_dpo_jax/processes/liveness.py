@@ -1,8 +1,8 @@
 """Ends all processes of a run, with a message, soon after one of them has ended. Else they would wait for it forever.
 
-Each process gives a sign of life every second to the service that JAX keeps on process 0, and listens there for news of
-the end. That news is given by a process that ends with an error, or by process 0 of one that has been
-silent for too long; process 0 is gone when the service does not answer.
+Each process sends a sign of life every second to JAX's service on process 0, and waits there for news of an end. A
+process that ends with an error sends this news. Process 0 sends it for a process that has been silent for too long. If
+the service does not answer, process 0 has ended.
 """
 
 import json
@@ -27,8 +27,8 @@ SECONDS_BETWEEN_SIGNS = 1.0
 SECONDS_TO_HEAR = 2.0  # how long the service outlives an error of process 0
 GONE = (
     "it was killed, or its machine or the network is gone.\n"
-    "Start the same command again on all machines: a run with a trainer.id goes on from its newest checkpoint. "
-    f"This process exits with status {RESTART_STATUS}, which says so to launchers."
+    "Start the same command again on all machines: a run with a trainer.id resumes from its newest checkpoint. "
+    f"This process exits with status {RESTART_STATUS}, which asks launchers for a restart."
 )
 
 
@@ -47,18 +47,18 @@ class PeerMonitor:
         self._thread.start()
 
     def end(self) -> None:
-        """The work is done: waits for the others, and lets all go."""
+        """Ends the monitor after the work: waits for the other processes, then stops all monitors."""
         wait_for_all()
         self._is_over.set()
         if self.me == 0:
-            self._tell(ALL_IS_DONE)
+            self._send(ALL_IS_DONE)
         self._thread.join()
         jax.distributed.shutdown()
 
     def fail(self, reason: str, status: int) -> None:
-        """Tells the others why this process ends, and ends it: JAX's own way to end would wait for them."""
+        """Sends the others the reason, and ends this process at once. JAX's own exit would wait for them."""
         self._is_over.set()
-        self._tell(_news(f"{self.name} {reason}", status))
+        self._send(_news(f"{self.name} {reason}", status))
         sys.stdout.flush()
         sys.stderr.flush()
         if self.me == 0:
@@ -67,7 +67,7 @@ class PeerMonitor:
 
     @contextmanager
     def explaining_errors(self) -> Iterator[None]:
-        """Holds back an error that another process may have caused, until that one is known to have ended."""
+        """Delays an error that another process may have caused, so that the end of that process is noticed first."""
         try:
             yield
         except Exception as error:
@@ -100,19 +100,19 @@ class PeerMonitor:
             if sign != self._heard.get(process, (None,))[0]:
                 self._heard[process] = (sign, now)
             elif now - self._heard[process][1] > self.silence_seconds:
-                host = sign.partition(" ")[0] or "it never came up"
+                host = sign.partition(" ")[0] or "it never started"
                 name = f"process {process} of {self.count} ({host})"
                 silence = f"has given no sign of life for {self.silence_seconds:.0f} s"
-                self._tell(_news(f"{name} {silence}: {GONE}", RESTART_STATUS))
+                self._send(_news(f"{name} {silence}: {GONE}", RESTART_STATUS))
 
-    def _tell(self, news: str) -> None:
+    def _send(self, news: str) -> None:
         try:
             self.client.key_value_set(NEWS, news)
         except jax.errors.JaxRuntimeError:
-            pass  # another was faster, or there is nobody left to tell
+            pass  # another process was faster, or the service is gone
 
     def _leave(self, text: str, status: int) -> None:
-        # Past sys.stderr, whose lock a thread that hangs may hold.
+        # Not through sys.stderr, whose lock a hanging thread may hold.
         os.write(2, f"error: {self.name} ends with the others. {printable(redact(text))}\n".encode())
         if self.me == 0:
             time.sleep(SECONDS_TO_HEAR)
@@ -124,7 +124,7 @@ def _news(text: str, status: int) -> str:
 
 
 def _may_be_anothers(error: BaseException | None) -> bool:
-    """Whether JAX's services or collectives raised it, or what led to it: Gloo's errors have no type of their own."""
+    """Whether JAX's services or collectives raised it or its cause. Gloo's errors have no type of their own."""
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
             return True

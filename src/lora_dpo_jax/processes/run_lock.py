@@ -1,9 +1,9 @@
-"""One process at a time works on a run: a file in the run's folder names it, and changes as long as it lives.
+"""Lets one process at a time work on a run. A file in the run's folder names it, and changes as long as it lives.
 
     {"run": "my-run", "host": "node-1", "process": 4711, "kernel": "...", "started": 8154, "token": "...", "sign": 12}
 
-A process of this machine is looked up by its number and its start, so that a run that was killed is taken over at once.
-One of another machine is watched: if the file changes within SILENCE_SECONDS, it is at work.
+A process of this machine is looked up by its number and its start, so a run that was killed is taken over at once. The
+file of another machine's process is watched: if it changes within SILENCE_SECONDS, that process is at work.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ logger = logging.getLogger("lora_dpo_jax")
 LOCK = "run.lock"
 SIGN_SECONDS = 5.0
 SILENCE_SECONDS = 60.0
-SETTLE_SECONDS = 1.0  # in a bucket two may write at once: the last one has it
+SETTLE_SECONDS = 1.0  # in a bucket two processes may write at once: the last one gets the lock
 
 
 class RunIsActiveError(RuntimeError):
@@ -38,7 +38,7 @@ class RunIsActiveError(RuntimeError):
 class RunLock:
     """While the block runs, no other process that takes this lock works in `folder`, a path or a gs:// URL.
 
-    Raises RunIsActiveError if one is at work there already. What a dead one left is taken over.
+    Raises RunIsActiveError if a process is at work there already. The lock of a dead process is taken over.
     """
 
     def __init__(self, folder: str | Path | epath.Path, run: str):
@@ -84,7 +84,7 @@ class RunLock:
         self._remove_empty_folders()
 
     def _claim(self, silent: dict[str, Any] | None = None) -> dict[str, Any] | None:
-        """Writes the file, unless it names another that may live, which is returned; not `silent`, which does not."""
+        """Writes the file; or returns its holder if that may be alive. The holder `silent` counts as dead."""
         with self._one_at_a_time():
             holder = self._read()
             if holder is not None and holder != silent and not self._is_dead(holder):
@@ -97,7 +97,7 @@ class RunLock:
         return None if self._is_mine(holder) else holder
 
     def _wait_for_sign(self, holder: dict[str, Any]) -> None:
-        """Raises RunIsActiveError if the holder lives; returns when it has gone, or was silent for long."""
+        """Raises RunIsActiveError if the holder is alive. Returns if its file is gone, or stays the same for long."""
         if holder.get("kernel") == self.me["kernel"]:
             raise self._is_active(holder)
         logger.info("%s: waiting for a sign of life of %s, %.0f s at most", self.path, _name(holder), SILENCE_SECONDS)
@@ -113,12 +113,12 @@ class RunLock:
     def _is_active(self, holder: dict[str, Any]) -> RunIsActiveError:
         return RunIsActiveError(
             f"trainer.id={self.me['run']!r}: {_name(holder)} is at work on this run, since {holder.get('since')}. Wait "
-            "until it ends, or choose another trainer.id. (What was killed is taken over by itself; if it is gone "
-            f"all the same, remove {self.path}.)"
+            "until it ends, or choose another trainer.id. (The lock of a killed process is taken over by itself. "
+            f"If that process is gone all the same, remove {self.path}.)"
         )
 
     def _is_dead(self, holder: dict[str, Any]) -> bool:
-        """Whether it is known that the process has ended; of another machine or container it is not."""
+        """Whether the process is known to have ended. Of a process in another machine or container, this is unknown."""
         return holder.get("kernel") == self.me["kernel"] and not _is_running(holder["process"], holder["started"])
 
     def _is_mine(self, holder: dict[str, Any] | None) -> bool:
@@ -134,11 +134,11 @@ class RunLock:
                     logger.error("%s: %s has taken over this run; end one of the two", self.path, _name(holder))
                     return
                 self._write(sign)
-            except Exception as error:  # stores have errors of their own; the next sign may come through
+            except Exception as error:  # stores have errors of their own; the next write may succeed
                 logger.warning("%s: no sign of life could be written: %s", self.path, error)
 
     def _read(self) -> dict[str, Any] | None:
-        """None: there is no such file."""
+        """The holder that the file names; None if there is no file."""
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:
@@ -161,7 +161,7 @@ class RunLock:
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
-        """Of processes that start at the same moment, one looks and writes at a time, where the file system allows."""
+        """Lets one process at a time read and write the file, if the file system has locks."""
         if not self.is_local:
             yield
             return
@@ -180,7 +180,7 @@ class RunLock:
 
 
 def process_started(process: int) -> int | None:
-    """When a process began, in clock ticks since its system did; None if the system does not say, or it has ended."""
+    """The start of a process, in clock ticks since the system's boot; None if it is not known, or the process ended."""
     try:
         after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -196,12 +196,12 @@ def _is_running(process: int, started: int | None) -> bool:
         return False
     except PermissionError:  # another user's, whose start may be hidden
         return now is None or now == started
-    # A number is used again, but not with the same start. A zombie has none.
+    # Process numbers are used again, but not with the same start. A zombie has no start.
     return started is None or now == started
 
 
 def _kernel() -> str:
-    """What process numbers are numbers of: the system that was booted, and in it the container."""
+    """The scope of process numbers: the booted system, and the container in it."""
     with suppress(OSError):
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     return f"{socket.gethostname()} {uuid.getnode()}"
@@ -209,5 +209,5 @@ def _kernel() -> str:
 
 def _name(holder: dict[str, Any]) -> str:
     if "process" not in holder:
-        return "a process that is not named"
+        return "a process without a name"
     return f"process {holder['process']} on {holder.get('host')}"

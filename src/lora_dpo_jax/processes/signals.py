@@ -1,4 +1,4 @@
-"""Being asked to stop: a signal lets the step at hand end, so that the run can save its state and be started again."""
+"""Stops a run on a signal, after the current step, so that the run can save its state and resume later."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import jax
 from jax.experimental import multihost_utils
 
 RESTART_STATUS = 75  # the exit status after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
-# Who ends a group of processes signals each of them, and a launcher among them passes its signal on: that is one.
+# A signal to a group reaches each of its processes, and a launcher among them passes its own on. Both count as one.
 SAME_SIGNAL_SECONDS = 0.5
 
 
@@ -29,10 +29,10 @@ class StoppedBySignalError(RuntimeError):
 
 
 class StopSignals:
-    """While the block runs, a first SIGTERM or SIGINT is only noted, for the training loop to ask; a second one acts.
+    """While the block runs, a first SIGTERM or SIGINT is only recorded for the training loop; a second one acts.
 
-    Where `jax.distributed` runs, it notices SIGTERM itself and lets all processes stop after the same step. Off the
-    main thread, where Python allows no handlers, nothing is caught.
+    If `jax.distributed` runs, it notices SIGTERM itself, and all processes stop after the same step. In other threads
+    than the main one, Python allows no handlers, so nothing is caught.
     """
 
     def __init__(self):
@@ -41,8 +41,8 @@ class StopSignals:
         self._times_asked = 0
 
     def __call__(self) -> signal.Signals | None:
-        """What asks the run to stop here, if anything does. To be asked once a step, on all processes."""
-        # Not the number of the step: of a signal that came before it was asked, JAX makes a stop at the first time.
+        """The signal that asks the run to stop here, or None. To be called once per step, on all processes."""
+        # A count of calls, not the number of the step: for a signal before the first call, JAX stops at number 1.
         self._times_asked += 1
         if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(self._times_asked):
             return signal.SIGTERM
@@ -61,13 +61,13 @@ class StopSignals:
         self._received = signal.Signals(signum)
         for caught in self._former:
             signal.signal(caught, lambda *_: None)
-        text = f"{self._received.name}: the step at hand ends, then the state is saved; a second one stops at once\n"
-        os.write(2, text.encode())  # a handler may come in the middle of a write to sys.stderr, which cannot be nested
+        text = f"{self._received.name}: the current step ends, then the state is saved; a second one stops at once\n"
+        os.write(2, text.encode())  # a handler may run in the middle of a write to sys.stderr, which cannot be nested
         time.sleep(SAME_SIGNAL_SECONDS)
         self._restore()  # the next one acts at once
 
     def _restore(self) -> None:
         while self._former:
             signum, handler = self._former.popitem()
-            # None: a handler that was not set from Python, and cannot be set from there.
+            # None: a handler that was not set from Python, and cannot be set from Python.
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)

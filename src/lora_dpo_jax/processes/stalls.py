@@ -1,4 +1,4 @@
-"""A thread that sees what a run waits for, and says so in the log when it waits far longer than it should."""
+"""A thread that watches the waits of a run, and logs a warning when one takes far longer than usual."""
 
 import logging
 import statistics
@@ -19,15 +19,15 @@ INPUT = "the input"
 SENDING = "the step to be compiled and sent to the devices"
 FINISHING = "the devices to finish the step"
 HINTS = {
-    INPUT: "The next batch is not ready: look at the storage of the pairs, and at what else this machine does.",
-    SENDING: "The first steps compile. Later on, the devices have not come to the steps before.",
-    FINISHING: "They compute, or wait for another process that has not come to the same exchange: look at its log.",
+    INPUT: "The next batch is not ready: look at the storage of the pairs, and at other work of this machine.",
+    SENDING: "The first steps compile. Later on, the devices have not finished the steps before.",
+    FINISHING: "They compute, or wait for another process that has not reached the same exchange: look at its log.",
 }
 UNUSUAL = 5.0  # times the median
-SHORTEST_DELAY = 1.0  # seconds beyond the median, below which a slow step is no news
-KNOWN_STEPS = 8  # before which no step is called slow
-REMEMBERED = 64  # steps, of which the medians are
-FRAMES = 6  # of a stack that is shown
+SHORTEST_DELAY = 1.0  # seconds beyond the median; less is not reported
+KNOWN_STEPS = 8  # steps before any step is called slow
+REMEMBERED = 64  # steps that the medians cover
+FRAMES = 6  # shown of a stack
 
 
 @dataclass
@@ -36,21 +36,21 @@ class _Wait:
     step: int
     since: float
     limit: float  # seconds after which it is logged, and logged again
-    was_told: bool = False
+    was_logged: bool = False
 
 
 class StallMonitor:
-    """Tells of waits longer than `seconds` and unusual for their kind, while they last, and of steps that were slow.
+    """Logs waits that are longer than `seconds` and unusual for their kind, while they last, and slow steps.
 
-    A context manager: the thread lives inside of it. Other threads whose stacks say what the run waits for are named by
-    `helpers`. With `seconds` of None nothing is watched.
+    A context manager; the thread runs inside it. `helpers` names other threads whose stacks show what the run waits
+    for. If `seconds` is None, nothing is watched.
     """
 
     def __init__(self, seconds: float | None, *, helpers: Sequence[str] = (), shortest_delay: float = SHORTEST_DELAY):
         self.seconds, self.helpers, self.shortest_delay = seconds, helpers, shortest_delay
         self._waits: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
         self._steps: deque[float] = deque(maxlen=REMEMBERED)
-        self._spent: dict[str, float] = {}  # in the step at hand, by what was waited for
+        self._spent: dict[str, float] = {}  # in the current step, by kind of wait
         self._at: _Wait | None = None
         self._run_thread = threading.current_thread()
         self._stop = threading.Event()
@@ -58,7 +58,7 @@ class StallMonitor:
 
     @contextmanager
     def waiting_for(self, what: str, step: int, *, is_step: bool = True) -> Iterator[None]:
-        """Around a wait of step `step`, of one kind by `what`. If not `is_step`, the step is no slower for it."""
+        """Watches a wait in `step`; `what` is its kind. If not `is_step`, it does not count as time of the step."""
         before = self._waits[what]
         usual = statistics.median(before) if before else 0.0
         wait = _Wait(what, step, time.monotonic(), max(self.seconds or 0.0, UNUSUAL * usual))
@@ -71,7 +71,7 @@ class StallMonitor:
             before.append(waited)
             if is_step:
                 self._spent[what] = self._spent.get(what, 0.0) + waited
-            if wait.was_told:
+            if wait.was_logged:
                 logger.warning("%sstep %d: waited %.1f s for %s; it is over", _here(), step, waited, what)
 
     def end_step(self, step: int) -> None:
@@ -103,11 +103,11 @@ class StallMonitor:
         while not self._stop.wait(min(seconds / 4, 5.0)):
             wait = self._at
             if wait is not None and (waited := time.monotonic() - wait.since) >= wait.limit:
-                # Again after as long as it has lasted.
-                wait.limit, wait.was_told = 2 * waited, True
-                self._tell(wait, waited)
+                # Logged again after twice this time.
+                wait.limit, wait.was_logged = 2 * waited, True
+                self._report(wait, waited)
 
-    def _tell(self, wait: _Wait, waited: float) -> None:
+    def _report(self, wait: _Wait, waited: float) -> None:
         before = list(self._waits[wait.what])
         usual = f"{statistics.median(before):.1f} s is the median" if before else "it is the first of its kind"
         logger.warning(
@@ -122,7 +122,7 @@ class StallMonitor:
         )
 
     def _stacks(self) -> list[str]:
-        """Where the run is, and its helpers are, innermost last."""
+        """The stacks of the run and of its helpers, innermost call last."""
         frames = sys._current_frames()
         lines = []
         for thread in threading.enumerate():

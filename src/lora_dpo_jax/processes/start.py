@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax._src.clusters import ClusterEnv
 
-# The variables of torchrun, of Kubeflow's PyTorchJob, and of many a launch script.
+# The variables of torchrun, of Kubeflow's PyTorchJob, and of many launch scripts.
 TORCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 FOUND_BY_JAX = "a TPU pod, a GKE job, SLURM's srun or Open MPI's mpirun"
 LONGEST_TIMEOUT = 10**6  # seconds
@@ -22,15 +22,15 @@ LONGEST_TIMEOUT = 10**6  # seconds
 class DistributedConfig:
     """How the processes of a run find each other; names are Levanter's where it has one.
 
-    Nothing needs to be set on TPU pods, on GKE, under SLURM, or where the variables of torchrun are.
+    Nothing needs to be set on TPU pods, on GKE, under SLURM, or if the variables of torchrun are set.
     """
 
     coordinator_address: str | None = None  # host:port of process 0
-    num_processes: int | None = None  # of the run
-    process_id: int | None = None  # which of them this is, from 0
-    local_device_ids: list[int] | None = None  # which of its host's GPUs are this process's; null: all, or see jax
+    num_processes: int | None = None  # how many processes the run has
+    process_id: int | None = None  # the number of this process, from 0
+    local_device_ids: list[int] | None = None  # the GPUs of its host that this process uses; null: all, or see jax
     initialize_jax_distributed: bool = True  # false: one process, whatever the environment says
-    heartbeat_timeout_seconds: int = 30  # a process that is silent for so long is given up, and the run ends
+    heartbeat_timeout_seconds: int = 30  # the run ends if a process is silent for so long
 
     def __post_init__(self):
         if not 5 <= self.heartbeat_timeout_seconds <= LONGEST_TIMEOUT:
@@ -58,21 +58,21 @@ class DistributedConfig:
 
 
 def start_processes(config: DistributedConfig) -> bool:
-    """Joins this process with the others of the run; False if there are none.
+    """Connects this process with the others of the run. Returns False if there are none.
 
-    To be called before JAX is asked for devices. Raises ValueError if only some of the settings or
-    variables that are needed are set.
+    To be called before JAX is asked for devices. Raises ValueError if only some of the required settings or variables
+    are set.
     """
     arguments = _arguments(config) if config.initialize_jax_distributed else None
     if arguments is None or jax.distributed.is_initialized():
         return jax.distributed.is_initialized()
-    # PeerMonitor ends the run first, with a message. JAX does so later, without one: for when Python itself hangs.
+    # PeerMonitor ends the run first, with a message. If Python itself hangs, JAX ends it later, without a message.
     jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=2 * config.heartbeat_timeout_seconds)
     return True
 
 
 def _arguments(config: DistributedConfig) -> dict[str, Any] | None:
-    """Of `jax.distributed.initialize`; None for one process."""
+    """The arguments of `jax.distributed.initialize`; None for one process."""
     given = config.explicit
     named = [name for name in ("coordinator_address", "num_processes", "process_id") if name in given]
     if len(named) == 3:
@@ -93,7 +93,7 @@ def _arguments(config: DistributedConfig) -> dict[str, Any] | None:
 
 
 def _torch_arguments(environment: Mapping[str, str], is_found: bool) -> dict[str, Any] | None:
-    """From the variables of torchrun, if they are there."""
+    """The arguments from the variables of torchrun; None if these are not set."""
     present = [name for name in TORCH_VARIABLES if environment.get(name)]
     if not present or (is_found and "RANK" not in present):
         return None  # job scripts often export MASTER_ADDR, whoever starts the processes
@@ -118,17 +118,17 @@ def _torch_arguments(environment: Mapping[str, str], is_found: bool) -> dict[str
         "process_id": rank,
     }
     if local_rank := environment.get("LOCAL_RANK"):
-        arguments["local_device_ids"] = [int(local_rank)]  # its GPU; it says nothing of other devices
+        arguments["local_device_ids"] = [int(local_rank)]  # its GPU; other devices do not depend on it
     return arguments
 
 
 def _is_found_by_jax() -> bool:
-    """Whether JAX knows where the other processes are, and there are some."""
+    """Whether there are other processes, and JAX finds them by itself."""
     on_cpu = jax.config.jax_platforms == "cpu"  # pyright: ignore[reportAttributeAccessIssue]
     for environment in ClusterEnv._cluster_types:
         if environment.opt_in_only_method or (environment.name in ("gcetpu", "gketpu", "tpu") and on_cpu):
             continue
-        # A pod in Kubernetes that is no part of an indexed job is alone; to ask about it needs permissions.
+        # A Kubernetes pod outside an indexed job is alone. Asking Kubernetes about it needs permissions.
         if environment.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ:
             continue
         if environment.is_env_present():

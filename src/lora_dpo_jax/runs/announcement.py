@@ -1,4 +1,4 @@
-"""What a run logs of itself before its first step: its parameters, its pairs and its steps."""
+"""Logs the parameters, pairs and steps of a run before its first step."""
 
 import logging
 from pathlib import Path
@@ -50,7 +50,7 @@ def parameter_counts(model: CausalLM) -> dict[str, float]:
 
 
 def _steps_in_words(trainer: TrainerConfig, epoch: int, num_steps: int) -> str:
-    """How many steps of how many pairs, and what becomes of the pairs that fill no whole batch."""
+    """The number of steps and of their pairs, and how the run treats pairs that fill no whole batch."""
     size = trainer.train_batch_size
     text = f"{num_steps:,} steps of {size:,} pairs"
     if trainer.has_short_batches and (left := epoch % size):

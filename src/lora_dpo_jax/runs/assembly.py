@@ -1,4 +1,4 @@
-"""A run, assembled once from its config: what it reads, the steps that it takes, and the learner that takes them."""
+"""A run, assembled once from its config: its data, its steps, and the learner that takes them."""
 
 import functools
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Run:
-    """All that a run trains with, before its first step."""
+    """Everything that a run trains with, before its first step."""
 
     data: Data
     base: Base
@@ -50,7 +50,7 @@ class Run:
 
 
 def assemble(config: TrainConfig, placement: Placement) -> Run:
-    """Reads the data and the weights. All processes must call this; raises ValueError if they do not see the same."""
+    """Reads the data and the weights. All processes must call this; ValueError if their data or steps differ."""
     trainer = config.trainer
     lora, data = lora_config(config), load_data(config)
     if not len(data.pairs):
@@ -98,9 +98,9 @@ def load_data(config: TrainConfig) -> Data:
 
 
 def load_tables(config: TrainConfig, tokenizer: Any) -> tuple[ExampleTable, ExampleTable]:
-    """(train, validation): validation files where a component has some, else a part of the training pairs.
+    """(train, validation): the components' validation data if there is any, else a part of the training pairs.
 
-    The first process of each host tokenizes, unless it finds the work of the very first one; the others only read.
+    The first process of each host tokenizes, unless it finds the work of process 0. The other processes only read.
     """
 
     def load(split) -> dict[str, TokenizedExamples]:
@@ -115,7 +115,7 @@ def load_tables(config: TrainConfig, tokenizer: Any) -> tuple[ExampleTable, Exam
 def reference_log_probs(
     config: TrainConfig, base: Base, reference: CausalLM, placement: Placement
 ) -> ReferenceLogProbs:
-    """`reference` is the model that the policy is held to."""
+    """The log-probs of `reference`, the model that the policy is held to."""
     cache, setting = None, config.reference_log_probs
     if config.preference_loss.needs_tokens_of_reference:
         setting = "live"  # the cache holds sums over whole responses
@@ -128,7 +128,7 @@ def reference_log_probs(
 
 
 def pair_scorer(pairs: ExampleTable, *, trainer: TrainerConfig, placement: Placement) -> Scorer:
-    """What scores a table on the devices, so many rows at once as `trainer` allows."""
+    """Scores a table on the devices, with as many rows at once as `trainer` allows."""
     rows = max(trainer.per_device_eval_parallelism, trainer.per_device_parallelism)
     if trainer.per_device_eval_parallelism != -1:
         rows = trainer.per_device_eval_parallelism

@@ -26,10 +26,10 @@ TOKENIZER_FILES = ["*token*", "*.jinja", "*.model", "vocab*", "merges*", "config
 
 @dataclass(frozen=True)
 class Base:
-    """The pretrained model and what came with it."""
+    """The pretrained model, with its config and tokenizer."""
 
-    name: str  # as initialize_from_hf has it
-    revision: str | None  # of that hub id
+    name: str  # the value of initialize_from_hf
+    revision: str | None  # the revision of that hub id
     folder: Path
     config: DecoderConfig
     model: CausalLM
@@ -57,7 +57,7 @@ def load_tokenizer(config: TrainConfig) -> Any:
     try:
         return read_tokenizer(folder)
     except ValueError as error:
-        raise ValueError(f"{error}. Mend it, or set data.tokenizer") from error
+        raise ValueError(f"{error}. Fix it, or set data.tokenizer") from error
 
 
 def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base:

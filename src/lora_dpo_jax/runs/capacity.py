@@ -1,4 +1,4 @@
-"""What a step of a run takes on devices that are not here: memory, operations, traffic and time.
+"""The cost of a step of a run on devices that are not here: memory, operations, traffic and time.
 
 The step is compiled for the devices by libtpu. Of the model only config.json is read, and of the data nothing.
 """
@@ -31,9 +31,9 @@ from lora_dpo_jax.runs.learner import Learner, abstract_learner
 from lora_dpo_jax.runs.steps import row_bound
 from lora_dpo_jax.sharding import Placement
 
-# Forward passes of the policy that the backward pass makes again.
+# Forward passes of the policy that the backward pass repeats.
 RECOMPUTED = {"none": 0.0, "products": 0.0, "full": 1.0, "nested": 2.0}
-STEPS = 1000  # where their number depends on the data; it only shapes the schedule
+STEPS = 1000  # used if their number depends on the data; it only affects the schedule
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Capacity:
     weights: int
     adapters: int
     optimizer: int
-    peak: int  # all that the step needs while it runs
+    peak: int  # all memory that the step needs while it runs
     flops: float
     memory_traffic: float
     collectives: dict[str, float]
@@ -60,7 +60,7 @@ class Capacity:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """What each resource alone would take."""
+        """The seconds that each resource alone would take."""
         return {
             "arithmetic": self.flops / self.kind.flops,
             "memory": self.memory_traffic / self.kind.memory_bandwidth,
@@ -69,7 +69,7 @@ class Capacity:
 
 
 def capacity_of(config: TrainConfig, topology: str, pair_tokens: Sequence[int]) -> Capacity:
-    """What a step takes on `topology`, which is a setting of main.plan, and so is `pair_tokens`."""
+    """The cost of a step on `topology`. Both `topology` and `pair_tokens` are settings of main.plan."""
     kind, devices = devices_of_topology(topology)
     placement = Placement(config.trainer.mesh, devices)
     learner = _learner(config, placement)
@@ -129,7 +129,7 @@ def expected_batch(
 
 
 def bytes_of_a_device(tree: Any) -> int:
-    """What one device holds of the arrays in `tree`, which may be shapes alone."""
+    """The bytes that one device holds of the arrays in `tree`, which may be shapes alone."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -157,7 +157,7 @@ def _compile(learner: Learner, batch: PreferenceBatch) -> tuple[int, str]:
     try:
         compiled = learner.compile(batch)
     except jax.errors.JaxRuntimeError as error:
-        # XLA says in one of two ways how much it would have needed.
+        # XLA reports the needed memory in one of two forms.
         everything = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", str(error))
         temporary = re.search(r"required for HLO temporaries \(([\d.]+)([KMG])\)", str(error))
         if (needed := everything or temporary) is None:
@@ -193,7 +193,7 @@ def _gathered_from(placement: Placement) -> int:
 def _largest_parallelism(
     train_seq_len: int, kind: DeviceKind, compiled: Callable, peak: int, batch: PreferenceBatch
 ) -> int | None:
-    """The largest that fits, by a line through the peaks at two row lengths: memory is linear in the row."""
+    """The largest value that fits, by a line through the peaks at two row lengths: memory is linear in the row."""
     longest_pair = round_up(2 * train_seq_len, LENGTH_MULTIPLE)
     length = batch.tokens.axes[-1].size
     other = 1 if length > longest_pair else 2

@@ -1,4 +1,4 @@
-"""Checks of each step's metrics, and of each state to save: a run that cannot be right ends with the pairs at fault."""
+"""Checks of each step's metrics, and of each state to save. A run that cannot be right ends, and names faulty pairs."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ NAMED_PAIRS = 8
 
 
 def refuse_unfit_data(loss: Loss, examples: ExampleTable) -> None:
-    """Raises ValueError, naming a component, unless the examples have all that the loss declares to need."""
+    """Raises ValueError with the component's name unless the examples have all data that the loss needs."""
     for name, (source, indices) in zip(examples.names, examples.components, strict=True):
         arrays = source.arrays
         if missing := [column for column in loss.columns if column not in arrays.columns]:
@@ -112,17 +112,17 @@ class StepCheck:
         if self.non_finite == "stop":
             raise NonFiniteLossError(
                 f"{what} The run stops. Look at these rows, lower optimizer.learning_rate, or set "
-                "trainer.non_finite=skip to go on without such updates."
+                "trainer.non_finite=skip to continue without such updates."
             )
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.max_skips_in_a_row:
             raise NonFiniteLossError(
-                f"{what} Of such steps it is number {self.skipped_in_a_row} in a row, more than "
+                f"{what} This is non-finite step number {self.skipped_in_a_row} in a row, more than "
                 f"trainer.max_skips_in_a_row={self.max_skips_in_a_row}, and the run stops. Look at these rows, or "
                 "lower optimizer.learning_rate."
             )
         skipped = round(values["skipped_steps"])
-        logger.warning("%s The run goes on (trainer.non_finite=skip); %d updates were skipped so far.", what, skipped)
+        logger.warning("%s The run continues (trainer.non_finite=skip); %d updates were skipped so far.", what, skipped)
 
     def _culprits(self, metrics: StepMetrics) -> str:
         """The pairs whose loss is not finite; all pairs of the batch if only the gradient is not."""

@@ -30,7 +30,7 @@ logger = logging.getLogger("lora_dpo_jax")
 class ModelConfig:
     """How the pretrained model is held and computed."""
 
-    dtype: str | None = None  # of the frozen weights (f32, bf16); null: that of computation, see trainer.mp
+    dtype: str | None = None  # of the frozen weights (f32, bf16); null: the computation's dtype, see trainer.mp
     gradient_checkpointing: str = "full"  # none, products, full or nested: see models/compute.py for what each costs
     attention: str = "auto"  # auto, blocked, pallas_tpu, pallas_gpu or dense: see models/attention
     quantization: str = "none"  # of the frozen matrices of the layers: nf4, int8 or none
@@ -58,7 +58,7 @@ class TrainConfig:
     data: PreferenceDataConfig
     initialize_from_hf: str  # the base model: a folder, a URL or a hub id
     hf_revision: str | None = None  # branch, tag or commit of that hub id
-    train_seq_len: int = 1024  # tokens; bounds prompt + one response
+    train_seq_len: int = 1024  # tokens; the limit of prompt + one response
     model: ModelConfig = field(default_factory=ModelConfig)
     layout: PackingConfig = field(default_factory=PackingConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -71,29 +71,29 @@ class TrainConfig:
     # read, and may register types of loss and tracker.
     plugins: list[str] = field(default_factory=list, metadata={"names_modules": True})
 
-    # Go on training this adapter instead of a new one; `lora` then follows its adapter_config.json, but for dropout.
+    # Continue to train this adapter instead of a new one; `lora` then follows its adapter_config.json, except dropout.
     initialize_from_peft: str | None = None
     # The reference in that case: the adapter as it was given, as in TRL, or the bare base.
     peft_reference: Literal["adapter", "base"] = "adapter"
 
-    # live: in each step. cached: on disk, each pair computed once for all runs. auto: by which the run computes less.
+    # live: in each step. cached: on disk, each pair computed once for all runs. auto: the one with less computation.
     reference_log_probs: Literal["auto", "live", "cached"] = "auto"
 
     # Share of the training pairs that is held out, by prompt, unless a component has validation data; null or 0: none.
     validation_split_fraction: float | None = 0.1
 
     peft_save_path: str | None = None  # a folder or a URL; the final adapter
-    merged_hf_save_path: str | None = None  # likewise; the final merged model
-    hf_save_steps: int | None = None  # also export to <path>/step-<n> every so many steps
-    overwrite: bool = False  # another run's exports at these paths are replaced; no other files ever are
+    merged_hf_save_path: str | None = None  # a folder or a URL; the final merged model
+    hf_save_steps: int | None = None  # also export to <path>/step-<n> after every so many steps
+    overwrite: bool = False  # replace another run's exports at these paths; never any other files
 
-    preview: int = 0  # print so many tokenized pairs, coloured by role, and stop
+    preview: int = 0  # print this many tokenized pairs, coloured by role, and stop
     sample_prompts: list[str] = field(default_factory=list)  # completed before and after training
     generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(max_new_tokens=64))
 
     # Two names of one setting: one on the command line replaces the other in the file.
     either: ClassVar = (("beta", "loss.beta"), ("trainer.num_train_steps", "trainer.num_train_epochs"))
-    # The advice where one of these is missing.
+    # The advice if one of these is missing.
     if_missing: ClassVar = dict.fromkeys(
         ("data", "initialize_from_hf"),
         "Give settings in a file, with --config_path FILE.yaml, or on the command line. The README's quickstart has a "
@@ -124,7 +124,7 @@ class TrainConfig:
                 raise ValueError(f"beta={self.beta} must be positive and finite")
             if self.loss.beta not in (self.beta, type(self.loss).beta):
                 raise ValueError(f"beta={self.beta} and loss.beta={self.loss.beta} disagree; give one of them")
-        self._refuse_bad_paths()
+        self._check_paths()
 
     @property
     def held_out_fraction(self) -> float:
@@ -147,7 +147,7 @@ class TrainConfig:
         # Dropout moves the policy away from an adapter that is not zero.
         return self.reference_adapter is not None and self.lora.dropout == 0.0
 
-    def _refuse_bad_paths(self) -> None:
+    def _check_paths(self) -> None:
         refuse_impossible_paths(
             {
                 "initialize_from_hf": self.initialize_from_hf,
@@ -166,12 +166,12 @@ class TrainConfig:
             raise ValueError(f"peft_save_path and merged_hf_save_path are both {adapter}; they must differ")
 
 
-# Who decodes plain values by draccus gets the checks of the commands.
+# Decoding plain values by draccus then makes the same checks as the commands.
 draccus.decode.register(TrainConfig, lambda cls, tree, path: config_of(cls, tree), include_subclasses=True)
 
 
 def with_zero_init(config: TrainConfig) -> TrainConfig:
-    """The config with `lora.zero_init_b` set, with a warning where it was not."""
+    """The config with `lora.zero_init_b` set, with a warning if it was not."""
     if config.lora.zero_init_b:
         return config
     logger.warning("lora.zero_init_b=false would start away from the reference; it is set to true")

@@ -1,6 +1,6 @@
-"""The exports of a run, the adapter and the merged model: the last ones, and those on the way under step-<n>.
+"""The exports of a run, the adapter and the merged model: the final ones, and intermediate ones under step-<n>.
 
-Both bring the tokenizer of the run, with the chat template of its rows.
+Both include the tokenizer of the run, with the chat template of its rows.
 """
 
 import copy
@@ -23,7 +23,7 @@ logger = logging.getLogger("lora_dpo_jax")
 
 
 class Exports:
-    """A hook that writes the exports, after the hook that saves the state: an export that fails loses nothing."""
+    """A hook that writes the exports. It runs after the hook that saves the state, so a failed export loses nothing."""
 
     def __init__(
         self,
@@ -36,23 +36,23 @@ class Exports:
         num_steps: int,
         has_own_tokenizer: bool,
     ):
-        """`paths`: (setting, path) of each export. `run`: its id, by which it may replace its own.
+        """`paths`: (setting, path) of each export. `run`: the id of the run, which may replace its own exports.
 
-        `has_own_tokenizer`: the tokenizer of the run differs from the base's, so a merged model brings it.
+        `has_own_tokenizer`: the tokenizer of the run differs from the base's, so a merged model includes it.
         """
         self.paths, self.base, self.lora, self.num_steps = paths, base, lora, num_steps
         self.has_own_tokenizer = has_own_tokenizer
         self.owner: Any = {"run": run, "overwrite": overwrite}
 
     def check_room(self, first_step: int, every: int | None) -> None:
-        """Raises OSError if a merged model has no room; warns if those on the way, each `every` steps, have none."""
+        """Raises OSError if a merged model has no room; warns if intermediate ones (each `every` steps) have none."""
         for setting, path in self.paths:
             if setting == "merged_hf_save_path":
                 tensors = TensorFiles(self.base.folder)
                 needed = sum(tensors.info(name).num_bytes for name in tensors.names)
                 left = range(max(first_step, 1), self.num_steps)
-                on_the_way = sum(step % every == 0 for step in left) if every else 0
-                check_free_space(setting, path, needed, on_the_way + 1)
+                intermediate = sum(step % every == 0 for step in left) if every else 0
+                check_free_space(setting, path, needed, intermediate + 1)
 
     def __call__(self, info: StepInfo[TrainState]) -> None:
         write = {"peft_save_path": self._save_adapter, "merged_hf_save_path": self._save_merged}
@@ -64,7 +64,7 @@ class Exports:
                 raise OSError(
                     f"{setting}: {target} could not be written after {info.step} steps: {error}. A checkpoint of this "
                     "step is saved: make room there, or set another path, and start the same command again (with "
-                    "trainer.id set to the name of the run's folder); it goes on with this export"
+                    "trainer.id set to the name of the run's folder); it resumes with this export"
                 ) from error
 
     def _save_adapter(self, model: CausalLM, target: str) -> None:
@@ -85,14 +85,14 @@ class Exports:
 
 
 def has_own_tokenizer(data: PreferenceDataConfig) -> bool:
-    """Whether the rows are tokenized or rendered by something else than the base's own tokenizer."""
+    """Whether the rows are tokenized or rendered by anything other than the base's own tokenizer."""
     return bool(data.tokenizer) or any(_templates(data).values())
 
 
 def with_trained_template(data: PreferenceDataConfig, tokenizer: Any) -> Any:
     """The tokenizer with the chat template of the run's rows: its own, unless a component sets format.chat_template.
 
-    Where components differ, the first one that sets a template decides, and the log names the others.
+    If components differ, the first one that sets a template decides, and the log names the others.
     """
     templates = _templates(data)
     chosen = next((name for name, template in templates.items() if template is not None), None)

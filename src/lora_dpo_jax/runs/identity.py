@@ -1,4 +1,4 @@
-"""What distinguishes one run from another: the weights it starts from, the pairs it trains on, and in which order."""
+"""The identity of a run: the weights that it starts from, the pairs that it trains on, and their order."""
 
 import dataclasses
 import hashlib
@@ -26,12 +26,12 @@ from lora_dpo_jax.runs.steps import Steps
 
 # Settings of `lora` without which the adapters of a checkpoint mean nothing.
 SHAPE_ADAPTERS = ("r", "alpha", "use_rslora", "target_modules", "exclude_modules")
-# Settings of `model` that change how log-probs are computed, not what they are; the dtype is asked of the arrays.
+# Settings of `model` that change how log-probs are computed, not their values; the dtype is taken from the arrays.
 CHANGE_NO_NUMBERS = ("gradient_checkpointing", "attention", "dtype")
 
 
 def weights_identity(config: TrainConfig, base: Base) -> dict[str, Any]:
-    """What the files hold of the base, and of the adapter that is the reference if there is one."""
+    """Configs and digests of the base's files, and of those of the reference's adapter if there is one."""
     memory = cache_folder(config.data.cache_dir) / "digests"
     adapter = None
     if config.reference_adapter is not None:
@@ -48,7 +48,7 @@ def weights_identity(config: TrainConfig, base: Base) -> dict[str, Any]:
 
 
 def reference_identity(config: TrainConfig, base: Base, reference: CausalLM) -> dict[str, Any]:
-    """All but the pairs that decides the log-probs of the model `reference`: no loss, no optimizer, no layout."""
+    """Everything, except the pairs, that decides the log-probs of `reference`: no loss, no optimizer, no layout."""
     settings = dataclasses.asdict(config.model)
     adapters, weights = eqx.partition(reference, trainable_filter(reference))
     return {
@@ -64,14 +64,14 @@ def reference_identity(config: TrainConfig, base: Base, reference: CausalLM) -> 
 def run_identity(
     config: TrainConfig, lora: LoraConfig, base: Base, pairs: ExampleTable, order: ExampleOrder
 ) -> dict[str, Any]:
-    """All that a run must share with a checkpoint to resume from it, by the names of the settings.
+    """Everything that a run must share with a checkpoint to resume from it, by the names of the settings.
 
     How the run is computed or reported is left out, and so are the settings of loss and optimizer: they may change.
     """
     weights = weights_identity(config, base)
     adapter = weights.pop("adapter")
     trainer = config.trainer
-    # Left out where it changes no batch: checkpoints of earlier versions lack it.
+    # Left out if it changes no batch, because checkpoints of earlier versions lack it.
     has_short_batches = trainer.has_short_batches and order.epoch % trainer.train_batch_size
     components = {
         name: {"pairs": len(component), **component.checksums} for name, component in _components(pairs).items()
@@ -109,7 +109,7 @@ def refuse_other_settings(config: TrainConfig) -> None:
 
 
 def refuse_other_steps(steps: Steps) -> None:
-    """Raises ValueError unless all processes have the same pairs, and make the same steps of them."""
+    """Raises ValueError unless all processes have the same pairs and the same steps."""
     refuse_differences(
         {f"data.components.{name}": component.checksums for name, component in _components(steps.pairs).items()}
         | {"the pairs of the steps": hashlib.sha256(np.concatenate(steps.ids).tobytes()).hexdigest()}

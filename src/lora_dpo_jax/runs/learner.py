@@ -27,7 +27,7 @@ class Learner:
     state: TrainState  # arrays, or ShapeDtypeStructs with their shardings
 
     def __call__(self, batch: Any) -> StepMetrics:
-        """Takes a step: the state is then the next one."""
+        """Takes a step, and keeps the new state."""
         self.state, metrics = self.step(self.state, batch)
         return metrics
 

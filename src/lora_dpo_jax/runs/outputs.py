@@ -1,4 +1,4 @@
-"""The places where a run writes. Each is tried before the work, so that no training ends at a path without access.
+"""The places where a run writes. Each is tried before the work, so that no training fails at an export.
 
 A place must hold no input of the run, and no file that another program or run wrote.
 """
@@ -27,7 +27,7 @@ STEP_FOLDER = re.compile(r"step-(\d+)")
 def check_outputs(config: TrainConfig) -> None:
     """Raises an error that names the setting, for the first place that cannot be written or must not be replaced.
 
-    The trial leaves nothing behind. A preview writes to the cache alone.
+    The trial leaves nothing behind. A preview writes only to the cache.
     """
     check_writable("data.cache_dir", cache_folder(config.data.cache_dir))
     if config.preview:
@@ -45,11 +45,11 @@ def check_outputs(config: TrainConfig) -> None:
     if base_path is not None and not is_url(base_path):  # Checkpoints tries URLs itself
         check_writable("trainer.checkpointer.base_path", base_path)
     for setting, path in exports_of(config):
-        _refuse_other_uses(config, setting, path)
+        _check_other_uses(config, setting, path)
         check_writable(setting, path)
         try:
             for target in (path, *_former_steps(config, path)):
-                _refuse_inputs(config, setting, target)
+                _check_inputs(config, setting, target)
                 check_export_target(target, run=trainer.id, overwrite=config.overwrite)
         except FileExistsError as error:
             raise FileExistsError(f"{setting}: {error}") from error
@@ -64,7 +64,7 @@ def exports_of(config: TrainConfig) -> list[tuple[str, str]]:
 
 
 def step_target(path: str, step: int) -> str:
-    """Where the export after `step` steps goes, if it is not the last."""
+    """The path of the export after `step` steps, if it is not the last one."""
     return f"{path.rstrip('/')}/step-{step}"
 
 
@@ -78,7 +78,7 @@ def check_writable(setting: str, folder: str | Path) -> None:
             if leads_nowhere(place):
                 raise OSError("it is a link that leads back to itself")
             with tempfile.TemporaryFile(dir=existing_part(Path(place))) as file:
-                file.write(bytes(PROBE_BYTES))  # a full disk still makes empty files
+                file.write(bytes(PROBE_BYTES))  # a full disk still takes empty files
     # Stores have errors of their own: a missing bucket, a rejected key, a package that is not installed.
     except Exception as error:
         raise OSError(
@@ -104,13 +104,13 @@ def existing_part(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def _refuse_other_uses(config: TrainConfig, setting: str, path: str) -> None:
+def _check_other_uses(config: TrainConfig, setting: str, path: str) -> None:
     """Raises ValueError for a path that has another use, whether or not it exists."""
     if not path.strip():
         raise ValueError(f"{setting}={path!r} names no folder; null exports none")
     if same_place(path, "."):
         raise ValueError(f"{setting}={path!r} is the working folder: name one in it, such as out")
-    _refuse_inputs(config, setting, path)
+    _check_inputs(config, setting, path)
     for other, occupied in exports_of(config):
         if other != setting and config.hf_save_steps and same_place(parent_of(path), occupied):
             if STEP_FOLDER.fullmatch(PurePosixPath(place_of(path)).name):
@@ -125,8 +125,8 @@ def _refuse_other_uses(config: TrainConfig, setting: str, path: str) -> None:
         raise ValueError(f"{setting}={path!r} is where the run's checkpoints are. Choose another path")
 
 
-def _refuse_inputs(config: TrainConfig, setting: str, target: str) -> None:
-    """Raises ValueError if the run reads the target: started again, it would read its own export."""
+def _check_inputs(config: TrainConfig, setting: str, target: str) -> None:
+    """Raises ValueError if the run reads the target: a restarted run would read its own export."""
     inputs = {
         "initialize_from_hf": config.initialize_from_hf,
         "initialize_from_peft": config.initialize_from_peft,
@@ -138,7 +138,7 @@ def _refuse_inputs(config: TrainConfig, setting: str, target: str) -> None:
 
 
 def _former_steps(config: TrainConfig, path: str) -> Iterator[str]:
-    """The folders that exist among those of the exports that the run will make on the way."""
+    """The existing folders among those of the intermediate exports that the run will make."""
     if config.hf_save_steps is None:
         return
     store, root = fsspec.core.url_to_fs(place_of(path))

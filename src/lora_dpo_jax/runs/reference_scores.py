@@ -1,4 +1,4 @@
-"""Where a run takes the reference's log-probs from: a cache, which is filled first, or each step itself."""
+"""The source of the reference's log-probs in a run: a cache, which is filled first, or each step itself."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -33,11 +33,11 @@ class ReferenceLogProbs:
     ) -> np.ndarray | None:
         """The values of all responses of `pairs`, float32 [response]; NaN where no batch needs one.
 
-        None if the steps are to compute them.
+        None if the steps should compute them.
 
-        `auto` takes the way of fewer forward passes. Those are the steps' for one epoch of which nothing is cached,
-        even if its last batch is filled up from the next epoch. A resumed run keeps its former `choice`, live or
-        cached: the two differ in their last bits.
+        `auto` chooses the way with fewer forward passes. This is the steps' way for one epoch of which nothing is
+        cached, even if the next epoch fills up its last batch. A resumed run keeps its former `choice`, live or
+        cached, because the two differ in their last bits.
         """
         if self.cache is None:
             logger.info("reference log-probs: live, in each step, as reference_log_probs asks")

@@ -1,4 +1,4 @@
-"""What a run reports of its model besides the metrics of its steps: held-out scores and sample completions."""
+"""The reports of a run besides the metrics of its steps: held-out scores and sample completions."""
 
 import logging
 import math
@@ -52,7 +52,7 @@ class HeldOutScores:
 
     def _scores_by_sums(self, state: TrainState) -> dict[str, float]:
         if self.reference_scores is None and self.reference is not None:
-            # The reference never moves: its scores serve every evaluation of the run.
+            # The reference never changes: its scores serve every evaluation of the run.
             self.reference_scores = self.reference.of_table(self.score)
         model, reference_scores = state.model, self.reference_scores
         if reference_scores is not None and equals_reference(model, state.reference):
@@ -62,7 +62,7 @@ class HeldOutScores:
         return summarize(self.loss, policy_scores, reference_scores, self.score.examples.arrays.examples)
 
     def print(self) -> None:
-        """A table of the first scores and the last ones."""
+        """Prints a table of the first scores and the last ones."""
         ends = self.scores[:1] + self.scores[1:][-1:]
         if not ends:
             return
@@ -102,7 +102,7 @@ class Samples:
 
 
 def print_report(samples: Samples, scores: HeldOutScores, places: Mapping[str, str | Path | None]) -> None:
-    """For the person at the terminal: what changed, and where everything is. `places` are by their titles."""
+    """Prints what changed, and where all outputs are. `places` are paths by title."""
     samples.print()
     scores.print()
     print()

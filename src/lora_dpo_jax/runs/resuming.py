@@ -1,4 +1,4 @@
-"""How a run resumes: no other run works in its folders, its newest checkpoint is found, its command is reported."""
+"""Resuming a run: the locks of its folders, its newest checkpoint, and the command that resumes it."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +15,7 @@ from lora_dpo_jax.training.loop import TrainerConfig
 
 @contextmanager
 def run_locks(trainer: TrainerConfig, run_id: str) -> Iterator[None]:
-    """While the block runs, no other run works in the folder of this one, nor in that of its checkpoints."""
+    """While the block runs, no other run works in this run's folder, or in the folder of its checkpoints."""
     run_dir = trainer.run_dir(run_id)
     checkpoints = trainer.checkpointer.folder(run_dir, run_id)
     with ExitStack() as locks:

@@ -1,4 +1,4 @@
-"""Which pairs each step of a run trains on, and in rows of which shapes."""
+"""The pairs that each step of a run trains on, and the shapes of their rows."""
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from lora_dpo_jax.data.shapes import PackingConfig, StepShapes, choose_shapes
 from lora_dpo_jax.data.table import ExampleTable
 from lora_dpo_jax.sharding import Placement
 
-TOKENS_AT_ONCE = 16_384  # of a device, where per_device_parallelism leaves it open: more make no device faster
+TOKENS_AT_ONCE = 16_384  # of a device, if per_device_parallelism is -1; more make no device faster
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,8 @@
 
     --config_path run.yaml --trainer.num_train_steps 100 --data.components.prefs.source.train_urls '[b.jsonl]'
 
-A value is YAML, but a setting that takes text has it as it stands. A mapping given for a section, such as `lora`,
-changes the settings that it names. One given for a setting that is a mapping itself, such as `data.components`, takes
-its place.
+A value is YAML, but a setting that takes text takes it literally. A mapping for a section, such as `lora`, changes the
+settings that it names. A mapping for a setting that is a mapping itself, such as `data.components`, replaces it.
 """
 
 import itertools
@@ -59,8 +58,8 @@ def parse(
 ) -> T:
     """The configuration from words of a command line, by default this process's; `--help` prints and exits.
 
-    `values` are plain ones, by setting, that come after all others. Raises ValueError, in one line that names the
-    setting, for all that can be checked without data and weights.
+    `values` are plain values, by setting, that override all others. Raises ValueError with one line that names the
+    setting, for everything that can be checked without data and weights.
     """
     words = list(sys.argv[1:] if args is None else args)
     if "-h" in words or "--help" in words:
@@ -84,7 +83,7 @@ def parse(
 
 
 def _given(config_class: type, words: list[str]) -> Iterator[tuple[str, str | None]]:
-    """(path, value) of `--path value` and `--path=value`; None where the value is not there."""
+    """(path, value) of `--path value` and `--path=value`; None if the value is missing."""
     at, path = 0, ""
     while at < len(words):
         word, at = words[at], at + 1
@@ -99,7 +98,7 @@ def _given(config_class: type, words: list[str]) -> Iterator[tuple[str, str | No
 
 
 def _list_advice(config_class: type, path: str, before: list[str], rest: list[str]) -> str | None:
-    """Where a list was given as several words: how to write it. `path` is the last setting in `before`."""
+    """How to write a list, if it was given as several words. `path` is the last setting in `before`."""
     setting = setting_at(config_class, path)
     if not path or setting is None or item_in(setting.annotation, list) is None:
         return None
@@ -117,7 +116,7 @@ def _advice(word: str) -> str:
 
 
 def _change(config_class: type, tree: dict[str, Any], path: str, text: str | None) -> None:
-    """Sets the setting in the tree. Parts of the tree that it changes are copied, as aliases may share them."""
+    """Sets the setting in the tree. Copies the parts of the tree that it changes, because aliases may share them."""
     node, annotation, rest, done = tree, config_class, path, ""
     while True:
         step = _step(annotation, node, rest)
@@ -138,18 +137,18 @@ def _change(config_class: type, tree: dict[str, Any], path: str, text: str | Non
     value = _value(annotation, text, path)
     node[name] = _merged(annotation, node.get(name), value)
     for pair in getattr(config_class, "either", ()):
-        said = {one for one in pair if one == path or _says(path, value, one)}
-        for other in set(pair) - said if said else ():
+        given = {one for one in pair if one == path or _contains(path, value, one)}
+        for other in set(pair) - given if given else ():
             _remove(tree, other.split("."))
 
 
-def _says(path: str, value: Any, other: str) -> bool:
-    """Whether `value`, given for the section `path`, has the setting `other` in it."""
+def _contains(path: str, value: Any, other: str) -> bool:
+    """Whether `value`, given for the section `path`, contains the setting `other`."""
     return other.startswith(f"{path}.") and found_in(value, other.removeprefix(f"{path}.")) is not None
 
 
 def _step(annotation: Any, node: Mapping[str, Any], path: str) -> tuple[str, Any] | None:
-    """The first name of a path below a setting, and the type of what it names; None if there is no such."""
+    """(the first name of a path below a setting, the type of the named setting); None if there is no such setting."""
     first = path.partition(".")[0]
     section = section_in(annotation)
     if section is not None:
@@ -163,7 +162,7 @@ def _step(annotation: Any, node: Mapping[str, Any], path: str) -> tuple[str, Any
 
 
 def _types(section: Any, node: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the settings in a section; of a choice, those of the type at hand."""
+    """The types of the settings in a section; for a choice, those of its present type."""
     if not is_choice_type(section):
         return hints_of(section)
     choices = section.get_known_choices()
@@ -191,7 +190,7 @@ def _remove(tree: dict[str, Any], names: list[str]) -> None:
 
 
 def _value(annotation: Any, text: str, path: str) -> Any:
-    """The plain value of a word. What takes text has it as it stands, but for quotes, and for a list where one fits."""
+    """The plain value of a word. A setting of text takes it literally, unless it is quoted or a fitting list."""
     is_quoted = text.startswith(("'", '"'))
     takes_text = any(member is str or get_origin(member) is Literal for member in members(annotation))
     if text in NULLS:
@@ -211,7 +210,7 @@ def _value(annotation: Any, text: str, path: str) -> Any:
 
 
 def _merged(annotation: Any, old: Any, new: Any) -> Any:
-    """A mapping for a section changes what it names, but where it names the type of a choice; all else replaces."""
+    """A mapping for a section changes the settings that it names, unless it names a type. Other values replace."""
     section = section_in(annotation)
     if section is None or not isinstance(old, Mapping) or not isinstance(new, Mapping):
         return new

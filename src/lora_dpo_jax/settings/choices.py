@@ -8,9 +8,9 @@ from lora_dpo_jax.settings.schema import hints_of, members
 
 
 def check_choices(config: Any, section: str = "") -> None:
-    """Raises ValueError for a field of the dataclass `config` that has none of the values of its Literal.
+    """Raises ValueError for a field of the dataclass `config` whose value is not in its Literal.
 
-    For scripts, which may give any value: values of files and commands are checked when they are decoded. `section` is
+    For scripts, which may give any value. Values of files and commands are checked when they are decoded. `section` is
     the path of `config` among the settings, such as "trainer".
     """
     for name, annotation in hints_of(type(config)).items():
@@ -26,6 +26,6 @@ def check_choice(setting: str, value: Any, choices: Collection[Any]) -> None:
 
 
 def _values(annotation: Any) -> tuple[Any, ...]:
-    """Of a Literal, or of one that may be null: None stands for null."""
+    """The values of a Literal, or of a Literal that may be null. None means null."""
     values = (typing.get_args(member) if member is not type(None) else (None,) for member in members(annotation))
     return tuple(value for some in values for value in some)

@@ -1,7 +1,7 @@
-"""The text of a config file: YAML of plain values, read so that nothing is lost in silence and nothing of it is quoted.
+"""Reads a config file: YAML of plain values. No value is lost silently, and no error quotes the text.
 
 A key that stands twice, a tag such as !include or !!python/object and a file that is no mapping are errors. An error
-says where, never what stands there: the file may be another than the user meant.
+gives the position, never the text: the path may lead to the wrong file, which may hold secrets.
 """
 
 import re
@@ -16,17 +16,17 @@ from lora_dpo_jax.places import spelled_alike
 from lora_dpo_jax.settings.decoding import Number, described, joined
 
 MOST_BYTES = 1 << 20  # of a config file
-MOST_VALUES = 100_000  # of a text, with what its aliases repeat
+MOST_VALUES = 100_000  # of a text, with those that its aliases repeat
 PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")}
 MERGE = "tag:yaml.org,2002:merge"
 
 
 class YamlError(ValueError):
-    """A text that is no YAML, or not of plain values. Says where in the text, and quotes nothing of it."""
+    """A text that is no YAML, or not of plain values. The message gives the position, and quotes no text."""
 
 
 def read_config_file(path: str) -> Mapping[str, Any]:
-    """The settings in the file. Raises ValueError that names it."""
+    """The settings in the file. Raises ValueError with the file's name."""
     try:
         with Path(path).open("rb") as file:
             content = file.read(MOST_BYTES + 1)
@@ -105,7 +105,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def _check(node: yaml.Node, path: str, sizes: dict[yaml.Node, int], above: set[yaml.Node]) -> int:
-    """Raises YamlError for what plain values cannot be; returns how many values there are."""
+    """Raises YamlError unless all values are plain. Returns the number of values."""
     if node in sizes:
         return sizes[node]
     if node in above:
@@ -146,7 +146,7 @@ def _place(mark: yaml.Mark) -> str:
 
 
 def _why(error: yaml.MarkedYAMLError, text: str) -> str:
-    """Where it is no YAML, and why; where a bracket or a quote is not closed, where it stands."""
+    """The position and the reason of an error; for an unclosed bracket or quote, the position where it opens."""
     where = error.problem_mark or error.context_mark
     opened = _unclosed(text, len(text) if where is None else where.index)
     if where is not None and where.index >= len(text):  # whose line may not exist
@@ -160,7 +160,7 @@ def _why(error: yaml.MarkedYAMLError, text: str) -> str:
 
 
 def _unclosed(text: str, end: int) -> str:
-    """Of the lists and mappings in brackets that are open at a place of the text, the innermost; "" if none is."""
+    """The innermost list or mapping in brackets that is open at the position `end` of the text; "" if none is."""
     opened = []
     try:
         for token in yaml.scan(text, _Loader):
@@ -179,7 +179,7 @@ def _unclosed(text: str, end: int) -> str:
 
 
 def _problem(error: yaml.MarkedYAMLError) -> str:
-    """PyYAML's own words, but for names and characters of the text."""
+    """PyYAML's own words, without names and characters of the text."""
     problem = error.problem or error.context or "it cannot be parsed"
     for word in ("alias", "anchor", "tag"):
         if word in problem:

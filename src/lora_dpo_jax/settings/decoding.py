@@ -1,7 +1,7 @@
-"""From plain values, as YAML has them, to the config of a command. Every setting is checked here by its type.
+"""From the plain values of YAML to the config of a command. Every setting is checked here by its type.
 
-A value is null only where the type says so, numbers are finite in float32, texts can be written to a file. What is
-wrong is a ValueError in one line that names the setting by its path.
+A value may be null only if its type allows it. Numbers must be finite in float32, and texts must fit into a file. A
+wrong value raises ValueError with one line that names the setting by its path.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from lora_dpo_jax.settings.other_names import unknown_setting
 from lora_dpo_jax.settings.plugins import import_plugins
 from lora_dpo_jax.settings.schema import default_of, hints_of, item_in, kind, members, section_in, settings_of
 
-MOST = 2**63  # whole numbers are below
-DEEPEST = 50  # of values that are free
+MOST = 2**63  # whole numbers are below it
+DEEPEST = 50  # levels in a value that may be of any type
 
 
 class SettingError(ValueError):
-    """A setting that cannot be as it is."""
+    """A setting that does not exist, or has a wrong value."""
 
     def __init__(self, path: str, text: str):
         super().__init__(f"{path}{text}")
@@ -34,11 +34,11 @@ class SettingError(ValueError):
 
 
 class MissingError(SettingError):
-    """A setting that must be given, and is not."""
+    """A required setting that is not given."""
 
 
 class Number(float):
-    """A number and how it was written: a text that looks like one keeps its zeros."""
+    """A number and its text, so that a text that looks like a number keeps its zeros."""
 
     def __new__(cls, text: str):
         number = super().__new__(cls, text)
@@ -49,21 +49,21 @@ class Number(float):
 
 
 def config_of(config_class: type, tree: Any) -> Any:
-    """Raises ValueError that names the setting, for what is unknown, missing, of another type or out of range."""
+    """Raises ValueError with the name of a setting that is unknown, missing, of another type or out of range."""
     if not isinstance(tree, Mapping):
         raise ValueError(f"settings are a mapping from their names to values; found {described(tree)}")
     import_named_modules(config_class, tree)
-    _refuse_disagreement(config_class, tree)
+    _check_agreement(config_class, tree)
     return _Decoder(config_class).section(config_class, tree, "")
 
 
 def settings_of_modules(config_class: type) -> list[str]:
-    """The settings that name modules to import first, as they may register types of the other settings."""
+    """The settings that name modules to import first, because these may register types of the other settings."""
     return [field.name for field in dataclasses.fields(config_class) if field.metadata.get("names_modules")]
 
 
 def import_named_modules(config_class: type, tree: Mapping[str, Any]) -> None:
-    """Raises ValueError that names the setting and the module, if one cannot be imported."""
+    """Raises ValueError with the names of the setting and the module if a module cannot be imported."""
     for name in settings_of_modules(config_class):
         if name in tree:
             import_plugins(name, _Decoder(config_class).value(hints_of(config_class)[name], tree[name], name))
@@ -71,7 +71,7 @@ def import_named_modules(config_class: type, tree: Mapping[str, Any]) -> None:
 
 
 def described(value: Any) -> str:
-    """What kind of value it is, without its content."""
+    """The type of a value in words, without its content."""
     if value is None:
         return "nothing"
     kinds = {Mapping: "a mapping", list: "a list", bool: "true or false", str: "a text", int | float: "a number"}
@@ -79,7 +79,7 @@ def described(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """In YAML's words, and short."""
+    """The value as YAML writes it, shortened."""
     if isinstance(value, Number):
         return value.text
     return {None: "null", True: "true", False: "false"}[value] if _is_constant(value) else _SHORT.repr(value)
@@ -100,10 +100,10 @@ def _is_constant(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Decoder:
-    root: type  # whose settings are known, for advice
+    root: type  # the class whose settings are known, for advice
 
     def value(self, annotation: Any, value: Any, path: str, default: Any = MISSING) -> Any:
-        """`default` is what the setting is where nothing is given: of a section, what is not given stays."""
+        """`default` is the setting's value if none is given. Settings of a section that are not given keep it."""
         if annotation is Any:
             return _plain(value, path, DEEPEST)
         if value is None:
@@ -126,7 +126,7 @@ class _Decoder:
         raise SettingError(path, f"={shown(value)} must be {kind(annotation)}")
 
     def one(self, annotation: Any, value: Any, path: str, default: Any) -> Any:
-        """Of a type that is no union."""
+        """Decodes a value of a type that is no union."""
         if is_choice_type(annotation):
             return self.choice(annotation, value, path, default)
         if dataclasses.is_dataclass(annotation):
@@ -166,11 +166,11 @@ class _Decoder:
             return section(**arguments)
         except SettingError:
             raise
-        except (ValueError, OSError) as error:  # what the section itself says of its values
+        except (ValueError, OSError) as error:  # the section's own checks of its values
             raise SettingError("", _placed(str(error), path, hints)) from error
 
     def choice(self, base: Any, value: Any, path: str, default: Any = MISSING) -> Any:
-        """A mapping with its `type`, or that alone."""
+        """Decodes a mapping with its `type`, or the type alone."""
         choices = base.get_known_choices()
         settings = {"type": value} if isinstance(value, str) else value
         if not isinstance(settings, Mapping):
@@ -187,7 +187,7 @@ class _Decoder:
 
     def list_of(self, item: Any, value: Any, path: str) -> list:
         if is_choice_type(item) and not isinstance(value, list):
-            value = [value]  # one that is alone needs no brackets
+            value = [value]  # a single item needs no brackets
         if not isinstance(value, list):
             raise SettingError(path, f"={shown(value)} must be {kind(list[item])}")
         return [self.value(item, entry, joined(path, str(number))) for number, entry in enumerate(value)]
@@ -210,7 +210,7 @@ class _Decoder:
         return made
 
     def _instead(self, path: str) -> str:
-        """For a name that others use for something else."""
+        """The advice for a name that other programs use for something else."""
         return "" if path != "model" else ". The base model is initialize_from_hf"
 
     def _missing(self, needed: list[tuple[str, Any]]) -> MissingError:
@@ -226,7 +226,7 @@ def _nested(name: str, below: list[str]) -> str:
 
 
 def _innermost(annotation: Any, path: str) -> tuple[str, Any]:
-    """Of a section without a default, the first setting in it that must be given."""
+    """The first required setting in a section without a default."""
     section = section_in(annotation)
     if section is None or is_choice_type(section):
         return path, annotation
@@ -235,8 +235,8 @@ def _innermost(annotation: Any, path: str) -> tuple[str, Any]:
     return (path, annotation) if name is None else _innermost(hints_of(section)[name], joined(path, name))
 
 
-def _refuse_disagreement(config_class: type, tree: Mapping[str, Any]) -> None:
-    """For settings that are two ways to say one thing."""
+def _check_agreement(config_class: type, tree: Mapping[str, Any]) -> None:
+    """Raises ValueError if two names of one setting have different values."""
     for names in getattr(config_class, "either", ()):
         first, second = (found_in(tree, name) for name in names)
         if None not in (first, second) and first != second:
@@ -251,7 +251,7 @@ def found_in(tree: Any, path: str) -> Any:
 
 
 def _placed(message: str, path: str, names: Mapping[str, Any]) -> str:
-    """The message of a section about its values, with the whole path of what it names."""
+    """The message of a section about its values, with the whole path of the setting that it names."""
     if not path or re.search(rf"(?<![\w.]){re.escape(path)}\b", message):
         return message
     first = (re.match(r"\w+", message) or [""])[0]
@@ -328,7 +328,7 @@ def _name(key: Any, path: str) -> str:
 
 
 def _plain(value: Any, path: str, deepest: int) -> Any:
-    """A value of any type, of YAML's types alone."""
+    """A checked value of any of YAML's types."""
     if not deepest:
         raise SettingError(path, " is nested too deeply")
     if isinstance(value, Mapping):

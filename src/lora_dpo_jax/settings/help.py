@@ -1,4 +1,4 @@
-"""The text of --help: each setting once, with its default and what its config class says of it."""
+"""The text of --help: each setting once, with its default and its comment in the config class."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ INDENT = " " * 8
 
 
 def help_text(config_class: type) -> str:
-    """In as many columns as the terminal has."""
+    """The text, as wide as the terminal, but at most WIDEST columns."""
     width = min(WIDEST, shutil.get_terminal_size().columns)
     lines = [
         f"usage: {shlex.join(launched_as())} [--config_path FILE.yaml] [--SETTING VALUE ...]",
@@ -26,7 +26,7 @@ def help_text(config_class: type) -> str:
         *_wrapped(_about(config_class), width, ""),
         "",
         *_wrapped(
-            "Settings stand in the file, and those of the command line change it: --lora.r 16, or "
+            "Settings are in the file, and those of the command line change it: --lora.r 16, or "
             "--lora '{r: 16, alpha: 32}'. NAME is a name of your choice. docs/configuration.md says more.",
             width,
             "",
@@ -65,7 +65,7 @@ def _default(setting: Setting) -> str:
 
 
 def _short(annotation: Any) -> str:
-    """The values that it takes, in a word."""
+    """The allowed values, in a word."""
     return "|".join(_one(member) for member in members(annotation) if member is not type(None))
 
 

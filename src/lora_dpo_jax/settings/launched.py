@@ -1,4 +1,4 @@
-"""How this process was started, as one would type it."""
+"""The command that started this process, as a user would type it."""
 
 import shlex
 import shutil

@@ -1,10 +1,10 @@
-"""What a setting that is not known may have meant: a near name, or the name here of what others call so."""
+"""Suggestions for an unknown setting: a similar name, or the name here of another program's setting."""
 
 import difflib
 
 from lora_dpo_jax.settings.schema import NAME, NUMBER, Setting, settings_of
 
-# A setting here, more on it, and what TRL, transformers, PEFT, axolotl, LLaMA-Factory and Levanter call it.
+# (a setting here, a note on it): its names in TRL, transformers, PEFT, axolotl, LLaMA-Factory and Levanter.
 _NAMES_ELSEWHERE = {
     ("initialize_from_hf", ""): (
         "model_name_or_path pretrained_model_name_or_path model_name model_id model_path base_model"
@@ -113,17 +113,17 @@ MOST = 3  # names in an answer
 
 
 def unknown_setting(config_class: type, path: str) -> tuple[str, str]:
-    """`path`, and what to say of it: that it is no setting of the command, and what may have been meant."""
+    """(`path`, the rest of the message): it is no setting of the command, and which setting may have been meant."""
     settings = settings_of(config_class)
     name = path.rpartition(".")[2].replace("-", "_").lower()
     readable = path if path.isprintable() else repr(path)
     known = {"config_path", "beta", *(setting.path for setting in settings), *_sections(settings)}
     if name in OTHER_NAMES and OTHER_NAMES[name][0] in known and OTHER_NAMES[name][0] != path:
         setting, more = OTHER_NAMES[name]
-        return readable, f" is no setting. Here it is {_in_place_of(setting, path)}{more}"
+        return readable, f" is no setting. Here it is {_filled(setting, path)}{more}"
     if name == "config_path":
         return readable, " is no setting. Write --config_path"
-    if of := [setting.types for setting in settings if _in_place_of(setting.path, path) == path and setting.types]:
+    if of := [setting.types for setting in settings if _filled(setting.path, path) == path and setting.types]:
         return readable, f" is a setting of type {' and '.join(of[0])} alone, and the type here is another"
     near = _nearest(path, name, settings)
     if near:
@@ -133,7 +133,7 @@ def unknown_setting(config_class: type, path: str) -> tuple[str, str]:
 
 def setting_at(config_class: type, path: str) -> Setting | None:
     """The setting that a path names, with the user's own names in it."""
-    return next((found for found in settings_of(config_class) if _in_place_of(found.path, path) == path), None)
+    return next((found for found in settings_of(config_class) if _filled(found.path, path) == path), None)
 
 
 def _sections(settings: tuple[Setting, ...]) -> set[str]:
@@ -141,8 +141,8 @@ def _sections(settings: tuple[Setting, ...]) -> set[str]:
 
 
 def _nearest(path: str, name: str, settings: tuple[Setting, ...]) -> list[str]:
-    paths = [_in_place_of(setting.path, path) for setting in settings]
-    paths += [section for section in dict.fromkeys(_in_place_of(each.section, path) for each in settings) if section]
+    paths = [_filled(setting.path, path) for setting in settings]
+    paths += [section for section in dict.fromkeys(_filled(each.section, path) for each in settings) if section]
     alike = [found for found in paths if found.rpartition(".")[2] == name]
     siblings = [found for found in paths if found.rpartition(".")[0] == path.rpartition(".")[0]]
     near = difflib.get_close_matches(path, siblings, MOST, 0.75)
@@ -153,8 +153,8 @@ def _nearest(path: str, name: str, settings: tuple[Setting, ...]) -> list[str]:
     return list(dict.fromkeys(near))[:MOST]
 
 
-def _in_place_of(pattern: str, path: str) -> str:
-    """The pattern with the names of the path where the pattern leaves them open."""
+def _filled(pattern: str, path: str) -> str:
+    """The pattern with the path's own names in the places of NAME and N."""
     parts = pattern.split(".")
     for place, (part, given) in enumerate(zip(parts, path.split("."), strict=False)):
         if part in (NAME, NUMBER):

@@ -10,7 +10,7 @@ def import_plugins(setting: str, names: Sequence[str]) -> None:
     """Imports modules from sys.path or the current folder. Raises ValueError that names the setting and the module."""
     here = os.getcwd()
     if names and here not in sys.path and "" not in sys.path:
-        sys.path.append(here)  # `python -m` has it there already, a console script has not
+        sys.path.append(here)  # `python -m` has put it there already, a console script has not
     for name in names:
         if not all(part.isidentifier() for part in name.split(".")):
             raise ValueError(f"{setting}: {name!r} is no module's name; write it as in `import my_package.losses`")

@@ -25,9 +25,9 @@ class Setting:
 
     path: str  # trainer.mesh.axes, data.components.NAME.source.train_urls, trainer.checkpointer.keep.N.every
     annotation: Any
-    default: Any  # dataclasses.MISSING where one must be given
+    default: Any  # dataclasses.MISSING if a value must be given
     comment: str
-    types: tuple[str, ...] = ()  # of a choice: those that have it, where not all do
+    types: tuple[str, ...] = ()  # of a choice: the types that have this setting, if not all have it
 
     @property
     def section(self) -> str:
@@ -40,7 +40,7 @@ class Setting:
 
 @functools.cache
 def settings_of(config_class: type) -> tuple[Setting, ...]:
-    """Each setting once: those of a section, then those of the sections in it."""
+    """Each setting once: first those of a section, then those of the sections in it."""
     return tuple(_of_section(config_class, "", MISSING))
 
 
@@ -52,7 +52,7 @@ def hints_of(section: type) -> dict[str, Any]:
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """Of a union its members, else the type itself."""
+    """The members of a union, or the type itself."""
     is_union = typing.get_origin(annotation) in (Union, types.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
 
@@ -82,14 +82,14 @@ def default_of(field: dataclasses.Field) -> Any:
 
 
 def kind(annotation: Any) -> str:
-    """What it takes, for a sentence: "a list of texts or a text, or null"."""
+    """The values that a setting takes, for a sentence: "a list of texts or a text, or null"."""
     named = [_kind(member) for member in members(annotation) if member is not type(None)]
     return " or ".join(named) + (", or null" if type(None) in members(annotation) else "")
 
 
 @functools.cache
 def comments_of(section: type) -> dict[str, str]:
-    """By field, what its source says of it: the comment above it, then the one beside it."""
+    """The comment of each field in the source: the comment above it, then the one beside it."""
     found: dict[str, str] = {}
     for base in reversed(section.__mro__):
         if dataclasses.is_dataclass(base):
@@ -123,7 +123,7 @@ def _plural(annotation: Any) -> str:
 
 
 def _of_section(section: type, prefix: str, defaults: Any) -> Iterator[Setting]:
-    """`defaults` is an instance, or MISSING where the fields' own defaults count."""
+    """`defaults` is an instance, or MISSING if the fields' own defaults count."""
     if is_choice_type(section):
         yield from _of_choice(section, prefix, defaults)
         return

@@ -26,7 +26,7 @@ class NoTrackerConfig(TrackerConfig):
 
 
 def check_trackers(configs: Sequence[TrackerConfig]) -> None:
-    """Raises ValueError where two are of one kind."""
+    """Raises ValueError if two are of one kind."""
     kinds = [TrackerConfig.get_choice_name(type(config)) for config in configs]
     if len(set(kinds)) < len(kinds):
         raise ValueError(f"trainer.tracker names {', '.join(kinds)}; each may be named once.")
@@ -35,8 +35,8 @@ def check_trackers(configs: Sequence[TrackerConfig]) -> None:
 def start_trackers(configs: Sequence[TrackerConfig], *, run_dir: Path, run_id: str, resolved_config: dict) -> Tracker:
     """Start all of `configs`, and metrics.jsonl in `run_dir`, as one tracker. A resumed run appends to its files.
 
-    Values may be numbers or arrays of one number, of any array library. On the other processes of a run on several
-    hosts, the tracker takes everything and writes nothing.
+    Values may be numbers or arrays of one number, of any array library. On processes other than the first, the tracker
+    accepts everything and writes nothing.
     """
     check_trackers(configs)
     if jax.process_index() != 0:
@@ -70,7 +70,7 @@ class _Composite(Tracker):
             tracker.log_config(config)
 
     def finish(self, *, exit_code: int = 0) -> None:
-        # The stack calls every one of them, even after one has raised.
+        # The stack finishes every tracker, even after one has raised.
         with ExitStack() as stack:
             for tracker in self._trackers:
                 stack.callback(tracker.finish, exit_code=exit_code)

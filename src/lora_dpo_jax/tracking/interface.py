@@ -1,4 +1,4 @@
-"""What takes a run's metrics, and the settings of one that is asked for."""
+"""Trackers, which take a run's metrics, and their settings."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """`step` counts from 0. wandb drops what comes for a step below the last one; metrics.jsonl keeps all."""
+        """`step` counts from 0. wandb drops metrics of a step below the last one; metrics.jsonl keeps all."""
 
     @abstractmethod
     def log_summary(self, metrics: Mapping[str, float]) -> None:
@@ -22,11 +22,11 @@ class Tracker(ABC):
 
     @abstractmethod
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """Settings that became known after the start, on top of those the tracker was started with."""
+        """Adds settings that became known after the start to those that the tracker was started with."""
 
     @abstractmethod
     def finish(self, *, exit_code: int = 0) -> None:
-        """Write out what is still held. Nothing may be logged afterwards."""
+        """Writes out everything that is still buffered. Nothing may be logged afterwards."""
 
     def __enter__(self) -> "Tracker":
         return self
@@ -37,21 +37,21 @@ class Tracker(ABC):
 
 @dataclass(frozen=True)
 class TrackerConfig(draccus.ChoiceRegistry, ABC):
-    """One place that metrics go to besides metrics.jsonl."""
+    """One destination of metrics besides metrics.jsonl."""
 
     @abstractmethod
     def start(self, *, run_dir: Path, run_id: str, resolved_config: dict) -> Tracker: ...
 
     def check_packages(self) -> None:
-        """Raises ImportError where `start` would, for want of a package."""
+        """Raises ImportError if `start` would, because a package is missing."""
 
 
-# A list and no tuple: draccus 0.11 loses the types of a tuple of two when it writes them.
+# A list, not a tuple: draccus 0.11 loses the types of a tuple of two when it writes them.
 TrackerConfigs = list[TrackerConfig]
 
 
 def as_number(name: str, value: Any) -> float:
-    """Of a number, or an array of one number of any array library. Raises TypeError for anything else."""
+    """The value of a number, or of an array of one number of any array library. Raises TypeError for anything else."""
     if hasattr(value, "item") and getattr(value, "size", 1) == 1:
         value = value.item()
     if not isinstance(value, int | float):

@@ -1,4 +1,4 @@
-"""metrics.jsonl in the run's folder: a step and its metrics a line."""
+"""metrics.jsonl in the run's folder. Each line has a step and its metrics."""
 
 import json
 import logging
@@ -57,25 +57,25 @@ def cut_metrics(run_dir: Path, step: int) -> list[dict[str, Any]]:
     read = [_read_metrics(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
     stays = [entry["step"] < step for entry in read]
     if not all(stays):
-        logger.info("%s: %d lines from step %d on are taken out", path, stays.count(False), step)
+        logger.info("%s: %d lines from step %d on are removed", path, stays.count(False), step)
         replace_file(path, b"".join(line for line, stay in zip(lines, stays, strict=True) if stay))
     return [entry for entry, stay in zip(read, stays, strict=True) if stay]
 
 
 def _read_metrics(line: bytes, origin: str) -> dict[str, Any]:
-    """A step and its metrics, numbers or null. Raises ValueError that names the line."""
+    """A step and its metrics, numbers or null. Raises ValueError with the number of the line."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{origin}: is not JSON ({error}); remove the line to resume this run") from error
     step = entry.get("step") if isinstance(entry, dict) else None
     if type(step) is not int or not all(x is None or isinstance(x, int | float) for x in entry.values()):
-        raise ValueError(f"{origin}: is no step and its metrics, all numbers; remove the line to resume this run")
+        raise ValueError(f"{origin}: must hold a step and its metrics, all numbers; remove the line to resume this run")
     return entry
 
 
 def _drop_torn_line(path: Path) -> None:
-    """A run that was killed may have left half a line, which would spoil the next one too."""
+    """Removes an unfinished last line, which a killed run may leave, and which would spoil the next line too."""
     if path.exists():
         with path.open("rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)

@@ -1,4 +1,4 @@
-"""How far a run is, on the terminal or in the log."""
+"""Shows the progress of a run, on the terminal or in the log."""
 
 import logging
 import sys
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class ProgressBar:
-    """How far a run is: a bar where stderr is a terminal, elsewhere a log line, at level INFO, per logged step."""
+    """The progress of a run: a bar if stderr is a terminal, else a log line at level INFO for each logged step."""
 
     def __init__(self, total_steps: int, *, initial: int = 0, stream: TextIO | None = None):
         """`initial` is the number of steps already done, of a resumed run."""
@@ -28,7 +28,7 @@ class ProgressBar:
             self._bar = tqdm(total=total_steps, initial=initial, file=stream, unit="step", dynamic_ncols=True)
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Step `step`, counted from 0, is done. Give metrics, named as they are logged, where they are at hand."""
+        """Reports that `step`, counted from 0, is done. `metrics`, if available, have the names that are logged."""
         now = time.monotonic()
         if self._first is None:
             self._first = (step, now)

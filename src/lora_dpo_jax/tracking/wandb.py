@@ -14,14 +14,14 @@ from lora_dpo_jax.tracking.interface import Tracker, TrackerConfig
 @TrackerConfig.register_subclass("wandb")
 @dataclass(frozen=True)
 class WandbConfig(TrackerConfig):
-    """Weights & Biases. What is null is left to wandb: its environment variables, then its own defaults."""
+    """Weights & Biases. A null setting is left to wandb: its environment variables, then its own defaults."""
 
-    project: str | None = None  # that the run belongs to
+    project: str | None = None  # the project of the run
     entity: str | None = None  # the user or team
     name: str | None = None  # the name shown; null is the run's id
-    group: str | None = None  # of runs
+    group: str | None = None  # a group of runs
     tags: list[str] = field(default_factory=list)  # of the run
-    mode: Literal["online", "offline", "disabled"] | None = None  # null: online, unless the environment says other
+    mode: Literal["online", "offline", "disabled"] | None = None  # null: online, unless the environment sets a mode
     id: str | None = None  # null is the run's id, so that a resumed run continues its curves
 
     def start(self, *, run_dir: Path, run_id: str, resolved_config: dict) -> Tracker:
@@ -37,7 +37,7 @@ class WandbConfig(TrackerConfig):
                     tags=self.tags,
                     mode=self.mode,
                     id=self.id or run_id,
-                    # An offline run cannot be looked up; wandb warns when asked to. Syncing continues it by id.
+                    # wandb cannot look up an offline run, and warns if asked to. Syncing resumes the run by its id.
                     resume=None if self.mode == "offline" else "allow",
                     dir=str(run_dir),
                     config=resolved_config,
@@ -70,7 +70,7 @@ class _WandbTracker(Tracker):
 
 @contextmanager
 def _redacted_arguments() -> Iterator[None]:
-    """While wandb starts: it notes down the command line."""
+    """Redacts the command line while wandb starts, because wandb stores it."""
     arguments = sys.argv
     sys.argv = [redact(argument) for argument in arguments]
     try:
