@@ -17,8 +17,8 @@ from lora_dpo_jax.huggingface.tensors import TensorInfo, write_shards
 from lora_dpo_jax.huggingface.weights import read_config
 from lora_dpo_jax.models import CausalLM, ComputeConfig, DecoderConfig, config_from_hf
 from lora_dpo_jax.models.compute import DEFAULT_COMPUTE
-from lora_dpo_jax.parameters import Parameter, map_parameters
 from lora_dpo_jax.sharding import Placement
+from lora_dpo_jax.tensor_names import Parameter, map_parameters
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # in safetensors' words
 STD = SHAPES["22m"]["initializer_range"]

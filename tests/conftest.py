@@ -3,6 +3,7 @@
 `--without-torch` chooses the tests that need none, for an environment that lacks it.
 """
 
+import ctypes
 import gc
 import os
 import sys
@@ -22,7 +23,7 @@ os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     PROGRAMS = tempfile.TemporaryDirectory(prefix="programs_of_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
@@ -46,6 +47,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def little_memory() -> Iterator[None]:
     """Programs of earlier files fill a worker's memory otherwise; one that is needed again is read from the cache."""
@@ -55,6 +62,8 @@ def little_memory() -> Iterator[None]:
     if resident > MOST_MEMORY and "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what was freed otherwise
+            libc.malloc_trim(0)
 
 
 @pytest.fixture

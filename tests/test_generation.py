@@ -287,12 +287,12 @@ def test_the_command_completes_raw_text(llama, tmp_path):
 
 
 def test_the_command_reads_a_config_file(llama, tmp_path):
-    template = "{% for m in messages %}{{ m['content'] }}{{ mark }}{% endfor %}"
+    template = "{% for m in messages %}{{ m['content'] }}{{ mark }}{% endfor %}{{ '?' if add_generation_prompt }}"
     config = {
         "model": str(FOLDER),
         "prompts": ["Hi"],
         "chat_template": template,
-        "chat_template_kwargs": {"mark": "!"},
+        "chat_template_kwargs": {"mark": "!", "add_generation_prompt": False},
     }
     (tmp_path / "generate.yaml").write_text(json.dumps(config))
     expected = complete(llama, TOKENIZER, ["Hi!"], dataclasses.replace(GREEDY, max_new_tokens=5), chat=False)
@@ -413,11 +413,11 @@ def test_messages_of_a_file_are_read_as_those_that_are_trained_on(rendered, tmp_
         ({"chat_template": "x" * 5000}, "chat_template='xx.* is neither"),
         ({"chat_template": "BINARY"}, "chat_template=.*cannot be read as UTF-8"),
         ({"chat_template": "{% for m in messages %}"}, r"prompts\[0\]: the chat template is not valid Jinja: line 1"),
-        ({"chat_template": "{{ raise_exception('no') }}"}, r"prompts\[0\]: the chat template refuses it: no"),
+        ({"chat_template": "{{ raise_exception('no') }}"}, r"prompts\[0\]: the chat template rejects it: no"),
         ({"prompts": ["a", "b\udcff"]}, r"prompts\[1\]: holds half of a surrogate pair"),
         (
             {"prompts": [], "prompts_file": "LINES", "chat_template": "{{ 1 / 0 }}"},
-            "line 2: the chat template refuses it",
+            "line 2: the chat template rejects it",
         ),
         ({"prompts_file": "ROWS"}, r"row 3: .*content"),
         ({"prompts_file": "ROWS", "system": "x"}, "row 3"),

@@ -16,7 +16,7 @@ ROOT = Path(lora_dpo_jax.__file__).parent
 # From the bottom up. A name stands for a module or for all of a package. Modules of one layer know nothing of each
 # other; what a package does inside is its own affair.
 LAYERS = [
-    ["axes", "files", "json_objects", "objective", "parameters", "places", "printable"],
+    ["axes", "files", "json_objects", "objective", "places", "printable", "tensor_names"],
     ["redaction"],
     ["settings"],
     ["lora", "losses", "processes", "sharding", "tracking"],
@@ -169,3 +169,9 @@ def test_no_module_is_called_utils():
 )
 def test_every_way_of_importing_is_seen(source, found):
     assert imports_of(source, "lora_dpo_jax.data.batches", is_package=False) == found
+
+
+def test_contributing_lists_every_room():
+    table = (ROOT.parents[1] / "CONTRIBUTING.md").read_text()
+    names = [name for layer in LAYERS for name in layer]
+    assert [name for name in names if f"`{name}.py`" not in table and f"`{name}/`" not in table] == []

@@ -63,6 +63,7 @@ SECRETS = [
     ("main --hf_token abcdefgh --seed 1", "main --hf_token *** --seed 1"),
     ("aws_secret_access_key = ab1CD2ef3GH4", "aws_secret_access_key = ***"),
     ("password: hunter2", "password: ***"),
+    ("key: api_key = ab1CD2ef3GH4", "key: api_key = ***"),
     ("api_key: abcdefgh\nseed: 1", "api_key: ***\nseed: 1"),
     ("curl -H 'X-Auth-Token: abcdefgh' https://x", "curl -H 'X-Auth-Token: ***' https://x"),
     ("Set-Cookie: session=abcdefgh; Path=/", "Set-Cookie: ***"),

@@ -118,7 +118,7 @@ def encode_prompt(
     except TemplateSyntaxError as error:
         raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
     except Exception as error:  # a template is a program, and may raise any type for odd messages
-        raise ValueError(f"the chat template refuses it: {error}") from error
+        raise ValueError(f"the chat template rejects it: {error}") from error
 
 
 def _check_surrogates(prompt: str | Sequence[Message]) -> None:

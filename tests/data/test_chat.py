@@ -227,7 +227,7 @@ def test_a_prompt_rendered_otherwise_before_a_response_is_refused_by_number(make
 
 
 def test_messages_that_the_template_refuses_are_malformed(make_tokenizer):
-    with pytest.raises(RowError, match=r"rows.jsonl, row 1: the chat template refuses it: no cats"):
+    with pytest.raises(RowError, match=r"rows.jsonl, row 1: the chat template rejects it: no cats"):
         tokenized(make_tokenizer(), ROWS["messages"][0], template="{{ raise_exception('no cats') }}")
 
 

@@ -23,7 +23,7 @@ from lora_dpo_jax.models import CausalLM, ComputeConfig, PackedMask
 from lora_dpo_jax.models.layers import DecoderLayer
 from lora_dpo_jax.models.mlp import Mlp
 from lora_dpo_jax.models.stack import LayerStack
-from lora_dpo_jax.parameters import Parameter, map_parameters
+from lora_dpo_jax.tensor_names import Parameter, map_parameters
 
 Expert, Row, Pos = Axis("experts", 3), Axis("row", 2), Axis("position", 8)
 TOKENS = hax.named(np.random.default_rng(0).integers(0, VOCAB, (2, 8), dtype=np.int32), (Row, Pos))

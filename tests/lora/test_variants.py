@@ -35,7 +35,7 @@ from lora_dpo_jax.lora import (
 )
 from lora_dpo_jax.lora.adapter import names_of, stack_axes
 from lora_dpo_jax.lora.variants import ADAPTERS
-from lora_dpo_jax.parameters import axes_of
+from lora_dpo_jax.tensor_names import axes_of
 
 CONFIG = LoraConfig(r=4, alpha=8.0, target_modules=["q_proj", "layers.1.mlp.down_proj"])
 TOKENS = random_tokens(2, LENGTH)

@@ -16,7 +16,7 @@ from lora_dpo_jax.models import CachedMask, CausalLM, ComputeConfig, PackedMask
 from lora_dpo_jax.models import stack as stack_module
 from lora_dpo_jax.models.mlp import Mlp
 from lora_dpo_jax.models.stack import periods
-from lora_dpo_jax.parameters import Parameter, map_parameters
+from lora_dpo_jax.tensor_names import Parameter, map_parameters
 
 # Two turns of a period, and a layer that is left.
 CONFIG = dataclasses.replace(LLAMA, num_layers=5, sliding_windows=(5, None, 5, None, 5))

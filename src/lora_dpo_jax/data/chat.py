@@ -149,7 +149,7 @@ class ExampleTokenizer:
             whose = "the tokenizer's chat template" if self.chat_template is None else "format.chat_template"
             raise ValueError(f"{whose} is not valid Jinja: line {error.lineno}: {error.message}") from error
         except Exception as error:  # a template is a program, and may raise any type for odd messages
-            raise RowError("malformed", example.origin, f"the chat template refuses it: {error}") from error
+            raise RowError("malformed", example.origin, f"the chat template rejects it: {error}") from error
         _reject_surrogates(text, example.origin)
         return text
 

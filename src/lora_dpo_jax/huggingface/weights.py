@@ -31,7 +31,7 @@ from lora_dpo_jax.lora import linear_layers, unwrapped
 from lora_dpo_jax.models import CausalLM, ComputeConfig, DecoderConfig, config_from_hf
 from lora_dpo_jax.models.compute import DEFAULT_COMPUTE
 from lora_dpo_jax.models.quantization import QuantizedWeight, quantize_weight
-from lora_dpo_jax.parameters import Parameter, map_parameters
+from lora_dpo_jax.tensor_names import Parameter, map_parameters
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from haliax import Axis, NamedArray
 from haliax.axis import AxisSpec
 
 from lora_dpo_jax.lora.config import LoraConfig
-from lora_dpo_jax.parameters import axes_of
+from lora_dpo_jax.tensor_names import axes_of
 
 
 class Factor(NamedTuple):

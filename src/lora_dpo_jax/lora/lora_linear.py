@@ -15,7 +15,7 @@ from lora_dpo_jax.axes import RANK
 from lora_dpo_jax.lora.adapter import Adapter, Factor, names_of, stack_axes
 from lora_dpo_jax.lora.config import LoraConfig
 from lora_dpo_jax.lora.dropout import dropout
-from lora_dpo_jax.parameters import axes_of
+from lora_dpo_jax.tensor_names import axes_of
 
 LOW_RANK = "low_rank"  # the name of A x in checkpointing policies
 

@@ -9,7 +9,7 @@ import jax
 
 from lora_dpo_jax.lora.adapter import Adapter, stack_axes, unwrapped
 from lora_dpo_jax.lora.variants import is_adaptable
-from lora_dpo_jax.parameters import checkpoint_names
+from lora_dpo_jax.tensor_names import tensor_names
 
 M = TypeVar("M")
 
@@ -36,7 +36,7 @@ def map_linear_layers(fn: Callable[[Any, list[str]], Any], model: M) -> M:
         return isinstance(node, Adapter) or is_adaptable(node)
 
     def visit(path: tuple, node: Any) -> Any:
-        return fn(node, checkpoint_names(path, model)) if is_layer(node) else node
+        return fn(node, tensor_names(path, model)) if is_layer(node) else node
 
     return jax.tree_util.tree_map_with_path(visit, model, is_leaf=is_layer)
 
@@ -53,7 +53,7 @@ def unadaptable_layers(model: Any) -> dict[str, str]:
     def visit(path: tuple, node: Any) -> None:
         if not _is_linear(node):
             return
-        names, layer = checkpoint_names(path, model), unwrapped(node)
+        names, layer = tensor_names(path, model), unwrapped(node)
         kind = f"{type(layer).__module__}.{type(layer).__name__}"
         if not is_adaptable(layer):
             found.update(dict.fromkeys(names, f"no adapter knows {kind}"))

@@ -28,8 +28,8 @@ from lora_dpo_jax.printable import printable
 from lora_dpo_jax.processes.exchange import is_first_process
 from lora_dpo_jax.runs.assembly import Data, load_data, pair_scorer, placement_of, reference_log_probs
 from lora_dpo_jax.runs.base import Base, check_models, folder_of, load_base, load_peft_adapter
-from lora_dpo_jax.runs.caches import keep_compiled_programs
 from lora_dpo_jax.runs.checks import refuse_unfit_data
+from lora_dpo_jax.runs.compiled_programs import keep_compiled_programs
 from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.runs.identity import refuse_other_settings
 from lora_dpo_jax.runs.outputs import check_writable

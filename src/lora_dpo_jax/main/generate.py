@@ -45,7 +45,8 @@ TAKEN = {
     name
     for function in (complete, encode_prompt, PreTrainedTokenizerBase.apply_chat_template)
     for name in inspect.signature(function).parameters
-} | {"messages"} - OPTIONS
+    if name not in OPTIONS
+} | {"messages"}
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 
 

@@ -20,8 +20,8 @@ from lora_dpo_jax.processes.stalls import StallMonitor
 from lora_dpo_jax.runs.announcement import announce, parameter_counts
 from lora_dpo_jax.runs.assembly import Run, assemble, load_data, pair_scorer, placement_of, reference_log_probs
 from lora_dpo_jax.runs.base import check_models
-from lora_dpo_jax.runs.caches import keep_compiled_programs
 from lora_dpo_jax.runs.checks import StepCheck, first_loss_tolerance, refuse_non_finite
+from lora_dpo_jax.runs.compiled_programs import keep_compiled_programs
 from lora_dpo_jax.runs.config import TrainConfig, resolved_settings, with_zero_init
 from lora_dpo_jax.runs.exports import Exports, has_own_tokenizer
 from lora_dpo_jax.runs.identity import refuse_other_settings, run_identity

@@ -28,7 +28,7 @@ import numpy as np
 from haliax import Axis, NamedArray
 from haliax.axis import AxisSpec
 
-from lora_dpo_jax.parameters import axes_of
+from lora_dpo_jax.tensor_names import axes_of
 
 M = TypeVar("M")
 W = TypeVar("W", bound="QuantizedWeight")

@@ -1,6 +1,7 @@
 """Lets one process at a time work on a run. A file in the run's folder names it, and changes as long as it lives.
 
-    {"run": "my-run", "host": "node-1", "process": 4711, "kernel": "...", "started": 8154, "token": "...", "sign": 12}
+    {"run": "my-run", "host": "node-1", "process": 4711, "kernel": "...", "started": 8154, "since": "2026-08-01 12:00",
+     "token": "...", "sign": 12}
 
 A process of this machine is looked up by its number and its start, so a run that was killed is taken over at once. The
 file of another machine's process is watched: if it changes within SILENCE_SECONDS, that process is at work.

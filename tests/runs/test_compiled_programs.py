@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 
 from lora_dpo_jax.files import cache_folder
-from lora_dpo_jax.runs.caches import keep_compiled_programs
+from lora_dpo_jax.runs.compiled_programs import keep_compiled_programs
 
 
 def test_a_folder_for_programs_that_was_chosen_is_kept(tmp_path):

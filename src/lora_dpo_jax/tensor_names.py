@@ -65,7 +65,7 @@ def map_parameters(fn: Callable[[Parameter], Any], model: M) -> M:
         if not is_layer(layer):
             return layer
         fields = [field for field in ("weight", "bias") if getattr(layer, field, None) is not None]
-        names = checkpoint_names(path, model)
+        names = tensor_names(path, model)
         arrays = [
             fn(Parameter(tuple(f"{name}.{field}" for name in names), getattr(layer, field).axes, _sides(layer, field)))
             for field in fields
@@ -75,7 +75,7 @@ def map_parameters(fn: Callable[[Parameter], Any], model: M) -> M:
     return jax.tree_util.tree_map_with_path(visit, model, is_leaf=is_layer)
 
 
-def checkpoint_names(path: tuple, model: Any) -> list[str]:
+def tensor_names(path: tuple, model: Any) -> list[str]:
     """The dotted names of the node at `path`: one, or one for each slice of the stacks that hold the node."""
     names, node, at = [""], model, 0
     while at < len(path):
