@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 from torch_users import FIXTURES, needs_torch
+from xla_flags import EIGHT_DEVICES
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling takes most of the tests' time; level 0 halves it and computes the same.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = f"{EIGHT_DEVICES} {os.environ.get('XLA_FLAGS', '')}"
 # One cache of compiled programs for all tests and the processes that they start, gone when the session ends. Workers of
 # xdist inherit it from the process that starts them.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

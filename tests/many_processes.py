@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import jax
+from xla_flags import ONE_DEVICE
 
 
 def free_port() -> int:
@@ -22,7 +23,7 @@ def start(arguments: Sequence[str], *, count: int, **environment: str) -> list[s
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(count),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # most of a tiny run is compilation
+        "XLA_FLAGS": ONE_DEVICE,
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir or ""),
     }
     return [

@@ -31,6 +31,7 @@ from tiny_runs import (
     training_metrics,
     write_rows,
 )
+from xla_flags import ONE_DEVICE
 
 from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.main.errors import TRACEBACK
@@ -478,7 +479,7 @@ def test_the_config_of_levanters_guide_runs_without_torch_or_network(tmp_path):
     command = [sys.executable, "-c", WITHOUT_TEST_PACKAGES, "--config_path", "levanter.yaml"]
     command += ["--trainer.num_train_steps", "2", "--trainer.train_batch_size", "4", "--data.cache_dir", "cache"]
     # A proxy that is not there: whoever dials out fails.
-    offline = {"HF_HUB_OFFLINE": "1", "https_proxy": "http://127.0.0.1:9", "XLA_FLAGS": ""}
+    offline = {"HF_HUB_OFFLINE": "1", "https_proxy": "http://127.0.0.1:9", "XLA_FLAGS": ONE_DEVICE}
     no_cache = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     done = subprocess.run(command, cwd=tmp_path, env=no_cache | offline, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

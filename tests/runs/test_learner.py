@@ -32,7 +32,7 @@ def test_abstract_arrays_take_what_real_ones_do(axes):
     optimizer, lora = OptimizerConfig().build(10), LoraConfig(r=3, alpha=6.0)
     settings, precision = ModelConfig(**dataclasses.asdict(ComputeConfig())), TrainerConfig().precision_on("cpu")
     abstract = abstract_learner(Dpo(), optimizer, LLAMA, placement, lora=lora, model=settings, precision=precision)
-    policy = loraize(tiny_decoder(), lora, key=jax.random.key(0))
+    policy = loraize(tiny_decoder(attention="auto"), lora, key=jax.random.key(0))
     real = real_learner(Dpo(), optimizer, policy, placement, key=jax.random.key(1))
     assert bytes_of_a_device(abstract.state) == bytes_of_a_device(real.state)
 

@@ -11,6 +11,7 @@ import draccus
 import pytest
 import yaml
 from tiny_runs import preference_rows, run_config, write_rows
+from xla_flags import ONE_DEVICE
 
 PAGE = Path(__file__).parents[2] / "docs" / "library.md"
 
@@ -28,7 +29,9 @@ def folder(tmp_path_factory) -> Path:
 
 def output_of(folder: Path, *words: str) -> str:
     command = [sys.executable, *words]
-    done = subprocess.run(command, cwd=folder, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | {"XLA_FLAGS": ONE_DEVICE}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

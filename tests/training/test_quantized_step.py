@@ -83,7 +83,8 @@ def test_no_dequantized_layer_is_kept_for_the_backward_pass(gradient_checkpointi
         )
 
         def init(key):
-            model = quantize(CausalLM.init(config, ComputeConfig(gradient_checkpointing), key=key), "nf4")
+            compute = ComputeConfig(gradient_checkpointing, attention="dense")  # compiled soonest
+            model = quantize(CausalLM.init(config, compute, key=key), "nf4")
             return TrainState.init(loraize(model, LoraConfig(r=1), key=key), DESCENT, key=key)
 
         state = eqx.filter_eval_shape(init, jax.random.key(0))
