@@ -27,6 +27,7 @@ from lora_dpo_jax.processes.signals import RESTART_STATUS
 from lora_dpo_jax.runs.config import TrainConfig
 
 STEPS = 6
+SILENCE = 15  # seconds
 MAIN = "lora_dpo_jax.main"
 
 
@@ -56,8 +57,7 @@ def config_of(folder: Path, name: str, **settings) -> TrainConfig:
         reference_log_probs="cached",
         trainer__num_train_steps=STEPS,
         trainer__train_batch_size=8,
-        trainer__distributed={"heartbeat_timeout_seconds": 30},
-        **settings,
+        **{"trainer__distributed": {"heartbeat_timeout_seconds": 30}} | settings,
     )
 
 
@@ -225,7 +225,9 @@ def test_a_run_that_another_process_works_on_ends_on_all_processes(folder):
 
 
 def test_when_one_process_is_killed_the_other_ends_in_words(folder):
-    config = config_of(folder, "killed", trainer__id="killed")
+    config = config_of(
+        folder, "killed", trainer__id="killed", trainer__distributed={"heartbeat_timeout_seconds": SILENCE}
+    )
     other, victim = processes = signalled(config, signal.SIGKILL, victim=1)
     victim.wait(timeout=900)
     began = time.monotonic()
@@ -234,6 +236,6 @@ def test_when_one_process_is_killed_the_other_ends_in_words(folder):
     (status, _, told), (killed, _, _) = ended(processes)
     assert killed == -signal.SIGKILL
     assert status == RESTART_STATUS, told[-3000:]
-    assert re.search(r"process 1 of 2 \(.+\) has given no sign of life for 30 s: it was killed", told)
+    assert re.search(rf"process 1 of 2 \(.+\) has given no sign of life for {SILENCE} s: it was killed", told)
     assert "Start the same command again on all machines" in told and "Traceback" not in told
     assert seconds < 60

@@ -16,6 +16,7 @@ from chat_templates import CHATML
 from safetensors.numpy import load_file, save_file
 from tiny_runs import instruct_folder, preference_rows, read_metrics, run_config, training_metrics, write_rows
 
+from lora_dpo_jax.data.order import ExampleOrder, StepIds
 from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.main import evaluate
 from lora_dpo_jax.main.train import main
@@ -32,6 +33,7 @@ from lora_dpo_jax.training.step import TrainStep
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 ROWS = preference_rows(12)
+IN_ORDER = ExampleOrder((12,), seed=0, shuffle=False)
 # Steps in proportion to the gradients: those of plain AdamW would blow up what is nearly zero.
 SMOOTH = {"learning_rate": 0.1, "epsilon": 1.0, "lr_schedule": "constant"}
 
@@ -331,7 +333,7 @@ def test_auto_takes_the_way_of_fewer_forward_passes(
     computed.clear()
     caplog.set_level(logging.INFO)
     references, _ = references_of(run_config(tmp_path, rows, reference_log_probs=mode))
-    values = references.of_steps(pairs, [np.arange(4) + start for start in (0, 4, 8)] * epochs)
+    values = references.of_steps(pairs, StepIds(IN_ORDER, 4, num_steps=3 * epochs))
     (line,) = (r.getMessage() for r in caplog.records if r.getMessage().startswith("reference log-probs"))
     assert re.search(says, line)
     if computes is None:
@@ -342,28 +344,28 @@ def test_auto_takes_the_way_of_fewer_forward_passes(
 
 
 @pytest.mark.parametrize(
-    "known, batches, is_live",
+    "known, steps, is_live",
     [
-        (0, [range(5), range(5, 10), [10, 11]], True),
-        (0, [range(5), range(5, 10), [10, 11, 3, 0, 7]], True),  # filled up from the next epoch
-        (0, [range(5), range(5, 10), [10, 11, 3, 0, 7], [4]], True),
-        (0, [range(5), range(5, 10), [10, 11, 3, 0, 7], [4, 1]], False),
-        (1, [range(5), range(5, 10), [10, 11, 3, 0, 7]], False),
-        (12, [range(12)], False),
+        (0, StepIds(IN_ORDER, 5, num_steps=3, short_ends=True), True),
+        (0, StepIds(IN_ORDER, 5, num_steps=3), True),  # filled up from the next epoch
+        (0, StepIds(IN_ORDER, 5, num_steps=4, short_ends=True), False),
+        (0, StepIds(IN_ORDER, 5, num_steps=4), False),
+        (1, StepIds(IN_ORDER, 5, num_steps=3), False),
+        (12, StepIds(IN_ORDER, 12, num_steps=1), False),
     ],
 )
-def test_auto_is_live_for_one_epoch_of_which_nothing_is_cached(tmp_path, rows, computed, known, batches, is_live):
+def test_auto_is_live_for_one_epoch_of_which_nothing_is_cached(tmp_path, rows, computed, known, steps, is_live):
     references, (pairs,) = references_of(run_config(tmp_path, rows))
     if known:
         assert references.cache is not None
         references.cache.compute(references.reference, FakeScorer(pairs.subset(np.arange(known))))  # pyright: ignore[reportArgumentType]
-    found = references.of_steps(pairs, [np.array(batch) for batch in batches])
+    found = references.of_steps(pairs, steps)
     assert (found is None) is is_live
 
 
 def test_a_run_that_goes_on_takes_the_way_that_it_took(tmp_path, rows, computed):
     references, (pairs,) = references_of(run_config(tmp_path, rows))
-    once = [np.arange(12)]
+    once = StepIds(IN_ORDER, 12, num_steps=1)
     assert references.of_steps(pairs, once) is None
     assert references.of_steps(pairs, once, choice="cached") is not None
     assert computed == [12]
@@ -373,6 +375,6 @@ def test_a_run_that_goes_on_takes_the_way_that_it_took(tmp_path, rows, computed)
 
 def test_a_pair_that_no_step_visits_is_not_computed(tmp_path, rows, computed):
     references, (pairs,) = references_of(run_config(tmp_path, rows, reference_log_probs="cached"))
-    values = references.of_steps(pairs, [np.array([3, 7]), np.array([11, 0])])
+    values = references.of_steps(pairs, StepIds(ExampleOrder((12,), seed=0, shuffle=False), 2, num_steps=2))
     assert values is not None and computed == [4]
-    assert np.flatnonzero(~missing_examples(pairs, values)).tolist() == [0, 3, 7, 11]
+    assert np.flatnonzero(~missing_examples(pairs, values)).tolist() == [0, 1, 2, 3]

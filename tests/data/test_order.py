@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_dpo_jax.data.order import BLOCK, ExampleOrder, _hash, _Mixture, _shuffled
+from lora_dpo_jax.data.order import BLOCK, ExampleOrder, StepIds, _hash, _Mixture, _shuffled
 
 ORDERS = {
     "shuffled": ExampleOrder((7, 20), seed=3),
@@ -55,6 +55,23 @@ def test_without_weights_an_epoch_is_numpys_permutation_of_seed_and_epoch():
 def test_epochs_and_seeds_have_orders_of_their_own():
     one, other = (ExampleOrder((50,), seed).batch(0, 100).reshape(2, 50).tolist() for seed in (0, 1))
     assert one[0] != one[1] and one[0] != other[0] and one[0] != sorted(one[0])
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    size=st.integers(1, 9),
+    num_steps=st.integers(1, 40),
+    short_ends=st.booleans(),
+    shuffle=st.booleans(),
+    weights=st.none() | st.lists(st.sampled_from([0.0, 0.3, 1.0, 7.0]), min_size=5, max_size=5),
+)
+def test_what_the_steps_visit_is_known_without_going_through_them(sizes, size, num_steps, short_ends, shuffle, weights):
+    weights = None if weights is None or not any(weights[: len(sizes)]) else tuple(weights[: len(sizes)])
+    steps = StepIds(ExampleOrder(tuple(sizes), 3, shuffle, weights), size, num_steps, short_ends)
+    visits = np.concatenate(list(steps))
+    assert steps.num_visits == len(visits)
+    np.testing.assert_array_equal(steps.visited(), np.unique(visits))
 
 
 @pytest.mark.parametrize("weights", [None, (2.0, 1.0)])

@@ -64,6 +64,23 @@ def test_a_hundred_thousand_pairs_are_planned_in_seconds():
     assert padding(layout, batches, sizes) < 0.02
 
 
+def test_a_step_that_was_not_looked_at_gets_larger_shapes_of_few_sizes():
+    sizes = preference_sizes(4096)
+    batches = in_steps(len(sizes), 16)
+    layout = choose_shapes(batches[:8], sizes[np.arange(8 * 16)], longest_row=4096)
+    found = set()
+    for ids in batches:
+        rows_of_parts = layout.rows_of(sizes[ids])
+        larger = layout.holding(rows_of_parts, sizes[ids])
+        for part, before, rows in zip(larger.parts, layout.parts, rows_of_parts, strict=True):
+            assert (part.rows, part.row_length) == (before.rows, before.row_length)
+            assert len(rows) <= part.micro_batches * part.rows
+            assert all(sizes.targets[ids[row]].sum() <= part.targets <= part.row_length for row in rows)
+            assert all(len(row) <= part.examples and 2 * len(row) <= part.responses for row in rows)
+        found.add(larger)
+    assert layout in found and 1 < len(found) < 12
+
+
 @pytest.mark.parametrize("size, devices", [(16, 1), (32, 1), (128, 1), (128, 8)])
 def test_little_of_the_rows_is_padding(size, devices):
     sizes = preference_sizes(1024)

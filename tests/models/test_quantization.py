@@ -52,6 +52,7 @@ def is_quantized(node) -> bool:
     return isinstance(node, QuantizedWeight)
 
 
+@eqx.filter_jit
 def dequantized(model):
     """The dense model of the same values."""
     return jax.tree.map(
@@ -183,7 +184,7 @@ def test_each_layer_of_a_stack_is_quantized_by_itself(kind):
             continue
         whole = dense[names[0]].weight
         for layer in range(len(names)):
-            one = quantize_weight(whole["layers", layer], linear.In, linear.Out, kind)
+            one = eqx.filter_jit(quantize_weight)(whole["layers", layer], linear.In, linear.Out, kind)
             sliced = jax.tree.map(lambda leaf, layer=layer: leaf[layer], linear.weight)
             for mine, alone in zip(jax.tree.leaves(sliced), jax.tree.leaves(one), strict=True):
                 np.testing.assert_allclose(mine, alone, rtol=1e-5)  # sums in another order

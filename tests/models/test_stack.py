@@ -84,14 +84,20 @@ def loss_and_gradients(model: CausalLM) -> tuple[float, dict[str, np.ndarray]]:
     return float(value), found
 
 
-def test_a_period_computes_what_its_layers_compute_one_by_one(policy, monkeypatch):
-    together = decoder(ComputeConfig(policy))
+@pytest.fixture(scope="module")
+def one_by_one() -> tuple[float, dict[str, np.ndarray]]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(stack_module, "LONGEST_PERIOD", 1)
+        apart = decoder(ComputeConfig(attention="dense"))
+    assert [s.Block.size for s in apart.model.layers.segments] == [1] * 5
+    return loss_and_gradients(apart)
+
+
+def test_a_period_computes_what_its_layers_compute_one_by_one(policy, one_by_one):
+    together = decoder(ComputeConfig(policy, attention="dense"))
     assert [s.Block.size for s in together.model.layers.segments] == [2, 1]
     value, gradients = loss_and_gradients(together)
-    monkeypatch.setattr(stack_module, "LONGEST_PERIOD", 1)
-    apart = decoder()
-    assert [s.Block.size for s in apart.model.layers.segments] == [1] * 5
-    expected_value, expected = loss_and_gradients(apart)
+    expected_value, expected = one_by_one
     assert value == pytest.approx(expected_value, rel=1e-6)
     assert gradients.keys() == expected.keys() and len(expected) == 5 * 7
     for name, gradient in expected.items():

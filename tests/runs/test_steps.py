@@ -1,10 +1,15 @@
 """Which pairs the steps of a run train on."""
 
+import time
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from tiny_pairs import random_pairs
 
 from lora_dpo_jax.data import ExampleTable, MemoryExamples, PackingConfig, whole_table
+from lora_dpo_jax.data.examples import ExampleSizes
+from lora_dpo_jax.data.order import ExampleOrder, StepIds
 from lora_dpo_jax.runs.steps import TOKENS_AT_ONCE, lay_out_steps, pair_order, row_bound
 from lora_dpo_jax.sharding import MeshConfig, Placement
 
@@ -36,6 +41,18 @@ def test_batches_from_a_later_step_are_those_of_the_whole_run():
     ]
     assert trained_on == [set(step.tolist()) for step in ids]
     assert resumed == trained_on[2:]
+
+
+def test_twenty_million_steps_over_a_million_pairs_are_planned_in_seconds():
+    """And need no memory of their own."""
+    lengths = np.random.default_rng(0).integers(20, 400, (1_000_000, 3))
+    order, table = ExampleOrder((len(lengths),), seed=0), SimpleNamespace(sizes=ExampleSizes.of_pairs(lengths))
+    began = time.process_time()
+    ids, packing = StepIds(order, 16, num_steps=20_000_000), PackingConfig()
+    steps = lay_out_steps(table, ids, packing, parallelism=-1, row_shards=1)  # pyright: ignore[reportArgumentType]
+    assert len(steps.ids[19_999_999]) == 16
+    assert len(steps.ids.visited()) == 1_000_000
+    assert time.process_time() - began < 6
 
 
 def test_a_row_holds_what_a_device_may_compute_at_once_and_always_the_longest_pair():

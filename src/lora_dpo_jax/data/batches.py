@@ -36,7 +36,9 @@ def packed_batches(
     per_response = {name: examples.arrays.columns[name].per_response for name in columns}
 
     def make(ids: np.ndarray) -> tuple[PreferenceBatch, ...]:
-        laid_out = zip(shapes.parts, shapes.rows_of(examples.sizes[ids]), strict=True)
+        sizes = examples.sizes[ids]
+        rows_of_parts = shapes.rows_of(sizes)
+        laid_out = zip(shapes.holding(rows_of_parts, sizes).parts, rows_of_parts, strict=True)
         return place(
             tuple(
                 pack(

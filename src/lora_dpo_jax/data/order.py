@@ -2,9 +2,11 @@
 
 import functools
 import heapq
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import overload
 
 import numpy as np
 
@@ -53,6 +55,16 @@ class ExampleOrder:
         positions = np.arange(start, stop)
         return self._in_epochs(positions) if self.weights is None else self._mixed(positions)
 
+    def visited(self, count: int) -> np.ndarray:
+        """The ids of the pairs at the first `count` positions, each once, int64. Takes no time for later epochs."""
+        if self.weights is None:
+            return np.sort(self._in_epochs(np.arange(min(count, self.epoch))))
+        found, starts = [], np.cumsum([0, *self.sizes[:-1]])
+        for component, number in enumerate(self._mixture.counts(count)):
+            first = np.arange(min(int(number), self.sizes[component]))
+            found.append(starts[component] + self._within(np.full(len(first), component), first))
+        return np.sort(np.concatenate(found))
+
     def _in_epochs(self, positions: np.ndarray) -> np.ndarray:
         epochs, inner = np.divmod(positions, self.epoch)
         if not self.shuffle:
@@ -70,19 +82,72 @@ class ExampleOrder:
     @functools.cached_property
     def _ids_of_block(self) -> Callable[[int], np.ndarray]:
         """The ids at the positions of a block, int64[BLOCK]."""
-        sizes, starts = np.array(self.sizes), np.cumsum([0, *self.sizes[:-1]])
-        keys = np.random.SeedSequence([self.seed, 0x313]).generate_state(len(sizes), np.uint64)
-        mixture = _Mixture(self.weights or ())
+        starts = np.cumsum([0, *self.sizes[:-1]])
 
         @functools.lru_cache(maxsize=4)
         def ids(block: int) -> np.ndarray:
-            component, nth = mixture.draw(np.arange(block * BLOCK, (block + 1) * BLOCK))
-            epoch, inner = np.divmod(nth, sizes[component])
-            if self.shuffle:
-                inner = _shuffled(inner, sizes[component], _hash(keys[component], 0, epoch.astype(np.uint64)))
-            return starts[component] + inner
+            component, nth = self._mixture.draw(np.arange(block * BLOCK, (block + 1) * BLOCK))
+            return starts[component] + self._within(component, nth)
 
         return ids
+
+    @functools.cached_property
+    def _mixture(self) -> "_Mixture":
+        return _Mixture(self.weights or ())
+
+    @functools.cached_property
+    def _keys(self) -> np.ndarray:
+        """Of each component, for its shuffles: uint64."""
+        return np.random.SeedSequence([self.seed, 0x313]).generate_state(len(self.sizes), np.uint64)
+
+    def _within(self, component: np.ndarray, nth: np.ndarray) -> np.ndarray:
+        """Which pair of its component is the `nth` one that a mixture draws from it, all int64."""
+        sizes = np.array(self.sizes)[component]
+        epoch, inner = np.divmod(nth, sizes)
+        if not self.shuffle:
+            return inner
+        return _shuffled(inner, sizes, _hash(self._keys[component], 0, epoch.astype(np.uint64)))
+
+
+@dataclass(frozen=True)
+class StepIds(Sequence[np.ndarray]):
+    """The ids of the pairs of each step of a run, int64. They are computed when they are asked for."""
+
+    order: ExampleOrder
+    size: int  # pairs of a step
+    num_steps: int
+    short_ends: bool = False  # see ExampleOrder.batch
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    @overload
+    def __getitem__(self, step: int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, step: slice) -> list[np.ndarray]: ...
+
+    def __getitem__(self, step):
+        if isinstance(step, slice):
+            return [self[index] for index in range(self.num_steps)[step]]
+        return self.order.batch(range(self.num_steps)[step], self.size, short_ends=self.short_ends)
+
+    @property
+    def num_visits(self) -> int:
+        """Pairs of all steps together. A pair counts each time that it is visited."""
+        if not self.short_ends:
+            return self.num_steps * self.size
+        epochs, rest = divmod(self.num_steps, -(-self.order.epoch // self.size))
+        return epochs * self.order.epoch + min(rest * self.size, self.order.epoch)
+
+    def spread(self, count: int) -> Sequence[np.ndarray]:
+        """At most `count` of the steps: all, or some that are spread over the first two epochs."""
+        last = min(self.num_steps, 2 * -(-self.order.epoch // self.size)) - 1
+        return self if self.num_steps <= count else [self[int(step)] for step in np.linspace(0, last, count)]
+
+    def visited(self) -> np.ndarray:
+        """The ids of the pairs of all steps, each once, int64."""
+        return self.order.visited(self.num_visits)
 
 
 @functools.lru_cache(maxsize=8)
@@ -103,6 +168,20 @@ class _Mixture:
         nodes, self.components = _huffman_tree(weights), len(weights)
         self.sides = np.array([node[1:] for node in nodes], np.int64).ravel()  # heavy, light, heavy, light, ...
         self.share = np.array([node[0] for node in nodes])  # of the lighter side, at most 1/2
+
+    def counts(self, number: int) -> np.ndarray:
+        """How many of the first `number` positions have each component, int64."""
+        counts, node = np.zeros(self.components, np.int64), len(self.share) - 1
+        waiting = [(node, float(number))]
+        while waiting:
+            node, nth = waiting.pop()
+            if node < self.components:
+                counts[node] += int(nth)
+                continue
+            light = math.floor(nth * self.share[node] + 0.5)
+            heavier, lighter = self.sides[2 * node], self.sides[2 * node + 1]
+            waiting += [(heavier, nth - light), (lighter, light)]
+        return counts
 
     def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(the component of each position, the number of earlier positions with this component), both int64."""

@@ -5,6 +5,7 @@ Shapes differ so that the examples that remain after the long rows do not pay fo
 """
 
 import bisect
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,6 +54,19 @@ class PartShape:
         }
         return tuple(Axis(name, sizes[name]) for name in (MICRO, ROW, *names))
 
+    def holding(self, rows: list[list[int]], sizes: ExampleSizes) -> "PartShape":
+        """This shape, or a larger one if the rows of a step need it. Sizes are then doubled, so few shapes occur."""
+        extent = _Extent()
+        extent.include(_Rows(self.rows, self.row_length), rows, sizes)
+        needed = extent.shape(_Rows(self.rows, self.row_length))
+        grown = dataclasses.replace(self)
+        for name in ("micro_batches", "targets", "examples", "responses", "comparisons"):
+            size = getattr(self, name)
+            while size < getattr(needed, name):
+                size *= 2
+            grown = dataclasses.replace(grown, **{name: size})
+        return dataclasses.replace(grown, targets=max(self.targets, min(grown.targets, self.row_length)))
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -92,6 +106,14 @@ class StepShapes:
     def rows_of(self, sizes: ExampleSizes) -> list[list[list[int]]]:
         """For each part, its rows: indices of the examples of a step, whose sizes are given."""
         return _lay_out(sizes, [_Rows(part.rows, part.row_length) for part in self.parts], self.packing)
+
+    def holding(self, rows: list[list[list[int]]], sizes: ExampleSizes) -> "StepShapes":
+        """These shapes, or larger ones if the rows of a step (see `rows_of`) do not fit into them.
+
+        They depend on this step alone, so a resumed run computes the same as one that was never stopped.
+        """
+        parts = (part.holding(of_part, sizes) for part, of_part in zip(self.parts, rows, strict=True))
+        return dataclasses.replace(self, parts=tuple(parts))
 
 
 def fill_rows(sizes: Sequence[int], row_length: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from lora_dpo_jax.data.cache import TokenizedExamples, load_examples
-from lora_dpo_jax.data.order import ExampleOrder
+from lora_dpo_jax.data.order import ExampleOrder, StepIds
 from lora_dpo_jax.data.table import ExampleTable, split_by_prompt, whole_table
 from lora_dpo_jax.evaluation import Scorer
 from lora_dpo_jax.files import cache_folder
@@ -72,8 +72,7 @@ def assemble(config: TrainConfig, placement: Placement) -> Run:
         reference=frozen_copy(policy) if config.reference_adapter is not None else None,
         schedule=config.optimizer.schedule(num_steps),
     )
-    size, short_ends = trainer.train_batch_size, trainer.has_short_batches
-    ids = [order.batch(step, size, short_ends=short_ends) for step in range(num_steps)]
+    ids = StepIds(order, trainer.train_batch_size, num_steps, trainer.has_short_batches)
     parallelism, row_shards = trainer.per_device_parallelism, placement.row_shards
     steps = lay_out_steps(data.pairs, ids, config.layout, parallelism=parallelism, row_shards=row_shards)
     refuse_other_steps(steps)

@@ -1,7 +1,6 @@
 """The identity of a run: the weights that it starts from, the pairs that it trains on, and their order."""
 
 import dataclasses
-import hashlib
 import json
 from typing import Any
 
@@ -9,7 +8,6 @@ import draccus
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import lora_dpo_jax
 from lora_dpo_jax.checkpoints.differences import flat_settings
@@ -112,7 +110,7 @@ def refuse_other_steps(steps: Steps) -> None:
     """Raises ValueError unless all processes have the same pairs and the same steps."""
     refuse_differences(
         {f"data.components.{name}": component.checksums for name, component in _components(steps.pairs).items()}
-        | {"the pairs of the steps": hashlib.sha256(np.concatenate(steps.ids).tobytes()).hexdigest()}
+        | {"the pairs of the steps": repr(steps.ids)}  # a few numbers, of which all ids are a function
         | {"the shapes of the batches": repr(steps.shapes)}
     )
 

@@ -1,11 +1,12 @@
 """The source of the reference's log-probs in a run: a cache, which is filled first, or each step itself."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 
+from lora_dpo_jax.data.order import StepIds
 from lora_dpo_jax.data.table import ExampleTable
 from lora_dpo_jax.evaluation import Scorer, scores_of
 from lora_dpo_jax.losses import Scores
@@ -28,9 +29,7 @@ class ReferenceLogProbs:
         """`cache` is None if the setting is live. `scorer` makes a scorer of a table."""
         self.reference, self.setting, self.cache, self.scorer = reference, setting, cache, scorer
 
-    def of_steps(
-        self, pairs: ExampleTable, batches: Sequence[np.ndarray], *, choice: str = "auto"
-    ) -> np.ndarray | None:
+    def of_steps(self, pairs: ExampleTable, steps: StepIds, *, choice: str = "auto") -> np.ndarray | None:
         """The values of all responses of `pairs`, float32 [response]; NaN where no batch needs one.
 
         None if the steps should compute them.
@@ -42,14 +41,13 @@ class ReferenceLogProbs:
         if self.cache is None:
             logger.info("reference log-probs: live, in each step, as reference_log_probs asks")
             return None
-        visits = np.concatenate(batches)
-        visited = np.unique(visits)
+        visits, visited = steps.num_visits, steps.visited()
         values = self.cache.find(pairs)
         missing = visited[missing_examples(pairs, values)[visited]]
         if self.setting == "auto" and choice == "live":
             logger.info("reference log-probs: live, in each step, as in the steps before")
             return None
-        is_one_epoch = len(visits) - len(visited) < max(map(len, batches))
+        is_one_epoch = visits - len(visited) < steps.size
         is_live = choice == "auto" and is_one_epoch and len(missing) == len(visited)
         if self.setting == "auto" and is_live:
             logger.info(
@@ -57,7 +55,7 @@ class ReferenceLogProbs:
                 f"{len(visited):,}",
             )
             return None
-        self._log(len(visited), len(missing), f"the run visits each {len(visits) / len(visited):.1f} times")
+        self._log(len(visited), len(missing), f"the run visits each {visits / len(visited):.1f} times")
         self._fill(self.cache, pairs, values, missing)
         return values
 

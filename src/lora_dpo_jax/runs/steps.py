@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_dpo_jax.data.batches import packed_batches
-from lora_dpo_jax.data.order import ExampleOrder
+from lora_dpo_jax.data.order import ExampleOrder, StepIds
 from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.data.shapes import PackingConfig, StepShapes, choose_shapes
 from lora_dpo_jax.data.table import ExampleTable
 from lora_dpo_jax.sharding import Placement
 
+MOST_STEPS = 4096
 TOKENS_AT_ONCE = 16_384  # of a device, if per_device_parallelism is -1; more make no device faster
 
 
@@ -20,7 +21,7 @@ class Steps:
     """The pairs of each step, and the shapes of the rows that they are laid into."""
 
     pairs: ExampleTable
-    ids: list[np.ndarray]  # of each step: the ids of its pairs
+    ids: Sequence[np.ndarray]  # of each step: the ids of its pairs
     shapes: StepShapes
 
     def __len__(self) -> int:
@@ -35,17 +36,21 @@ class Steps:
         columns: Sequence[str] = (),
     ) -> Generator[tuple[PreferenceBatch, ...], None, None]:
         """The batches from step `first` on, on their devices. `reference` and `columns`: see `packed_batches`."""
-        ids, place = self.ids[first:], placement.put_batch
+        ids, place = (self.ids[step] for step in range(first, len(self))), placement.put_batch
         return packed_batches(self.pairs, ids, self.shapes, place=place, reference=reference, columns=columns)
 
 
 def lay_out_steps(
     pairs: ExampleTable, ids: Sequence[np.ndarray], layout: PackingConfig, *, parallelism: int, row_shards: int
 ) -> Steps:
-    """Chooses the shapes of rows. `parallelism` is trainer.per_device_parallelism, `row_shards` Placement's."""
+    """Chooses the shapes of rows. `parallelism` is trainer.per_device_parallelism, `row_shards` Placement's.
+
+    Of a long run, MOST_STEPS are looked at. A later step that needs larger shapes gets them when it is packed.
+    """
     longest_row = row_bound(parallelism, layout.shortest_row(pairs.sizes))
-    shapes = choose_shapes(ids, pairs.sizes, row_multiple=row_shards, longest_row=longest_row, packing=layout)
-    return Steps(pairs, list(ids), shapes)
+    looked_at = ids.spread(MOST_STEPS) if isinstance(ids, StepIds) else ids
+    shapes = choose_shapes(looked_at, pairs.sizes, row_multiple=row_shards, longest_row=longest_row, packing=layout)
+    return Steps(pairs, ids, shapes)
 
 
 def row_bound(parallelism: int, longest_pair: int) -> int:
