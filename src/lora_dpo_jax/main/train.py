@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_dpo_jax.checkpoints.store import Checkpoints
 from lora_dpo_jax.cost.devices import peak_flops
+from lora_dpo_jax.data.order import StepIds
 from lora_dpo_jax.data.preview import preview
 from lora_dpo_jax.files import cache_folder
 from lora_dpo_jax.generation import read_stop_ids
@@ -193,6 +194,7 @@ def _known_log_probs(reference: ReferenceLogProbs | None, steps: Steps, notes: d
     """The reference's log-probs, float32 [response]. None: each step computes them. A resumed run obeys `notes`."""
     known = None
     if reference is not None:
+        assert isinstance(steps.ids, StepIds), "as runs.assembly makes them"
         known = reference.of_steps(steps.pairs, steps.ids, choice=notes.get("reference_log_probs", "auto"))
     notes["reference_log_probs"] = "live" if known is None else "cached"
     return known
