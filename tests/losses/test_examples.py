@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from tiny_pairs import named
 
+from lora_dpo_jax.data.batches import packed_batches
 from lora_dpo_jax.data.examples import TokenizedExample
 from lora_dpo_jax.data.memory import MemoryExamples
 from lora_dpo_jax.data.packing import pack
-from lora_dpo_jax.data.shapes import PartShape
+from lora_dpo_jax.data.shapes import PartShape, choose_shapes
+from lora_dpo_jax.data.table import whole_table
 from lora_dpo_jax.losses import Examples
 from lora_dpo_jax.losses.examples import add_up, take
 from lora_dpo_jax.objective import Mean
@@ -109,3 +111,16 @@ def test_an_example_that_is_not_sound_is_named(example, message):
 def test_a_column_is_a_number_or_one_for_each_response(value):
     with pytest.raises(ValueError, match="column 'rating'"):
         MemoryExamples([TokenizedExample.pair(IDS, IDS, IDS[:1], rating=value)])
+
+
+def test_a_column_that_the_batch_lacks_is_named_with_those_that_it_has():
+    with pytest.raises(ValueError, match=r"has the columns \['margin', 'rating'\], but the loss reads 'trust'"):
+        in_a_row().column("trust")
+
+
+def test_batches_have_all_columns_unless_some_are_chosen():
+    table = whole_table({"mine": MemoryExamples([PAIR, LIST])})
+    ids, shapes = [np.arange(2)], choose_shapes([np.arange(2)], table.sizes)
+    for chosen, expected in ((None, {"margin", "rating"}), (("margin",), {"margin"}), ((), set())):
+        (parts,) = packed_batches(table, ids, shapes, place=lambda batch: batch, columns=chosen)
+        assert all(part.examples.columns.keys() == expected for part in parts)

@@ -23,17 +23,18 @@ def packed_batches(
     *,
     place: Callable,
     reference: np.ndarray | None = None,
-    columns: Sequence[str] = (),
+    columns: Sequence[str] | None = None,
     ahead: int = 2,
 ) -> Generator[tuple[PreferenceBatch, ...], None, None]:
     """Packs `batches` (arrays of example ids) and puts them on the devices with `place`.
 
     A thread does this, up to `ahead` batches before their use. Yields the parts of each batch, one for each shape.
     `reference`, float32 [response of the table], is log p under the reference in nats, if it is known. The batches
-    include the table's `columns`.
+    include the table's `columns`, by default all of them.
     """
     known = None if reference is None else examples.arrays.by_example(reference)
-    per_response = {name: examples.arrays.columns[name].per_response for name in columns}
+    names = examples.arrays.columns if columns is None else columns
+    per_response = {name: examples.arrays.columns[name].per_response for name in names}
 
     def make(ids: np.ndarray) -> tuple[PreferenceBatch, ...]:
         sizes = examples.sizes[ids]

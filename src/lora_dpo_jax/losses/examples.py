@@ -31,6 +31,15 @@ class Examples(eqx.Module):
     weight: NamedArray  # float32 {..., comparison}; an example's weights add up to 1 unless the data set others
     columns: dict[str, NamedArray] = eqx.field(default_factory=dict)  # float32 {..., example} or {..., response}
 
+    def column(self, name: str) -> NamedArray:
+        """float32 {..., example} or {..., response}. Raises ValueError if the batch has no such column."""
+        if name not in self.columns:
+            raise ValueError(
+                f"the batch has the columns {sorted(self.columns)}, but the loss reads {name!r}: name it in the loss's "
+                "`columns`, and give it to packed_batches(..., columns=...)"
+            )
+        return self.columns[name]
+
     @property
     def is_example(self) -> NamedArray:
         """bool {..., example}."""

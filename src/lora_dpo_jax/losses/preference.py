@@ -33,11 +33,11 @@ class Compared(eqx.Module):
 
     def column(self, name: str) -> NamedArray:
         """A column with one number per example: the number of each comparison's example, float32 {..., comparison}."""
-        return self.examples.of_comparisons(self.examples.columns[name])
+        return self.examples.of_comparisons(self.examples.column(name))
 
     def columns(self, name: str) -> tuple[NamedArray, NamedArray]:
         """A column with one number per response: those of chosen and rejected responses, float32 {..., comparison}."""
-        return self.examples.compared(self.examples.columns[name])
+        return self.examples.compared(self.examples.column(name))
 
 
 @dataclass(frozen=True)

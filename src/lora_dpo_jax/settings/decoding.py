@@ -181,7 +181,7 @@ class _Decoder:
         where = joined(path, "type")
         if name is None and "type" not in settings:
             raise SettingError(where, f" is missing; it must be one of {', '.join(choices)}")
-        chosen = _choice_of(tuple(choices), name, where)
+        chosen = _choice_of(tuple(choices), name, where, "; a type of your own needs its module in plugins")
         others = {key: item for key, item in settings.items() if key != "type"}
         return self.section(choices[chosen], others, path, default)
 
@@ -311,11 +311,11 @@ def _str(value: Any, path: str) -> str:
 _SCALARS = {bool: _bool, int: _int, float: _float, str: _str}
 
 
-def _choice_of(choices: tuple, value: Any, path: str) -> Any:
+def _choice_of(choices: tuple, value: Any, path: str, advice: str = "") -> Any:
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return value
     near = difflib.get_close_matches(str(value), map(str, choices), 1)
-    advice = f"; did you mean {near[0]}?" if near else ""
+    advice = f"; did you mean {near[0]}?" if near else advice
     raise SettingError(path, f"={shown(value)} must be one of {', '.join(map(str, choices))}{advice}")
 
 
