@@ -1,7 +1,7 @@
 """Linear layers and norms for a decoder with frozen weights."""
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import haliax as hax
@@ -29,7 +29,9 @@ class Linear(hnn.Linear):
         if isinstance(self.weight, QuantizedWeight):
             product = quantized_product(inputs, self.weight)
         else:
-            product = inputs.dot(self.weight, axis=self.In, dot_general=self.dot_general)
+            # Without `preferred_element_type`, einsum would round the result to the dtype of the factors.
+            dtype = getattr(self.dot_general, "result_dtype", None)
+            product = inputs.dot(self.weight, axis=self.In, dot_general=self.dot_general, preferred_element_type=dtype)
         out = hax.auto_sharded(product)
         return out if self.bias is None else hax.auto_sharded(out + self.bias)
 
@@ -49,6 +51,8 @@ class Float32Accumulation(eqx.Module):
 
     Its cotangent is rounded to the factors' dtype, so the backward product has low precision as well.
     """
+
+    result_dtype: ClassVar[Any] = jnp.float32
 
     def __call__(self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, **kwargs):
         del preferred_element_type
