@@ -28,7 +28,7 @@ from lora_dpo_jax.sharding import gathered, platform
 # The limit for a block's logits on a device, by platform, unless 64 targets a row take more. Each block reads the whole
 # head. On an H100, blocks of 2**26 bytes (128 targets of an 8B model) are bound by these reads. Blocks of 2**29 need no
 # more memory for a step, because its peak is in the layers.
-BLOCK_LOGITS_BYTES = {"cpu": 2**26, "tpu": 2**26, "gpu": 2**29}
+BLOCK_LOGITS_BYTES = {"cpu": 2**25, "tpu": 2**26, "gpu": 2**29}
 
 
 def _entropy(logits: NamedArray, log_normalizer: NamedArray, target_logit: NamedArray) -> NamedArray:
