@@ -145,6 +145,8 @@ def accumulate(objective: Objective, model: CausalLM, reference: Any, batch: Bat
     `reference` is that of the train state. `key`, for dropout, is the same for all micro-batches, or None.
     """
     parts = _parts(batch)
+    if prepare := getattr(objective, "prepare", None):
+        parts = prepare(model, reference, parts, key=key)
     adapters, weights = eqx.partition(model, trainable_filter(model))
     num_examples: Any = sum(hax.sum(part.examples.is_example).scalar() for part in parts)
 
