@@ -163,7 +163,9 @@ def accumulate(objective: Objective, model: CausalLM, reference: Any, batch: Bat
             gradients, total, metrics = jax.tree.map(
                 jnp.add, (gradients, total, metrics), (more, more_total, losses.metrics)
             )
-            return gradients, total, metrics, example_losses.updated_slice({MICRO: index}, losses.loss)
+            # Without an axis of size 1, updated_slice would write to all micro-batches.
+            of_micro = losses.loss.broadcast_axis(hax.Axis(MICRO, 1))
+            return gradients, total, metrics, example_losses.updated_slice({MICRO: index}, of_micro)
 
         start = (*totals, hax.zeros_like(part.examples.ids, dtype=jnp.float32))
         # Empty micro-batches cost nothing.
