@@ -4,6 +4,7 @@ Only this module decides whether the reference is computed live, was computed be
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -97,10 +98,11 @@ class PreferenceObjective:
             return self._inputs_of_micro_batch(model, reference, part.micro_batch(index), key=key)
 
         def add(index, found):
-            new = inputs_of(index)
-            return jax.tree.map(
-                lambda all_, one: all_.updated_slice({MICRO: index}, one), found, new, is_leaf=_is_named
-            )
+            return jax.tree.map(functools.partial(write, index), found, inputs_of(index), is_leaf=_is_named)
+
+        def write(index, into: NamedArray, of_micro: NamedArray) -> NamedArray:
+            # Without an axis of size 1, updated_slice would write to all micro-batches.
+            return into.updated_slice({MICRO: index}, of_micro.broadcast_axis(Micro.resize(1)))
 
         Micro = part.tokens.resolve_axis(MICRO)
         shapes = jax.eval_shape(inputs_of, 0)
