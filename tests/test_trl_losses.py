@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import equinox as eqx
@@ -165,9 +166,7 @@ class Ours:
         base = load(instruct_folder())
         self.start = load_adapter(base, policy)
         self.reference = frozen_copy(load_adapter(base, reference))
-        layout = PartShape.of_pairs(micro_batches=1, rows=2, row_length=256, targets=128, pairs=4)
-        tables = [table_of(MemoryExamples(ids[at : at + BATCH])) for at in range(0, len(ids), BATCH)]
-        self.micros = [packed(table, layout).micro_batch(0) for table in tables]
+        self.micros = self.micros_of(ids)
         self.optimizer = OptimizerConfig(
             learning_rate=RATE, lr_schedule="constant", warmup=0, weight_decay=0.01, max_grad_norm=1.0
         ).build(STEPS)
@@ -176,6 +175,12 @@ class Ours:
         self.scores = jax.jit(self._scores)
         self.pull = jax.jit(self._pull)
         self.update = jax.jit(self._update)
+
+    @staticmethod
+    def micros_of(ids: list[tuple]) -> list:
+        layout = PartShape.of_pairs(micro_batches=1, rows=2, row_length=256, targets=256, pairs=4)
+        tables = [table_of(MemoryExamples(ids[at : at + BATCH])) for at in range(0, len(ids), BATCH)]
+        return [packed(table, layout).micro_batch(0) for table in tables]
 
     def _scores(self, adapters, micro) -> tuple[Scores, Scores]:
         model = eqx.combine(adapters, self.weights)
@@ -196,10 +201,10 @@ class Ours:
         save_adapter(model, folder, base_model="base", config=LoraConfig(r=4, alpha=8.0), overwrite=True)
         return load_file(folder / "adapter_model.safetensors")
 
-    def steps(self, loss: Loss) -> Steps:
+    def steps(self, loss: Loss, micros: list | None = None) -> Steps:
         adapters, opt_state = self.adapters, self.optimizer.init(self.adapters)
         losses, all_metrics = [], []
-        for micro in self.micros:
+        for micro in self.micros if micros is None else micros:
             policy, reference = self.scores(adapters, micro)
 
             def total(sums, policy=policy, reference=reference, micro=micro):
@@ -288,3 +293,71 @@ def test_three_steps_are_those_of_trl(trl, our, case):
     logs_others = {"sigmoid_norm", "ipo", "sft"} & set(settings["loss_types"][:1]) or "f_divergence_type" in settings
     rewards = [] if logs_others else ["rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
     assert_same(found, theirs, trl.start, [*rewards, "logps/chosen", "logps/rejected"])
+
+
+# TRL's CPOTrainer has SimPO, AlphaPO and CPO; its ORPOTrainer counts the prompt in the likelihood, so prompts have one
+# token there, which nothing predicts.
+EXPERIMENTAL: dict[str, tuple[Loss, str, dict]] = {
+    "simpo": (ours("simpo", beta=2.0, gamma=0.7), "CPO", {"loss_type": "simpo", "simpo_gamma": 0.7, "beta": 2.0}),
+    "simpo, smoothed": (
+        ours("simpo", beta=2.0, gamma=0.7, label_smoothing=0.1),
+        "CPO",
+        {"loss_type": "simpo", "simpo_gamma": 0.7, "beta": 2.0, "label_smoothing": 0.1},
+    ),
+    "alphapo": (
+        ours("alphapo", beta=2.0, gamma=0.7, alpha=0.3),
+        "CPO",
+        {"loss_type": "simpo", "simpo_gamma": 0.7, "beta": 2.0, "alpha": 0.3},
+    ),
+    "cpo": (ours("cpo", cpo_alpha=0.5), "CPO", {"loss_type": "sigmoid", "cpo_alpha": 0.5}),
+    "orpo": (ours("orpo"), "ORPO", {}),
+}
+
+
+class Experimental:
+    """TRL's experimental trainers, of which only the losses run: they tokenize in a way of their own."""
+
+    def __init__(self, trl: Trl):
+        self.trl = trl
+        # The first token stands for the prompt.
+        self.ids = [(prompt[:1], chosen, rejected) for prompt, chosen, rejected in trl.ids]
+
+    def steps(self, trainer_name: str, settings: dict[str, Any]) -> Steps:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # theirs
+            from trl.experimental.cpo import CPOTrainer
+            from trl.experimental.orpo import ORPOTrainer
+
+        trainer = object.__new__({"CPO": CPOTrainer, "ORPO": ORPOTrainer}[trainer_name])
+        accelerator = SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x)
+        vars(trainer).update(accelerator=accelerator, is_encoder_decoder=False, aux_loss_enabled=False)
+        vars(trainer).update(pad_token_id=0, padding_value=0)
+        vars(trainer).update({"beta": BETA, "label_smoothing": 0.0, "alpha": 0.0, "cpo_alpha": 0.0, **settings})
+        batches = [self._batch(self.ids[at : at + BATCH]) for at in range(0, len(self.ids), BATCH)]
+        model = self.trl.model
+        return torch_steps(model, self.trl.start, batches, lambda batch: trainer.get_batch_loss_metrics(model, batch))
+
+    def _batch(self, pairs: list[tuple]) -> dict[str, torch.Tensor]:
+        made = {}
+        for name, at in (("chosen", 1), ("rejected", 2)):
+            rows = [torch.tensor(pair[0] + pair[at]) for pair in pairs]
+            labels = [torch.tensor([-100] * len(pair[0]) + pair[at]) for pair in pairs]
+            pad = torch.nn.utils.rnn.pad_sequence
+            made[f"{name}_input_ids"] = pad(rows, batch_first=True, padding_value=0)
+            made[f"{name}_labels"] = pad(labels, batch_first=True, padding_value=-100)
+            made[f"{name}_attention_mask"] = pad([torch.ones_like(row) for row in rows], batch_first=True)
+        return made
+
+
+@pytest.fixture(scope="module")
+def experimental(trl) -> Experimental:
+    return Experimental(trl)
+
+
+@pytest.mark.parametrize("case", EXPERIMENTAL)
+def test_three_steps_without_a_reference_are_those_of_trl(trl, our, experimental, case):
+    loss, trainer, settings = EXPERIMENTAL[case]
+    theirs, found = experimental.steps(trainer, settings), our.steps(loss, our.micros_of(experimental.ids))
+    rewards = ["rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
+    # Their logps are per token, but those of cpo.
+    assert_same(found, theirs, trl.start, [*rewards, *(["nll_loss"] if case in ("cpo", "orpo") else [])])
