@@ -85,11 +85,17 @@ def summarize_by_tokens(
         found = objective(model, reference, micro, key=None)
         return found.loss.sum().scalar(), found.metrics
 
-    _, batches = packed_rows(score.examples, rows=score.rows, place=score.put_batch, columns=columns)
+    def micro_batches() -> Iterator[PreferenceBatch]:
+        _, batches = packed_rows(score.examples, rows=score.rows, place=score.put_batch, columns=columns)
+        return (batch.micro_batch(0) for batch in batches)
+
+    prepared = micro_batches()
+    if over_table := getattr(objective, "prepare_table", None):
+        prepared = over_table(model, reference, micro_batches, scope=score.scope)
     found = []
-    for batch in batches:
+    for micro in prepared:
         with score.scope():
-            found.append(losses_of(model, reference, batch.micro_batch(0)))
+            found.append(losses_of(model, reference, micro))
     loss, metrics = jax.tree.map(lambda *parts: sum(float(part) for part in parts), *found)
     return _means(loss / len(score.examples), metrics)
 

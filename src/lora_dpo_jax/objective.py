@@ -44,7 +44,11 @@ class ExampleLosses(eqx.Module):
 
 
 class Objective(Protocol[M]):
-    """Such a function. If it also has a method `flops(model, part)`, training logs `mfu`."""
+    """Such a function. If it also has a method `flops(model, part)`, training logs `mfu`.
+
+    A method `prepare(model, reference, parts, key=key)` is for an objective that needs to know of the whole batch: the
+    step calls it once, without gradient, and takes the parts that it returns in the place of the batch's own.
+    """
 
     def __call__(self, model: Any, reference: Any, micro: M, /, *, key: jax.Array | None) -> ExampleLosses:
         """`reference` is that of the train state: the reference's adapters, or None. `key` is for dropout."""

@@ -3,18 +3,29 @@
 Only this module decides whether the reference is computed live, was computed before, or is not needed.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import equinox as eqx
+import haliax as hax
 import jax
+import jax.numpy as jnp
+from haliax import NamedArray
 
+from lora_dpo_jax.axes import MICRO
 from lora_dpo_jax.cost.flops import useful_flops
 from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.log_probs import score_responses, score_with_reference
 from lora_dpo_jax.lora import equals_reference
 from lora_dpo_jax.losses import Loss, Scores
+from lora_dpo_jax.losses.whole_batch import of_whole_batch
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.objective import ExampleLosses
+from lora_dpo_jax.sharding import on_host
 
 
 @dataclass(frozen=True)
@@ -30,12 +41,84 @@ class PreferenceObjective:
             are_equal = equals_reference(model, reference, training=True)
         return self.loss(policy, theirs, micro.examples, are_equal=are_equal)
 
+    def prepare(
+        self, model: CausalLM, reference: Any, parts: tuple[PreferenceBatch, ...], *, key=None
+    ) -> tuple[PreferenceBatch, ...]:
+        """The parts of a batch with what the loss needs to know of the whole batch. See `Loss.of_batch`."""
+        if self.loss.needs_of_batch == "nothing" or sum(part.num_micro_batches for part in parts) == 1:
+            return parts  # the loss sees the whole batch
+        inputs = []
+        scored = []
+        for part in parts:
+            found, theirs = self._inputs_of_part(model, reference, part, key=key)
+            inputs.append(found)
+            scored.append(part if theirs is None else dataclasses.replace(part, reference=theirs))
+        return tuple(_with(part, known) for part, known in zip(scored, of_whole_batch(self.loss, inputs), strict=True))
+
+    def prepare_table(
+        self,
+        model: CausalLM,
+        reference: Any,
+        micro_batches: Callable[[], Iterator[PreferenceBatch]],
+        *,
+        scope: Callable[[], AbstractContextManager],
+    ) -> Iterator[PreferenceBatch]:
+        """The same for a whole table as one batch. `micro_batches` is called twice if the loss needs it."""
+        if self.loss.needs_of_batch == "nothing":
+            yield from micro_batches()
+            return
+        inputs_of = eqx.filter_jit(self._inputs_of_micro_batch)
+        inputs = []
+        for micro in micro_batches():
+            with scope():
+                found, _ = inputs_of(model, reference, micro)
+            inputs.append({name: hax.named(on_host(values.array), values.axes) for name, values in found.items()})
+        for micro, known in zip(micro_batches(), of_whole_batch(self.loss, inputs), strict=True):
+            yield _with(micro, known)
+
+    def _inputs_of_micro_batch(
+        self, model: CausalLM, reference: Any, micro: PreferenceBatch, *, key=None
+    ) -> tuple[dict[str, NamedArray], NamedArray | None]:
+        """(the loss's `batch_inputs`, {row, comparison}; the reference's log-probs {row, response} if computed)."""
+        if self.loss.needs_of_batch == "tokens":
+            return self._inputs_of_tokens(micro), None
+        policy, theirs = self.scores(model, reference, micro, key=key)
+        computed = self.computes_reference(micro) and not self.loss.needs_tokens_of_reference
+        known = theirs.log_probs if theirs is not None and computed else None
+        return self.loss.batch_inputs(policy, theirs, micro.examples), known
+
+    def _inputs_of_part(
+        self, model: CausalLM, reference: Any, part: PreferenceBatch, *, key
+    ) -> tuple[dict[str, NamedArray], NamedArray | None]:
+        """The same, {micro, row, ...}, of a whole part. Empty micro-batches are not computed."""
+        if self.loss.needs_of_batch == "tokens":
+            return self._inputs_of_tokens(part), None
+
+        def inputs_of(index) -> Any:
+            return self._inputs_of_micro_batch(model, reference, part.micro_batch(index), key=key)
+
+        def add(index, found):
+            return jax.tree.map(functools.partial(write, index), found, inputs_of(index), is_leaf=_is_named)
+
+        def write(index, into: NamedArray, of_micro: NamedArray) -> NamedArray:
+            # Without an axis of size 1, updated_slice would write to all micro-batches.
+            return into.updated_slice({MICRO: index}, of_micro.broadcast_axis(Micro.resize(1)))
+
+        Micro = part.tokens.resolve_axis(MICRO)
+        shapes = jax.eval_shape(inputs_of, 0)
+        empty = jax.tree.map(lambda x: hax.zeros((Micro, *x.axes), dtype=x.dtype), shapes, is_leaf=_is_named)
+        return jax.lax.fori_loop(0, part.num_used_micro_batches, add, empty)
+
+    def _inputs_of_tokens(self, batch: PreferenceBatch) -> dict[str, NamedArray]:
+        unknown = hax.zeros_like(batch.response_tokens, dtype=jnp.float32)
+        return self.loss.batch_inputs(Scores(unknown, batch.response_tokens), None, batch.examples)
+
     def scores(
         self, model: CausalLM, reference: Any, micro: PreferenceBatch, *, key=None
     ) -> tuple[Scores, Scores | None]:
         """The scores of the policy and, if the loss needs them, of the reference; both {row, response}."""
         loss = self.loss
-        asked: Any = {"per_token": loss.needs_tokens, "statistics": loss.statistics}
+        asked: Any = {"per_token": loss.needs_tokens, "statistics": loss.all_statistics}
         if self.computes_reference(micro):
             of_reference = loss.needs_tokens_of_reference
             return score_with_reference(model, reference, micro, key=key, per_token_of_reference=of_reference, **asked)
@@ -52,3 +135,11 @@ class PreferenceObjective:
     def flops(self, model: CausalLM, batch: PreferenceBatch) -> jax.Array:
         """Useful floating-point operations of a part of a step; float32 scalar."""
         return useful_flops(model, batch, with_reference=self.computes_reference(batch))
+
+
+def _with(batch: PreferenceBatch, known: dict[str, NamedArray]) -> PreferenceBatch:
+    return dataclasses.replace(batch, examples=dataclasses.replace(batch.examples, of_batch=known))
+
+
+def _is_named(leaf: Any) -> bool:
+    return isinstance(leaf, NamedArray)

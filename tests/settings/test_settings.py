@@ -9,6 +9,7 @@ from typing import Any, Literal, Union
 import pytest
 from hostile_values import hostile_values, how_it_ends
 
+from lora_dpo_jax.losses import Mix
 from lora_dpo_jax.main.evaluate import EvaluateConfig
 from lora_dpo_jax.main.generate import GenerateConfig
 from lora_dpo_jax.main.plan import PlanConfig
@@ -148,7 +149,9 @@ def check_use(config: Any) -> None:
         run_dir = trainer.run_dir(trainer.id or "some")
         assert run_dir.parent == trainer.run_dir("other").parent
         trainer.checkpointer.folder(run_dir, run_dir.name)
-        assert config.preference_loss.beta > 0 and config.lora.scaling > 0
+        loss = config.preference_loss
+        losses = [loss for _, loss in loss.parts] if isinstance(loss, Mix) else [loss]
+        assert losses and all(loss.beta > 0 for loss in losses) and config.lora.scaling > 0
         assert 0 <= config.held_out_fraction < 1
         assert trainer.mesh.compute and trainer.mesh.parameters is not None
         assert trainer.precision

@@ -142,6 +142,24 @@ def in_parts() -> Iterator[tuple[PreferenceBatch, ...]]:
     return packed_batches(PAIRS, BATCHES, layout, place=functools.partial(jax.tree.map, jnp.asarray))
 
 
+@pytest.mark.parametrize("batch", ["four micro-batches", "parts"])
+def test_the_loss_of_each_example_is_told_by_its_id(batch):
+    """Whatever its micro-batch."""
+
+    def by_id(batch) -> dict[int, float]:
+        _, metrics = TrainStep(PreferenceObjective(Dpo()), DESCENT)(state_of(moved(new_adapters()), DESCENT), batch)
+        ids, losses = (
+            np.concatenate([np.asarray(part.array).reshape(-1) for part in parts])
+            for parts in (metrics.example_ids, metrics.example_losses)
+        )
+        return dict(zip(ids[ids >= 0].tolist(), losses[ids >= 0].tolist(), strict=True))
+
+    layout = dataclasses.replace(LAYOUT, micro_batches=4, rows=2)
+    several = jax.tree.map(jnp.asarray, pack(PAIRS, one_pair_a_row(BATCHES[0]), layout))
+    found = by_id(next(in_parts()) if batch == "parts" else several)
+    assert found == pytest.approx(by_id(batch_of(BATCHES[0])), rel=1e-4) and len(set(found.values())) == 8
+
+
 def test_parts_of_different_shapes_change_nothing():
     step = TrainStep(PreferenceObjective(Dpo()), DESCENT)
     assert_same(trained_on(step, in_parts()))

@@ -132,6 +132,7 @@ class _EmptyRows:
                 **{x: named(getattr(self, x), COMPARISON) for x in ("chosen", "rejected", "example_of_comparison")},
                 weight=named(self.weight, COMPARISON),
                 columns={name: named(self.columns[name], axis) for name, axis in self.column_axes.items()},
+                of_batch={},
             ),
             reference=None if self.reference is None else named(self.reference, RESPONSE),
         )

@@ -30,6 +30,8 @@ class Examples(eqx.Module):
     example_of_comparison: NamedArray  # {..., comparison}
     weight: NamedArray  # float32 {..., comparison}; an example's weights add up to 1 unless the data set others
     columns: dict[str, NamedArray] = eqx.field(default_factory=dict)  # float32 {..., example} or {..., response}
+    # What a loss knows of the whole batch, of which these examples may be a part: see Loss.of_batch.
+    of_batch: dict[str, NamedArray] = eqx.field(default_factory=dict)  # float32 {..., comparison}
 
     def column(self, name: str) -> NamedArray:
         """float32 {..., example} or {..., response}. Raises ValueError if the batch has no such column."""
@@ -76,6 +78,14 @@ class Examples(eqx.Module):
     def sum_of_comparisons(self, values: NamedArray) -> NamedArray:
         """The sum over each example's comparisons: from {..., comparison} to {..., example}."""
         return add_up(values, self.example_of_comparison, self.ids.resolve_axis(EXAMPLE))
+
+    def least_of_responses(self, values: NamedArray) -> NamedArray:
+        """The least value among all responses of a response's example: from {..., response} to {..., response}."""
+        other = values.rename({RESPONSE: "other_response"})
+        example = self.example_of_response.rename({RESPONSE: "other_response"})
+        is_mine = self.example_of_response.broadcast_axis(other.axes[-1]) == example
+        most = jnp.iinfo(values.dtype).max if jnp.issubdtype(values.dtype, jnp.integer) else jnp.inf
+        return hax.min(hax.where(is_mine, other, most), axis="other_response").rearrange(values.axes)
 
     def sum_of_responses(self, values: NamedArray) -> NamedArray:
         """The sum over each example's responses: from {..., response} to {..., example}."""

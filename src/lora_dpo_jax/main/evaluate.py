@@ -108,7 +108,7 @@ def _score(
     policy = reference if equals_reference(policy_model, held_to) else score(policy_model, progress)
     if loss.needs_tokens:
         objective = PreferenceObjective(loss)
-        return policy, reference, summarize_by_tokens(objective, loss.columns, score, policy_model, held_to)
+        return policy, reference, summarize_by_tokens(objective, loss.all_columns, score, policy_model, held_to)
     return policy, reference, summarize(loss, policy, reference, pairs.arrays.examples)
 
 

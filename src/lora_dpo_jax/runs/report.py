@@ -48,7 +48,7 @@ class HeldOutScores:
 
     def _scores_by_tokens(self, state: TrainState) -> dict[str, float]:
         objective = PreferenceObjective(self.loss)
-        return summarize_by_tokens(objective, self.loss.columns, self.score, state.model, state.reference)
+        return summarize_by_tokens(objective, self.loss.all_columns, self.score, state.model, state.reference)
 
     def _scores_by_sums(self, state: TrainState) -> dict[str, float]:
         if self.reference_scores is None and self.reference is not None:

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import textwrap
 import typing
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import draccus
@@ -14,6 +15,7 @@ from lora_dpo_jax.settings.launched import launched_as
 from lora_dpo_jax.settings.schema import NUMBER, Setting, item_in, members, section_in, settings_of
 
 WIDEST = 120
+MOST = 8  # names in a list that is shown whole
 INDENT = " " * 8
 
 
@@ -43,7 +45,7 @@ def help_text(config_class: type) -> str:
 
 def _setting(setting: Setting, width: int) -> list[str]:
     default = "must be given" if setting.default is dataclasses.MISSING else f"default {_default(setting)}"
-    types = f"; of type {' and '.join(setting.types)}" if setting.types else ""
+    types = f"; of type {_listed(setting.types)}" if setting.types else ""
     about = [] if not setting.comment else _wrapped(setting.comment, width, INDENT)
     option = setting.path if NUMBER in setting.path.split(".") else f"--{setting.path}"  # a list is given as a whole
     return [f"  {option} {_short(setting.annotation)}  ({default}{types})", *about]
@@ -69,12 +71,19 @@ def _short(annotation: Any) -> str:
     return "|".join(_one(member) for member in members(annotation) if member is not type(None))
 
 
+def _listed(names: Sequence[str]) -> str:
+    if len(names) <= MOST:
+        return " and ".join(names)
+    return f"{names[0]}, ..."
+
+
 def _one(annotation: Any) -> str:
     names = {str: "TEXT", int: "INT", float: "NUMBER", bool: "true|false", Any: "VALUE"}
     if annotation in names:
         return names[annotation]
     if typing.get_origin(annotation) is Literal:
-        return "|".join(map(str, typing.get_args(annotation)))
+        values = [str(value) for value in typing.get_args(annotation)]
+        return "|".join(values if len(values) <= MOST else [*values[:3], "..."])  # the comment has all
     if (item := item_in(annotation, list)) is not None:
         return f"[{_short(item)}, ...]"
     if (item := item_in(annotation, dict)) is not None:

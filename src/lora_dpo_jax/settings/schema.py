@@ -139,7 +139,8 @@ def _of_section(section: type, prefix: str, defaults: Any) -> Iterator[Setting]:
             yield from _of_section(below, f"{path}.", default)
         for container, key in ((dict, NAME), (list, NUMBER)):
             item = item_in(annotation, container)
-            if item is not None and (below := section_in(item)) is not None:
+            # A choice may hold a list of its own kind, as a mix of losses does. Its items have the same settings.
+            if item is not None and (below := section_in(item)) is not None and not issubclass(section, below):
                 yield from _of_section(below, f"{path}.{key}.", MISSING)
 
 

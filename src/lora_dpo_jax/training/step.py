@@ -145,6 +145,8 @@ def accumulate(objective: Objective, model: CausalLM, reference: Any, batch: Bat
     `reference` is that of the train state. `key`, for dropout, is the same for all micro-batches, or None.
     """
     parts = _parts(batch)
+    if prepare := getattr(objective, "prepare", None):
+        parts = prepare(model, reference, parts, key=key)
     adapters, weights = eqx.partition(model, trainable_filter(model))
     num_examples: Any = sum(hax.sum(part.examples.is_example).scalar() for part in parts)
 
@@ -161,7 +163,9 @@ def accumulate(objective: Objective, model: CausalLM, reference: Any, batch: Bat
             gradients, total, metrics = jax.tree.map(
                 jnp.add, (gradients, total, metrics), (more, more_total, losses.metrics)
             )
-            return gradients, total, metrics, example_losses.updated_slice({MICRO: index}, losses.loss)
+            # Without an axis of size 1, updated_slice would write to all micro-batches.
+            of_micro = losses.loss.broadcast_axis(hax.Axis(MICRO, 1))
+            return gradients, total, metrics, example_losses.updated_slice({MICRO: index}, of_micro)
 
         start = (*totals, hax.zeros_like(part.examples.ids, dtype=jnp.float32))
         # Empty micro-batches cost nothing.

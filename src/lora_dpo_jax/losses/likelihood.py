@@ -1,0 +1,140 @@
+"""Losses without a reference: of the policy's own log-probs, and of the likelihood of the chosen responses."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import haliax as hax
+import jax.numpy as jnp
+from haliax import NamedArray
+
+from lora_dpo_jax.losses.divergences import power_reward
+from lora_dpo_jax.losses.examples import Examples
+from lora_dpo_jax.losses.preference import Compared, ComparisonLoss
+from lora_dpo_jax.losses.scores import Scores
+from lora_dpo_jax.losses.smoothing import check_label_smoothing, smoothed_log_loss
+
+
+@dataclass(frozen=True)
+class _ReferenceFree(ComparisonLoss):
+    @property
+    def needs_reference(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class SimPo(_ReferenceFree):
+    """A logistic loss of log-probs per token with a target margin: Eq. 6 of https://arxiv.org/abs/2405.14734."""
+
+    beta: float = 2.0  # reward units per nat and token
+    gamma: float = 1.0  # the target margin of the rewards; TRL's simpo_gamma
+    label_smoothing: float = 0.0  # the probability that a label is wrong; 0 <= label_smoothing < 0.5
+
+    per_token_rewards = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_label_smoothing(self.label_smoothing)
+        if not math.isfinite(self.gamma):
+            raise ValueError(f"loss.gamma={self.gamma} must be finite")
+
+    def pair_loss(self, chosen, rejected, policy):
+        return smoothed_log_loss(self.beta * (chosen - rejected) - self.gamma, self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class AlphaPo(SimPo):
+    """SimPO with the reward (1 - p^-alpha) / alpha, where p is the geometric mean of the tokens' probabilities.
+
+    https://arxiv.org/abs/2501.03884.
+    """
+
+    alpha: float = 0.25  # 0 is simpo
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"loss.alpha={self.alpha} must be finite")
+
+    def reward(self, log_ratio: NamedArray, tokens: NamedArray) -> NamedArray:
+        return power_reward(super().reward(log_ratio, tokens), -self.alpha)
+
+
+@dataclass(frozen=True)
+class _WithLikelihood(_ReferenceFree):
+    """The negative log-likelihood of the chosen responses is the mean over all their tokens in the batch."""
+
+    @property
+    def needs_of_batch(self) -> Literal["nothing", "tokens", "scores"]:
+        return "tokens"
+
+    def batch_inputs(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
+        chosen_tokens, _ = examples.compared(policy.tokens.astype(jnp.float32))
+        return {"tokens": chosen_tokens, "share": examples.share}
+
+    def of_batch(self, inputs: dict[str, NamedArray]) -> dict[str, NamedArray]:
+        tokens, share = inputs["tokens"], inputs["share"]
+        mean = jnp.sum((tokens * share).array) / jnp.maximum(jnp.sum(share.array), jnp.finfo(jnp.float32).tiny)
+        return {"mean_chosen_tokens": hax.full(tokens.axes, jnp.maximum(mean, 1.0))}
+
+    def negative_log_likelihood(self, policy: Compared) -> NamedArray:
+        """{..., comparison}. Its mean over the batch is the mean over all tokens of chosen responses."""
+        return -policy.chosen / policy.examples.of_batch["mean_chosen_tokens"]
+
+
+@dataclass(frozen=True)
+class Sft(_WithLikelihood):
+    """The negative log-likelihood of the chosen responses, per token: the term of RPO and MPO.
+
+    Eq. 1 of https://arxiv.org/abs/2404.19733 has a mean for each response. Here, as in TRL, each token counts the same.
+    `beta` scales the logged rewards alone.
+    """
+
+    name = "nll"
+
+    def pair_loss(self, chosen, rejected, policy):
+        return self.negative_log_likelihood(policy)
+
+
+@dataclass(frozen=True)
+class Cpo(_WithLikelihood):
+    """DPO with a uniform reference, and the likelihood of the chosen responses: Eq. 3 of
+    https://arxiv.org/abs/2401.08417."""
+
+    label_smoothing: float = 0.0  # the probability that a label is wrong; 0 <= label_smoothing < 0.5
+    cpo_alpha: float = 1.0  # the weight of the likelihood
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_label_smoothing(self.label_smoothing)
+        if not 0.0 <= self.cpo_alpha < math.inf:
+            raise ValueError(f"loss.cpo_alpha={self.cpo_alpha} must be at least 0, and finite")
+
+    def pair_loss(self, chosen, rejected, policy):
+        return smoothed_log_loss(self.beta * (chosen - rejected), self.label_smoothing)
+
+    def terms(self, policy: Compared) -> dict[str, tuple[float, NamedArray]]:
+        return {"nll_loss": (self.cpo_alpha, self.negative_log_likelihood(policy))}
+
+
+@dataclass(frozen=True)
+class Orpo(_WithLikelihood):
+    """The likelihood of the chosen responses, and `beta` times the logistic loss of the odds ratio.
+
+    Eqs. 4, 6 and 7 of https://arxiv.org/abs/2403.07691, where beta is lambda. TRL's likelihood is that of the prompt
+    too; here, as in the paper, it is that of the response.
+    """
+
+    per_token_rewards = True
+
+    def pair_loss(self, chosen, rejected, policy):
+        log_odds_ratio = chosen - rejected - (_log1mexp(chosen) - _log1mexp(rejected))
+        return self.beta * hax.nn.softplus(-log_odds_ratio)
+
+    def terms(self, policy: Compared) -> dict[str, tuple[float, NamedArray]]:
+        return {"nll_loss": (1.0, self.negative_log_likelihood(policy))}
+
+
+def _log1mexp(log_prob: NamedArray) -> NamedArray:
+    """log(1 - e^x) of x <= 0. Of x above -1e-6 it is that of -1e-6, because at 0 it is infinite."""
+    return hax.log(-hax.expm1(hax.where(log_prob < -1e-6, log_prob, -1e-6)))

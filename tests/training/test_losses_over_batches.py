@@ -1,0 +1,118 @@
+"""Every loss is the same however the pairs of a batch are laid into rows, micro-batches, parts and devices."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_pairs import adapters_of, moved, new_adapters, packed, random_pairs, table_of
+
+from lora_dpo_jax.data.shapes import PartShape
+from lora_dpo_jax.evaluation import Scorer, summarize, summarize_by_tokens
+from lora_dpo_jax.log_probs import score_responses
+from lora_dpo_jax.lora import reference_model
+from lora_dpo_jax.losses import LOSSES, Loss
+from lora_dpo_jax.preference_objective import PreferenceObjective
+from lora_dpo_jax.sharding import MeshConfig, Placement
+from lora_dpo_jax.training.step import TrainState, TrainStep
+
+PAIRS = table_of(random_pairs(8, seed=11))
+ONE = PartShape.of_pairs(micro_batches=1, rows=8, row_length=64, targets=128, pairs=8)
+# All losses at once: each has a metric of its own in a mix.
+OF_SUMS = [name for name in LOSSES if name != "mix"]
+OF_TOKENS = [("sigmoid", {"use_weighting": True}), ("ipo", {"ld_alpha": 0.3}), ("aot", {"ld_alpha": 0.5})]
+ALL: Loss = LOSSES["mix"](
+    losses=[*(LOSSES[name]() for name in OF_SUMS), *(LOSSES[name](**settings) for name, settings in OF_TOKENS)],
+    weights=[0.01 if name == "sppo_hard" else 1.0 for name in [*OF_SUMS, *(name for name, _ in OF_TOKENS)]],
+)
+AOT: Loss = LOSSES["mix"](losses=[LOSSES["aot"](beta=1.0), LOSSES["aot_unpaired"](beta=1.0), LOSSES["sft"]()])
+
+
+def step_of(
+    loss: Loss, batch: Any, placement: Placement | None = None
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """The metrics of one step of gradient descent, and how the adapters moved."""
+    scope = {} if placement is None else {"scope": placement.scope}
+    step = TrainStep(PreferenceObjective(loss), optax.sgd(0.1), **scope)
+    state = TrainState.init(moved(new_adapters()), step.optimizer, key=jax.random.key(0))
+    before = adapters_of(state.model)
+    if placement is not None:
+        state = placement.put_parameters(state)
+    state, metrics = step(state, batch)
+    after = adapters_of(state.model)
+    values = {name: float(value) for name, value in metrics.values.items() if "loss" in name or "/" in name}
+    return values, {name: after[name] - before[name] for name in before}
+
+
+def one_pair_a_row() -> list[list[int]]:
+    return [[number] for number in range(8)]
+
+
+def in_parts() -> tuple:
+    long = dataclasses.replace(ONE, rows=1, row_length=128)
+    short = dataclasses.replace(ONE, micro_batches=4, rows=1)
+    return packed(PAIRS, long, [[0, 3]]), packed(PAIRS, short, [[7, 1], [2], [5, 4], [6]])
+
+
+LAYOUTS = {
+    "padded": lambda: packed(PAIRS, ONE, one_pair_a_row(), share_prefix=False),
+    "four micro-batches": lambda: packed(PAIRS, dataclasses.replace(ONE, micro_batches=4, rows=2), one_pair_a_row()),
+    "parts": in_parts,
+}
+
+
+@functools.cache
+def expected(name: str) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    return step_of({"all": ALL, "aot": AOT}[name], packed(PAIRS, ONE))
+
+
+def assert_same(found: tuple, wanted: tuple) -> None:
+    assert found[0] == pytest.approx(wanted[0], rel=1e-5, abs=1e-5)
+    size = np.sqrt(sum(np.linalg.norm(move) ** 2 for move in wanted[1].values()))
+    apart = np.sqrt(sum(np.linalg.norm(found[1][name] - move) ** 2 for name, move in wanted[1].items()))
+    assert 0 < size < np.inf and apart < 1e-5 * size
+
+
+@pytest.mark.parametrize("layout", ["padded", "parts"])
+def test_layouts_change_no_loss(layout):
+    assert_same(step_of(ALL, LAYOUTS[layout]()), expected("all"))
+
+
+def test_eight_devices_change_no_loss():
+    placement = Placement(MeshConfig({"data": 8}))
+    batch = placement.put_batch(packed(PAIRS, ONE, one_pair_a_row()))
+    assert_same(step_of(ALL, batch, placement), expected("all"))
+
+
+def test_a_loss_over_the_batch_scores_the_reference_once():
+    """The second pass takes its scores from the first one; here, from sums alone."""
+    assert not AOT.needs_tokens
+    assert_same(step_of(AOT, LAYOUTS["four micro-batches"]()), expected("aot"))
+
+
+def test_a_table_is_one_batch_where_it_is_evaluated():
+    """However many rows are scored together, by sums or by tokens."""
+    model = moved(new_adapters())
+    scorer = Scorer(PAIRS, rows=8)
+    policy, reference = scorer(model), scorer(reference_model(model, None))
+    by_sums = summarize(AOT, policy, reference, PAIRS.arrays.examples)
+    by_tokens = summarize_by_tokens(PreferenceObjective(AOT), (), Scorer(PAIRS, rows=1), model, None)
+    assert by_tokens == pytest.approx(by_sums, rel=1e-5, abs=1e-5)
+
+
+def test_a_loss_without_a_reference_computes_none():
+    free = LOSSES["mix"](losses=[LOSSES[name]() for name in ("simpo", "alphapo", "cpo", "orpo", "sft")])
+    batch = packed(PAIRS, ONE)
+    objective = PreferenceObjective(free)
+    assert not objective.computes_reference(batch)
+    micro = batch.micro_batch(0)
+    policy, theirs = jax.eval_shape(lambda: objective.scores(new_adapters(), None, micro))
+    assert (
+        theirs is None
+        and policy.log_probs.shape == jax.eval_shape(lambda: score_responses(new_adapters(), micro)).log_probs.shape
+    )
+    assert jnp.isfinite(step_of(free, batch)[0]["loss"])
