@@ -170,7 +170,7 @@ def platform() -> Literal["cpu", "gpu", "tpu"]:
     """
     mesh = jax.sharding.get_abstract_mesh()
     name = jax.default_backend() if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
-    return "gpu" if name in ("cuda", "rocm", "gpu") else name
+    return "tpu" if name == "tpu" else "cpu" if name == "cpu" else "gpu"  # as gpu, cuda or rocm
 
 
 class Placement:
