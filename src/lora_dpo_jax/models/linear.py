@@ -31,7 +31,8 @@ class Linear(hnn.Linear):
         else:
             # Without `preferred_element_type`, einsum would round the result to the dtype of the factors.
             dtype = getattr(self.dot_general, "result_dtype", None)
-            product = inputs.dot(self.weight, axis=self.In, dot_general=self.dot_general, preferred_element_type=dtype)
+            options: Any = {"dot_general": self.dot_general, "preferred_element_type": dtype}
+            product = inputs.dot(self.weight, axis=self.In, **options)
         out = hax.auto_sharded(product)
         return out if self.bias is None else hax.auto_sharded(out + self.bias)
 
