@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_pairs import VOCAB, moved, new_adapters
+from tiny_runs import preference_rows, run_config, training_metrics, write_rows
 
 from lora_dpo_jax import log_probs
 from lora_dpo_jax.data.batches import packed_batches
@@ -19,8 +20,11 @@ from lora_dpo_jax.data.table import ExampleTable, whole_table
 from lora_dpo_jax.evaluation import Scorer
 from lora_dpo_jax.lora import unwrap_lora
 from lora_dpo_jax.losses import Dpo
+from lora_dpo_jax.main.train import main
 from lora_dpo_jax.objective import ExampleLosses, Mean
 from lora_dpo_jax.preference_objective import PreferenceObjective
+from lora_dpo_jax.runs.assembly import load_tables
+from lora_dpo_jax.runs.base import load_tokenizer
 from lora_dpo_jax.training.step import Accumulated, accumulate, micro_batches
 
 ALL_SIX = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
@@ -166,3 +170,23 @@ def models():
 def test_an_unpaired_row_that_lacks_something_is_named(row, message):
     with pytest.raises(RowError, match=f"train.jsonl, row 3.*{message}"):
         read_example(row, FormatConfig(type="unpaired"), "train.jsonl, row 3")
+
+
+def test_ranked_rows_train_and_evaluate_by_the_command(tmp_path):
+    question_mark = [{"role": "assistant", "content": "?"}]
+    rows = [
+        {"prompt": row["prompt"], "responses": [row["rejected"], row["chosen"], question_mark], "scores": [1, 2, 0]}
+        for row in preference_rows(12)
+    ]
+    config = run_config(
+        tmp_path,
+        write_rows(tmp_path / "train.jsonl", rows),
+        validation_split_fraction=0.25,
+        data__components__prefs__format={"type": "ranked", "comparisons": "adjacent"},
+    )
+    main(config)
+    first, second = training_metrics(config)
+    assert first["train/loss"] == pytest.approx(np.log(2), abs=1e-5) and second["train/loss"] != first["train/loss"]
+    tables = load_tables(config, load_tokenizer(config))
+    assert [list(table.counts) for table in tables] == [[9], [3]]
+    assert all(len(table.arrays.comparisons) == 2 * len(table) for table in tables)

@@ -340,3 +340,11 @@ def test_several_files_are_numbered_each_for_itself(write, load, tmp_path):
     paths = [write(ROWS[:3], "a.jsonl"), write(ROWS[3:7], "b.jsonl")]
     pairs = load(str(tmp_path / "*.jsonl"))
     assert [pairs.origin(index) for index in (2, 3)] == [f"{paths[0]}, row 3", f"{paths[1]}, row 1"]
+
+
+def test_ranked_rows_without_any_preference_are_dropped_and_counted(write, load):
+    rows = [{"prompt": "Hi", "responses": ["a", "b", "c"], "scores": [n, n, 1]} for n in (3, 1, 2)]
+    examples = load(write(rows), type="ranked")
+    assert len(examples) == 2 and examples.report["tied"] == 1 and examples.report["rows"] == 3
+    assert [len(example.responses) for example in examples] == [3, 3]
+    assert [example.comparisons for example in examples] == [((0, 2), (1, 2))] * 2

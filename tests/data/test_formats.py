@@ -25,7 +25,8 @@ EXAMPLES = [json.loads(row) for block in BLOCKS for row in re.split(r"\n(?=\{)",
 @pytest.mark.parametrize("row", EXAMPLES, ids=[",".join(row) for row in EXAMPLES])
 def test_each_example_of_the_documentation_is_shown_as_the_same_pair(row, make_tokenizer, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    format = FormatConfig(type="unpaired") if "completion" in row else FormatConfig()
+    types = {"completion": "unpaired", "responses": "ranked"}
+    format = FormatConfig(type=next((types[column] for column in row if column in types), "preference_chat"))
     source = UrlSource([str(tmp_path / "rows.jsonl")])
     tokenizer, component = make_tokenizer("chatml"), ComponentConfig(source, format=format)
     pairs = tokenize_component(component, tokenizer, split="train", train_seq_len=64, cache_dir=tmp_path / "cache")
@@ -35,13 +36,16 @@ def test_each_example_of_the_documentation_is_shown_as_the_same_pair(row, make_t
     prompt = {"prompt": "<|im_start|>user↵\nCapital of France?<|im_end|>↵\n<|im_start|>assistant↵\n\n"}
     if "completion" in row:
         answers = {"response 1": "Paris.<|im_end|>↵"}
+    elif "responses" in row:
+        answers = {"response 1": "Lyon.<|im_end|>↵\n\n", "response 2": "Paris.<|im_end|>↵\n\n"}
+        answers["response 3"] = "Paris, on the Seine.<|im_end|>↵"
     else:
         answers = {"chosen": "Paris.<|im_end|>↵\n\n", "rejected": "Lyon.<|im_end|>↵"}
     assert dict(zip(parts[::2], parts[1::2], strict=True)) == prompt | answers
 
 
 def test_the_documentation_has_an_example_of_each_shape():
-    assert len(EXAMPLES) == 13
+    assert len(EXAMPLES) == 14
 
 
 def message(role, content, **keys):

@@ -83,7 +83,7 @@ STRINGS = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
 REFUSED = [
     ("malformed", [1, 2], "is a list; needed: an object"),
     ("malformed", {"chosen": "a"}, "has no 'rejected'; its columns are ['chosen']"),
-    ("malformed", {"chosen": "a", "rejected": [NO]}, "'chosen' is a string, 'rejected' is a list; needed: both"),
+    ("malformed", {"chosen": "a", "rejected": [NO]}, "'chosen' is a string, 'rejected' is a list; needed: all"),
     ("malformed", {"chosen": 5, "rejected": "a"}, "'chosen' is int 5; needed: a string or a list of messages"),
     ("malformed", {**CHAT, "chosen": ["yes"]}, "message 1 of 'chosen' needs 'role' and 'content'; found a string"),
     ("malformed", {**CHAT, "chosen": [{"from": "bing", "value": "x"}]}, "message 1 of 'chosen' is from 'bing'"),
@@ -239,3 +239,55 @@ def test_a_row_that_is_nested_too_deeply_is_malformed():
     with pytest.raises(RowError, match="a.jsonl, row 3: is nested too deeply") as caught:
         read({"chosen": [USER, message, YES], "rejected": [USER, {**YES, "extra": [[]]}, NO], "images": deep})
     assert caught.value.reason == "malformed"
+
+
+RANKED = {"prompt": "Hi", "responses": [" a", " b", " c", " d"], "scores": [2, 9.5, 2, 7]}
+
+
+@pytest.mark.parametrize(
+    "comparisons, expected",
+    [
+        ("all", ((1, 3), (1, 0), (1, 2), (3, 0), (3, 2))),
+        ("best_worst", ((1, 2),)),
+        ("adjacent", ((1, 3), (3, 0))),
+    ],
+)
+def test_ranked_answers_are_one_example_whose_better_ones_are_compared_with_worse_ones(comparisons, expected):
+    example = read(RANKED, type="ranked", comparisons=comparisons, response_columns=["scores"])
+    assert example.prompt == "Hi" and example.responses == (" a", " b", " c", " d")
+    assert example.comparisons == expected
+    assert example.columns == {"scores": [2.0, 9.5, 2.0, 7.0]}
+    by_rank = {"prompt": "Hi", "answers": RANKED["responses"], "places": [3, 1, 3, 2]}
+    named = {"responses_field": "answers", "ranks_field": "places"}
+    assert read(by_rank, type="ranked", comparisons=comparisons, **named).comparisons == expected
+
+
+def test_two_ranked_answers_in_either_order_are_a_pair():
+    conversation = {"prompt": [USER], "responses": [[NO], [YES]], "scores": [0, 1]}
+    example = read(conversation, type="ranked")
+    assert (example.responses, example.comparisons) == (([NO], [YES]), ((1, 0),))
+
+
+@pytest.mark.parametrize(
+    "row, reason, message",
+    [
+        ({"scores": [1, 1, 1, 1]}, "tied", "'scores' has the same number for all responses"),
+        (
+            {"scores": [1, 2]},
+            "malformed",
+            "'scores', which orders the responses, is .*; needed: a list of 4 finite numbers",
+        ),
+        ({"scores": [1, 2, 3, float("nan")]}, "malformed", "needed: a list of 4 finite numbers, one for each response"),
+        ({"scores": None}, "malformed", "'scores', which orders the responses, is not there"),
+        ({"responses": [" a"]}, "malformed", "'responses' has 1; needed: a list of two or more responses"),
+        ({"responses": " a"}, "malformed", "'responses' is a string; needed: a list of two or more responses"),
+        ({"responses": None}, "malformed", "'responses' is not there; needed: a list"),
+        ({"responses": [" a", " ", " c", " d"]}, "empty", r"'responses\[1\]' is empty"),
+        ({"responses": [" a", None, " c", " d"]}, "malformed", r"has no 'responses\[1\]'"),
+        ({"responses": [" a", [YES], " c", " d"]}, "malformed", "needed: all strings, or all lists of messages"),
+    ],
+)
+def test_a_ranked_row_with_a_mistake_is_named(row, reason, message):
+    with pytest.raises(RowError, match=f"a.jsonl, row 3: .*{message}") as error:
+        read(RANKED | row, type="ranked")
+    assert error.value.reason == reason

@@ -60,6 +60,7 @@ NOTES = {
     "identical": "with identical responses",
     "boundary": "without an exact end of the prompt",
     "too_long": "too long",
+    "tied": "whose responses all have the same score",
     "truncated": "truncated",
     "merged": "with a response tokenized by itself, as tokens would merge over the end of the prompt",
     "plain": "kept as plain strings although the tokenizer has a chat template, which servers apply: set "
@@ -214,10 +215,11 @@ def _tokenize(
             for (_, _, row), origin in zip(batch, origins, strict=True)
         ]
         results = example_tokenizer.tokenize(examples)
-        for (index, number, _), origin, example, result in zip(batch, origins, examples, results, strict=True):
+        for (index, number, _), example, result in zip(batch, examples, results, strict=True):
             if not isinstance(result, RowError):
+                assert isinstance(example, Example)  # the example of a RowError is one too
                 whole, boundary = result
-                result = attempt(_usable, whole, train_seq_len, format, origin, tokenizer.bos_token_id)
+                result = attempt(_usable, whole, train_seq_len, format, example, tokenizer.bos_token_id)
             if isinstance(result, RowError):
                 if format.refuses(result.reason):
                     raise result
@@ -235,9 +237,9 @@ def _tokenize(
 
 
 def _usable(
-    example: TokenizedExample, train_seq_len: int, format: FormatConfig, origin: str, bos_token_id: Any
+    example: TokenizedExample, train_seq_len: int, format: FormatConfig, row: Example, bos_token_id: Any
 ) -> TokenizedExample:
-    names = format.response_names
+    names, origin = row.names, row.origin
     example = fit_to_length(example, train_seq_len, format.slice_strategy, origin, bos_token_id, names)
     for chosen, rejected in example.comparisons:
         response = example.responses[chosen]

@@ -28,11 +28,18 @@ class FormatConfig:
     """
 
     # preference_chat: a chosen and a rejected response. unpaired: one response and whether it is a desirable one.
-    type: Literal["preference_chat", "unpaired"] = "preference_chat"
+    # ranked: a list of responses with a score or a rank for each
+    type: Literal["preference_chat", "unpaired", "ranked"] = "preference_chat"
     chosen_field: str = "chosen"  # a column
     rejected_field: str = "rejected"  # a column
     completion_field: str = "completion"  # a column, of unpaired rows
     label_field: str = "label"  # a column of true and false, of unpaired rows
+    responses_field: str = "responses"  # a column of lists, of ranked rows
+    scores_field: str = "scores"  # a column of lists of numbers, of ranked rows; a higher score is better
+    ranks_field: str = "ranks"  # the same, of ranked rows without scores; a lower rank is better
+    # Of ranked rows. all: each response with each worse one. best_worst: the best with the worst one. adjacent: each
+    # with the next in order. Responses with equal scores are never compared.
+    comparisons: Literal["all", "best_worst", "adjacent"] = "all"
     prompt_field: str | None = "prompt"  # null: the prompt is what chosen and rejected share
     system_prompt: str | None = "system"  # the column of a system message
     tools_field: str | None = "tools"  # the column of tool schemas
@@ -64,18 +71,10 @@ class FormatConfig:
             named |= {f"{setting}[{number}]": column for number, column in enumerate(names)}
         return named
 
-    @property
-    def response_names(self) -> tuple[str, ...]:
-        """The names of a row's responses in errors."""
-        return ("completion",) if self.type == "unpaired" else ("chosen", "rejected")
-
-    @property
-    def answer_columns(self) -> tuple[str, ...]:
-        """The columns of the responses, in the order of `response_names`."""
-        return (self.completion_field,) if self.type == "unpaired" else (self.chosen_field, self.rejected_field)
-
     def refuses(self, reason: Reason) -> bool:
         """Whether a row with this fault is an error. Otherwise it is dropped and counted."""
+        if reason == "tied":
+            return False  # no fault of the row: it only says nothing about preferences
         return (self.slice_strategy if reason == "too_long" else self.invalid_rows) == "raise"
 
     def template_text(self) -> str | None:

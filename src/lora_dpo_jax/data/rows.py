@@ -1,5 +1,6 @@
 """From a raw row to an Example: what each column means, and where the prompt ends."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
@@ -78,9 +79,12 @@ def read_example(row: Any, format: FormatConfig, origin: str) -> Example:
     except RecursionError as error:
         raise RowError("malformed", origin, "is nested too deeply") from error
     columns: dict[str, float | list[float]] = {name: _number(row, name, origin) for name in format.columns}
-    columns |= {name: _numbers(row, name, len(example.responses), origin) for name in format.response_columns}
+    count, what = len(example.responses), "one of format.response_columns"
+    columns |= {name: _numbers(row, name, what, count, origin) for name in format.response_columns}
     if format.type == "unpaired":
         return replace(example, comparisons=(), columns=columns | {"label": [_label(row, format, origin)]})
+    if format.type == "ranked":
+        return replace(example, comparisons=_comparisons(row, format, count, origin), columns=columns)
     return replace(example, columns=columns)
 
 
@@ -196,23 +200,58 @@ def _shared_prefix(texts: Sequence[Text]) -> int:
 
 
 def _answers(row: Mapping, format: FormatConfig, origin: str) -> _Answers:
-    names, columns = format.response_names, format.answer_columns
+    names, values = _answer_values(row, format, origin)
+    for column, value in values.items():
+        if value is None:
+            found = sorted(without_nulls(row))
+            raise RowError("malformed", origin, f"has no {column!r}; its columns are {found}")
+        if isinstance(value, str) and not value.strip():
+            raise RowError("empty", origin, f"{column!r} is empty")
+    if all(isinstance(value, str) for value in values.values()):
+        return _Answers(names, read_all_text(values, origin))
+    texts = [_text(value, column, origin) for column, value in values.items()]
+    if len({isinstance(text, str) for text in texts}) > 1:
+        found = ", ".join(f"{column!r} is {kind(text)}" for column, text in zip(values, texts, strict=True))
+        raise RowError("malformed", origin, f"{found}; needed: all strings, or all lists of messages")
+    return _Answers(names, texts)
+
+
+def _answer_values(row: Mapping, format: FormatConfig, origin: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """(the names of the responses in messages, the responses by their columns)."""
+    if format.type == "unpaired":
+        return ("completion",), {format.completion_field: row.get(format.completion_field)}
+    if format.type == "ranked":
+        column, responses = format.responses_field, row.get(format.responses_field)
+        if not isinstance(responses, list) or len(responses) < 2:
+            found = f"has {len(responses)}" if isinstance(responses, list) else f"is {kind(responses)}"
+            found = "is not there" if responses is None else found
+            raise RowError("malformed", origin, f"{column!r} {found}; needed: a list of two or more responses")
+        names = tuple(f"response {number}" for number in range(1, len(responses) + 1))
+        return names, {f"{column}[{index}]": response for index, response in enumerate(responses)}
+    columns = format.chosen_field, format.rejected_field
     if columns == ("chosen", "rejected") and all(row.get(column) is None for column in columns):
         if any(row.get(column) is not None for column in OPENAI_RESPONSES):
             columns = OPENAI_RESPONSES
-    for column in columns:
-        if row.get(column) is None:
-            found = sorted(without_nulls(row))
-            raise RowError("malformed", origin, f"has no {column!r}; its columns are {found}")
-        if isinstance(row[column], str) and not row[column].strip():
-            raise RowError("empty", origin, f"{column!r} is empty")
-    if all(isinstance(row[column], str) for column in columns):
-        return _Answers(names, read_all_text({column: row[column] for column in columns}, origin))
-    texts = [_text(row[column], column, origin) for column in columns]
-    if len({isinstance(text, str) for text in texts}) > 1:
-        found = ", ".join(f"{column!r} is {kind(text)}" for column, text in zip(columns, texts, strict=True))
-        raise RowError("malformed", origin, f"{found}; needed: both strings, or both lists of messages")
-    return _Answers(names, texts)
+    return ("chosen", "rejected"), {column: row.get(column) for column in columns}
+
+
+def _comparisons(row: Mapping, format: FormatConfig, count: int, origin: str) -> tuple[tuple[int, int], ...]:
+    """The comparisons of a ranked row: (index of the better response, index of the worse one)."""
+    has_ranks = row.get(format.scores_field) is None and row.get(format.ranks_field) is not None
+    column = format.ranks_field if has_ranks else format.scores_field
+    scores = _numbers(row, column, "which orders the responses", count, origin)
+    if has_ranks:
+        scores = [-rank for rank in scores]
+    order = sorted(range(count), key=lambda index: -scores[index])
+    pairs = {
+        "all": itertools.combinations(order, 2),
+        "adjacent": itertools.pairwise(order),
+        "best_worst": [(order[0], order[-1])],
+    }[format.comparisons]
+    found = tuple((better, worse) for better, worse in pairs if scores[better] > scores[worse])
+    if not found:
+        raise RowError("tied", origin, f"{column!r} has the same number for all responses")
+    return found
 
 
 def _number(row: Mapping, name: str, origin: str) -> float:
@@ -224,16 +263,15 @@ def _number(row: Mapping, name: str, origin: str) -> float:
     return float(value)
 
 
-def _numbers(row: Mapping, name: str, count: int, origin: str) -> list[float]:
-    """A row's numbers in a column of format.response_columns."""
+def _numbers(row: Mapping, name: str, what: str, count: int, origin: str) -> list[float]:
+    """A row's numbers in a column that has one for each response."""
     values = row.get(name)
     if not (isinstance(values, list) and len(values) == count and all(map(_is_number, values))):
         found = "is not there" if values is None else f"is {kind(values)}"
         raise RowError(
             "malformed",
             origin,
-            f"{name!r}, one of format.response_columns, {found}; needed: a list of {count} finite numbers, one for "
-            "each response",
+            f"{name!r}, {what}, {found}; needed: a list of {count} finite numbers, one for each response",
         )
     return [float(value) for value in values]
 

@@ -21,7 +21,7 @@ from lora_dpo_jax.places import place_of, spelled_alike
 P = ParamSpec("P")
 T = TypeVar("T")
 Split = Literal["train", "validation"]
-Reason = Literal["empty", "malformed", "identical", "boundary", "too_long"]
+Reason = Literal["empty", "malformed", "identical", "boundary", "too_long", "tied"]
 
 # Local files up to this size are identified by their content, so copying or touching them rebuilds nothing.
 CONTENT_HASH_BYTES = 1 << 30
