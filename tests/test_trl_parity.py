@@ -138,18 +138,21 @@ def our_run(
     return training_metrics(config), load_file(tmp_path / "adapter" / "adapter_model.safetensors")
 
 
-def assert_same_run(ours: list[dict], our_adapter: dict[str, np.ndarray], theirs: TrlRun) -> None:
+def assert_same_run(
+    ours: list[dict], our_adapter: dict[str, np.ndarray], theirs: TrlRun, *, rewards: bool = True
+) -> None:
     assert len(ours) == len(theirs.metrics) == STEPS
 
     def of(name: str) -> tuple[list[float], list[float]]:
         return [line[f"train/{name}"] for line in ours], [line[name] for line in theirs.metrics]
 
-    for name in ABSOLUTE:
+    for name in (name for name in ABSOLUTE if rewards or not name.startswith("rewards/")):
         np.testing.assert_allclose(*of(name), rtol=0, atol=1e-4, err_msg=name)
     for name, tolerance in RELATIVE.items():
         np.testing.assert_allclose(*of(name), rtol=tolerance, err_msg=name)
     # The first update of the warmup has rate 0: until the second one, all pairs are ties, and none counts as won.
-    np.testing.assert_array_equal(*of("rewards/accuracies"))
+    if rewards:
+        np.testing.assert_array_equal(*of("rewards/accuracies"))
     assert our_adapter.keys() == theirs.final.keys()
     for name, tensor in theirs.final.items():
         assert distance(our_adapter[name], tensor) < 5e-3 * np.linalg.norm(tensor), name
@@ -187,7 +190,8 @@ def test_a_run_from_a_new_adapter_matches_trl(start_adapter, trl_run, tmp_path, 
     """The reference is the base."""
     theirs = trl_run(start_adapter(zero_B=True), loss_type)
     ours = our_run(tmp_path, theirs.start, loss_type, peft_reference="base")
-    assert_same_run(*ours, theirs)
+    # TRL logs rewards of sums for a loss of means per token; ours are those that the loss compares.
+    assert_same_run(*ours, theirs, rewards=loss_type == "sigmoid")
 
 
 def test_epochs_that_end_with_a_short_batch_match_trl(start_adapter, trl_run, tmp_path):
