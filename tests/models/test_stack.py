@@ -88,13 +88,13 @@ def loss_and_gradients(model: CausalLM) -> tuple[float, dict[str, np.ndarray]]:
 def one_by_one() -> tuple[float, dict[str, np.ndarray]]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(stack_module, "LONGEST_PERIOD", 1)
-        apart = decoder(ComputeConfig(attention="dense"))
+        apart = decoder()
     assert [s.Block.size for s in apart.model.layers.segments] == [1] * 5
     return loss_and_gradients(apart)
 
 
 def test_a_period_computes_what_its_layers_compute_one_by_one(policy, one_by_one):
-    together = decoder(ComputeConfig(policy, attention="dense"))
+    together = decoder(ComputeConfig(policy))
     assert [s.Block.size for s in together.model.layers.segments] == [2, 1]
     value, gradients = loss_and_gradients(together)
     expected_value, expected = one_by_one
