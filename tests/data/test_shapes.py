@@ -81,6 +81,16 @@ def test_a_step_that_was_not_looked_at_gets_larger_shapes_of_few_sizes():
     assert layout in found and 1 < len(found) < 12
 
 
+def test_a_step_with_the_first_comparisons_of_a_run_gets_room_for_them():
+    """The steps that were looked at had single answers alone."""
+    one = np.ones(2, int)
+    sizes = ExampleSizes(prompt=9 * one, targets=9 * one, responses=np.array([1, 2]), comparisons=np.array([0, 1]))
+    layout = choose_shapes([np.array([0])], sizes)
+    assert layout.parts[0].comparisons == 0
+    (part,) = layout.holding([[[1]]], sizes).parts
+    assert (part.comparisons, part.responses) == (1, 2)
+
+
 @pytest.mark.parametrize("size, devices", [(16, 1), (32, 1), (128, 1), (128, 8)])
 def test_little_of_the_rows_is_padding(size, devices):
     sizes = preference_sizes(1024)

@@ -56,16 +56,13 @@ class PartShape:
 
     def holding(self, rows: list[list[int]], sizes: ExampleSizes) -> "PartShape":
         """This shape, or a larger one if the rows of a step need it. Sizes are then doubled, so few shapes occur."""
-        extent = _Extent()
-        extent.include(_Rows(self.rows, self.row_length), rows, sizes)
-        needed = extent.shape(_Rows(self.rows, self.row_length))
-        grown = dataclasses.replace(self)
-        for name in ("micro_batches", "targets", "examples", "responses", "comparisons"):
-            size = getattr(self, name)
-            while size < getattr(needed, name):
-                size *= 2
-            grown = dataclasses.replace(grown, **{name: size})
-        return dataclasses.replace(grown, targets=max(self.targets, min(grown.targets, self.row_length)))
+        shape, extent = _Rows(self.rows, self.row_length), _Extent()
+        extent.include(shape, rows, sizes)
+        needed = extent.shape(shape)
+        names = ("micro_batches", "targets", "examples", "responses", "comparisons")
+        grown = {name: _doubled(getattr(self, name), getattr(needed, name)) for name in names}
+        grown["targets"] = min(grown["targets"], max(self.targets, self.row_length))
+        return dataclasses.replace(self, **grown)
 
 
 @dataclass(frozen=True)
@@ -306,6 +303,13 @@ def _best_fit(sizes: Sequence[int], capacities: Sequence[int], more: int | None 
         rows[row].append(item)
         bisect.insort(free, (room - size, row))
     return rows
+
+
+def _doubled(size: int, needed: int) -> int:
+    """`size`, doubled until it is at least `needed`."""
+    while size < needed:
+        size = max(2 * size, 1)
+    return size
 
 
 def round_up(number: int, multiple: int) -> int:

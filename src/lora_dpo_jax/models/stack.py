@@ -101,7 +101,7 @@ class LayerStack(eqx.Module):
         return tuple(tuple(fn(s.Block, layer) for layer in s.stacked.layers) for s in self.segments)
 
     def numbers(self, path: Sequence[Any]) -> tuple[range, int]:
-        """For `parameters.tensor_names`: the numbers of the layers that an array holds slices of.
+        """For `tensor_names.tensor_names`: the numbers of the layers that an array holds slices of.
 
         `path` leads from this stack to the array. Also returns how many entries of `path` lead to the layer.
         """
