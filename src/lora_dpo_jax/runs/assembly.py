@@ -119,7 +119,6 @@ def reference_log_probs(
     if config.preference_loss.needs_tokens_of_reference:
         setting = "live"  # the cache holds sums over whole responses
     if setting != "live":
-        # Read now: a run may export over the adapter that it began with.
         identity = reference_identity(config, base, reference) if is_first_process() else {}
         cache = ReferenceCache(cache_folder(config.data.cache_dir) / "reference", identity)
     scorer = functools.partial(pair_scorer, trainer=config.trainer, placement=placement)
