@@ -77,7 +77,7 @@ def test_the_order_of_pairs_does_not_matter(model):
 
 def test_a_scorer_compiles_once_for_all_its_batches_and_shows_progress(model):
     scorer = Scorer(table_of(MemoryExamples(ALL.examples[:13])), rows=1)
-    compilations = scorer._compiled._cached._cache_size  # of all scorers
+    compilations = scorer._scores._compiled._cached._cache_size  # of all scorers
     before, seen = compilations(), []
 
     def progress(batches, total):

@@ -123,43 +123,27 @@ def test_interrupted_filling_resumes_with_the_rest(cache, reference, truth):
     assert sum(record_files(cache)) == 44, "nothing was computed twice"
 
 
-class SoonInterruptedScorer(InterruptedScorer):
-    after = 1
+def test_rows_of_a_number_are_found_by_it(cache):
+    ids = np.arange(22)
+    others, mine = (np.full(44, value, np.float32) for value in (-1.0, -2.0))
+    nothing = np.full(44, np.nan, np.float32)
+    cache.record(ALL, [(5, ids[:12], others[:24])], nothing)
+    cache.record(ALL, [(7, ids, mine)], nothing)
+    assert np.isnan(cache.find(ALL, rows=6)).all()
+    np.testing.assert_array_equal(cache.find(ALL, rows=7), mine)
+    # Of several, the first one counts: a later run of other rows changes no value of an earlier run.
+    np.testing.assert_array_equal(cache.find(ALL), [-1.0] * 24 + [-2.0] * 20)
+    np.testing.assert_array_equal(cache.find(table([], range(9)), rows=7), mine[26:])
 
 
-def test_interrupted_filling_ends_with_the_same_bits(tmp_path, reference):
-    """The rest is packed with what was there before, or the order of sums would be another."""
+def test_a_batch_is_recorded_before_the_next_one_is_computed(cache):
+    def batches():
+        yield 1, np.array([3, 2]), np.float32([-1, -2, -3, -4])
+        np.testing.assert_array_equal(cache.find(table([2, 3])), [-3, -4, -1, -2])
+        yield 2, np.array([2, 4]), np.float32([-9, -9, -5, -6])
 
-    def find_all(name: str, scorers: list[type[Scorer]]) -> np.ndarray:
-        cache = ReferenceCache(tmp_path / name, {"weights": "abc"})
-        fill(cache, reference, table([4, 7], [1]))  # a run before, that is done
-        for scorer in scorers:
-            known = cache.find(ALL)
-            started = cache.to_compute(ALL, np.flatnonzero(missing_examples(ALL, known)))
-            assert started.tolist() == [i for i in range(22) if i not in (4, 7, 14)]
-            try:
-                cache.compute(reference, scorer(ALL.subset(started), rows=1), known[responses_of(started)])
-            except Interrupted:
-                continue
-            cache.all_computed(ALL)
-        assert sum(record_files(cache)) == 44, "nothing was computed twice for the cache"
-        assert not list(cache.folder.glob("*.started"))
-        return cache.find(ALL)
-
-    in_peace = find_all("in_peace", [Scorer])
-    interrupted = find_all("interrupted", [SoonInterruptedScorer, SoonInterruptedScorer, Scorer])
-    np.testing.assert_array_equal(interrupted, in_peace)
-
-
-@pytest.mark.parametrize("content", [None, "[]", "[99, 3]", '{"a": 1}', "half of", "[[1]]"])
-def test_a_list_that_does_not_hold_what_is_missing_is_made_anew(cache, content):
-    missing = np.array([2, 3, 5])
-    cache.to_compute(ALL, np.array([1]))
-    (path,) = cache.folder.glob("*.started")
-    path.unlink() if content is None else path.write_text(content)
-    assert cache.to_compute(ALL, missing).tolist() == [2, 3, 5]
-    assert cache.to_compute(ALL, missing[:1]).tolist() == [2, 3, 5]
-    assert cache.to_compute(table(range(13)), missing[:1]).tolist() == [2], "that of another table is another"
+    found = cache.record(ALL, batches(), np.full(44, np.nan, np.float32))
+    np.testing.assert_array_equal(found[4:10], [-3, -4, -1, -2, -5, -6])
 
 
 def flip_a_byte(path: Path) -> None:
@@ -183,8 +167,8 @@ def fill_with_zeros(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage, lost, says",
     [
-        (flip_a_byte, 1, "1 of 26 records are damaged or belong to another cache, and 0 bytes.*at byte 60"),
-        (cut_the_end, 1, "0 of 25 records are .* and 7 bytes at the end are no whole record.*at byte 300"),
+        (flip_a_byte, 1, "1 of 26 records are damaged or belong to another cache, and 0 bytes.*at byte 80"),
+        (cut_the_end, 1, "0 of 25 records are .* and 11 bytes at the end are no whole record.*at byte 400"),
         (put_garbage_before, 13, "26 of 26 records .* and 8 bytes at the end .*at byte 0"),
         (fill_with_zeros, 13, "26 of 26 records .* and 0 bytes"),
     ],

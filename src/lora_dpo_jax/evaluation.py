@@ -33,7 +33,7 @@ class Scorer:
     ):
         """`rows` of packed examples are computed together."""
         self.examples, self.rows, self.put_batch, self.scope = examples, rows, put_batch, scope
-        self._compiled = eqx.filter_jit(score_responses)
+        self._scores = MicroBatchScorer(scope)
 
     def __call__(self, model: CausalLM, progress: Callable = lambda batches, total: batches) -> Scores:
         """NumPy-backed arrays {response}, in the table's order. `progress` wraps the iterator over batches."""
@@ -57,12 +57,22 @@ class Scorer:
         for batch in progress(batches, total):
             micro: PreferenceBatch = batch.micro_batch(0)
             ids = on_host(micro.examples.ids.array)
-            if wanted is not None and not wanted[ids[ids >= 0]].any():
-                continue
-            with self.scope():
-                scores = self._compiled(model, micro)
-            is_response = on_host(micro.examples.is_response.array)
-            yield ids[ids >= 0], on_host(scores.log_probs.array)[is_response]
+            if wanted is None or wanted[ids[ids >= 0]].any():
+                yield self._scores(model, micro)
+
+
+class MicroBatchScorer:
+    """Scores of packed micro-batches under a model; compiled once for each shape."""
+
+    def __init__(self, scope: Callable[[], AbstractContextManager] = nullcontext):
+        self.scope, self._compiled = scope, eqx.filter_jit(score_responses)
+
+    def __call__(self, model: CausalLM, micro: PreferenceBatch) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of the examples, log p of their responses, float32 in nats)"""
+        with self.scope():
+            scores = self._compiled(model, micro)
+        ids, is_response = on_host(micro.examples.ids.array), on_host(micro.examples.is_response.array)
+        return ids[ids >= 0], on_host(scores.log_probs.array)[is_response]
 
 
 def scores_of(examples: ExampleTable, log_probs: np.ndarray) -> Scores:

@@ -1,22 +1,23 @@
 """Log-probs of the reference, computed once and kept on disk. The key is a hash of everything that affects them.
 
     <cache_dir>/reference/<key>/
-      records.bin    12 bytes for each known response: its number among the responses of its component, log p
-                     (float32, nats), a checksum
+      records.bin    16 bytes for each known response: its number among the responses of its component, log p
+                     (float32, nats), a number for the rows that it was computed in, a checksum
       meta.json      the contents of the key, for people; no code reads it
-    <cache_dir>/reference/<key of a table>.started
-                     the examples that a run is computing, in case it is interrupted; removed when all are done
 
 A key is for one reference model and one tokenized component, whatever part of the component a run uses, and for
 whatever purpose. Several runs may append records at once; a response recorded twice is harmless. Checksums are salted
 with the key, so damaged or foreign records are not used. Missing log-probs are computed.
+
+The rows that a response was computed in decide the last bits of its log-prob: sums in attention depend on the place in
+the row. So a record names its rows. Of several records of a response, the first one counts.
 """
 
 import hashlib
 import json
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from lora_dpo_jax.models import CausalLM
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # increase it when the same model and tokens would get other log-probs, or the files another layout
-RECORD = np.dtype([("response", "<i4"), ("log_prob", "<f4"), ("checksum", "<u4")])
+VERSION = 3  # increase it when the same model and tokens would get other log-probs, or the files another layout
+RECORD = np.dtype([("response", "<i4"), ("log_prob", "<f4"), ("rows", "<u4"), ("checksum", "<u4")])
+OTHER_ROWS = 0  # the number of all rows that no step has
 CHECKED_BYTES = RECORD.fields["checksum"][1]  # pyright: ignore[reportOptionalSubscript]
 
 
@@ -44,12 +46,15 @@ class ReferenceCache:
         """`identity` holds everything that affects the log-probs, except the examples; it must serialize to JSON."""
         self.folder, self.identity = folder, {"version": VERSION, **identity}
 
-    def find(self, examples: ExampleTable) -> np.ndarray:
-        """float32 [response of the table] in nats, NaN where it is not known; the same on every process."""
+    def find(self, examples: ExampleTable, *, rows: int | None = None) -> np.ndarray:
+        """float32 [response of the table] in nats, NaN where it is not known; the same on every process.
+
+        With `rows`, only log-probs that were computed in the rows of that number; see `record`.
+        """
         values = np.full(len(examples.arrays.response_tokens), np.nan, np.float32)
         if jax.process_index() == 0:
             known = [
-                self._records(source).read()[source.arrays.responses_of(indices)]
+                self._records(source).read(rows)[source.arrays.responses_of(indices)]
                 for source, indices in examples.components
             ]
             values = np.concatenate([values[:0], *known])
@@ -58,63 +63,45 @@ class ReferenceCache:
     def compute(self, model: CausalLM, score: Scorer, known: np.ndarray | None = None) -> np.ndarray:
         """The log-probs of the examples of `score` under the reference `model`, in the form of `find`.
 
-        `known` log-probs, which come from `find`, stay unchanged. Each batch is on disk before the next one is
-        computed, so that an interruption loses little.
+        `known` log-probs, which come from `find`, stay unchanged. Batches that hold no others are left out.
         """
-        examples, arrays = score.examples, score.examples.arrays
-        values = np.full(len(arrays.response_tokens), np.nan, np.float32) if known is None else known.copy()
+        examples = score.examples
+        values = np.full(len(examples.arrays.response_tokens), np.nan, np.float32) if known is None else known
         is_missing = missing_examples(examples, values)
-        is_first = jax.process_index() == 0
         batches = score.in_batches(model) if is_missing.all() else score.in_batches(model, wanted=is_missing)
+        return self.record(examples, ((OTHER_ROWS, ids, found) for ids, found in batches), values)
+
+    def record(
+        self, examples: ExampleTable, batches: Iterable[tuple[int, np.ndarray, np.ndarray]], known: np.ndarray
+    ) -> np.ndarray:
+        """`known`, completed by log-probs that `batches` compute: (the number of their rows, example ids, log-probs).
+
+        Each batch is on disk before the next one is computed, so that an interruption loses little.
+        """
+        arrays, values, is_missing = examples.arrays, known.copy(), missing_examples(examples, known)
+        is_first = jax.process_index() == 0
         # None shows the bar only on a terminal.
         disable = None if is_first else True
         unit = " pairs" if arrays.are_pairs else " examples"
         with tqdm(total=int(is_missing.sum()), desc="reference log-probs", unit=unit, disable=disable) as progress:
-            for ids, found in batches:
+            for rows, ids, found in batches:
                 new = is_missing[ids]
                 is_new = np.repeat(new, arrays.response_counts[ids])
                 values[arrays.responses_of(ids[new])] = found[is_new]
                 ids = np.sort(ids[new])
+                is_missing[ids] = False
                 if is_first:
-                    self._add(examples.subset(ids), values[arrays.responses_of(ids)])
+                    self._add(examples.subset(ids), values[arrays.responses_of(ids)], rows)
                 progress.update(len(ids))
         return values
 
-    def to_compute(self, examples: ExampleTable, missing: np.ndarray) -> np.ndarray:
-        """The examples to give to `compute` together: `missing`, and all others that an interrupted run began with.
-
-        Log-probs get the same bits when the same examples are packed together. So a resumed run ends as if it had
-        never been interrupted.
-        """
-        is_wanted = np.zeros(len(examples), bool)
-        if jax.process_index() == 0:
-            path = self._started_path(examples)
-            started = _read_started(path, len(examples))
-            if not np.isin(missing, started).all():
-                started = missing
-                path.parent.mkdir(parents=True, exist_ok=True)
-                replace_file(path, json.dumps(started.tolist()).encode())
-            is_wanted[started] = True
-        return np.flatnonzero(multihost_utils.broadcast_one_to_all(is_wanted))
-
-    def all_computed(self, examples: ExampleTable) -> None:
-        """To be called when all examples from `to_compute` are computed."""
-        if jax.process_index() == 0:
-            self._started_path(examples).unlink(missing_ok=True)
-
-    def _started_path(self, examples: ExampleTable) -> Path:
-        key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode())
-        for source, indices in examples.components:
-            key.update(source.fingerprint.encode() + np.asarray(indices, np.int64).tobytes())
-        return self.folder / f"{key.hexdigest()}.started"
-
-    def _add(self, examples: ExampleTable, values: np.ndarray) -> None:
-        """Appends the log-probs of all responses of a table, float32 [response]."""
+    def _add(self, examples: ExampleTable, values: np.ndarray, rows: int) -> None:
+        """Appends the log-probs of all responses of a table, float32 [response], computed in rows of that number."""
         start = 0
         for source, indices in examples.components:
             responses = source.arrays.responses_of(indices)
             if len(responses):
-                self._records(source).append(responses, values[start : start + len(responses)])
+                self._records(source).append(responses, values[start : start + len(responses)], rows)
             start += len(responses)
 
     def _records(self, source: ExampleSource) -> "_Records":
@@ -138,8 +125,8 @@ class _Records:
         self.folder, self.num_responses = folder / key, num_responses
         self.path, self.salt = self.folder / "records.bin", zlib.crc32(key.encode())
 
-    def read(self) -> np.ndarray:
-        """float32 [response], NaN without a sound record. Unsound records are removed from the file."""
+    def read(self, rows: int | None = None) -> np.ndarray:
+        """float32 [response], NaN without a sound record (with `rows`: of these rows). Removes unsound records."""
         values = np.full(self.num_responses, np.nan, np.float32)
         if not self.path.exists():
             return values
@@ -149,14 +136,18 @@ class _Records:
         if not is_sound.all() or len(content) % RECORD.itemsize:
             self._keep_only(records, is_sound, len(content))
         sound = records[is_sound]
-        values[sound["response"]] = sound["log_prob"]
+        if rows is not None:
+            sound = sound[sound["rows"] == rows]
+        first = sound[::-1]  # of several records of a response, the last one assigned is the first one written
+        values[first["response"]] = first["log_prob"]
         return values
 
-    def append(self, responses: np.ndarray, values: np.ndarray) -> None:
+    def append(self, responses: np.ndarray, values: np.ndarray, rows: int) -> None:
         """Appends log-probs [response]. Those that are not finite are left out, so that they are computed again."""
         is_finite = np.isfinite(values)
         records = np.zeros(int(is_finite.sum()), RECORD)
         records["response"], records["log_prob"] = responses[is_finite], values[is_finite]
+        records["rows"] = rows
         records["checksum"] = self._checksums(records)
         try:
             self._write(records.tobytes())
@@ -202,12 +193,3 @@ class _Records:
             first,
         )
         replace_file(self.path, records[is_sound].tobytes())
-
-
-def _read_started(path: Path, num_examples: int) -> np.ndarray:
-    """The listed examples; none if the list cannot be read. A wrong list only changes the last bits of log-probs."""
-    try:
-        started = np.array(json.loads(path.read_bytes()), np.int64)
-    except (OSError, ValueError, TypeError):
-        return np.zeros(0, np.int64)
-    return started[(started >= 0) & (started < num_examples)]

@@ -36,7 +36,7 @@ def test_batches_from_a_later_step_are_those_of_the_whole_run():
     ]
     resumed = [
         {*part.examples.ids.array.ravel().tolist()} - {-1}
-        for parts in steps.batches(placement, first=2)
+        for parts in steps.batches(placement, steps=range(2, len(steps)))
         for part in parts
     ]
     assert trained_on == [set(step.tolist()) for step in ids]

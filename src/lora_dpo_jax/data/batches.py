@@ -37,19 +37,11 @@ def packed_batches(
     per_response = {name: examples.arrays.columns[name].per_response for name in names}
 
     def make(ids: np.ndarray) -> tuple[PreferenceBatch, ...]:
-        sizes = examples.sizes[ids]
-        rows_of_parts = shapes.rows_of(sizes)
-        laid_out = zip(shapes.holding(rows_of_parts, sizes).parts, rows_of_parts, strict=True)
+        share_prefix = shapes.packing.share_prefix
+        laid_out = shapes.laid_out(ids, examples.sizes[ids])
         return place(
             tuple(
-                pack(
-                    examples,
-                    [ids[row] for row in rows],
-                    part,
-                    known,
-                    share_prefix=shapes.packing.share_prefix,
-                    columns=per_response,
-                )
+                pack(examples, rows, part, known, share_prefix=share_prefix, columns=per_response)
                 for part, rows in laid_out
             )
         )

@@ -112,6 +112,15 @@ class StepShapes:
         parts = (part.holding(of_part, sizes) for part, of_part in zip(self.parts, rows, strict=True))
         return dataclasses.replace(self, parts=tuple(parts))
 
+    def laid_out(self, ids: np.ndarray, sizes: ExampleSizes) -> list[tuple[PartShape, list[np.ndarray]]]:
+        """For each part of a step with the examples `ids`: its shape, and the ids in each of its rows.
+
+        `sizes` are those of the step's examples, in the order of `ids`.
+        """
+        rows = self.rows_of(sizes)
+        parts = zip(self.holding(rows, sizes).parts, rows, strict=True)
+        return [(part, [ids[row] for row in of_part]) for part, of_part in parts]
+
 
 def fill_rows(sizes: Sequence[int], row_length: int) -> list[list[int]]:
     """Lays items of these sizes (tokens) into rows: longest first, each into the fullest row that has room.

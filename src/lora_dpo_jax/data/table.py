@@ -49,6 +49,11 @@ class ExampleTable(Sequence[TokenizedExample]):
         source, inner = self._locate(index)
         return source.origin(inner)
 
+    def identity(self, index: int) -> tuple[str, int]:
+        """The fingerprint of the example's component, and its number there: the same in every table."""
+        source, inner = self._locate(index)
+        return source.fingerprint, inner
+
     @property
     def sizes(self) -> ExampleSizes:
         return self.arrays.sizes

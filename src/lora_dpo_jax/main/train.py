@@ -10,7 +10,6 @@ import numpy as np
 
 from lora_dpo_jax.checkpoints.store import Checkpoints
 from lora_dpo_jax.cost.devices import peak_flops
-from lora_dpo_jax.data.order import StepIds
 from lora_dpo_jax.data.preview import preview
 from lora_dpo_jax.files import cache_folder
 from lora_dpo_jax.generation import read_stop_ids
@@ -74,7 +73,9 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState:
         exports = _exports(config, run, run_id, first_step)
         known = _known_log_probs(reference, run.steps, notes)
         hooks = _hooks(config, checkpoints, notes, len(run.steps), scores, samples, exports)
-        batches = run.steps.batches(placement, first=first_step, reference=known, columns=config.loss.all_columns)
+        batches = run.steps.batches(
+            placement, steps=range(first_step, len(run.steps)), reference=known, columns=config.loss.all_columns
+        )
         with saying_how_to_resume(config.trainer, run_id), closing(batches), StopSignals() as stop, checkpoints:
             state = _train(config, run, batches, first_step, hooks, tracker, stop, began)
     if is_first_process():
@@ -115,7 +116,7 @@ def _check(config: TrainConfig, run: Run) -> StepCheck:
     return StepCheck(
         run.data.pairs,
         expected_first_loss=config.preference_loss.loss_where_equal() if config.starts_equal else None,
-        tolerance=first_loss_tolerance(trainer.precision.compute_dtype),
+        tolerance=first_loss_tolerance(),
         non_finite=trainer.non_finite,
         max_skips_in_a_row=trainer.max_skips_in_a_row,
     )
@@ -194,8 +195,7 @@ def _known_log_probs(reference: ReferenceLogProbs | None, steps: Steps, notes: d
     """The reference's log-probs, float32 [response]. None: each step computes them. A resumed run obeys `notes`."""
     known = None
     if reference is not None:
-        assert isinstance(steps.ids, StepIds), "as runs.assembly makes them"
-        known = reference.of_steps(steps.pairs, steps.ids, choice=notes.get("reference_log_probs", "auto"))
+        known = reference.of_steps(steps, choice=notes.get("reference_log_probs", "auto"))
     notes["reference_log_probs"] = "live" if known is None else "cached"
     return known
 

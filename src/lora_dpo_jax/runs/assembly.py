@@ -1,6 +1,5 @@
 """A run, assembled once from its config: its data, its steps, and the learner that takes them."""
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,8 +120,7 @@ def reference_log_probs(
     if setting != "live":
         identity = reference_identity(config, base, reference) if is_first_process() else {}
         cache = ReferenceCache(cache_folder(config.data.cache_dir) / "reference", identity)
-    scorer = functools.partial(pair_scorer, trainer=config.trainer, placement=placement)
-    return ReferenceLogProbs(reference, setting, cache, scorer)
+    return ReferenceLogProbs(reference, setting, cache, placement)
 
 
 def pair_scorer(pairs: ExampleTable, *, trainer: TrainerConfig, placement: Placement) -> Scorer:

@@ -1,17 +1,19 @@
 """The source of the reference's log-probs in a run: a cache, which is filled first, or each step itself."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 
 from lora_dpo_jax.data.order import StepIds
-from lora_dpo_jax.data.table import ExampleTable
-from lora_dpo_jax.evaluation import Scorer, scores_of
+from lora_dpo_jax.evaluation import MicroBatchScorer, Scorer, scores_of
 from lora_dpo_jax.losses import Scores
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.reference_cache import ReferenceCache, missing_examples
+from lora_dpo_jax.runs.steps import Steps
+from lora_dpo_jax.sharding import Placement
+from lora_dpo_jax.training.step import micro_batches
 
 logger = logging.getLogger("lora_dpo_jax")
 
@@ -24,30 +26,34 @@ class ReferenceLogProbs:
         reference: CausalLM,
         setting: Literal["auto", "live", "cached"],
         cache: ReferenceCache | None,
-        scorer: Callable[[ExampleTable], Scorer],
+        placement: Placement,
     ):
-        """`cache` is None if the setting is live. `scorer` makes a scorer of a table."""
-        self.reference, self.setting, self.cache, self.scorer = reference, setting, cache, scorer
+        """`cache` is None if the setting is live."""
+        self.reference, self.setting, self.cache, self.placement = reference, setting, cache, placement
 
-    def of_steps(self, pairs: ExampleTable, steps: StepIds, *, choice: str = "auto") -> np.ndarray | None:
-        """The values of all responses of `pairs`, float32 [response]; NaN where no batch needs one.
+    def of_steps(self, steps: Steps, *, choice: str = "auto") -> np.ndarray | None:
+        """The values of all responses of the pairs of `steps`, float32 [response]; NaN where no batch needs one.
 
         None if the steps should compute them.
 
         `auto` chooses the way with fewer forward passes. This is the steps' way for one epoch of which nothing is
         cached, even if the next epoch fills up its last batch. A resumed run keeps its former `choice`, live or
-        cached, because the two differ in their last bits.
+        cached, because the two may differ in their last bits.
+
+        Missing values are computed in the rows of the step that needs them first. The pairs of step 0 get values of
+        its own rows, even if other values are cached. So equal policy and reference have equal scores, bit for bit.
         """
         if self.cache is None:
             logger.info("reference log-probs: live, in each step, as reference_log_probs asks")
             return None
-        visits, visited = steps.num_visits, steps.visited()
-        values = self.cache.find(pairs)
-        missing = visited[missing_examples(pairs, values)[visited]]
+        assert isinstance(steps.ids, StepIds), "as runs.assembly makes them"
+        visits, visited = steps.ids.num_visits, steps.ids.visited()
+        values = self.cache.find(steps.pairs)
+        missing = visited[missing_examples(steps.pairs, values)[visited]]
         if self.setting == "auto" and choice == "live":
             logger.info("reference log-probs: live, in each step, as in the steps before")
             return None
-        is_one_epoch = visits - len(visited) < steps.size
+        is_one_epoch = visits - len(visited) < steps.ids.size
         is_live = choice == "auto" and is_one_epoch and len(missing) == len(visited)
         if self.setting == "auto" and is_live:
             logger.info(
@@ -56,8 +62,25 @@ class ReferenceLogProbs:
             )
             return None
         self._log(len(visited), len(missing), f"the run visits each {visits / len(visited):.1f} times")
-        self._fill(self.cache, pairs, values, missing)
-        return values
+        return self._completed(self.cache, steps, visited, values)
+
+    def _completed(self, cache: ReferenceCache, steps: Steps, visited: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """`values` with those computed that are missing, or belong to step 0 but were computed in other rows."""
+        pairs, first = steps.pairs, np.unique(steps.ids[0])
+        of_first = pairs.arrays.responses_of(first)
+        values[of_first] = cache.find(pairs.subset(first), rows=steps.number_of_rows(0, self.placement))
+        is_visited = np.zeros(len(pairs), bool)
+        is_visited[visited] = True
+        numbers = [*steps.first_visits(missing_examples(pairs, values) & is_visited)]
+        score = MicroBatchScorer(self.placement.scope)
+
+        def computed() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+            for step, parts in zip(numbers, steps.batches(self.placement, steps=numbers), strict=True):
+                rows = steps.number_of_rows(step, self.placement)
+                for micro in micro_batches(parts):
+                    yield rows, *score(self.reference, micro)
+
+        return cache.record(pairs, computed(), values) if numbers else values
 
     def of_table(self, score: Scorer) -> Scores:
         """The values of all pairs that `score` scores."""
@@ -65,17 +88,9 @@ class ReferenceLogProbs:
             return score(self.reference)
         pairs = score.examples
         values = self.cache.find(pairs)
-        missing = np.flatnonzero(missing_examples(pairs, values))
-        self._log(len(pairs), len(missing), "to score them")
-        self._fill(self.cache, pairs, values, missing)
-        return scores_of(pairs, values)
-
-    def _fill(self, cache: ReferenceCache, pairs: ExampleTable, values: np.ndarray, missing: np.ndarray) -> None:
-        if len(missing):
-            ids = cache.to_compute(pairs, missing)
-            responses = pairs.arrays.responses_of(ids)
-            values[responses] = cache.compute(self.reference, self.scorer(pairs.subset(ids)), values[responses])
-            cache.all_computed(pairs)
+        missing = int(missing_examples(pairs, values).sum())
+        self._log(len(pairs), missing, "to score them")
+        return scores_of(pairs, self.cache.compute(self.reference, score, values) if missing else values)
 
     def _log(self, wanted: int, missing: int, why: str) -> None:
         found = f"{wanted - missing:,} of {wanted:,} pairs found in {self.cache and self.cache.folder}"

@@ -1,6 +1,8 @@
 """The pairs that each step of a run trains on, and the shapes of their rows."""
 
-from collections.abc import Generator, Mapping, Sequence
+import json
+import zlib
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,13 +33,37 @@ class Steps:
         self,
         placement: Placement,
         *,
-        first: int = 0,
+        steps: Iterable[int] | None = None,
         reference: np.ndarray | None = None,
         columns: Sequence[str] = (),
     ) -> Generator[tuple[PreferenceBatch, ...], None, None]:
-        """The batches from step `first` on, on their devices. `reference` and `columns`: see `packed_batches`."""
-        ids, place = (self.ids[step] for step in range(first, len(self))), placement.put_batch
+        """The batches of `steps` (None: of all) on their devices. `reference` and `columns`: see `packed_batches`."""
+        ids, place = (self.ids[step] for step in (range(len(self)) if steps is None else steps)), placement.put_batch
         return packed_batches(self.pairs, ids, self.shapes, place=place, reference=reference, columns=columns)
+
+    def first_visits(self, wanted: np.ndarray) -> Iterator[int]:
+        """The steps that visit an example for the first time that is `wanted` (bool [example]), in order."""
+        left = wanted.copy()
+        remaining = int(left.sum())
+        for step in range(len(self)):
+            if not remaining:
+                return
+            ids = np.unique(self.ids[step])
+            if new := int(left[ids].sum()):
+                left[ids] = False
+                remaining -= new
+                yield step
+
+    def number_of_rows(self, step: int, placement: Placement) -> int:
+        """A number from 1 to 2**32 - 1 for the rows of a step: their examples, shapes and devices.
+
+        Steps with the same number compute the same sums in the same order.
+        """
+        ids, pairs = self.ids[step], self.pairs
+        laid_out = self.shapes.laid_out(ids, pairs.sizes[ids])
+        rows = [(repr(part), [[pairs.identity(int(i)) for i in row] for row in of_part]) for part, of_part in laid_out]
+        text = json.dumps([dict(placement.mesh.shape), self.shapes.packing.share_prefix, rows])
+        return max(1, zlib.crc32(text.encode()))
 
 
 def lay_out_steps(
