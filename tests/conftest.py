@@ -47,9 +47,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What is imported stays: the garbage collector need not look through it again and again."""
+    """What is imported stays: the garbage collector need not look through it again and again.
+
+    From here on, processes that are started find no torch. Workers of xdist, which need it, have been started.
+    """
     gc.collect()
     gc.freeze()
+    paths = [str(Path(__file__).with_name("without_torch")), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 @pytest.fixture(scope="module", autouse=True)

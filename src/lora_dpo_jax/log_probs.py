@@ -23,7 +23,8 @@ from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.lora import TokenKey, reference_model, split_key, trainable_filter
 from lora_dpo_jax.losses import Scores, TokenScores
 from lora_dpo_jax.models import CausalLM, PackedMask
-from lora_dpo_jax.sharding import gathered, platform
+from lora_dpo_jax.platforms import platform
+from lora_dpo_jax.sharding import gathered
 
 # The limit for a block's logits on a device, by platform, unless 64 targets a row take more. Each block reads the whole
 # head. On an H100, blocks of 2**26 bytes (128 targets of an 8B model) are bound by these reads. Blocks of 2**29 need no

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import haliax as hax
 import jax
@@ -161,16 +161,6 @@ def _as_tuple(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, str) else tuple(value)
-
-
-def platform() -> Literal["cpu", "gpu", "tpu"]:
-    """The platform that programs are traced for: that of the mesh in scope, else JAX's default.
-
-    It may differ from the platform of this process, because a program can be compiled for devices that are not here.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    name = jax.default_backend() if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
-    return "tpu" if name == "tpu" else "cpu" if name == "cpu" else "gpu"  # as gpu, cuda or rocm
 
 
 class Placement:

@@ -15,6 +15,7 @@ from lora_dpo_jax.axes import RANK
 from lora_dpo_jax.lora.adapter import Adapter, Factor, names_of, stack_axes
 from lora_dpo_jax.lora.config import LoraConfig
 from lora_dpo_jax.lora.dropout import dropout
+from lora_dpo_jax.platforms import platform
 from lora_dpo_jax.tensor_names import axes_of
 
 LOW_RANK = "low_rank"  # the name of A x in checkpointing policies
@@ -119,13 +120,11 @@ low_rank_product.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 def _summed_in(dtype: Any, a: NamedArray, b: NamedArray, axis: Any) -> NamedArray:
-    return jax.lax.platform_dependent(
-        a,
-        b,
-        # On a CPU, XLA does not support such sums of bfloat16 products for some layouts, and fails at run time.
-        cpu=lambda a, b: hax.dot(a.astype(dtype), b.astype(dtype), axis=axis),
-        default=lambda a, b: hax.dot(a, b, axis=axis, preferred_element_type=dtype),
-    )
+    if (
+        platform() == "cpu"
+    ):  # XLA does not support such sums of bfloat16 products for some layouts, and fails at run time
+        return hax.dot(a.astype(dtype), b.astype(dtype), axis=axis)
+    return hax.dot(a, b, axis=axis, preferred_element_type=dtype)
 
 
 def _side(factor: NamedArray, other: NamedArray) -> Any:

@@ -14,7 +14,6 @@ dequantized copy outlives the product.
 """
 
 import dataclasses
-import functools
 import math
 from abc import abstractmethod
 from typing import Any, TypeVar
@@ -28,6 +27,7 @@ import numpy as np
 from haliax import Axis, NamedArray
 from haliax.axis import AxisSpec
 
+from lora_dpo_jax.platforms import platform
 from lora_dpo_jax.tensor_names import axes_of
 
 M = TypeVar("M")
@@ -270,13 +270,12 @@ def _nf4_value(codes: jax.Array) -> jax.Array:
 
     # Gathers are slow on a TPU. On other platforms, XLA would broadcast the constants of `choose` to the size of the
     # weight, hoist them out of the loop over layers, and hold sixteen such arrays.
-    return jax.lax.platform_dependent(codes, tpu=choose, default=functools.partial(_gather, table=NF4))
+    return choose(codes) if platform() == "tpu" else _gather(codes, NF4)
 
 
 def _dynamic_value(codes: jax.Array) -> jax.Array:
     """float32: DYNAMIC_MAP[codes]."""
-    by_arithmetic = functools.partial(_dynamic_map, xp=jnp)
-    return jax.lax.platform_dependent(codes, tpu=by_arithmetic, default=functools.partial(_gather, table=DYNAMIC_MAP))
+    return _dynamic_map(codes, xp=jnp) if platform() == "tpu" else _gather(codes, DYNAMIC_MAP)
 
 
 def _dynamic_map(codes: Any, xp: Any = np) -> Any:

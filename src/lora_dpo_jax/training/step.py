@@ -150,16 +150,24 @@ def accumulate(objective: Objective, model: CausalLM, reference: Any, batch: Bat
     adapters, weights = eqx.partition(model, trainable_filter(model))
     num_examples: Any = sum(hax.sum(part.examples.is_example).scalar() for part in parts)
 
-    def micro_loss(adapters, micro: PreferenceBatch):
+    def micro_loss(adapters, weights, reference, micro: PreferenceBatch, num_examples, key):
         losses = objective(eqx.combine(adapters, weights), reference, micro, key=key)
         total = losses.loss.sum().scalar()
         return total / num_examples, (total, losses)
+
+    # Traced once for each shape: its shapes are asked for below, before its first use. JAX knows such a function again
+    # only if it closes over no traced array.
+    traced = jax.jit(jax.value_and_grad(micro_loss, has_aux=True), inline=True)
+
+    def losses_and_gradients(micro: PreferenceBatch):
+        (_, (total, losses)), gradients = traced(adapters, weights, reference, micro, num_examples, key)
+        return gradients, total, losses
 
     def add_part(totals, part: PreferenceBatch):
         def add_micro_batch(index, carry):
             gradients, total, metrics, example_losses = carry
             micro = part.micro_batch(index)
-            (_, (more_total, losses)), more = jax.value_and_grad(micro_loss, has_aux=True)(adapters, micro)
+            more, more_total, losses = losses_and_gradients(micro)
             gradients, total, metrics = jax.tree.map(
                 jnp.add, (gradients, total, metrics), (more, more_total, losses.metrics)
             )
@@ -177,8 +185,8 @@ def accumulate(objective: Objective, model: CausalLM, reference: Any, batch: Bat
         # cond, not a loop: XLA hoists loop-invariant work, here all of it, so even zero iterations would pay.
         return jax.lax.cond(used > 0, lambda carry: add_micro_batch(0, carry), lambda carry: carry, start)
 
-    shapes = jax.eval_shape(lambda: micro_loss(adapters, parts[0].micro_batch(0))[1])
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (adapters, shapes[0], shapes[1].metrics))
+    gradients, total, losses = jax.eval_shape(lambda: losses_and_gradients(parts[0].micro_batch(0)))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (gradients, total, losses.metrics))
     totals, example_losses = zeros, []
     for part in parts:
         *totals, of_part = add_part(totals, part)

@@ -1,24 +1,22 @@
 """The attention function: the platform's kernels for packed rows, all scores at once for other masks."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import haliax as hax
 import jax
 import jax.numpy as jnp
 from haliax import Axis, NamedArray
-from jax import Array
 from jax.sharding import PartitionSpec
 
 from lora_dpo_jax.axes import KEY_POSITION
 from lora_dpo_jax.models.attention.blocked import BlockedKernels
 from lora_dpo_jax.models.attention.gpu import GpuKernels
 from lora_dpo_jax.models.attention.masks import AttentionMask, PackedMask
-from lora_dpo_jax.models.attention.packed_blocks import MASKED, Kernels, KeyRuns, key_runs, packed_attention
+from lora_dpo_jax.models.attention.packed_blocks import MASKED, Kernels, key_runs, packed_attention
 from lora_dpo_jax.models.attention.score_rule import ScoreRule
 from lora_dpo_jax.models.attention.tpu import TpuKernels
+from lora_dpo_jax.platforms import platform
 
 
 def attend(
@@ -36,7 +34,7 @@ def attend(
     returns q's axes. `implementation`: see `IMPLEMENTATIONS`; a mask that is not packed always takes `dense`.
     """
     if implementation != "dense" and isinstance(mask, PackedMask):
-        return _packed(PACKED_KERNELS[implementation], q, k, v, mask, rule)
+        return _packed(_kernels(implementation), q, k, v, mask, rule)
     products = hax.dot(q, k, axis=HeadSize, preferred_element_type=jnp.float32)
     scores = NamedArray(rule.scores(products.array), products.axis_names)
     # MASKED is finite, so a padding query, which sees no key, yields finite values and no NaN.
@@ -54,31 +52,6 @@ def _softmax(scores: NamedArray, sinks: NamedArray | None) -> NamedArray:
         jnp.logaddexp(log_normalizer.array, sinks.broadcast_to(log_normalizer.axes).array), log_normalizer.axis_names
     )
     return hax.exp(scores - log_normalizer)
-
-
-@dataclass(frozen=True)
-class _PlatformKernels:
-    """The kernels of the platform that a program is compiled for, which may differ from the platform that traces it."""
-
-    def forward(self, q: Array, k: Array, v: Array, runs: KeyRuns, rule: ScoreRule) -> tuple[Array, Array]:
-        return self._of_platform("forward")(q, k, v, runs, rule)
-
-    def backward(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        runs: KeyRuns,
-        rule: ScoreRule,
-        log_normalizer: Array,
-        inner: Array,
-        d_out: Array,
-    ) -> tuple[Array, Array, Array]:
-        return self._of_platform("backward")(q, k, v, runs, rule, log_normalizer, inner, d_out)
-
-    def _of_platform(self, name: str) -> Callable:
-        tpu, cuda, default = (getattr(kernels, name) for kernels in (TpuKernels(), GpuKernels(), BlockedKernels()))
-        return functools.partial(jax.lax.platform_dependent, tpu=tpu, cuda=cuda, default=default)
 
 
 def _packed(
@@ -105,12 +78,18 @@ def _packed(
 
 
 PACKED_KERNELS: dict[str, Kernels] = {
-    "auto": _PlatformKernels(),
     "blocked": BlockedKernels(),
     "pallas_tpu": TpuKernels(),
     "pallas_gpu": GpuKernels(),
 }
 # How attention over packed rows is computed. `dense` is for comparison. All others take memory linear in the row's
 # length and skip blocks of keys that no query sees.
-IMPLEMENTATIONS = (*PACKED_KERNELS, "dense")
+IMPLEMENTATIONS = ("auto", *PACKED_KERNELS, "dense")
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}  # implementations that run on one platform only
+
+
+def _kernels(implementation: str) -> Kernels:
+    """`auto` is the kernels of the platform that the program is traced for."""
+    if implementation == "auto":
+        implementation = {"cpu": "blocked", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}[platform()]
+    return PACKED_KERNELS[implementation]
