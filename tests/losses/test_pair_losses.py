@@ -14,7 +14,7 @@ from tiny_pairs import named
 
 from lora_dpo_jax.data.memory import MemoryExamples
 from lora_dpo_jax.losses import LOSSES, Examples, Loss, Scores, TokenScores
-from lora_dpo_jax.losses.whole_batch import of_whole_batch
+from lora_dpo_jax.losses.whole_batch import ScoredPart, of_whole_batch
 from lora_dpo_jax.settings.decoding import config_of
 
 PAIRS = 7
@@ -343,8 +343,7 @@ def test_a_loss_over_the_batch_is_the_same_in_parts(name):
     numbers |= {"policy_w": numbers["policy_w"][::-1].copy()}
     policy, reference, examples = scores(numbers, "policy"), scores(numbers, "reference"), examples_of(12)
     parts = list(zip(cut(policy, examples, 5), cut(reference, examples, 5), strict=True))
-    inputs = [loss.batch_inputs(ours, theirs, mine) for (ours, mine), (theirs, _) in parts]
-    known = of_whole_batch(loss, inputs)
+    known = of_whole_batch(loss, [ScoredPart(ours, theirs, mine) for (ours, mine), (theirs, _) in parts])
 
     def total(policy, reference, examples):
         return loss(policy, reference, examples).loss.sum().scalar()

@@ -31,7 +31,7 @@ class Examples(eqx.Module):
     weight: NamedArray  # float32 {..., comparison}; an example's weights add up to 1 unless the data set others
     columns: dict[str, NamedArray] = eqx.field(default_factory=dict)  # float32 {..., example} or {..., response}
     # What a loss knows of the whole batch, of which these examples may be a part: see Loss.of_batch.
-    of_batch: dict[str, NamedArray] = eqx.field(default_factory=dict)  # float32 {..., comparison}
+    of_batch: dict[str, NamedArray] = eqx.field(default_factory=dict)  # float32 {...} or {..., slot}
 
     def column(self, name: str) -> NamedArray:
         """float32 {..., example} or {..., response}. Raises ValueError if the batch has no such column."""

@@ -69,15 +69,11 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
         """
         return "nothing"
 
-    def batch_inputs(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
-        """What `of_batch` reads, float32 {..., comparison}, by name. Log-probs are zeros unless it needs scores."""
-        return {}
-
-    def of_batch(self, inputs: dict[str, NamedArray]) -> dict[str, NamedArray]:
+    def of_batch(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
         """What the loss needs to know of the whole batch, for `Examples.of_batch`, by name.
 
-        All are float32 {comparison}: the `batch_inputs` of all comparisons of the batch, and the result. Slots without
-        a comparison are among them; none of them may change the result for the others.
+        The arguments are those of a call, for all rows of the batch; log-probs are zeros unless it needs scores. The
+        results are float32: scalars, or {..., slot} with the axes of an array of the arguments.
         """
         return {}
 

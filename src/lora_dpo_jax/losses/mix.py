@@ -89,12 +89,8 @@ class Mix(Loss):
         needs = {loss.needs_of_batch for loss in self.losses}
         return "scores" if "scores" in needs else "tokens" if "tokens" in needs else "nothing"
 
-    def batch_inputs(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
-        inputs = (loss.batch_inputs(policy, reference, examples) for _, loss in self.parts)
-        return _numbered(inputs)
-
-    def of_batch(self, inputs: dict[str, NamedArray]) -> dict[str, NamedArray]:
-        return _numbered(loss.of_batch(_of_number(inputs, number)) for number, (_, loss) in enumerate(self.parts))
+    def of_batch(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
+        return _numbered(loss.of_batch(policy, reference, examples) for _, loss in self.parts)
 
     def __call__(
         self, policy: Scores, reference: Scores | None, examples: Examples, *, are_equal: jax.Array | bool = False

@@ -52,14 +52,11 @@ class Aot(_Transport):
     https://arxiv.org/abs/2406.05882, paired.
     """
 
-    def batch_inputs(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
+    def of_batch(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
         *_, ours, theirs = self.rewards(policy, reference, examples)
         assert theirs is not None
-        margins = {"policy": ours.chosen - ours.rejected, "reference": theirs.chosen - theirs.rejected}
-        return margins | {"weight": examples.weight}
-
-    def of_batch(self, inputs: dict[str, NamedArray]) -> dict[str, NamedArray]:
-        return {"partner": of_same_rank(inputs["policy"], inputs["reference"], inputs["weight"] > 0)}
+        margins = ours.chosen - ours.rejected, theirs.chosen - theirs.rejected
+        return {"partner": of_same_rank(*margins, examples.weight > 0)}
 
     def pair_loss(self, chosen, rejected, policy):
         margin = policy.chosen - policy.rejected
@@ -73,12 +70,9 @@ class AotUnpaired(_Transport):
     https://arxiv.org/abs/2406.05882, unpaired.
     """
 
-    def batch_inputs(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
+    def of_batch(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
         chosen, rejected, *_ = self.rewards(policy, reference, examples)
-        return {"chosen": chosen, "rejected": rejected, "weight": examples.weight}
-
-    def of_batch(self, inputs: dict[str, NamedArray]) -> dict[str, NamedArray]:
-        chosen, rejected, counts = inputs["chosen"], inputs["rejected"], inputs["weight"] > 0
+        counts = examples.weight > 0
         return {
             "partner_of_chosen": of_same_rank(chosen, rejected, counts),
             "partner_of_rejected": of_same_rank(rejected, chosen, counts),

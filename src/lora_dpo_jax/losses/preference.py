@@ -97,8 +97,7 @@ class ComparisonLoss(Loss):
         self, policy: Scores, reference: Scores | None, examples: Examples, *, are_equal: jax.Array | bool = False
     ) -> ExampleLosses:
         if self.needs_of_batch != "nothing" and not examples.of_batch:
-            known = self.of_batch(self.batch_inputs(policy, reference, examples))
-            examples = dataclasses.replace(examples, of_batch=known)
+            examples = dataclasses.replace(examples, of_batch=self.of_batch(policy, reference, examples))
         chosen, rejected, ours, theirs = self.rewards(policy, reference, examples)
         loss = self.pair_loss(chosen, rejected, ours)
         per_pair = {}
