@@ -209,7 +209,7 @@ def test_the_loss_where_policy_and_reference_agree_is_known(name):
     numbers = random_numbers()
     numbers |= {"reference_w": numbers["policy_w"], "reference_l": numbers["policy_l"]}
     loss, expected = by_hand(name, numbers)
-    known = loss.loss_where_equal()
+    known = loss.loss_where_equal(examples_of(PAIRS))
     if name in ("sft", "simpo", "alphapo", "cpo", "orpo", "dpop"):
         assert known is None
     else:
@@ -317,9 +317,8 @@ def test_a_mix_needs_what_its_losses_need():
     assert weighted.needs_reference and weighted.all_statistics == ("log_sum_of_squares",)
     assert not weighted.needs_tokens_of_reference
     assert mix({"type": "hinge", "ld_alpha": 0.5}).needs_tokens_of_reference
-    assert mix({"type": "sigmoid"}, {"type": "hinge"}, weights=[2.0, 3.0]).loss_where_equal() == pytest.approx(
-        2 * math.log(2) + 3
-    )
+    both = mix({"type": "sigmoid"}, {"type": "hinge"}, weights=[2.0, 3.0])
+    assert both.loss_where_equal(examples_of(1)) == pytest.approx(2 * math.log(2) + 3)
     shared = LOSSES["mix"](beta=0.7, losses=[LOSSES["sigmoid"](), LOSSES["simpo"]()])
     assert [loss.beta for _, loss in shared.parts] == [0.7, 0.7]
 
@@ -447,7 +446,7 @@ def test_weighting_multiplies_each_loss_by_the_likelihood_of_its_pair(name):
     weight = weights[::2] * weights[1::2]
     loss = replace(loss, use_weighting=True)
     assert loss.all_statistics == ("log_sum_of_squares",) and not loss.needs_tokens_of_reference
-    assert loss.loss_where_equal() is None
+    assert loss.loss_where_equal(examples_of(1)) is None
 
     def losses(shift):
         per_token = replace(policy.per_token, log_probs=policy.per_token.log_probs + shift)

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import draccus
+import haliax as hax
 import jax
-from haliax import NamedArray
+import jax.numpy as jnp
+from haliax import Axis, NamedArray
 
+from lora_dpo_jax.axes import TARGET
 from lora_dpo_jax.losses.examples import Examples
-from lora_dpo_jax.losses.scores import Scores
+from lora_dpo_jax.losses.scores import Scores, TokenScores
 from lora_dpo_jax.objective import ExampleLosses
 
 
@@ -57,8 +60,11 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
     def needs_tokens_of_reference(self) -> bool:
         return self.needs_reference and self.per_token == "both"
 
-    def loss_where_equal(self) -> float | None:
-        """The loss of every example if policy and reference are equal, or None if that loss is not known."""
+    def loss_where_equal(self, examples: Examples) -> float | None:
+        """The mean loss of a batch if policy and reference are equal, or None if it is not known.
+
+        `examples` are without rows, as from `ExampleArrays.examples`.
+        """
         return None
 
     @property
@@ -85,3 +91,17 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
 
         If `examples.of_batch` is empty, the examples given are the whole batch.
         """
+
+
+def mean_of_equal_scores(loss: Loss, examples: Examples) -> float:
+    """The mean loss of examples without rows, if no log-prob of policy or reference is other than zero."""
+    Response = examples.example_of_response.axes[-1]
+    no_token = hax.full(Axis(TARGET, 1), -1, dtype=jnp.int32)
+    tokens = TokenScores(hax.zeros_like(no_token, dtype=jnp.float32), no_token, no_token)
+    equal = Scores(hax.zeros(Response), hax.ones(Response, dtype=jnp.int32), tokens)
+
+    @jax.jit
+    def mean(examples: Examples) -> jax.Array:
+        return hax.mean(loss(equal, equal, examples).loss).scalar()
+
+    return float(mean(examples))

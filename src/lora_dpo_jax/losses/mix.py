@@ -76,10 +76,10 @@ class Mix(Loss):
     def all_statistics(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for loss in self.losses for name in loss.all_statistics))
 
-    def loss_where_equal(self) -> float | None:
+    def loss_where_equal(self, examples: Examples) -> float | None:
         total = 0.0
         for weight, loss in self.parts:
-            if (value := loss.loss_where_equal()) is None:
+            if (value := loss.loss_where_equal(examples)) is None:
                 return None
             total += weight * value
         return total

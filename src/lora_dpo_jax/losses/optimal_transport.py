@@ -4,7 +4,6 @@ The order is that of the whole batch, so each comparison gets its partners' valu
 gradient. For the gradient of its own value this is exact: the order is constant almost everywhere.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,9 +36,6 @@ class _Transport(PreferenceLoss):
     @property
     def needs_of_batch(self) -> Literal["nothing", "tokens", "scores"]:
         return "scores"
-
-    def loss_where_equal(self) -> float | None:
-        return math.log(2)
 
     def negative_log_likelihood(self, margin: NamedArray) -> NamedArray:
         return smoothed_log_loss(self.beta * margin, self.label_smoothing)

@@ -103,22 +103,28 @@ def _train(
         hooks=hooks,
         log_every=trainer.log_every,
         peak_flops=peak_flops(list(run.learner.placement.mesh.devices.flat)),
-        check=_check(config, run),
+        check=_check(config, run, first_step),
         stop=stop,
         began=began,
         stalls=StallMonitor(trainer.stall_seconds, helpers=("packing",)),
     )
 
 
-def _check(config: TrainConfig, run: Run) -> StepCheck:
+def _check(config: TrainConfig, run: Run, first_step: int) -> StepCheck:
     trainer = config.trainer
     return StepCheck(
         run.data.pairs,
-        expected_first_loss=config.preference_loss.loss_where_equal() if config.starts_equal else None,
+        expected_first_loss=_loss_of_equal_models(config, run) if config.starts_equal and first_step == 0 else None,
         tolerance=first_loss_tolerance(trainer.precision.compute_dtype),
         non_finite=trainer.non_finite,
         max_skips_in_a_row=trainer.max_skips_in_a_row,
     )
+
+
+def _loss_of_equal_models(config: TrainConfig, run: Run) -> float | None:
+    """The loss of step 0 if policy and reference are equal; None if it is not known."""
+    batch = run.data.pairs.arrays.subset(run.steps.ids[0])
+    return config.preference_loss.loss_where_equal(batch.examples)
 
 
 def _hooks(
