@@ -68,7 +68,7 @@ class ReferenceCache:
         batches = score.in_batches(model) if is_missing.all() else score.in_batches(model, wanted=is_missing)
         # None shows the bar only on a terminal.
         disable = None if is_first else True
-        unit = " pairs" if arrays.are_pairs else " examples"
+        unit = f" {arrays.noun}"
         with tqdm(total=int(is_missing.sum()), desc="reference log-probs", unit=unit, disable=disable) as progress:
             for ids, found in batches:
                 new = is_missing[ids]

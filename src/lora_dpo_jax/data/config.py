@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from lora_dpo_jax.data.sources import Reason, SourceConfig
+from lora_dpo_jax.losses.examples import LABEL, WEIGHT
 from lora_dpo_jax.places import is_url, spelled_alike
 from lora_dpo_jax.settings.choices import check_choices
 
@@ -34,6 +35,7 @@ class FormatConfig:
     rejected_field: str = "rejected"  # a column
     completion_field: str = "completion"  # a column, of unpaired rows
     label_field: str = "label"  # a column of true and false, of unpaired rows
+    label: bool | None = None  # of all rows, if they are unpaired and label_field is no column
     responses_field: str = "responses"  # a column of lists, of ranked rows
     scores_field: str = "scores"  # a column of lists of numbers, of ranked rows; a higher score is better
     ranks_field: str = "ranks"  # the same, of ranked rows without scores; a lower rank is better
@@ -58,9 +60,14 @@ class FormatConfig:
         check_choices(self, "format")
         names = [*self.columns, *self.response_columns]
         if self.type == "unpaired":
-            names.append("label")
+            names += [LABEL, WEIGHT]
+        elif self.label is not None:
+            raise ValueError(f"format.label={self.label} is for format.type=unpaired; found format.type={self.type}")
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"format.columns and format.response_columns name {twice} twice; needed: once")
+            raise ValueError(
+                f"format.columns and format.response_columns name {twice} twice, or as columns of numbers that the "
+                "format has itself; needed: once"
+            )
 
     @property
     def named_columns(self) -> dict[str, str]:

@@ -19,6 +19,7 @@ from lora_dpo_jax.data.messages import (
     without_nulls,
 )
 from lora_dpo_jax.data.sources import RowError
+from lora_dpo_jax.losses.examples import DESIRABLE, LABEL, UNDESIRABLE, WEIGHT
 
 # Columns of the prompt in rows without `prompt_field`: first texts, then messages that end before an answer.
 PROMPT_COLUMNS = ("question", "instruction", "input", "conversations", "messages")
@@ -82,7 +83,8 @@ def read_example(row: Any, format: FormatConfig, origin: str) -> Example:
     count, what = len(example.responses), "one of format.response_columns"
     columns |= {name: _numbers(row, name, what, count, origin) for name in format.response_columns}
     if format.type == "unpaired":
-        return replace(example, comparisons=(), columns=columns | {"label": [_label(row, format, origin)]})
+        columns |= {LABEL: [_label(row, format, origin)], WEIGHT: 1.0}
+        return replace(example, comparisons=(), columns=columns)
     if format.type == "ranked":
         return replace(example, comparisons=_comparisons(row, format, count, origin), columns=columns)
     return replace(example, columns=columns)
@@ -277,11 +279,12 @@ def _numbers(row: Mapping, name: str, what: str, count: int, origin: str) -> lis
 
 
 def _label(row: Mapping, format: FormatConfig, origin: str) -> float:
-    """1 if the response of an unpaired row is desirable, else 0."""
-    value = row.get(format.label_field)
-    if value not in (True, False):  # 1 and 0 too
-        raise RowError("malformed", origin, f"{format.label_field!r} is {kind(value)}; needed: true or false")
-    return float(value)
+    """Whether the response of an unpaired row is desirable."""
+    value = row.get(format.label_field) if format.label is None else format.label
+    if not isinstance(value, int | float) or value not in (0, 1):
+        found = repr(value) if isinstance(value, int | float) else kind(value)
+        raise RowError("malformed", origin, f"{format.label_field!r} is {found}; needed: true or false")
+    return DESIRABLE if value else UNDESIRABLE
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

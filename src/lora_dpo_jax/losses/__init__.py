@@ -10,6 +10,7 @@ from lora_dpo_jax.losses.mix import Mix
 from lora_dpo_jax.losses.optimal_transport import Aot, AotUnpaired
 from lora_dpo_jax.losses.preference import Compared, ComparisonLoss, PreferenceLoss
 from lora_dpo_jax.losses.scores import Scores, TokenScores
+from lora_dpo_jax.losses.single_answers import ApoZeroUnpaired, Kto
 
 # The keys are the values of `loss.type`.
 LOSSES: dict[str, type[Loss]] = {
@@ -33,6 +34,8 @@ LOSSES: dict[str, type[Loss]] = {
     "alphapo": AlphaPo,
     "cpo": Cpo,
     "orpo": Orpo,
+    "kto": Kto,
+    "apo_zero_unpaired": ApoZeroUnpaired,
     "mix": Mix,
 }
 for _name, _loss in LOSSES.items():
@@ -45,6 +48,7 @@ __all__ = [
     "AotUnpaired",
     "ApoDown",
     "ApoZero",
+    "ApoZeroUnpaired",
     "Bco",
     "Compared",
     "ComparisonLoss",
@@ -56,6 +60,7 @@ __all__ = [
     "Exo",
     "Hinge",
     "Ipo",
+    "Kto",
     "LengthNormalizedDpo",
     "Loss",
     "Mix",

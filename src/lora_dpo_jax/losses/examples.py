@@ -19,6 +19,10 @@ from haliax import NamedArray
 
 from lora_dpo_jax.axes import EXAMPLE, RESPONSE
 
+# The columns of single answers. One has a number for each response: its label. The other one is the example's weight.
+LABEL, WEIGHT = "label", "example_weight"
+DESIRABLE, UNDESIRABLE, MISMATCHED = 1.0, 0.0, -1.0  # labels. MISMATCHED: the answer to another prompt
+
 
 class Examples(eqx.Module):
     """The examples of a row or of a batch. Arrays are int32 unless noted."""

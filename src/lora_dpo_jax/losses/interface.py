@@ -28,6 +28,7 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
     statistics: ClassVar[tuple[str, ...]] = ()  # of the policy's tokens, by their names in log_probs.STATISTICS
     needs_comparisons: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ()  # of the data, by the names in format.columns
+    needs_mismatched: ClassVar[bool] = False  # whether each example has the answer to another prompt too
 
     @classmethod
     def default_choice_name(cls) -> str:

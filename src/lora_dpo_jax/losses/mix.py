@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from haliax import NamedArray
 
-from lora_dpo_jax.losses.examples import Examples
+from lora_dpo_jax.losses.examples import LABEL, Examples
 from lora_dpo_jax.losses.interface import Loss
 from lora_dpo_jax.losses.scores import Scores
 from lora_dpo_jax.objective import ExampleLosses, Mean
@@ -28,8 +28,6 @@ class Mix(Loss):
     losses: list[Loss] = field(default_factory=list)  # each with its type and settings
     weights: list[float] | None = None  # of the losses, in their order; null: 1 for each
 
-    needs_comparisons = True
-
     def __post_init__(self):
         if not 0 <= self.beta < math.inf:
             raise ValueError(
@@ -37,6 +35,11 @@ class Mix(Loss):
             )
         if not self.losses or any(isinstance(loss, Mix) for loss in self.losses):
             raise ValueError("loss.losses must list at least one loss, and no mix")
+        if self.needs_comparisons and LABEL in self.all_columns:
+            raise ValueError(
+                "loss.losses has losses of single answers (kto, apo_zero_unpaired) beside losses of comparisons: no "
+                "data have both; choose losses of one kind"
+            )
         if self.weights is not None and len(self.weights) != len(self.losses):
             raise ValueError(
                 f"loss.weights has {len(self.weights)} weights for the {len(self.losses)} losses of loss.losses; "
@@ -49,6 +52,14 @@ class Mix(Loss):
                 raise ValueError(
                     f"loss.beta={self.beta} and loss.losses.{number}.beta={loss.beta} disagree; give one of them"
                 )
+
+    @property
+    def needs_comparisons(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return any(loss.needs_comparisons for loss in self.losses)
+
+    @property
+    def needs_mismatched(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return any(loss.needs_mismatched for loss in self.losses)
 
     @property
     def parts(self) -> tuple[tuple[float, Loss], ...]:

@@ -42,7 +42,8 @@ def _joined(*arrays: NamedArray) -> NamedArray:
     """The rows of all arrays, {row, slot}, with empty slots at the end of shorter rows."""
     Slot = max((array.axes[-1] for array in arrays), key=lambda axis: axis.size)
     empty = -1 if jnp.issubdtype(arrays[0].dtype, jnp.integer) else 0
-    rows = [array.array.reshape(-1, array.axes[-1].size) for array in arrays]
+    # Not -1: a batch of single answers has axes of size 0.
+    rows = [array.array.reshape(math.prod(array.array.shape[:-1]), array.axes[-1].size) for array in arrays]
     joined = jnp.concatenate([jnp.pad(x, ((0, 0), (0, Slot.size - x.shape[1])), constant_values=empty) for x in rows])
     return hax.named(joined, (Axis(ROW, joined.shape[0]), Slot))
 

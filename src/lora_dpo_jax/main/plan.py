@@ -22,7 +22,8 @@ class PlanConfig(TrainConfig):
     """A run, and the devices that it would use."""
 
     topology: str  # a TPU slice (v5e:4x4, v5p:2x2x1, v6e:4x4), or GPUs of one host (h100:8)
-    # Mean tokens of prompt, chosen and rejected response; the default is that of UltraFeedback.
+    # Mean tokens of prompt, chosen and rejected response; the default is that of UltraFeedback. Of single answers, the
+    # second number is that of an answer, and the third that of the answer to another prompt.
     pair_tokens: list[int] = field(default_factory=lambda: [167, 356, 352])
 
     def __post_init__(self):

@@ -51,11 +51,12 @@ class ReferenceLogProbs:
         is_live = choice == "auto" and is_one_epoch and len(missing) == len(visited)
         if self.setting == "auto" and is_live:
             logger.info(
-                "reference log-probs: live, in each step; the run visits its %s pairs once, and none of them is cached",
+                "reference log-probs: live, in each step; the run visits its %s %s once, and none of them is cached",
                 f"{len(visited):,}",
+                pairs.arrays.noun,
             )
             return None
-        self._log(len(visited), len(missing), f"the run visits each {visits / len(visited):.1f} times")
+        self._log(pairs, len(visited), len(missing), f"the run visits each {visits / len(visited):.1f} times")
         self._fill(self.cache, pairs, values, missing)
         return values
 
@@ -66,7 +67,7 @@ class ReferenceLogProbs:
         pairs = score.examples
         values = self.cache.find(pairs)
         missing = np.flatnonzero(missing_examples(pairs, values))
-        self._log(len(pairs), len(missing), "to score them")
+        self._log(pairs, len(pairs), len(missing), "to score them")
         self._fill(self.cache, pairs, values, missing)
         return scores_of(pairs, values)
 
@@ -77,7 +78,8 @@ class ReferenceLogProbs:
             values[responses] = cache.compute(self.reference, self.scorer(pairs.subset(ids)), values[responses])
             cache.all_computed(pairs)
 
-    def _log(self, wanted: int, missing: int, why: str) -> None:
-        found = f"{wanted - missing:,} of {wanted:,} pairs found in {self.cache and self.cache.folder}"
+    def _log(self, pairs: ExampleTable, wanted: int, missing: int, why: str) -> None:
+        noun = pairs.arrays.noun
+        found = f"{wanted - missing:,} of {wanted:,} {noun} found in {self.cache and self.cache.folder}"
         computed = f"; computing {missing:,} once ({why})" if missing else ""
         logger.info("reference log-probs: %s%s", found, computed)

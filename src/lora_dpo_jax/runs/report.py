@@ -66,7 +66,8 @@ class HeldOutScores:
         ends = self.scores[:1] + self.scores[1:][-1:]
         if not ends:
             return
-        print(f"\n{'held-out pairs':<16}" + "".join(f"{'after step ' + str(step):>18}" for step, _ in ends))
+        title = f"held-out {self.score.examples.arrays.noun}"
+        print(f"\n{title:<16}" + "".join(f"{'after step ' + str(step):>18}" for step, _ in ends))
         rows = {"accuracy": "dpo_accuracy", "reward margin": "rewards/margins", "loss": "loss"}
         for title, name in rows.items():
             if name not in ends[0][1]:
