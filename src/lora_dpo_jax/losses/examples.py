@@ -19,8 +19,9 @@ from haliax import NamedArray
 
 from lora_dpo_jax.axes import EXAMPLE, RESPONSE
 
-# The columns of single answers. One has a number for each response: its label. The other one is the example's weight.
-LABEL, WEIGHT = "label", "example_weight"
+# Columns that formats of the data make. LABEL is of each response of a single answer, and WEIGHT of its example. MARGIN
+# is the difference of rewards that a pair should have.
+LABEL, WEIGHT, MARGIN = "label", "example_weight", "target_margin"
 DESIRABLE, UNDESIRABLE, MISMATCHED = 1.0, 0.0, -1.0  # labels. MISMATCHED: the answer to another prompt
 
 
@@ -117,3 +118,16 @@ def add_up(values: NamedArray, index: NamedArray, Axis: hax.Axis) -> NamedArray:
     is_it = index.broadcast_axis(Axis) == hax.arange(Axis)
     summed = hax.sum(hax.where(is_it, values, 0), axis=index.axes[-1])
     return summed.rearrange((*index.axes[:-1], Axis))
+
+
+def greatest(values: NamedArray, index: NamedArray, Axis: hax.Axis) -> NamedArray:
+    """The greatest of the values {..., slot} that have the same index, within each row; 0 where there are none."""
+    values = values.rearrange(index.axes)
+    if len(index.axes) == 1:
+        at = jnp.where(index.array >= 0, index.array, Axis.size)
+        found = hax.named(jax.ops.segment_max(values.array, at, Axis.size + 1)[:-1], Axis)
+    else:
+        is_it = index.broadcast_axis(Axis) == hax.arange(Axis)
+        found = hax.max(hax.where(is_it, values, -jnp.inf), axis=index.axes[-1])
+        found = found.rearrange((*index.axes[:-1], Axis))
+    return hax.where(found > -jnp.inf, found, 0.0)

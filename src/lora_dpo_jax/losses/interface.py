@@ -2,6 +2,7 @@
 
 import abc
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from haliax import Axis, NamedArray
 
 from lora_dpo_jax.axes import TARGET
-from lora_dpo_jax.losses.examples import Examples
+from lora_dpo_jax.losses.examples import MARGIN, Examples
 from lora_dpo_jax.losses.scores import Scores, TokenScores
 from lora_dpo_jax.objective import ExampleLosses
 
@@ -28,7 +29,6 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
     statistics: ClassVar[tuple[str, ...]] = ()  # of the policy's tokens, by their names in log_probs.STATISTICS
     needs_comparisons: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ()  # of the data, by the names in format.columns
-    needs_mismatched: ClassVar[bool] = False  # whether each example has the answer to another prompt too
 
     @classmethod
     def default_choice_name(cls) -> str:
@@ -46,6 +46,20 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
     def all_columns(self) -> tuple[str, ...]:
         """The columns that the loss reads, with those of the losses that it is made of."""
         return self.columns
+
+    @property
+    def needs_mismatched(self) -> bool:
+        """Whether each single answer needs the answer to another prompt beside it."""
+        return False
+
+    @property
+    def takes_margins(self) -> bool:
+        """Whether the loss reads the target margins of the data, if they have any."""
+        return False
+
+    def columns_in(self, columns: Collection[str]) -> tuple[str, ...]:
+        """The columns that the loss reads from data that have `columns`."""
+        return (*self.all_columns, *(name for name in (MARGIN,) if self.takes_margins and name in columns))
 
     @property
     def all_statistics(self) -> tuple[str, ...]:

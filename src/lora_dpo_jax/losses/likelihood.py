@@ -39,6 +39,10 @@ class SimPo(_ReferenceFree):
         if not math.isfinite(self.gamma):
             raise ValueError(f"loss.gamma={self.gamma} must be finite")
 
+    @property
+    def takes_margins(self) -> bool:
+        return True
+
     def pair_loss(self, chosen, rejected, policy):
         return smoothed_log_loss(self.beta * (chosen - rejected) - self.gamma, self.label_smoothing)
 
@@ -106,6 +110,10 @@ class Cpo(_WithLikelihood):
         check_label_smoothing(self.label_smoothing)
         if not 0.0 <= self.cpo_alpha < math.inf:
             raise ValueError(f"loss.cpo_alpha={self.cpo_alpha} must be at least 0, and finite")
+
+    @property
+    def takes_margins(self) -> bool:
+        return True
 
     def pair_loss(self, chosen, rejected, policy):
         return smoothed_log_loss(self.beta * (chosen - rejected), self.label_smoothing)

@@ -58,8 +58,12 @@ class Mix(Loss):
         return any(loss.needs_comparisons for loss in self.losses)
 
     @property
-    def needs_mismatched(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def needs_mismatched(self) -> bool:
         return any(loss.needs_mismatched for loss in self.losses)
+
+    @property
+    def takes_margins(self) -> bool:
+        return any(loss.takes_margins for loss in self.losses)
 
     @property
     def parts(self) -> tuple[tuple[float, Loss], ...]:

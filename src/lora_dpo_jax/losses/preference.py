@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from haliax import NamedArray
 
 from lora_dpo_jax.losses.divergences import FDivergence, reward_of
-from lora_dpo_jax.losses.examples import Examples
+from lora_dpo_jax.losses.examples import MARGIN, Examples
 from lora_dpo_jax.losses.interface import Loss, mean_of_equal_scores
 from lora_dpo_jax.losses.scores import Scores, TokenScores
 from lora_dpo_jax.losses.token_weights import LOG_SUM_OF_SQUARES, likelihood_weight, with_lighter_tail
@@ -98,7 +98,7 @@ class ComparisonLoss(Loss):
         if self.needs_of_batch != "nothing" and not examples.of_batch:
             examples = dataclasses.replace(examples, of_batch=self.of_batch(policy, reference, examples))
         chosen, rejected, ours, theirs = self.rewards(policy, reference, examples)
-        loss = self.pair_loss(chosen, rejected, ours)
+        loss = self.pair_loss(self._less_margin(chosen, examples), rejected, ours)
         per_pair = {}
         for name, (weight, values) in self.terms(ours).items():
             per_pair[name] = values
@@ -111,6 +111,12 @@ class ComparisonLoss(Loss):
         per_pair |= preference_metrics(ours, theirs, self.beta * chosen, self.beta * rejected, are_equal=are_equal)
         share = examples.share
         return ExampleLosses(of_examples, {name: Mean.over(values, share) for name, values in per_pair.items()})
+
+    def _less_margin(self, chosen: NamedArray, examples: Examples) -> NamedArray:
+        """The rewards of chosen responses less the target margins of the data, in units of beta."""
+        if not self.takes_margins or MARGIN not in examples.columns:
+            return chosen
+        return chosen - examples.of_comparisons(examples.column(MARGIN)) / self.beta
 
     @property
     def loss_name(self) -> str:
@@ -154,6 +160,10 @@ class PreferenceLoss(ComparisonLoss):
     @property
     def needs_reference(self) -> bool:
         return not self.reference_free
+
+    @property
+    def takes_margins(self) -> bool:
+        return self.is_of_margin
 
     @property
     def all_statistics(self) -> tuple[str, ...]:

@@ -72,7 +72,9 @@ class Kto(_SingleAnswers):
     log-ratios of answers to other prompts, over the whole batch, without gradient, and at least 0.
     """
 
-    needs_mismatched = True
+    @property
+    def needs_mismatched(self) -> bool:
+        return True
 
     @property
     def needs_of_batch(self) -> Literal["nothing", "tokens", "scores"]:

@@ -108,8 +108,8 @@ def _score(
     held_to = None if reference_model is base.model else frozen_copy(reference_model)
     policy = reference if equals_reference(policy_model, held_to) else score(policy_model, progress)
     if loss.needs_tokens:
-        objective = PreferenceObjective(loss)
-        return policy, reference, summarize_by_tokens(objective, loss.all_columns, score, policy_model, held_to)
+        objective, columns = PreferenceObjective(loss), loss.columns_in(pairs.arrays.columns)
+        return policy, reference, summarize_by_tokens(objective, columns, score, policy_model, held_to)
     return policy, reference, summarize(loss, policy, reference, pairs.arrays.examples)
 
 

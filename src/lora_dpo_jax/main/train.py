@@ -74,7 +74,8 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState:
         exports = _exports(config, run, run_id, first_step)
         known = _known_log_probs(reference, run.steps, notes)
         hooks = _hooks(config, checkpoints, notes, len(run.steps), scores, samples, exports)
-        batches = run.steps.batches(placement, first=first_step, reference=known, columns=config.loss.all_columns)
+        columns = config.loss.columns_in(run.data.pairs.arrays.columns)
+        batches = run.steps.batches(placement, first=first_step, reference=known, columns=columns)
         with saying_how_to_resume(config.trainer, run_id), closing(batches), StopSignals() as stop, checkpoints:
             state = _train(config, run, batches, first_step, hooks, tracker, stop, began)
     if is_first_process():

@@ -47,8 +47,8 @@ class HeldOutScores:
         logger.info("held-out after %d steps: %s", info.step, shown)
 
     def _scores_by_tokens(self, state: TrainState) -> dict[str, float]:
-        objective = PreferenceObjective(self.loss)
-        return summarize_by_tokens(objective, self.loss.all_columns, self.score, state.model, state.reference)
+        objective, columns = PreferenceObjective(self.loss), self.loss.columns_in(self.score.examples.arrays.columns)
+        return summarize_by_tokens(objective, columns, self.score, state.model, state.reference)
 
     def _scores_by_sums(self, state: TrainState) -> dict[str, float]:
         if self.reference_scores is None and self.reference is not None:
