@@ -9,6 +9,7 @@ from lora_dpo_jax.losses.logistic import DiscoPop, Dpo, Dpop, Exo, LengthNormali
 from lora_dpo_jax.losses.mix import Mix
 from lora_dpo_jax.losses.optimal_transport import Aot, AotUnpaired
 from lora_dpo_jax.losses.preference import Compared, ComparisonLoss, PreferenceLoss
+from lora_dpo_jax.losses.ranked import PlackettLuce
 from lora_dpo_jax.losses.scores import Scores, TokenScores
 from lora_dpo_jax.losses.single_answers import ApoZeroUnpaired, Kto
 
@@ -34,6 +35,7 @@ LOSSES: dict[str, type[Loss]] = {
     "alphapo": AlphaPo,
     "cpo": Cpo,
     "orpo": Orpo,
+    "plackett_luce": PlackettLuce,
     "kto": Kto,
     "apo_zero_unpaired": ApoZeroUnpaired,
     "mix": Mix,
@@ -66,6 +68,7 @@ __all__ = [
     "Mix",
     "Nca",
     "Orpo",
+    "PlackettLuce",
     "PreferenceLoss",
     "RobustDpo",
     "Scores",
