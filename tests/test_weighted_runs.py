@@ -35,7 +35,7 @@ def test_a_run_begins_at_the_loss_of_its_weights_and_margins(tmp_path, rows):
     first = training_metrics(config)[0]
     assert first["train/loss"] == pytest.approx(expected[:4].mean(), abs=1e-5)
     assert first["train/dpo_accuracy"] == 0.5
-    held_out = [line for line in read_metrics(config) if "eval/loss" in line][0]
+    held_out = next(line for line in read_metrics(config) if "eval/loss" in line)
     assert held_out["eval/loss"] == pytest.approx(expected.mean(), abs=1e-5)
 
 

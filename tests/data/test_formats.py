@@ -45,7 +45,7 @@ def test_each_example_of_the_documentation_is_shown_as_the_same_pair(row, make_t
 
 
 def test_the_documentation_has_an_example_of_each_shape():
-    assert len(EXAMPLES) == 14
+    assert len(EXAMPLES) == 15
 
 
 def message(role, content, **keys):

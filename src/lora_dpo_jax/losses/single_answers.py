@@ -66,7 +66,7 @@ class _SingleAnswers(Loss):
 
 @dataclass(frozen=True)
 class Kto(_SingleAnswers):
-    """Human-aware loss of single answers: Eq. 8 of https://arxiv.org/abs/2402.01306.
+    """Human-aware loss of single answers: https://arxiv.org/abs/2402.01306.
 
     The reference point is an estimate of the KL divergence of the policy from the reference: the mean of the
     log-ratios of answers to other prompts, over the whole batch, without gradient, and at least 0.
