@@ -108,7 +108,7 @@ def test_a_run_that_was_stopped_equals_one_that_never_was(folder, rows, whole, m
     assert outcome(config) == outcome(whole)
 
 
-def test_the_evaluate_command_scores_answers_and_not_the_lent_ones(folder, whole, capsys):
+def test_the_evaluate_command_scores_answers_and_not_the_mismatched_ones(folder, whole, capsys):
     fields = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
     output, adapter = folder / "scores.jsonl", whole.peft_save_path
     config = evaluate.EvaluateConfig(**fields | {"output": str(output), "adapter": adapter})
@@ -126,10 +126,10 @@ def test_the_evaluate_command_scores_answers_and_not_the_lent_ones(folder, whole
     evaluate.main(config)  # it replaces what it wrote before
 
 
-def test_a_preview_shows_labels_and_what_is_lent(whole, capsys):
+def test_a_preview_shows_labels_and_mismatched_answers(whole, capsys):
     main(dataclasses.replace(whole, preview=9))
     shown = capsys.readouterr().out
-    assert "=== answer 1 of 9" in shown and shown.count("--- answer to another prompt") == 9
+    assert "=== answer 1 of 9" in shown and shown.count("--- mismatched") == 9
     assert shown.count("--- desirable") + shown.count("--- undesirable") == 9 > shown.count("--- undesirable") > 0
 
 
@@ -144,7 +144,7 @@ def test_a_component_may_have_one_label_and_pairs_are_then_answers(folder):
     config = config_of(folder, rows, "halves", data__components=components, loss={"type": "apo_zero_unpaired"})
     train, held_out = tables_of(config)
     assert sum(train.counts) + sum(held_out.counts) == 12 and min(train.counts) > 0
-    assert {label for example in train for label in example.columns["label"]} == {0.0, 1.0}, "and no answer is lent"
+    assert {label for example in train for label in example.columns["label"]} == {0.0, 1.0}, "and none is mismatched"
     assert [len(example.responses) for example in train] == [1] * len(train)
 
 

@@ -26,24 +26,24 @@ def components() -> dict[str, MemoryExamples]:
     return {"a": answers([3, 3, 1, 5, 6, 9], "a"), "b": answers([3, 1, 7, 9, 8], "b", first=6)}
 
 
-def lent(table: ExampleTable) -> list[int]:
+def mismatched(table: ExampleTable) -> list[int]:
     return [int(example.responses[1][0]) for example in table]
 
 
 def test_each_answer_is_lent_once_to_another_prompt():
     table = with_mismatched_answers(whole_table(components()), seed=0, longest=64)
-    assert sorted(lent(table)) == list(range(11))
+    assert sorted(mismatched(table)) == list(range(11))
     prompts = [int(example.prompt[1]) for example in table]
-    assert all(prompts[number] != prompt for number, prompt in zip(lent(table), prompts, strict=True))
-    assert lent(table) == lent(with_mismatched_answers(whole_table(components()), seed=0, longest=64))
-    assert lent(table) != lent(with_mismatched_answers(whole_table(components()), seed=1, longest=64))
+    assert all(prompts[number] != prompt for number, prompt in zip(mismatched(table), prompts, strict=True))
+    assert mismatched(table) == mismatched(with_mismatched_answers(whole_table(components()), seed=0, longest=64))
+    assert mismatched(table) != mismatched(with_mismatched_answers(whole_table(components()), seed=1, longest=64))
 
 
 def test_the_arrays_are_those_of_the_examples():
     table = with_mismatched_answers(whole_table(components()), seed=0, longest=8)
     assert table.arrays.to_bytes() == ExampleArrays.of(list(table), table.origin).to_bytes()
     for number, example in enumerate(table):
-        other = lent(table)[number]
+        other = mismatched(table)[number]
         assert example.responses[0].tolist() == [number] * (number + 1)
         assert len(example.responses[1]) == min(other + 1, 8 - 2), "cut where it would be too long"
         assert example.columns["label"] == [number % 2, -1.0]
@@ -56,7 +56,7 @@ def test_a_part_of_the_data_borrows_from_itself_alone():
     train, held_out = (with_mismatched_answers(table, seed=0, longest=64) for table in tables)
     assert len(train) and len(held_out)
     for table in (train, held_out):
-        assert sorted(lent(table)) == sorted(int(example.responses[0][0]) for example in table)
+        assert sorted(mismatched(table)) == sorted(int(example.responses[0][0]) for example in table)
     assert [source.checksums for source, _ in train.components] == [x.checksums for x in components().values()]
     fingerprints = {source.fingerprint for table in (train, held_out) for source, _ in table.components}
     assert len(fingerprints) == 4, "the reference's log-probs of one are not those of another"
@@ -66,13 +66,18 @@ def test_a_prompt_that_most_answers_have_is_warned_of(caplog):
     with caplog.at_level(logging.WARNING):
         table = with_mismatched_answers(whole_table({"a": answers([3, 3, 3, 1], "a")}), seed=0, longest=64)
     assert "2 of 4 answers are paired with an answer to the same prompt" in caplog.text
-    assert sorted(lent(table)) == [0, 1, 2, 3]
+    assert sorted(mismatched(table)) == [0, 1, 2, 3]
     with caplog.at_level(logging.WARNING):
-        assert lent(with_mismatched_answers(whole_table({"a": answers([3], "a")}), seed=0, longest=64)) == [0]
+        assert mismatched(with_mismatched_answers(whole_table({"a": answers([3], "a")}), seed=0, longest=64)) == [0]
     assert "1 of 1 answers" in caplog.text
+
+
+def test_a_part_without_answers_stays_empty():
+    _, held_out = split_by_prompt(components(), 0.0, seed=0)
+    assert len(with_mismatched_answers(held_out, seed=0, longest=64)) == 0
 
 
 @pytest.mark.parametrize("count", [0, 2, 7])
 def test_tables_of_any_size_have_partners(count):
     table = with_mismatched_answers(whole_table({"a": answers(list(range(count)), "a")}), seed=0, longest=64)
-    assert sorted(lent(table)) == list(range(count)) and all(x != n for n, x in enumerate(lent(table)))
+    assert sorted(mismatched(table)) == list(range(count)) and all(x != n for n, x in enumerate(mismatched(table)))

@@ -30,8 +30,10 @@ def with_mismatched_answers(table: ExampleTable, *, seed: int, longest: int) -> 
     A second response is cut where prompt and response would be more than `longest` tokens. Warns if some prompts are
     so frequent that their answers are paired with each other.
     """
+    if not len(table):
+        return table
     hashes = [source.prompt_hashes[indices] for source, indices in table.components]
-    partners = _partners(np.concatenate([np.zeros(0, np.uint64), *hashes]), seed)
+    partners = _partners(np.concatenate(hashes), seed)
     identity = hashlib.sha256(f"{VERSION} {longest}".encode() + partners.astype("<i8").tobytes())
     for source, indices in table.components:
         identity.update(source.fingerprint.encode() + np.asarray(indices, "<i8").tobytes())
@@ -55,7 +57,7 @@ class MismatchedAnswers(Sequence[TokenizedExample]):
         longest: int,
         identity: str,
     ):
-        """`partners`, int64: for each of `indices`, the number in `table` of the example that lends its answer."""
+        """`partners`, int64: the number in `table` of the example whose answer each of `indices` gets."""
         self.source, self.table, self.longest = source, table, longest
         self.partner = np.full(len(source), -1)  # its number in the table; -1: the example itself
         self.partner[indices] = partners
@@ -72,10 +74,10 @@ class MismatchedAnswers(Sequence[TokenizedExample]):
         columns = {}
         for name, column in self.arrays.columns.items():
             mine: Any = example.columns[name]
-            of_lent: Any = [MISMATCHED] if name == LABEL else other.columns[name]
-            columns[name] = [*mine, *of_lent] if column.per_response else mine
-        lent = other.responses[0][: max(self.longest - len(example.prompt), 1)]
-        return TokenizedExample(example.prompt, (*example.responses, lent), columns=columns)
+            of_other: Any = [MISMATCHED] if name == LABEL else other.columns[name]
+            columns[name] = [*mine, *of_other] if column.per_response else mine
+        mismatched = other.responses[0][: max(self.longest - len(example.prompt), 1)]
+        return TokenizedExample(example.prompt, (*example.responses, mismatched), columns=columns)
 
     def origin(self, index: int, /) -> str:
         return self.source.origin(index)
@@ -84,15 +86,15 @@ class MismatchedAnswers(Sequence[TokenizedExample]):
         mine, table = self.source.arrays, self.table.arrays
         has_partner, number = self.partner >= 0, np.maximum(self.partner, 0)
 
-        def with_lent(own: np.ndarray, of_table: np.ndarray) -> np.ndarray:
-            """[2 * example]: of each response and of the lent one, from those of the source and of the table."""
+        def with_mismatched(own: np.ndarray, of_table: np.ndarray) -> np.ndarray:
+            """[2 * example]: of each response and of the mismatched one, from those of the source and of the table."""
             return np.column_stack([own, np.where(has_partner, of_table[number], own)]).reshape(-1)
 
-        tokens = with_lent(mine.response_tokens, table.response_tokens)
+        tokens = with_mismatched(mine.response_tokens, table.response_tokens)
         tokens[1::2] = np.minimum(tokens[1::2], np.maximum(self.longest - mine.prompt_tokens, 1))
         columns = {name: mine.columns[name] for name in table.columns}  # those that all components have
         for name in (name for name, column in columns.items() if column.per_response):
-            values = with_lent(mine.columns[name].values, table.columns[name].values)
+            values = with_mismatched(mine.columns[name].values, table.columns[name].values)
             if name == LABEL:
                 values[1::2] = MISMATCHED
             columns[name] = Column(values, per_response=True)
@@ -113,8 +115,6 @@ def _partners(prompts: np.ndarray, seed: int) -> np.ndarray:
     Examples are put in order by prompt, prompts in a random order, and turned by as many places as the most frequent
     prompt has. `prompts` are hashes.
     """
-    if len(prompts) == 0:
-        return np.zeros(0, np.int64)
     _, prompt, counts = np.unique(prompts, return_inverse=True, return_counts=True)
     place = np.random.default_rng([seed, 0x4B544F]).permutation(len(counts))
     order = np.argsort(place[prompt], kind="stable")

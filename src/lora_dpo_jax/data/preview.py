@@ -20,11 +20,11 @@ SHADES = {
     "chosen": ("\x1b[38;5;46m", "\x1b[38;5;34m"),
     "rejected": ("\x1b[38;5;209m", "\x1b[38;5;166m"),
 }
-LABELS = {DESIRABLE: "desirable", UNDESIRABLE: "undesirable", MISMATCHED: "answer to another prompt"}
+LABELS = {DESIRABLE: "desirable", UNDESIRABLE: "undesirable", MISMATCHED: "mismatched"}
 SHADES |= {
     "desirable": SHADES["chosen"],
     "undesirable": SHADES["rejected"],
-    "answer to another prompt": ("\x1b[38;5;75m", "\x1b[38;5;68m"),
+    "mismatched": ("\x1b[38;5;75m", "\x1b[38;5;68m"),
 }
 
 

@@ -14,9 +14,9 @@ from lora_dpo_jax.losses.preference import PreferenceLoss
 class PlackettLuce(PreferenceLoss):
     """The likelihood of a ranking if its responses are chosen one after the other, the best one first.
 
-    Appendix A.3 of https://arxiv.org/abs/2305.18290. Each response is chosen from itself and all that it is compared with as
-    the better one. So a pair has the loss `sigmoid`, and tied responses that are compared both ways have Breslow's
-    approximation.
+    Appendix A.3 of https://arxiv.org/abs/2305.18290. Each response is chosen from itself and all that it is compared
+    with as the better one. So a pair has the loss `sigmoid`, and tied responses that are compared both ways have
+    Breslow's approximation.
     """
 
     def __post_init__(self):
