@@ -107,4 +107,5 @@ def summarize(loss: Loss, policy: Scores, reference: Scores | None, examples: Ex
 
 
 def _means(loss: float, metrics: dict[str, Metric]) -> dict[str, float]:
-    return {"loss": loss, **{name: float(metric.value) for name, metric in metrics.items()}}
+    in_float64 = jax.tree.map(np.float64, metrics)
+    return {"loss": loss, **{name: float(metric.value) for name, metric in in_float64.items()}}

@@ -33,7 +33,7 @@ class Mean(eqx.Module):
     @property
     def value(self) -> jax.Array:
         """The mean; 0 if `count` is 0."""
-        return self.total / jnp.maximum(self.count, jnp.finfo(jnp.float32).tiny)
+        return self.total / (self.count + (self.count == 0))
 
 
 class DifferenceOfMeans(eqx.Module):
@@ -46,7 +46,7 @@ class DifferenceOfMeans(eqx.Module):
     def value(self) -> jax.Array:
         """The difference; 0 if one of the means is of nothing."""
         are_known = (self.first.count > 0) & (self.second.count > 0)
-        return jnp.where(are_known, self.first.value - self.second.value, 0.0)
+        return are_known * (self.first.value - self.second.value)
 
 
 class Count(eqx.Module):
