@@ -4,8 +4,10 @@
 steps on the same token ids, from the same adapter and with another adapter as the reference.
 """
 
+import dataclasses
 import logging
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -24,7 +26,9 @@ from tiny_models import load
 from tiny_pairs import packed, table_of
 from tiny_runs import instruct_folder, preference_rows
 
+from lora_dpo_jax.data.examples import TokenizedExample
 from lora_dpo_jax.data.memory import MemoryExamples
+from lora_dpo_jax.data.mismatched import with_mismatched_answers
 from lora_dpo_jax.data.shapes import PartShape
 from lora_dpo_jax.huggingface.adapters import load_adapter, save_adapter
 from lora_dpo_jax.log_probs import score_with_reference
@@ -177,9 +181,9 @@ class Ours:
         self.update = jax.jit(self._update)
 
     @staticmethod
-    def micros_of(ids: list[tuple]) -> list:
+    def micros_of(examples: list) -> list:
         layout = PartShape.of_pairs(micro_batches=1, rows=2, row_length=256, targets=256, pairs=4)
-        tables = [table_of(MemoryExamples(ids[at : at + BATCH])) for at in range(0, len(ids), BATCH)]
+        tables = [table_of(MemoryExamples(examples[at : at + BATCH])) for at in range(0, len(examples), BATCH)]
         return [packed(table, layout).micro_batch(0) for table in tables]
 
     def _scores(self, adapters, micro) -> tuple[Scores, Scores]:
@@ -205,10 +209,13 @@ class Ours:
         adapters, opt_state = self.adapters, self.optimizer.init(self.adapters)
         losses, all_metrics = [], []
         for micro in self.micros if micros is None else micros:
+            examples = micro.examples
+            # Scores do not depend on columns, with which they would be compiled anew.
+            micro = dataclasses.replace(micro, examples=dataclasses.replace(examples, columns={}))
             policy, reference = self.scores(adapters, micro)
 
-            def total(sums, policy=policy, reference=reference, micro=micro):
-                found = loss(with_differentiable(policy, sums), reference, micro.examples)
+            def total(sums, policy=policy, reference=reference, examples=examples):
+                found = loss(with_differentiable(policy, sums), reference, examples)
                 return found.loss.sum().scalar() / BATCH, found.metrics
 
             (value, metrics), slopes = jax.value_and_grad(total, has_aux=True)(differentiable(policy))
@@ -361,3 +368,75 @@ def test_three_steps_without_a_reference_are_those_of_trl(trl, our, experimental
     rewards = ["rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
     # Their logps are per token, but those of cpo.
     assert_same(found, theirs, trl.start, [*rewards, *(["nll_loss"] if case in ("cpo", "orpo") else [])])
+
+
+WEIGHTS = {"desirable_weight": 1.3, "undesirable_weight": 0.6}
+OF_ANSWERS = {
+    "kto": {"loss_type": "kto", "beta": 0.5},
+    "kto, weighted": {"loss_type": "kto", "beta": 0.5, **WEIGHTS},
+    "apo_zero_unpaired": {"loss_type": "apo_zero_unpaired", **WEIGHTS},
+}
+
+
+class Answers:
+    """TRL's trainer of single answers, of which only the loss runs. The answers to other prompts are those of ours."""
+
+    def __init__(self, trl: Trl):
+        self.trl = trl
+        answers = [
+            TokenizedExample(
+                np.array(prompt, np.int32),
+                (np.array(chosen if number % 3 else rejected, np.int32),),
+                columns={"label": [float(number % 3 > 0)], "example_weight": 1.0},
+            )
+            for number, (prompt, chosen, rejected) in enumerate(trl.ids)
+        ]
+        self.examples = list(with_mismatched_answers(table_of(MemoryExamples(answers)), seed=1, longest=256))
+
+    def steps(self, settings: dict[str, Any]) -> Steps:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # theirs
+            from trl import KTOTrainer
+            from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+        model = self.trl.model
+        trainer = object.__new__(KTOTrainer)
+        accelerator = SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x, unwrap_model=lambda x: x)
+        vars(trainer).update(accelerator=accelerator, model=model, ref_model=None, aux_loss_enabled=False)
+        vars(trainer).update(args=SimpleNamespace(gradient_checkpointing_kwargs=None), precompute_ref_logps=False)
+        vars(trainer).update(_total_train_tokens=0, _tp_size=1, calculate_KL=settings["loss_type"] == "kto")
+        vars(trainer).update({"beta": BETA, "desirable_weight": 1.0, "undesirable_weight": 1.0, **settings})
+        rows = [
+            {
+                "prompt_ids": example.prompt.tolist(),
+                "completion_ids": example.responses[0].tolist(),
+                "KL_completion_ids": example.responses[1].tolist(),
+                "label": example.columns["label"][0] == 1.0,
+            }
+            for example in self.examples
+        ]
+        collate = DataCollatorForUnpairedPreference(pad_token_id=0)
+
+        def loss_of(batch):
+            trainer._metrics = {"train": defaultdict(list)}
+            loss = trainer._compute_loss(model, batch, False)
+            return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+        batches = [collate(rows[at : at + BATCH]) for at in range(0, len(rows), BATCH)]
+        return torch_steps(model, self.trl.start, batches, loss_of)
+
+
+@pytest.fixture(scope="module")
+def answers(trl) -> Answers:
+    return Answers(trl)
+
+
+@pytest.mark.parametrize("case", OF_ANSWERS)
+def test_three_steps_with_single_answers_are_those_of_trl(trl, our, answers, case):
+    settings = OF_ANSWERS[case]
+    loss = ours(settings["loss_type"], **{name: value for name, value in settings.items() if name != "loss_type"})
+    theirs, found = answers.steps(settings), our.steps(loss, our.micros_of(answers.examples))
+    by_label = [f"{name}/{label}" for name in ("rewards", "logps") for label in ("chosen", "rejected")]
+    assert_same(found, theirs, trl.start, ["kl", "rewards/margins", *by_label])
+    if case == "kto":
+        assert max(step["kl"] for step in theirs.metrics) > 0.01, "the KL takes part"

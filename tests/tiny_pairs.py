@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_dpo_jax.data.examples import TokenizedExample
 from lora_dpo_jax.data.memory import MemoryExamples
+from lora_dpo_jax.data.mismatched import with_mismatched_answers
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
 from lora_dpo_jax.data.shapes import PartShape, fill_rows
 from lora_dpo_jax.data.table import ExampleTable, whole_table
@@ -116,6 +117,21 @@ def random_pairs(
     return MemoryExamples(pairs, name=name)
 
 
+def random_answers(count: int, *, seed: int = 0) -> ExampleTable:
+    """Single answers with labels, each with the answer to another prompt."""
+    rng = np.random.default_rng(seed)
+    pairs = random_pairs(count, seed=seed)
+    answers = [
+        TokenizedExample(
+            pair.prompt,
+            pair.responses[:1],
+            columns={"label": [float(rng.integers(2))], "example_weight": float(rng.uniform(0.5, 2))},
+        )
+        for pair in pairs
+    ]
+    return with_mismatched_answers(table_of(MemoryExamples(answers)), seed=seed, longest=32)
+
+
 def table_of(pairs: MemoryExamples) -> ExampleTable:
     return whole_table({"pairs": pairs})
 
@@ -128,10 +144,11 @@ def lengths_of(pairs: ExampleTable) -> np.ndarray:
 def packed(
     pairs: ExampleTable, layout: PartShape, rows: Sequence[Sequence[int]] | None = None, *, share_prefix: bool = True
 ) -> PreferenceBatch:
-    """All pairs as a batch, in the rows given or as tightly as can be."""
+    """All examples as a batch with all columns, in the rows given or as tightly as can be."""
     if rows is None:
         rows = fill_rows(pairs.sizes.tokens.tolist(), layout.row_length)
-    batch = pack(pairs, [np.array(row) for row in rows], layout, share_prefix=share_prefix)
+    columns = {name: column.per_response for name, column in pairs.arrays.columns.items()}
+    batch = pack(pairs, [np.array(row) for row in rows], layout, share_prefix=share_prefix, columns=columns)
     return jax.tree.map(jnp.asarray, batch)
 
 

@@ -16,7 +16,7 @@ from lora_dpo_jax.data.table import ExampleTable
 from lora_dpo_jax.log_probs import score_responses
 from lora_dpo_jax.losses import Examples, Loss, Scores
 from lora_dpo_jax.models import CausalLM
-from lora_dpo_jax.objective import Mean, Objective
+from lora_dpo_jax.objective import Metric, Objective
 from lora_dpo_jax.sharding import on_host
 
 
@@ -91,7 +91,7 @@ def summarize_by_tokens(
     """
 
     @eqx.filter_jit
-    def losses_of(model: CausalLM, reference: Any, micro: PreferenceBatch) -> tuple[jax.Array, dict[str, Mean]]:
+    def losses_of(model: CausalLM, reference: Any, micro: PreferenceBatch) -> tuple[jax.Array, dict[str, Metric]]:
         found = objective(model, reference, micro, key=None)
         return found.loss.sum().scalar(), found.metrics
 
@@ -116,6 +116,6 @@ def summarize(loss: Loss, policy: Scores, reference: Scores | None, examples: Ex
     return _means(float(losses.loss.sum().scalar()) / losses.loss.size, losses.metrics)
 
 
-def _means(loss: float, metrics: dict[str, Mean]) -> dict[str, float]:
-    sums = {name: (float(metric.total), float(metric.count)) for name, metric in metrics.items()}
-    return {"loss": loss, **{name: total / count if count else 0.0 for name, (total, count) in sums.items()}}
+def _means(loss: float, metrics: dict[str, Metric]) -> dict[str, float]:
+    in_float64 = jax.tree.map(np.float64, metrics)
+    return {"loss": loss, **{name: float(metric.value) for name, metric in in_float64.items()}}

@@ -5,7 +5,7 @@
         metrics    name -> Mean
 
 The step divides the sum of the losses by the number of examples in the whole batch, whatever its parts and
-micro-batches are. A metric is a sum and its count, so that the metrics of parts can be added.
+micro-batches are. A metric is made of sums, so that the metrics of parts can be added.
 """
 
 from typing import Any, Protocol, TypeVar
@@ -33,14 +33,40 @@ class Mean(eqx.Module):
     @property
     def value(self) -> jax.Array:
         """The mean; 0 if `count` is 0."""
-        return self.total / jnp.maximum(self.count, jnp.finfo(jnp.float32).tiny)
+        return self.total / (self.count + (self.count == 0))
+
+
+class DifferenceOfMeans(eqx.Module):
+    """A metric: a mean less another one, of other values."""
+
+    first: Mean
+    second: Mean
+
+    @property
+    def value(self) -> jax.Array:
+        """The difference; 0 if one of the means is of nothing."""
+        are_known = (self.first.count > 0) & (self.second.count > 0)
+        return are_known * (self.first.value - self.second.value)
+
+
+class Count(eqx.Module):
+    """A metric: a number of the whole batch."""
+
+    total: jax.Array
+
+    @property
+    def value(self) -> jax.Array:
+        return self.total
+
+
+Metric = Mean | DifferenceOfMeans | Count
 
 
 class ExampleLosses(eqx.Module):
     """The output of an objective for a micro-batch."""
 
     loss: NamedArray  # float32 {..., example}; 0 where a slot is empty
-    metrics: dict[str, Mean] = eqx.field(default_factory=dict)
+    metrics: dict[str, Metric] = eqx.field(default_factory=dict)
 
 
 class Objective(Protocol[M]):

@@ -22,7 +22,7 @@ from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.log_probs import score_responses, score_with_reference
 from lora_dpo_jax.lora import equals_reference
 from lora_dpo_jax.losses import Loss, Scores
-from lora_dpo_jax.losses.whole_batch import of_whole_batch
+from lora_dpo_jax.losses.whole_batch import ScoredPart, of_whole_batch
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.objective import ExampleLosses
 from lora_dpo_jax.sharding import on_host
@@ -47,13 +47,14 @@ class PreferenceObjective:
         """The parts of a batch with what the loss needs to know of the whole batch. See `Loss.of_batch`."""
         if self.loss.needs_of_batch == "nothing" or sum(part.num_micro_batches for part in parts) == 1:
             return parts  # the loss sees the whole batch
-        inputs = []
-        scored = []
-        for part in parts:
-            found, theirs = self._inputs_of_part(model, reference, part, key=key)
-            inputs.append(found)
-            scored.append(part if theirs is None else dataclasses.replace(part, reference=theirs))
-        return tuple(_with(part, known) for part, known in zip(scored, of_whole_batch(self.loss, inputs), strict=True))
+        scored = [self._scored(model, reference, part, key=key) for part in parts]
+        prepared = []
+        for part, (_, theirs, _), known in zip(parts, scored, of_whole_batch(self.loss, scored), strict=True):
+            part = _with(part, known)
+            if theirs is not None and not self.loss.needs_tokens_of_reference:
+                part = dataclasses.replace(part, reference=theirs.log_probs)
+            prepared.append(part)
+        return tuple(prepared)
 
     def prepare_table(
         self,
@@ -67,51 +68,44 @@ class PreferenceObjective:
         if self.loss.needs_of_batch == "nothing":
             yield from micro_batches()
             return
-        inputs_of = eqx.filter_jit(self._inputs_of_micro_batch)
-        inputs = []
+        scores_of = eqx.filter_jit(self._scores_for_batch)
+        scored = []
         for micro in micro_batches():
             with scope():
-                found, _ = inputs_of(model, reference, micro)
-            inputs.append({name: hax.named(on_host(values.array), values.axes) for name, values in found.items()})
-        for micro, known in zip(micro_batches(), of_whole_batch(self.loss, inputs), strict=True):
+                scores = scores_of(model, reference, micro)
+            scored.append(jax.tree.map(on_host, ScoredPart(*scores, micro.examples)))
+        for micro, known in zip(micro_batches(), of_whole_batch(self.loss, scored), strict=True):
             yield _with(micro, known)
 
-    def _inputs_of_micro_batch(
-        self, model: CausalLM, reference: Any, micro: PreferenceBatch, *, key=None
-    ) -> tuple[dict[str, NamedArray], NamedArray | None]:
-        """(the loss's `batch_inputs`, {row, comparison}; the reference's log-probs {row, response} if computed)."""
+    def _scored(self, model: CausalLM, reference: Any, part: PreferenceBatch, *, key) -> ScoredPart:
+        """The scores {micro, row, ...} of a whole part. Empty micro-batches are not computed."""
         if self.loss.needs_of_batch == "tokens":
-            return self._inputs_of_tokens(micro), None
-        policy, theirs = self.scores(model, reference, micro, key=key)
-        computed = self.computes_reference(micro) and not self.loss.needs_tokens_of_reference
-        known = theirs.log_probs if theirs is not None and computed else None
-        return self.loss.batch_inputs(policy, theirs, micro.examples), known
+            return ScoredPart(*self._scores_for_batch(model, reference, part), part.examples)
 
-    def _inputs_of_part(
-        self, model: CausalLM, reference: Any, part: PreferenceBatch, *, key
-    ) -> tuple[dict[str, NamedArray], NamedArray | None]:
-        """The same, {micro, row, ...}, of a whole part. Empty micro-batches are not computed."""
-        if self.loss.needs_of_batch == "tokens":
-            return self._inputs_of_tokens(part), None
-
-        def inputs_of(index) -> Any:
-            return self._inputs_of_micro_batch(model, reference, part.micro_batch(index), key=key)
+        def scores_of(index) -> Any:
+            return self._scores_for_batch(model, reference, part.micro_batch(index), key=key)
 
         def add(index, found):
-            return jax.tree.map(functools.partial(write, index), found, inputs_of(index), is_leaf=_is_named)
+            return jax.tree.map(functools.partial(write, index), found, scores_of(index), is_leaf=_is_named)
 
         def write(index, into: NamedArray, of_micro: NamedArray) -> NamedArray:
             # Without an axis of size 1, updated_slice would write to all micro-batches.
             return into.updated_slice({MICRO: index}, of_micro.broadcast_axis(Micro.resize(1)))
 
         Micro = part.tokens.resolve_axis(MICRO)
-        shapes = jax.eval_shape(inputs_of, 0)
+        shapes = jax.eval_shape(scores_of, 0)
         empty = jax.tree.map(lambda x: hax.zeros((Micro, *x.axes), dtype=x.dtype), shapes, is_leaf=_is_named)
-        return jax.lax.fori_loop(0, part.num_used_micro_batches, add, empty)
+        policy, theirs = jax.lax.fori_loop(0, part.num_used_micro_batches, add, empty)
+        return ScoredPart(policy, theirs, part.examples)
 
-    def _inputs_of_tokens(self, batch: PreferenceBatch) -> dict[str, NamedArray]:
-        unknown = hax.zeros_like(batch.response_tokens, dtype=jnp.float32)
-        return self.loss.batch_inputs(Scores(unknown, batch.response_tokens), None, batch.examples)
+    def _scores_for_batch(
+        self, model: CausalLM, reference: Any, micro: PreferenceBatch, *, key=None
+    ) -> tuple[Scores, Scores | None]:
+        """The scores that `Loss.of_batch` reads. Numbers of tokens alone, if it needs no more, are of any batch."""
+        if self.loss.needs_of_batch == "tokens":
+            return Scores(hax.zeros_like(micro.response_tokens, dtype=jnp.float32), micro.response_tokens), None
+        policy, theirs = self.scores(model, reference, micro, key=key)
+        return dataclasses.replace(policy, auxiliary={}), theirs
 
     def scores(
         self, model: CausalLM, reference: Any, micro: PreferenceBatch, *, key=None

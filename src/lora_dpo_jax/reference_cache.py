@@ -82,7 +82,7 @@ class ReferenceCache:
         is_first = jax.process_index() == 0
         # None shows the bar only on a terminal.
         disable = None if is_first else True
-        unit = " pairs" if arrays.are_pairs else " examples"
+        unit = f" {arrays.noun}"
         with tqdm(total=int(is_missing.sum()), desc="reference log-probs", unit=unit, disable=disable) as progress:
             for rows, ids, found in batches:
                 new = is_missing[ids]

@@ -35,7 +35,7 @@ def test_each_example_of_the_documentation_is_shown_as_the_same_pair(row, make_t
     parts = re.split(r"--- ([\w ]+) \(.*\)\n", shown.getvalue().rstrip())[1:]
     prompt = {"prompt": "<|im_start|>user↵\nCapital of France?<|im_end|>↵\n<|im_start|>assistant↵\n\n"}
     if "completion" in row:
-        answers = {"response 1": "Paris.<|im_end|>↵"}
+        answers = {"desirable": "Paris.<|im_end|>↵"}
     elif "responses" in row:
         answers = {"response 1": "Lyon.<|im_end|>↵\n\n", "response 2": "Paris.<|im_end|>↵\n\n"}
         answers["response 3"] = "Paris, on the Seine.<|im_end|>↵"
@@ -45,7 +45,7 @@ def test_each_example_of_the_documentation_is_shown_as_the_same_pair(row, make_t
 
 
 def test_the_documentation_has_an_example_of_each_shape():
-    assert len(EXAMPLES) == 14
+    assert len(EXAMPLES) == 15
 
 
 def message(role, content, **keys):

@@ -45,7 +45,7 @@ def test_a_log_gets_labelled_blocks_of_plain_text(pairs, tokenizer):
 def test_colours_tell_the_roles_and_change_no_text(pairs, tokenizer):
     colored, plain = (shown(pairs, tokenizer, 2, color=color) for color in (True, False))
     assert ESCAPE.sub("", colored) == plain
-    for role, shades in SHADES.items():
+    for role, shades in ((role, SHADES[role]) for role in ("prompt", "chosen", "rejected")):
         block = colored.split(f"--- {role}")[1].split("---")[0]
         assert set(ESCAPE.findall(block)) == {*shades, "\x1b[0m"}
 

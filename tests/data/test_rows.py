@@ -291,3 +291,58 @@ def test_a_ranked_row_with_a_mistake_is_named(row, reason, message):
     with pytest.raises(RowError, match=f"a.jsonl, row 3: .*{message}") as error:
         read(RANKED | row, type="ranked")
     assert error.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "comparisons, expected",
+    [
+        ("all", {(1, 3): 1.0, (1, 0): 1.0, (1, 2): 1.0, (3, 0): 1.0, (3, 2): 1.0, (0, 2): 0.5, (2, 0): 0.5}),
+        ("best_worst", {(1, 2): 1.0}),
+        ("adjacent", {(1, 3): 1.0, (3, 0): 1.0, (0, 2): 0.5, (2, 0): 0.5}),
+    ],
+)
+def test_ties_may_count_both_ways_with_half_the_weight(comparisons, expected):
+    example = read(RANKED, type="ranked", comparisons=comparisons, ties="both_ways")
+    assert example.weights is not None
+    found = dict(zip(example.comparisons, example.weights, strict=True))
+    total = sum(expected.values())
+    assert found == pytest.approx({pair: share / total for pair, share in expected.items()})
+
+
+def test_a_row_of_ties_alone_is_kept_if_they_count():
+    example = read(RANKED | {"scores": [1, 1, 1, 1]}, type="ranked", comparisons="best_worst", ties="both_ways")
+    assert (example.comparisons, example.weights) == (((0, 3), (3, 0)), (0.5, 0.5))
+
+
+NUMBERS = {"trust": 0.25, "gap": 1.5}
+
+
+def test_the_weight_of_a_row_is_that_of_all_its_comparisons():
+    assert read({**STRINGS, **NUMBERS}).weights is None
+    assert read({**STRINGS, **NUMBERS}, weight_field="trust").weights == (0.25,)
+    ranked = read(RANKED | NUMBERS, type="ranked", weight_field="trust")
+    assert ranked.weights == pytest.approx((0.05,) * 5)
+    answer = {"prompt": "Hi", "completion": " a", "label": True, **NUMBERS}
+    assert read(answer, type="unpaired", weight_field="trust").columns == {"label": [1.0], "example_weight": 0.25}
+    assert read(answer, type="unpaired").columns["example_weight"] == 1.0
+
+
+def test_the_margin_of_a_pair_is_a_column():
+    assert read({**STRINGS, **NUMBERS}, margin_field="gap").columns == {"target_margin": 1.5}
+    for other in ("ranked", "unpaired"):
+        with pytest.raises(
+            ValueError, match=rf"format\.margin_field='gap' is the margin .* found format\.type={other}"
+        ):
+            FormatConfig(type=other, margin_field="gap")
+
+
+@pytest.mark.parametrize(
+    "value, found",
+    [(-0.5, "-0.5"), (float("nan"), "nan"), (float("inf"), "inf"), (None, "not there"), ("1", "a string"), ([1], "a ")],
+)
+@pytest.mark.parametrize("setting", ["weight_field", "margin_field"])
+def test_weights_and_margins_that_are_none_are_named(setting, value, found):
+    message = f"a.jsonl, row 3: 'trust', format.{setting}, is {found}.*needed: a finite number of at least 0"
+    with pytest.raises(RowError, match=message) as error:
+        read({**STRINGS, "trust": value}, **{setting: "trust"})
+    assert error.value.reason == "malformed"

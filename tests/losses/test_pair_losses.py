@@ -1,7 +1,6 @@
 """Every pair loss is its published formula, finite everywhere, and the same however its batch is cut."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import haliax as hax
@@ -10,84 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from losses_by_hand import (
+    EVERYWHERE,
+    OF_MEAN_RATIOS,
+    OF_RATIOS,
+    PAIRS,
+    SINGLE,
+    B,
+    Numbers,
+    by_hand,
+    examples_of,
+    loss_of,
+    losses_of,
+    per_token,
+    random_numbers,
+    ratios,
+    scores,
+)
 from tiny_pairs import named
 
-from lora_dpo_jax.data.memory import MemoryExamples
 from lora_dpo_jax.losses import LOSSES, Examples, Loss, Scores, TokenScores
-from lora_dpo_jax.losses.whole_batch import of_whole_batch
+from lora_dpo_jax.losses.whole_batch import ScoredPart, of_whole_batch
 from lora_dpo_jax.settings.decoding import config_of
-
-PAIRS = 7
-Numbers = np.ndarray  # float64 [pair]
-
-
-def log_sigmoid(x: Numbers) -> Numbers:
-    return -np.logaddexp(0, -x)
-
-
-def sigmoid(x: Numbers) -> Numbers:
-    return np.exp(log_sigmoid(x))
-
-
-def log_odds(x: Numbers) -> Numbers:
-    return x - np.log(1 - np.exp(x))
-
-
-def smoothed(logits: Numbers) -> Numbers:
-    return -0.9 * log_sigmoid(logits) - 0.1 * log_sigmoid(-logits)
-
-
-# By hand, in float64: the loss of each pair from log(policy / reference) of chosen and rejected, c and r.
-B = 0.3
-OF_RATIOS: dict[str, tuple[dict, Callable]] = {
-    "sigmoid": ({}, lambda c, r: -log_sigmoid(B * (c - r))),
-    "hinge": ({}, lambda c, r: np.maximum(0, 1 - B * (c - r))),
-    "exo_pair": (
-        {"label_smoothing": 0.01},
-        lambda c, r: (
-            sigmoid(B * (c - r)) * (log_sigmoid(B * (c - r)) - math.log(0.99))
-            + sigmoid(B * (r - c)) * (log_sigmoid(B * (r - c)) - math.log(0.01))
-        ),
-    ),
-    "nca_pair": ({}, lambda c, r: -log_sigmoid(B * c) - 0.5 * log_sigmoid(-B * c) - 0.5 * log_sigmoid(-B * r)),
-    "robust": (
-        {"label_smoothing": 0.2},
-        lambda c, r: (-0.8 * log_sigmoid(B * (c - r)) + 0.2 * log_sigmoid(B * (r - c))) / 0.6,
-    ),
-    "bco_pair": ({}, lambda c, r: -log_sigmoid(B * c) - log_sigmoid(-B * r)),
-    "sppo_hard": ({}, lambda c, r: (c - 0.5 / B) ** 2 + (r + 0.5 / B) ** 2),
-    "apo_zero": ({}, lambda c, r: 1 - sigmoid(B * c) + sigmoid(B * r)),
-    "apo_down": ({}, lambda c, r: sigmoid(B * c) + 1 - sigmoid(B * (c - r))),
-    "discopop": (
-        {"discopop_tau": 0.4},
-        lambda c, r: (
-            -log_sigmoid(B * (c - r)) * (1 - sigmoid(B * (c - r) / 0.4))
-            + np.exp(-B * (c - r) + log_sigmoid(B * (c - r) / 0.4))
-        ),
-    ),
-    "dpop": ({"dpop_lambda": 5.0}, lambda c, r: -log_sigmoid(B * (c - r - 5 * np.maximum(0, -c)))),
-    "aot_unpaired": (
-        {"label_smoothing": 0.1},
-        lambda c, r: smoothed(B * (np.sort(c) - np.sort(r))),
-    ),
-}
-# Likewise, from c and r per token, or of the log-probs of the policy per token.
-OF_MEAN_RATIOS: dict[str, tuple[dict, Callable]] = {
-    "sigmoid_norm": ({}, lambda c, r: -log_sigmoid(B * (c - r))),
-    "ipo": ({}, lambda c, r: (c - r - 1 / (2 * B)) ** 2),
-}
-OF_MEAN_LOG_PROBS: dict[str, tuple[dict, Callable]] = {
-    "simpo": ({"gamma": 0.7}, lambda c, r: -log_sigmoid(B * (c - r) - 0.7)),
-    "alphapo": (
-        {"gamma": 0.7, "alpha": 0.5},
-        lambda c, r: -log_sigmoid(B * ((1 - np.exp(c) ** -0.5) - (1 - np.exp(r) ** -0.5)) / 0.5 - 0.7),
-    ),
-}
-SCORES = {"chosen": "c", "rejected": "r"}
-
-
-def loss_of(name: str, **settings) -> Loss:
-    return LOSSES[name](**{"beta": B, **settings})
 
 
 @dataclass(frozen=True)
@@ -100,69 +43,6 @@ def from_yaml(text: str) -> Loss:
     return config_of(Settings, {"loss": yaml.safe_load(text)}).loss
 
 
-def random_numbers(seed: int = 0, count: int = PAIRS) -> dict[str, Numbers]:
-    """Log-probs of the policy and of the reference, and numbers of tokens, of chosen and rejected."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(1, 30, (2, count))
-    reference = -rng.uniform(0.5, 3, (2, count)) * tokens
-    policy = np.minimum(reference + rng.normal(0, 3, (2, count)), -0.1)
-    names = ["policy_w", "policy_l", "reference_w", "reference_l", "tokens_w", "tokens_l"]
-    return dict(zip(names, [*policy, *reference, *tokens], strict=True))
-
-
-def in_turn(chosen: Numbers, rejected: Numbers, dtype) -> hax.NamedArray:
-    return named(jnp.asarray(np.stack([chosen, rejected], -1).reshape(-1), dtype), "response")
-
-
-def scores(numbers: dict[str, Numbers], model: str, dtype=jnp.float32) -> Scores:
-    log_probs = in_turn(numbers[f"{model}_w"], numbers[f"{model}_l"], dtype)
-    return Scores(log_probs, in_turn(numbers["tokens_w"], numbers["tokens_l"], jnp.int32))
-
-
-def examples_of(count: int) -> Examples:
-    return MemoryExamples([([1], [2], [3])] * count).arrays.examples
-
-
-def losses_of(loss: Loss, numbers: dict[str, Numbers]) -> np.ndarray:
-    found = loss(scores(numbers, "policy"), scores(numbers, "reference"), examples_of(len(numbers["policy_w"])))
-    return np.asarray(found.loss.array)
-
-
-def ratios(numbers: dict[str, Numbers]) -> tuple[Numbers, Numbers]:
-    return numbers["policy_w"] - numbers["reference_w"], numbers["policy_l"] - numbers["reference_l"]
-
-
-def per_token(chosen: Numbers, rejected: Numbers, numbers: dict[str, Numbers]) -> tuple[Numbers, Numbers]:
-    return chosen / numbers["tokens_w"], rejected / numbers["tokens_l"]
-
-
-def by_hand(name: str, numbers: dict[str, Numbers]) -> tuple[Loss, Numbers]:
-    """The loss, and its values by hand."""
-    if name in OF_RATIOS:
-        settings, formula = OF_RATIOS[name]
-        return loss_of(name, **settings), formula(*ratios(numbers))
-    if name in OF_MEAN_RATIOS:
-        settings, formula = OF_MEAN_RATIOS[name]
-        return loss_of(name, **settings), formula(*per_token(*ratios(numbers), numbers))
-    if name in OF_MEAN_LOG_PROBS:
-        settings, formula = OF_MEAN_LOG_PROBS[name]
-        return loss_of(name, **settings), formula(*per_token(numbers["policy_w"], numbers["policy_l"], numbers))
-    nll = -numbers["policy_w"] / numbers["tokens_w"].mean()
-    chosen, rejected = per_token(numbers["policy_w"], numbers["policy_l"], numbers)
-    if name == "sft":
-        return loss_of(name), nll
-    if name == "cpo":
-        return loss_of(name, cpo_alpha=0.4), 0.4 * nll - log_sigmoid(B * (numbers["policy_w"] - numbers["policy_l"]))
-    if name == "orpo":
-        return loss_of(name), nll - B * log_sigmoid(log_odds(chosen) - log_odds(rejected))
-    assert name == "aot", name
-    margin = np.sort(numbers["policy_w"] - numbers["policy_l"]) - np.sort(
-        numbers["reference_w"] - numbers["reference_l"]
-    )
-    return loss_of(name), -log_sigmoid(B * margin)
-
-
-SINGLE = [name for name in LOSSES if name != "mix"]
 SORTED = ["aot", "aot_unpaired"]
 
 
@@ -209,20 +89,12 @@ def test_the_loss_where_policy_and_reference_agree_is_known(name):
     numbers = random_numbers()
     numbers |= {"reference_w": numbers["policy_w"], "reference_l": numbers["policy_l"]}
     loss, expected = by_hand(name, numbers)
-    known = loss.loss_where_equal()
+    known = loss.loss_where_equal(examples_of(PAIRS))
     if name in ("sft", "simpo", "alphapo", "cpo", "orpo", "dpop"):
         assert known is None
     else:
         np.testing.assert_allclose(losses_of(loss, numbers), known, rtol=1e-6)
         np.testing.assert_allclose(expected, known, rtol=1e-6)
-
-
-# Of each loss, and of each divergence with those that take it.
-EVERYWHERE = {name: by_hand(name, random_numbers())[0] for name in SINGLE} | {
-    f"{name}, {divergence}": loss_of(name, f_divergence_type=divergence)
-    for name in ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
-    for divergence in ("forward_kl", "js_divergence", "alpha_divergence")
-}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
@@ -317,9 +189,8 @@ def test_a_mix_needs_what_its_losses_need():
     assert weighted.needs_reference and weighted.all_statistics == ("log_sum_of_squares",)
     assert not weighted.needs_tokens_of_reference
     assert mix({"type": "hinge", "ld_alpha": 0.5}).needs_tokens_of_reference
-    assert mix({"type": "sigmoid"}, {"type": "hinge"}, weights=[2.0, 3.0]).loss_where_equal() == pytest.approx(
-        2 * math.log(2) + 3
-    )
+    both = mix({"type": "sigmoid"}, {"type": "hinge"}, weights=[2.0, 3.0])
+    assert both.loss_where_equal(examples_of(1)) == pytest.approx(2 * math.log(2) + 3)
     shared = LOSSES["mix"](beta=0.7, losses=[LOSSES["sigmoid"](), LOSSES["simpo"]()])
     assert [loss.beta for _, loss in shared.parts] == [0.7, 0.7]
 
@@ -343,8 +214,7 @@ def test_a_loss_over_the_batch_is_the_same_in_parts(name):
     numbers |= {"policy_w": numbers["policy_w"][::-1].copy()}
     policy, reference, examples = scores(numbers, "policy"), scores(numbers, "reference"), examples_of(12)
     parts = list(zip(cut(policy, examples, 5), cut(reference, examples, 5), strict=True))
-    inputs = [loss.batch_inputs(ours, theirs, mine) for (ours, mine), (theirs, _) in parts]
-    known = of_whole_batch(loss, inputs)
+    known = of_whole_batch(loss, [ScoredPart(ours, theirs, mine) for (ours, mine), (theirs, _) in parts])
 
     def total(policy, reference, examples):
         return loss(policy, reference, examples).loss.sum().scalar()
@@ -448,7 +318,7 @@ def test_weighting_multiplies_each_loss_by_the_likelihood_of_its_pair(name):
     weight = weights[::2] * weights[1::2]
     loss = replace(loss, use_weighting=True)
     assert loss.all_statistics == ("log_sum_of_squares",) and not loss.needs_tokens_of_reference
-    assert loss.loss_where_equal() is None
+    assert loss.loss_where_equal(examples_of(1)) is None
 
     def losses(shift):
         per_token = replace(policy.per_token, log_probs=policy.per_token.log_probs + shift)

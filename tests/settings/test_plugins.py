@@ -156,4 +156,4 @@ def test_a_type_that_no_plugin_registers_is_named_with_those_that_are(here):
     with pytest.raises(ValueError, match="loss.type='my_hing' must be one of .*my_hinge; did you mean my_hinge"):
         from_words("--plugins", "[my_losses]", "--loss.type", "my_hing")
     with pytest.raises(ValueError, match="; a type of your own needs its module in plugins"):
-        from_words("--loss.type", "kto")
+        from_words("--loss.type", "unheard_of")

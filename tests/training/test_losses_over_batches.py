@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_pairs import adapters_of, moved, new_adapters, packed, random_pairs, table_of
+from tiny_pairs import adapters_of, moved, new_adapters, packed, random_answers, random_pairs, table_of
 
 from lora_dpo_jax.data.shapes import PartShape
+from lora_dpo_jax.data.table import ExampleTable
 from lora_dpo_jax.evaluation import Scorer, summarize, summarize_by_tokens
 from lora_dpo_jax.log_probs import score_responses
 from lora_dpo_jax.lora import reference_model
@@ -21,13 +22,17 @@ from lora_dpo_jax.sharding import MeshConfig, Placement
 from lora_dpo_jax.training.step import TrainState, TrainStep
 
 PAIRS = table_of(random_pairs(8, seed=11))
+ANSWERS = random_answers(8, seed=8)
 ONE = PartShape.of_pairs(micro_batches=1, rows=8, row_length=64, targets=128, pairs=8)
 # All losses at once: each has a metric of its own in a mix.
-OF_SUMS = [name for name in LOSSES if name != "mix"]
+OF_SUMS = [name for name, loss in LOSSES.items() if loss.needs_comparisons is True]
 OF_TOKENS = [("sigmoid", {"use_weighting": True}), ("ipo", {"ld_alpha": 0.3}), ("aot", {"ld_alpha": 0.5})]
 ALL: Loss = LOSSES["mix"](
     losses=[*(LOSSES[name]() for name in OF_SUMS), *(LOSSES[name](**settings) for name, settings in OF_TOKENS)],
     weights=[0.01 if name == "sppo_hard" else 1.0 for name in [*OF_SUMS, *(name for name, _ in OF_TOKENS)]],
+)
+OF_ANSWERS: Loss = LOSSES["mix"](
+    losses=[LOSSES["kto"](beta=1.0, desirable_weight=1.5), LOSSES["apo_zero_unpaired"](beta=1.0)]
 )
 AOT: Loss = LOSSES["mix"](losses=[LOSSES["aot"](beta=1.0), LOSSES["aot_unpaired"](beta=1.0), LOSSES["sft"]()])
 
@@ -44,7 +49,9 @@ def step_of(
         state = placement.put_parameters(state)
     state, metrics = step(state, batch)
     after = adapters_of(state.model)
-    values = {name: float(value) for name, value in metrics.values.items() if "loss" in name or "/" in name}
+    values = {
+        name: float(value) for name, value in metrics.values.items() if name == "kl" or "loss" in name or "/" in name
+    }
     return values, {name: after[name] - before[name] for name in before}
 
 
@@ -52,22 +59,26 @@ def one_pair_a_row() -> list[list[int]]:
     return [[number] for number in range(8)]
 
 
-def in_parts() -> tuple:
+def in_parts(table: ExampleTable) -> tuple:
     long = dataclasses.replace(ONE, rows=1, row_length=128)
     short = dataclasses.replace(ONE, micro_batches=4, rows=1)
-    return packed(PAIRS, long, [[0, 3]]), packed(PAIRS, short, [[7, 1], [2], [5, 4], [6]])
+    return packed(table, long, [[0, 3]]), packed(table, short, [[7, 1], [2], [5, 4], [6]])
 
 
 LAYOUTS = {
-    "padded": lambda: packed(PAIRS, ONE, one_pair_a_row(), share_prefix=False),
-    "four micro-batches": lambda: packed(PAIRS, dataclasses.replace(ONE, micro_batches=4, rows=2), one_pair_a_row()),
+    "padded": lambda table: packed(table, ONE, one_pair_a_row(), share_prefix=False),
+    "four micro-batches": lambda table: packed(
+        table, dataclasses.replace(ONE, micro_batches=4, rows=2), one_pair_a_row()
+    ),
     "parts": in_parts,
 }
+CASES = {"all": (ALL, PAIRS), "aot": (AOT, PAIRS), "single answers": (OF_ANSWERS, ANSWERS)}
 
 
 @functools.cache
 def expected(name: str) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    return step_of({"all": ALL, "aot": AOT}[name], packed(PAIRS, ONE))
+    loss, table = CASES[name]
+    return step_of(loss, packed(table, ONE))
 
 
 def assert_same(found: tuple, wanted: tuple) -> None:
@@ -78,29 +89,40 @@ def assert_same(found: tuple, wanted: tuple) -> None:
 
 
 @pytest.mark.parametrize("layout", ["padded", "parts"])
-def test_layouts_change_no_loss(layout):
-    assert_same(step_of(ALL, LAYOUTS[layout]()), expected("all"))
+@pytest.mark.parametrize("case", ["all", "single answers"])
+def test_layouts_change_no_loss(case, layout):
+    loss, table = CASES[case]
+    assert_same(step_of(loss, LAYOUTS[layout](table)), expected(case))
 
 
-def test_eight_devices_change_no_loss():
+@pytest.mark.parametrize("case", ["all", "single answers"])
+def test_eight_devices_change_no_loss(case):
+    loss, table = CASES[case]
     placement = Placement(MeshConfig({"data": 8}))
-    batch = placement.put_batch(packed(PAIRS, ONE, one_pair_a_row()))
-    assert_same(step_of(ALL, batch, placement), expected("all"))
+    batch = placement.put_batch(packed(table, ONE, one_pair_a_row()))
+    assert_same(step_of(loss, batch, placement), expected(case))
+
+
+def test_the_kl_of_the_batch_is_no_number_that_a_part_could_know():
+    assert expected("single answers")[0]["kl"] > 0.1
 
 
 def test_a_loss_over_the_batch_scores_the_reference_once():
     """The second pass takes its scores from the first one; here, from sums alone."""
     assert not AOT.needs_tokens
-    assert_same(step_of(AOT, LAYOUTS["four micro-batches"]()), expected("aot"))
+    assert_same(step_of(AOT, LAYOUTS["four micro-batches"](PAIRS)), expected("aot"))
 
 
-def test_a_table_is_one_batch_where_it_is_evaluated():
+@pytest.mark.parametrize("case", ["aot", "single answers"])
+def test_a_table_is_one_batch_where_it_is_evaluated(case):
     """However many rows are scored together, by sums or by tokens."""
+    loss, table = CASES[case]
     model = moved(new_adapters())
-    scorer = Scorer(PAIRS, rows=8)
+    scorer = Scorer(table, rows=8)
     policy, reference = scorer(model), scorer(reference_model(model, None))
-    by_sums = summarize(AOT, policy, reference, PAIRS.arrays.examples)
-    by_tokens = summarize_by_tokens(PreferenceObjective(AOT), (), Scorer(PAIRS, rows=1), model, None)
+    by_sums = summarize(loss, policy, reference, table.arrays.examples)
+    objective = PreferenceObjective(loss)
+    by_tokens = summarize_by_tokens(objective, loss.all_columns, Scorer(table, rows=1), model, None)
     assert by_tokens == pytest.approx(by_sums, rel=1e-5, abs=1e-5)
 
 

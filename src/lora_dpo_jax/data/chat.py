@@ -173,6 +173,7 @@ class ExampleTokenizer:
             self._without_second_bos(_array(prompt)),
             tuple(self._without_second_eos(_array(ids)) for ids in responses),
             example.comparisons,
+            example.weights,
             columns=example.columns,
         )
         if not len(tokens.prompt):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from lora_dpo_jax.data.sources import Reason, SourceConfig
+from lora_dpo_jax.losses.examples import LABEL, MARGIN, WEIGHT
 from lora_dpo_jax.places import is_url, spelled_alike
 from lora_dpo_jax.settings.choices import check_choices
 
@@ -34,12 +35,18 @@ class FormatConfig:
     rejected_field: str = "rejected"  # a column
     completion_field: str = "completion"  # a column, of unpaired rows
     label_field: str = "label"  # a column of true and false, of unpaired rows
+    label: bool | None = None  # of all rows, if they are unpaired and label_field is no column
     responses_field: str = "responses"  # a column of lists, of ranked rows
     scores_field: str = "scores"  # a column of lists of numbers, of ranked rows; a higher score is better
     ranks_field: str = "ranks"  # the same, of ranked rows without scores; a lower rank is better
     # Of ranked rows. all: each response with each worse one. best_worst: the best with the worst one. adjacent: each
-    # with the next in order. Responses with equal scores are never compared.
+    # with the next in order.
     comparisons: Literal["all", "best_worst", "adjacent"] = "all"
+    # Responses with equal scores. drop: they are not compared. both_ways: each is preferred to the other, with half the
+    # weight.
+    ties: Literal["drop", "both_ways"] = "drop"
+    weight_field: str | None = None  # a column of numbers: by which a row's loss is multiplied
+    margin_field: str | None = None  # a column of numbers: the margin of rewards that a pair should have
     prompt_field: str | None = "prompt"  # null: the prompt is what chosen and rejected share
     system_prompt: str | None = "system"  # the column of a system message
     tools_field: str | None = "tools"  # the column of tool schemas
@@ -57,16 +64,31 @@ class FormatConfig:
     def __post_init__(self):
         check_choices(self, "format")
         names = [*self.columns, *self.response_columns]
+        if self.margin_field is not None:
+            names.append(MARGIN)
+            if self.type != "preference_chat":
+                raise ValueError(
+                    f"format.margin_field={self.margin_field!r} is the margin between the two responses of a pair; "
+                    f"found format.type={self.type}"
+                )
         if self.type == "unpaired":
-            names.append("label")
+            names += [LABEL, WEIGHT]
+        elif self.label is not None:
+            raise ValueError(f"format.label={self.label} is for format.type=unpaired; found format.type={self.type}")
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"format.columns and format.response_columns name {twice} twice; needed: once")
+            raise ValueError(
+                f"format.columns and format.response_columns name {twice} twice, or as columns of numbers that the "
+                "format has itself; needed: once"
+            )
 
     @property
     def named_columns(self) -> dict[str, str]:
         """Setting -> column, of the columns that the user named: all but the defaults."""
         columns = {setting: getattr(self, setting) for setting in COLUMN_SETTINGS}
         named = {name: column for name, column in columns.items() if column not in (None, COLUMN_SETTINGS[name])}
+        for setting in ("weight_field", "margin_field"):
+            if (column := getattr(self, setting)) is not None:
+                named[setting] = column
         for setting, names in (("columns", self.columns), ("response_columns", self.response_columns)):
             named |= {f"{setting}[{number}]": column for number, column in enumerate(names)}
         return named

@@ -15,7 +15,7 @@ import haliax as hax
 import numpy as np
 
 from lora_dpo_jax.axes import COMPARISON, EXAMPLE, RESPONSE
-from lora_dpo_jax.losses.examples import Examples
+from lora_dpo_jax.losses.examples import LABEL, Examples
 
 PAIR = ((0, 1),)  # the comparisons of a pair: the first response is the chosen one
 
@@ -180,6 +180,11 @@ class ExampleArrays:
             and (self.comparison_counts == 1).all()
             and (self.comparisons == PAIR[0]).all()
         )
+
+    @property
+    def noun(self) -> str:
+        """The examples in the words of messages: pairs, answers if they have labels, or examples."""
+        return "pairs" if self.are_pairs else "answers" if LABEL in self.columns else "examples"
 
     def example(self, number: int, tokens: np.ndarray) -> TokenizedExample:
         """Example `number`. `tokens` are those of its prompt and responses, concatenated."""

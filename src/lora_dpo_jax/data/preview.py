@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_dpo_jax.data.cache import TokenizedExamples
 from lora_dpo_jax.data.examples import TokenizedExample
 from lora_dpo_jax.data.table import ExampleTable
+from lora_dpo_jax.losses.examples import DESIRABLE, LABEL, MISMATCHED, UNDESIRABLE
 from lora_dpo_jax.printable import printable
 
 RESET = "\x1b[0m"
@@ -18,6 +19,12 @@ SHADES = {
     "prompt": ("\x1b[38;5;250m", "\x1b[38;5;244m"),
     "chosen": ("\x1b[38;5;46m", "\x1b[38;5;34m"),
     "rejected": ("\x1b[38;5;209m", "\x1b[38;5;166m"),
+}
+LABELS = {DESIRABLE: "desirable", UNDESIRABLE: "undesirable", MISMATCHED: "mismatched"}
+SHADES |= {
+    "desirable": SHADES["chosen"],
+    "undesirable": SHADES["rejected"],
+    "mismatched": ("\x1b[38;5;75m", "\x1b[38;5;68m"),
 }
 
 
@@ -34,7 +41,7 @@ def preview(
         color = out.isatty() and "NO_COLOR" not in os.environ
     for index in range(min(count, len(examples))):
         example = examples[index]
-        what = "pair" if example.is_pair else "example"
+        what = "pair" if example.is_pair else "answer" if LABEL in example.columns else "example"
         print(f"=== {what} {index + 1} of {len(examples):,}: {printable(examples.origin(index))}", file=out)
         for role, ids in zip(_roles(example), example.parts, strict=True):
             scored = "not scored" if role == "prompt" else "scored"
@@ -46,6 +53,8 @@ def preview(
 def _roles(example: TokenizedExample) -> list[str]:
     if example.is_pair:
         return ["prompt", "chosen", "rejected"]
+    if labels := example.columns.get(LABEL):
+        return ["prompt", *(LABELS[label] for label in np.atleast_1d(labels).tolist())]
     return ["prompt", *(f"response {number}" for number in range(1, len(example.responses) + 1))]
 
 

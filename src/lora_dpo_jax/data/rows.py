@@ -19,6 +19,7 @@ from lora_dpo_jax.data.messages import (
     without_nulls,
 )
 from lora_dpo_jax.data.sources import RowError
+from lora_dpo_jax.losses.examples import DESIRABLE, LABEL, MARGIN, UNDESIRABLE, WEIGHT
 
 # Columns of the prompt in rows without `prompt_field`: first texts, then messages that end before an answer.
 PROMPT_COLUMNS = ("question", "instruction", "input", "conversations", "messages")
@@ -36,6 +37,7 @@ class Example:
     origin: str  # "train.jsonl, row 12"
     names: tuple[str, ...] = ("chosen", "rejected")  # of the responses, in errors
     comparisons: tuple[tuple[int, int], ...] = PAIR  # (chosen, rejected), numbers of responses
+    weights: tuple[float, ...] | None = None  # one for each comparison; None: equal, with sum 1
     columns: Mapping[str, float | list[float]] = field(default_factory=dict)  # a number, or one for each response
     tools: list[dict] | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -78,14 +80,23 @@ def read_example(row: Any, format: FormatConfig, origin: str) -> Example:
         example = _example(row, format, origin)
     except RecursionError as error:
         raise RowError("malformed", origin, "is nested too deeply") from error
-    columns: dict[str, float | list[float]] = {name: _number(row, name, origin) for name in format.columns}
+    what = "one of format.columns"
+    columns: dict[str, float | list[float]] = {name: _number(row, name, what, origin) for name in format.columns}
     count, what = len(example.responses), "one of format.response_columns"
     columns |= {name: _numbers(row, name, what, count, origin) for name in format.response_columns}
+    if format.margin_field is not None:
+        columns[MARGIN] = _number(row, format.margin_field, "format.margin_field", origin, least=0)
+    weight = 1.0
+    if format.weight_field is not None:
+        weight = _number(row, format.weight_field, "format.weight_field", origin, least=0)
     if format.type == "unpaired":
-        return replace(example, comparisons=(), columns=columns | {"label": [_label(row, format, origin)]})
+        columns |= {LABEL: [_label(row, format, origin)], WEIGHT: weight}
+        return replace(example, comparisons=(), columns=columns)
     if format.type == "ranked":
-        return replace(example, comparisons=_comparisons(row, format, count, origin), columns=columns)
-    return replace(example, columns=columns)
+        shares = _comparisons(row, format, count, origin)
+        weights = tuple(weight * share for share in shares.values())
+        return replace(example, comparisons=tuple(shares), weights=weights, columns=columns)
+    return replace(example, weights=None if format.weight_field is None else (weight,), columns=columns)
 
 
 def _example(row: Mapping, format: FormatConfig, origin: str) -> Example:
@@ -235,8 +246,8 @@ def _answer_values(row: Mapping, format: FormatConfig, origin: str) -> tuple[tup
     return ("chosen", "rejected"), {column: row.get(column) for column in columns}
 
 
-def _comparisons(row: Mapping, format: FormatConfig, count: int, origin: str) -> tuple[tuple[int, int], ...]:
-    """The comparisons of a ranked row: (index of the better response, index of the worse one)."""
+def _comparisons(row: Mapping, format: FormatConfig, count: int, origin: str) -> dict[tuple[int, int], float]:
+    """The comparisons of a ranked row, (index of the better response, index of the worse one), and their shares."""
     has_ranks = row.get(format.scores_field) is None and row.get(format.ranks_field) is not None
     column = format.ranks_field if has_ranks else format.scores_field
     scores = _numbers(row, column, "which orders the responses", count, origin)
@@ -248,18 +259,25 @@ def _comparisons(row: Mapping, format: FormatConfig, count: int, origin: str) ->
         "adjacent": itertools.pairwise(order),
         "best_worst": [(order[0], order[-1])],
     }[format.comparisons]
-    found = tuple((better, worse) for better, worse in pairs if scores[better] > scores[worse])
+    found: dict[tuple[int, int], float] = {}
+    for better, worse in pairs:
+        if scores[better] > scores[worse]:
+            found[better, worse] = 1.0
+        elif format.ties == "both_ways":
+            found[better, worse] = found[worse, better] = 0.5
     if not found:
         raise RowError("tied", origin, f"{column!r} has the same number for all responses")
-    return found
+    total = sum(found.values())
+    return {pair: share / total for pair, share in found.items()}
 
 
-def _number(row: Mapping, name: str, origin: str) -> float:
-    """A row's number in a column of format.columns."""
+def _number(row: Mapping, name: str, what: str, origin: str, least: float = -LARGEST_FLOAT32) -> float:
+    """A row's number in a column, which is `what`, of at least `least`."""
     value = row.get(name)
-    if not _is_number(value):
-        found = "is not there" if value is None else f"is {kind(value)}"
-        raise RowError("malformed", origin, f"{name!r}, one of format.columns, {found}; needed: a finite number")
+    if not _is_number(value) or value < least:
+        found = "is not there" if value is None else f"is {value if isinstance(value, int | float) else kind(value)}"
+        needed = "a finite number" if least < 0 else f"a finite number of at least {least}"
+        raise RowError("malformed", origin, f"{name!r}, {what}, {found}; needed: {needed}")
     return float(value)
 
 
@@ -277,11 +295,12 @@ def _numbers(row: Mapping, name: str, what: str, count: int, origin: str) -> lis
 
 
 def _label(row: Mapping, format: FormatConfig, origin: str) -> float:
-    """1 if the response of an unpaired row is desirable, else 0."""
-    value = row.get(format.label_field)
-    if value not in (True, False):  # 1 and 0 too
-        raise RowError("malformed", origin, f"{format.label_field!r} is {kind(value)}; needed: true or false")
-    return float(value)
+    """Whether the response of an unpaired row is desirable."""
+    value = row.get(format.label_field) if format.label is None else format.label
+    if not isinstance(value, int | float) or value not in (0, 1):
+        found = repr(value) if isinstance(value, int | float) else kind(value)
+        raise RowError("malformed", origin, f"{format.label_field!r} is {found}; needed: true or false")
+    return DESIRABLE if value else UNDESIRABLE
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

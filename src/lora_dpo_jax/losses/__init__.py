@@ -9,7 +9,9 @@ from lora_dpo_jax.losses.logistic import DiscoPop, Dpo, Dpop, Exo, LengthNormali
 from lora_dpo_jax.losses.mix import Mix
 from lora_dpo_jax.losses.optimal_transport import Aot, AotUnpaired
 from lora_dpo_jax.losses.preference import Compared, ComparisonLoss, PreferenceLoss
+from lora_dpo_jax.losses.ranked import PlackettLuce
 from lora_dpo_jax.losses.scores import Scores, TokenScores
+from lora_dpo_jax.losses.single_answers import ApoZeroUnpaired, Kto
 
 # The keys are the values of `loss.type`.
 LOSSES: dict[str, type[Loss]] = {
@@ -33,6 +35,9 @@ LOSSES: dict[str, type[Loss]] = {
     "alphapo": AlphaPo,
     "cpo": Cpo,
     "orpo": Orpo,
+    "plackett_luce": PlackettLuce,
+    "kto": Kto,
+    "apo_zero_unpaired": ApoZeroUnpaired,
     "mix": Mix,
 }
 for _name, _loss in LOSSES.items():
@@ -45,6 +50,7 @@ __all__ = [
     "AotUnpaired",
     "ApoDown",
     "ApoZero",
+    "ApoZeroUnpaired",
     "Bco",
     "Compared",
     "ComparisonLoss",
@@ -56,11 +62,13 @@ __all__ = [
     "Exo",
     "Hinge",
     "Ipo",
+    "Kto",
     "LengthNormalizedDpo",
     "Loss",
     "Mix",
     "Nca",
     "Orpo",
+    "PlackettLuce",
     "PreferenceLoss",
     "RobustDpo",
     "Scores",

@@ -19,6 +19,11 @@ from haliax import NamedArray
 
 from lora_dpo_jax.axes import EXAMPLE, RESPONSE
 
+# Columns that formats of the data make. LABEL is of each response of a single answer, and WEIGHT of its example. MARGIN
+# is the difference of rewards that a pair should have.
+LABEL, WEIGHT, MARGIN = "label", "example_weight", "target_margin"
+DESIRABLE, UNDESIRABLE, MISMATCHED = 1.0, 0.0, -1.0  # labels. MISMATCHED: the answer to another prompt
+
 
 class Examples(eqx.Module):
     """The examples of a row or of a batch. Arrays are int32 unless noted."""
@@ -31,7 +36,7 @@ class Examples(eqx.Module):
     weight: NamedArray  # float32 {..., comparison}; an example's weights add up to 1 unless the data set others
     columns: dict[str, NamedArray] = eqx.field(default_factory=dict)  # float32 {..., example} or {..., response}
     # What a loss knows of the whole batch, of which these examples may be a part: see Loss.of_batch.
-    of_batch: dict[str, NamedArray] = eqx.field(default_factory=dict)  # float32 {..., comparison}
+    of_batch: dict[str, NamedArray] = eqx.field(default_factory=dict)  # float32 {...} or {..., slot}
 
     def column(self, name: str) -> NamedArray:
         """float32 {..., example} or {..., response}. Raises ValueError if the batch has no such column."""
@@ -113,3 +118,16 @@ def add_up(values: NamedArray, index: NamedArray, Axis: hax.Axis) -> NamedArray:
     is_it = index.broadcast_axis(Axis) == hax.arange(Axis)
     summed = hax.sum(hax.where(is_it, values, 0), axis=index.axes[-1])
     return summed.rearrange((*index.axes[:-1], Axis))
+
+
+def greatest(values: NamedArray, index: NamedArray, Axis: hax.Axis) -> NamedArray:
+    """The greatest of the values {..., slot} that have the same index, within each row; 0 where there are none."""
+    values = values.rearrange(index.axes)
+    if len(index.axes) == 1:
+        at = jnp.where(index.array >= 0, index.array, Axis.size)
+        found = hax.named(jax.ops.segment_max(values.array, at, Axis.size + 1)[:-1], Axis)
+    else:
+        is_it = index.broadcast_axis(Axis) == hax.arange(Axis)
+        found = hax.max(hax.where(is_it, values, -jnp.inf), axis=index.axes[-1])
+        found = found.rearrange((*index.axes[:-1], Axis))
+    return hax.where(found > -jnp.inf, found, 0.0)

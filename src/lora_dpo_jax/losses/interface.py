@@ -2,15 +2,19 @@
 
 import abc
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import draccus
+import haliax as hax
 import jax
-from haliax import NamedArray
+import jax.numpy as jnp
+from haliax import Axis, NamedArray
 
-from lora_dpo_jax.losses.examples import Examples
-from lora_dpo_jax.losses.scores import Scores
+from lora_dpo_jax.axes import TARGET
+from lora_dpo_jax.losses.examples import MARGIN, Examples
+from lora_dpo_jax.losses.scores import Scores, TokenScores
 from lora_dpo_jax.objective import ExampleLosses
 
 
@@ -44,6 +48,20 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
         return self.columns
 
     @property
+    def needs_mismatched(self) -> bool:
+        """Whether each single answer needs the answer to another prompt beside it."""
+        return False
+
+    @property
+    def takes_margins(self) -> bool:
+        """Whether the loss reads the target margins of the data, if they have any."""
+        return False
+
+    def columns_in(self, columns: Collection[str]) -> tuple[str, ...]:
+        """The columns that the loss reads from data that have `columns`."""
+        return (*self.all_columns, *(name for name in (MARGIN,) if self.takes_margins and name in columns))
+
+    @property
     def all_statistics(self) -> tuple[str, ...]:
         """The statistics that the loss reads; likewise, and with those that its settings ask for."""
         return self.statistics
@@ -57,8 +75,11 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
     def needs_tokens_of_reference(self) -> bool:
         return self.needs_reference and self.per_token == "both"
 
-    def loss_where_equal(self) -> float | None:
-        """The loss of every example if policy and reference are equal, or None if that loss is not known."""
+    def loss_where_equal(self, examples: Examples) -> float | None:
+        """The mean loss of a batch if policy and reference are equal, or None if it is not known.
+
+        `examples` are without rows, as from `ExampleArrays.examples`.
+        """
         return None
 
     @property
@@ -69,15 +90,11 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
         """
         return "nothing"
 
-    def batch_inputs(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
-        """What `of_batch` reads, float32 {..., comparison}, by name. Log-probs are zeros unless it needs scores."""
-        return {}
-
-    def of_batch(self, inputs: dict[str, NamedArray]) -> dict[str, NamedArray]:
+    def of_batch(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
         """What the loss needs to know of the whole batch, for `Examples.of_batch`, by name.
 
-        All are float32 {comparison}: the `batch_inputs` of all comparisons of the batch, and the result. Slots without
-        a comparison are among them; none of them may change the result for the others.
+        The arguments are those of a call, for all rows of the batch; log-probs are zeros unless it needs scores. The
+        results are float32: scalars, or {..., slot} with the axes of an array of the arguments.
         """
         return {}
 
@@ -89,3 +106,17 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
 
         If `examples.of_batch` is empty, the examples given are the whole batch.
         """
+
+
+def mean_of_equal_scores(loss: Loss, examples: Examples) -> float:
+    """The mean loss of examples without rows, if no log-prob of policy or reference is other than zero."""
+    Response = examples.example_of_response.axes[-1]
+    no_token = hax.full(Axis(TARGET, 1), -1, dtype=jnp.int32)
+    tokens = TokenScores(hax.zeros_like(no_token, dtype=jnp.float32), no_token, no_token)
+    equal = Scores(hax.zeros(Response), hax.ones(Response, dtype=jnp.int32), tokens)
+
+    @jax.jit
+    def mean(examples: Examples) -> jax.Array:
+        return hax.mean(loss(equal, equal, examples).loss).scalar()
+
+    return float(mean(examples))

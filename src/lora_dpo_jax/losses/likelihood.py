@@ -13,6 +13,7 @@ from lora_dpo_jax.losses.examples import Examples
 from lora_dpo_jax.losses.preference import Compared, ComparisonLoss
 from lora_dpo_jax.losses.scores import Scores
 from lora_dpo_jax.losses.smoothing import check_label_smoothing, smoothed_log_loss
+from lora_dpo_jax.objective import Mean
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class SimPo(_ReferenceFree):
         check_label_smoothing(self.label_smoothing)
         if not math.isfinite(self.gamma):
             raise ValueError(f"loss.gamma={self.gamma} must be finite")
+
+    @property
+    def takes_margins(self) -> bool:
+        return True
 
     def pair_loss(self, chosen, rejected, policy):
         return smoothed_log_loss(self.beta * (chosen - rejected) - self.gamma, self.label_smoothing)
@@ -68,14 +73,10 @@ class _WithLikelihood(_ReferenceFree):
     def needs_of_batch(self) -> Literal["nothing", "tokens", "scores"]:
         return "tokens"
 
-    def batch_inputs(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
-        chosen_tokens, _ = examples.compared(policy.tokens.astype(jnp.float32))
-        return {"tokens": chosen_tokens, "share": examples.share}
-
-    def of_batch(self, inputs: dict[str, NamedArray]) -> dict[str, NamedArray]:
-        tokens, share = inputs["tokens"], inputs["share"]
-        mean = jnp.sum((tokens * share).array) / jnp.maximum(jnp.sum(share.array), jnp.finfo(jnp.float32).tiny)
-        return {"mean_chosen_tokens": hax.full(tokens.axes, jnp.maximum(mean, 1.0))}
+    def of_batch(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
+        tokens, _ = examples.compared(policy.tokens.astype(jnp.float32))
+        mean = Mean.over(tokens, examples.share).value
+        return {"mean_chosen_tokens": hax.named(jnp.maximum(mean, 1.0), ())}
 
     def negative_log_likelihood(self, policy: Compared) -> NamedArray:
         """{..., comparison}. Its mean over the batch is the mean over all tokens of chosen responses."""
@@ -109,6 +110,10 @@ class Cpo(_WithLikelihood):
         check_label_smoothing(self.label_smoothing)
         if not 0.0 <= self.cpo_alpha < math.inf:
             raise ValueError(f"loss.cpo_alpha={self.cpo_alpha} must be at least 0, and finite")
+
+    @property
+    def takes_margins(self) -> bool:
+        return True
 
     def pair_loss(self, chosen, rejected, policy):
         return smoothed_log_loss(self.beta * (chosen - rejected), self.label_smoothing)

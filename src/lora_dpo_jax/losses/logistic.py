@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import haliax as hax
 from haliax import NamedArray
 
+from lora_dpo_jax.losses.examples import Examples
 from lora_dpo_jax.losses.preference import PreferenceLoss
 from lora_dpo_jax.losses.smoothing import check_label_smoothing, smoothed_log_loss
 
@@ -112,7 +113,7 @@ class Dpop(PreferenceLoss):
         if not 0.0 <= self.dpop_lambda < math.inf:
             raise ValueError(f"loss.dpop_lambda={self.dpop_lambda} must be at least 0, and finite")
 
-    def loss_where_equal(self) -> float | None:
+    def loss_where_equal(self, examples: Examples) -> float | None:
         """None: the penalty counts each fall of a chosen log-prob 50 times, those by rounding too."""
         return None
 

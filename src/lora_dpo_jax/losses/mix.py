@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from haliax import NamedArray
 
-from lora_dpo_jax.losses.examples import Examples
+from lora_dpo_jax.losses.examples import LABEL, Examples
 from lora_dpo_jax.losses.interface import Loss
 from lora_dpo_jax.losses.scores import Scores
 from lora_dpo_jax.objective import ExampleLosses, Mean
@@ -28,8 +28,6 @@ class Mix(Loss):
     losses: list[Loss] = field(default_factory=list)  # each with its type and settings
     weights: list[float] | None = None  # of the losses, in their order; null: 1 for each
 
-    needs_comparisons = True
-
     def __post_init__(self):
         if not 0 <= self.beta < math.inf:
             raise ValueError(
@@ -37,6 +35,11 @@ class Mix(Loss):
             )
         if not self.losses or any(isinstance(loss, Mix) for loss in self.losses):
             raise ValueError("loss.losses must list at least one loss, and no mix")
+        if self.needs_comparisons and LABEL in self.all_columns:
+            raise ValueError(
+                "loss.losses has losses of single answers (kto, apo_zero_unpaired) beside losses of comparisons: no "
+                "data have both; choose losses of one kind"
+            )
         if self.weights is not None and len(self.weights) != len(self.losses):
             raise ValueError(
                 f"loss.weights has {len(self.weights)} weights for the {len(self.losses)} losses of loss.losses; "
@@ -49,6 +52,18 @@ class Mix(Loss):
                 raise ValueError(
                     f"loss.beta={self.beta} and loss.losses.{number}.beta={loss.beta} disagree; give one of them"
                 )
+
+    @property
+    def needs_comparisons(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return any(loss.needs_comparisons for loss in self.losses)
+
+    @property
+    def needs_mismatched(self) -> bool:
+        return any(loss.needs_mismatched for loss in self.losses)
+
+    @property
+    def takes_margins(self) -> bool:
+        return any(loss.takes_margins for loss in self.losses)
 
     @property
     def parts(self) -> tuple[tuple[float, Loss], ...]:
@@ -76,10 +91,10 @@ class Mix(Loss):
     def all_statistics(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for loss in self.losses for name in loss.all_statistics))
 
-    def loss_where_equal(self) -> float | None:
+    def loss_where_equal(self, examples: Examples) -> float | None:
         total = 0.0
         for weight, loss in self.parts:
-            if (value := loss.loss_where_equal()) is None:
+            if (value := loss.loss_where_equal(examples)) is None:
                 return None
             total += weight * value
         return total
@@ -89,12 +104,8 @@ class Mix(Loss):
         needs = {loss.needs_of_batch for loss in self.losses}
         return "scores" if "scores" in needs else "tokens" if "tokens" in needs else "nothing"
 
-    def batch_inputs(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
-        inputs = (loss.batch_inputs(policy, reference, examples) for _, loss in self.parts)
-        return _numbered(inputs)
-
-    def of_batch(self, inputs: dict[str, NamedArray]) -> dict[str, NamedArray]:
-        return _numbered(loss.of_batch(_of_number(inputs, number)) for number, (_, loss) in enumerate(self.parts))
+    def of_batch(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
+        return _numbered(loss.of_batch(policy, reference, examples) for _, loss in self.parts)
 
     def __call__(
         self, policy: Scores, reference: Scores | None, examples: Examples, *, are_equal: jax.Array | bool = False

@@ -4,7 +4,6 @@ The order is that of the whole batch, so each comparison gets its partners' valu
 gradient. For the gradient of its own value this is exact: the order is constant almost everywhere.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,9 +37,6 @@ class _Transport(PreferenceLoss):
     def needs_of_batch(self) -> Literal["nothing", "tokens", "scores"]:
         return "scores"
 
-    def loss_where_equal(self) -> float | None:
-        return math.log(2)
-
     def negative_log_likelihood(self, margin: NamedArray) -> NamedArray:
         return smoothed_log_loss(self.beta * margin, self.label_smoothing)
 
@@ -52,14 +48,11 @@ class Aot(_Transport):
     https://arxiv.org/abs/2406.05882, paired.
     """
 
-    def batch_inputs(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
+    def of_batch(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
         *_, ours, theirs = self.rewards(policy, reference, examples)
         assert theirs is not None
-        margins = {"policy": ours.chosen - ours.rejected, "reference": theirs.chosen - theirs.rejected}
-        return margins | {"weight": examples.weight}
-
-    def of_batch(self, inputs: dict[str, NamedArray]) -> dict[str, NamedArray]:
-        return {"partner": of_same_rank(inputs["policy"], inputs["reference"], inputs["weight"] > 0)}
+        margins = ours.chosen - ours.rejected, theirs.chosen - theirs.rejected
+        return {"partner": of_same_rank(*margins, examples.weight > 0)}
 
     def pair_loss(self, chosen, rejected, policy):
         margin = policy.chosen - policy.rejected
@@ -73,12 +66,9 @@ class AotUnpaired(_Transport):
     https://arxiv.org/abs/2406.05882, unpaired.
     """
 
-    def batch_inputs(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
+    def of_batch(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
         chosen, rejected, *_ = self.rewards(policy, reference, examples)
-        return {"chosen": chosen, "rejected": rejected, "weight": examples.weight}
-
-    def of_batch(self, inputs: dict[str, NamedArray]) -> dict[str, NamedArray]:
-        chosen, rejected, counts = inputs["chosen"], inputs["rejected"], inputs["weight"] > 0
+        counts = examples.weight > 0
         return {
             "partner_of_chosen": of_same_rank(chosen, rejected, counts),
             "partner_of_rejected": of_same_rank(rejected, chosen, counts),

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 from haliax import NamedArray
 
-from lora_dpo_jax.axes import COMPARISON, EXAMPLE, RESPONSE
 from lora_dpo_jax.losses.divergences import FDivergence, reward_of
-from lora_dpo_jax.losses.examples import Examples
-from lora_dpo_jax.losses.interface import Loss
+from lora_dpo_jax.losses.examples import MARGIN, Examples
+from lora_dpo_jax.losses.interface import Loss, mean_of_equal_scores
 from lora_dpo_jax.losses.scores import Scores, TokenScores
 from lora_dpo_jax.losses.token_weights import LOG_SUM_OF_SQUARES, likelihood_weight, with_lighter_tail
 from lora_dpo_jax.objective import ExampleLosses, Mean
@@ -97,10 +96,9 @@ class ComparisonLoss(Loss):
         self, policy: Scores, reference: Scores | None, examples: Examples, *, are_equal: jax.Array | bool = False
     ) -> ExampleLosses:
         if self.needs_of_batch != "nothing" and not examples.of_batch:
-            known = self.of_batch(self.batch_inputs(policy, reference, examples))
-            examples = dataclasses.replace(examples, of_batch=known)
+            examples = dataclasses.replace(examples, of_batch=self.of_batch(policy, reference, examples))
         chosen, rejected, ours, theirs = self.rewards(policy, reference, examples)
-        loss = self.pair_loss(chosen, rejected, ours)
+        loss = self.pair_loss(self._less_margin(chosen, examples), rejected, ours)
         per_pair = {}
         for name, (weight, values) in self.terms(ours).items():
             per_pair[name] = values
@@ -113,6 +111,12 @@ class ComparisonLoss(Loss):
         per_pair |= preference_metrics(ours, theirs, self.beta * chosen, self.beta * rejected, are_equal=are_equal)
         share = examples.share
         return ExampleLosses(of_examples, {name: Mean.over(values, share) for name, values in per_pair.items()})
+
+    def _less_margin(self, chosen: NamedArray, examples: Examples) -> NamedArray:
+        """The rewards of chosen responses less the target margins of the data, in units of beta."""
+        if not self.takes_margins or MARGIN not in examples.columns:
+            return chosen
+        return chosen - examples.of_comparisons(examples.column(MARGIN)) / self.beta
 
     @property
     def loss_name(self) -> str:
@@ -158,6 +162,10 @@ class PreferenceLoss(ComparisonLoss):
         return not self.reference_free
 
     @property
+    def takes_margins(self) -> bool:
+        return self.is_of_margin
+
+    @property
     def all_statistics(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys([*self.statistics, *([LOG_SUM_OF_SQUARES] if self.use_weighting else [])]))
 
@@ -169,14 +177,12 @@ class PreferenceLoss(ComparisonLoss):
     def needs_tokens_of_reference(self) -> bool:
         return super().needs_tokens_of_reference or self.needs_reference and self.ld_alpha is not None
 
-    def loss_where_equal(self) -> float | None:
+    def loss_where_equal(self, examples: Examples) -> float | None:
         """The value at rewards of zero. None for a loss of your own, which may depend on more."""
         is_ours = type(self).pair_loss.__module__.startswith(_ROOM)
         if not is_ours or self.use_weighting or not self.needs_reference:
             return None
-        zero, one = hax.zeros(hax.Axis(COMPARISON, 1)), hax.ones(hax.Axis(COMPARISON, 1), dtype=jnp.int32)
-        loss = self.pair_loss(zero, zero, Compared(zero, zero, one, one, _one_pair(), None))
-        return float(loss.array[0])
+        return mean_of_equal_scores(self, examples)
 
     def reward(self, log_ratio: NamedArray, tokens: NamedArray) -> NamedArray:
         return super().reward(reward_of(log_ratio, self.f_divergence_type, self.f_alpha_divergence_coef), tokens)
@@ -207,14 +213,6 @@ class PreferenceLoss(ComparisonLoss):
 def at_least_one(tokens: NamedArray) -> NamedArray:
     """Numbers of tokens, to divide by. An empty slot of a packed row has none; its values are masked later."""
     return hax.where(tokens > 1, tokens.astype(jnp.float32), 1.0)
-
-
-def _one_pair() -> Examples:
-    example, pair, first, second = (
-        hax.named(jnp.array(values), axis)
-        for axis, values in ((EXAMPLE, [0]), (RESPONSE, [0, 0]), (COMPARISON, [0]), (COMPARISON, [1]))
-    )
-    return Examples(example, pair, first, second, first, second.astype(jnp.float32))
 
 
 def preference_metrics(

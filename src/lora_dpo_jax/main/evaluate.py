@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -19,6 +19,7 @@ from lora_dpo_jax.files import cache_folder
 from lora_dpo_jax.huggingface.adapters import read_adapter_config
 from lora_dpo_jax.lora import equals_reference, frozen_copy
 from lora_dpo_jax.losses import Scores
+from lora_dpo_jax.losses.examples import DESIRABLE, LABEL
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.output_file import check_output, write_output
 from lora_dpo_jax.models import CausalLM
@@ -28,7 +29,6 @@ from lora_dpo_jax.printable import printable
 from lora_dpo_jax.processes.exchange import is_first_process
 from lora_dpo_jax.runs.assembly import Data, load_data, pair_scorer, placement_of, reference_log_probs
 from lora_dpo_jax.runs.base import Base, check_models, folder_of, load_base, load_peft_adapter
-from lora_dpo_jax.runs.checks import refuse_unfit_data
 from lora_dpo_jax.runs.compiled_programs import keep_compiled_programs
 from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.runs.identity import refuse_other_settings
@@ -40,7 +40,9 @@ logger = logging.getLogger("lora_dpo_jax")
 
 SCORES = ("logp_chosen", "logp_rejected", "ref_logp_chosen", "ref_logp_rejected", "chosen_tokens", "rejected_tokens")
 LISTS = ("logps", "ref_logps", "response_tokens")
-LINES = tuple(("index", "origin", *names, "prompt_tokens") for names in (SCORES, LISTS))  # their keys
+OF_ANSWER = ("logp", "ref_logp", "completion_tokens")
+# The keys of a line: of pairs, of other examples, and of single answers.
+LINES = tuple(("index", "origin", *names, "prompt_tokens") for names in (SCORES, LISTS, ("label", *OF_ANSWER)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +73,10 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     data = load_data(config)
     pairs = _pairs(config, data)
     base = load_base(config, data.tokenizer, placement)
-    refuse_unfit_data(config.preference_loss, pairs)
     policy, reference, summary = _score(config, base, pairs, placement)
     if is_first_process():
         write_output(config.output, _lines(policy, reference, pairs))
-        _print(config, summary, len(pairs))
+        _print(config, summary, f"{len(pairs):,} {pairs.arrays.noun}")
     return summary
 
 
@@ -107,8 +108,8 @@ def _score(
     held_to = None if reference_model is base.model else frozen_copy(reference_model)
     policy = reference if equals_reference(policy_model, held_to) else score(policy_model, progress)
     if loss.needs_tokens:
-        objective = PreferenceObjective(loss)
-        return policy, reference, summarize_by_tokens(objective, loss.all_columns, score, policy_model, held_to)
+        objective, columns = PreferenceObjective(loss), loss.columns_in(pairs.arrays.columns)
+        return policy, reference, summarize_by_tokens(objective, columns, score, policy_model, held_to)
     return policy, reference, summarize(loss, policy, reference, pairs.arrays.examples)
 
 
@@ -137,19 +138,24 @@ def _data_files(config: EvaluateConfig) -> dict[str, list[str]]:
 
 
 def _lines(policy: Scores, reference: Scores, examples: ExampleTable) -> Iterable[dict]:
-    """Of pairs, each number has its own name. Other examples have lists, with a number for each response."""
+    """Of pairs and of single answers, each number has its own name. Other examples have lists."""
+    labels = examples.arrays.columns.get(LABEL)
     arrays = [np.asarray(x.array) for x in (policy.log_probs, reference.log_probs, policy.tokens)]
     for index in range(len(examples)):
-        mine = [array[examples.arrays.responses_of(np.array([index]))].tolist() for array in arrays]
-        numbers = dict(zip(LISTS, mine, strict=True))
-        if examples.arrays.are_pairs:
+        responses = examples.arrays.responses_of(np.array([index]))
+        mine = [array[responses].tolist() for array in arrays]
+        numbers: dict[str, Any] = dict(zip(LISTS, mine, strict=True))
+        if labels is not None:  # a second response is the answer to another prompt
+            numbers = {"label": bool(labels.values[responses[0]] == DESIRABLE)}
+            numbers |= dict(zip(OF_ANSWER, (values[0] for values in mine), strict=True))
+        elif examples.arrays.are_pairs:
             numbers = dict(zip(SCORES, (number for pair in mine for number in pair), strict=True))
         prompt_tokens = int(examples.sizes.prompt[index])
         yield {"index": index, "origin": examples.origin(index), **numbers, "prompt_tokens": prompt_tokens}
 
 
-def _print(config: EvaluateConfig, summary: dict[str, float], num_pairs: int) -> None:
-    print(f"{num_pairs:,} pairs of the {config.split} split")
+def _print(config: EvaluateConfig, summary: dict[str, float], examples: str) -> None:
+    print(f"{examples} of the {config.split} split")
     print(f"loss      {summary['loss']:.4f}")
     print(f"accuracy  {summary['dpo_accuracy']:.1%}   (a tie counts as half)")
     print(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import jax
 
+from lora_dpo_jax.losses.examples import LABEL
 from lora_dpo_jax.main.errors import told_in_a_line
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.runs.capacity import Capacity, capacity_of
@@ -22,7 +23,8 @@ class PlanConfig(TrainConfig):
     """A run, and the devices that it would use."""
 
     topology: str  # a TPU slice (v5e:4x4, v5p:2x2x1, v6e:4x4), or GPUs of one host (h100:8)
-    # Mean tokens of prompt, chosen and rejected response; the default is that of UltraFeedback.
+    # Mean tokens of prompt, chosen and rejected response; the default is that of UltraFeedback. Of single answers, the
+    # second number is that of an answer, and the third that of the answer to another prompt.
     pair_tokens: list[int] = field(default_factory=lambda: [167, 356, 352])
 
     def __post_init__(self):
@@ -46,11 +48,12 @@ def report(config: PlanConfig, found: Capacity) -> str:
     bound = max(seconds, key=lambda name: seconds[name])
     slowest = seconds[bound]
     rest = found.peak - found.weights - found.adapters - found.optimizer
+    noun = "answers" if LABEL in config.loss.all_columns else "pairs"
     lines = [
         f"{config.initialize_from_hf} on {config.topology} ({found.num_devices} devices)",
         f"parameters         {found.parameters:,}, and {found.trainable:,} of adapters "
         f"({found.trainable / (found.parameters + found.trainable):.2%} trainable)",
-        f"a step             {config.trainer.train_batch_size} pairs in {found.rows} tokens "
+        f"a step             {config.trainer.train_batch_size} {noun} in {found.rows} tokens "
         "(micro-batches x rows x tokens)",
         "",
         f"memory of a device {found.peak / gib:.2f} of {kind.memory / gib:.2f} GiB",
@@ -65,8 +68,8 @@ def report(config: PlanConfig, found: Capacity) -> str:
         "at best            "
         + ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items())
         + f": bound by {bound}, {slowest:.2f} s a step, "
-        f"{config.trainer.train_batch_size / slowest:,.0f} pairs/s",
-        _parallelism_text(found),
+        f"{config.trainer.train_batch_size / slowest:,.0f} {noun}/s",
+        _parallelism_text(found, noun),
     ]
     if not kind.is_tpu:
         lines.append(f"The step was compiled for TPU chips instead of {kind.name}: memory is an estimate.")
@@ -75,11 +78,11 @@ def report(config: PlanConfig, found: Capacity) -> str:
     return "\n".join(lines)
 
 
-def _parallelism_text(found: Capacity) -> str:
+def _parallelism_text(found: Capacity, noun: str) -> str:
     if found.parallelism is None:
         return ""
     if found.fits and found.rows.startswith("1 x"):
-        return "all pairs of a step are computed at once; a larger per_device_parallelism would change nothing"
+        return f"all {noun} of a step are computed at once; a larger per_device_parallelism would change nothing"
     return f"per_device_parallelism fits up to {found.parallelism}"
 
 

@@ -73,9 +73,9 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState:
         exports = _exports(config, run, run_id, first_step)
         known = _known_log_probs(reference, run.steps, notes)
         hooks = _hooks(config, checkpoints, notes, len(run.steps), scores, samples, exports)
-        batches = run.steps.batches(
-            placement, steps=range(first_step, len(run.steps)), reference=known, columns=config.loss.all_columns
-        )
+        columns = config.loss.columns_in(run.data.pairs.arrays.columns)
+        left = range(first_step, len(run.steps))
+        batches = run.steps.batches(placement, steps=left, reference=known, columns=columns)
         with saying_how_to_resume(config.trainer, run_id), closing(batches), StopSignals() as stop, checkpoints:
             state = _train(config, run, batches, first_step, hooks, tracker, stop, began)
     if is_first_process():
@@ -104,22 +104,28 @@ def _train(
         hooks=hooks,
         log_every=trainer.log_every,
         peak_flops=peak_flops(list(run.learner.placement.mesh.devices.flat)),
-        check=_check(config, run),
+        check=_check(config, run, first_step),
         stop=stop,
         began=began,
         stalls=StallMonitor(trainer.stall_seconds, helpers=("packing",)),
     )
 
 
-def _check(config: TrainConfig, run: Run) -> StepCheck:
+def _check(config: TrainConfig, run: Run, first_step: int) -> StepCheck:
     trainer = config.trainer
     return StepCheck(
         run.data.pairs,
-        expected_first_loss=config.preference_loss.loss_where_equal() if config.starts_equal else None,
+        expected_first_loss=_loss_of_equal_models(config, run) if config.starts_equal and first_step == 0 else None,
         tolerance=first_loss_tolerance(),
         non_finite=trainer.non_finite,
         max_skips_in_a_row=trainer.max_skips_in_a_row,
     )
+
+
+def _loss_of_equal_models(config: TrainConfig, run: Run) -> float | None:
+    """The loss of step 0 if policy and reference are equal; None if it is not known."""
+    batch = run.data.pairs.arrays.subset(run.steps.ids[0])
+    return config.preference_loss.loss_where_equal(batch.examples)
 
 
 def _hooks(

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from lora_dpo_jax.data.cache import TokenizedExamples, load_examples
+from lora_dpo_jax.data.mismatched import with_mismatched_answers
 from lora_dpo_jax.data.order import ExampleOrder, StepIds
 from lora_dpo_jax.data.table import ExampleTable, split_by_prompt, whole_table
 from lora_dpo_jax.evaluation import Scorer
@@ -54,8 +55,6 @@ def assemble(config: TrainConfig, placement: Placement) -> Run:
     lora, data = lora_config(config), load_data(config)
     if not len(data.pairs):
         raise ValueError("data.components: no training pair is left; see the counts above")
-    for table in (data.pairs, data.held_out):
-        refuse_unfit_data(config.preference_loss, table)
     base = load_base(config, with_trained_template(config.data, data.tokenizer), placement)
     k_adapters, k_dropout = jax.random.split(jax.random.key(trainer.seed))
     policy = load_policy(config, lora, base, placement, key=k_adapters)
@@ -99,15 +98,24 @@ def load_tables(config: TrainConfig, tokenizer: Any) -> tuple[ExampleTable, Exam
     """(train, validation): the components' validation data if there is any, else a part of the training pairs.
 
     The first process of each host tokenizes, unless it finds the work of process 0. The other processes only read.
+    Raises ValueError unless the tables have what the loss needs.
     """
+    loss = config.preference_loss
 
     def load(split) -> dict[str, TokenizedExamples]:
         return load_examples(config.data, tokenizer, split=split, train_seq_len=config.train_seq_len)
 
     train, validation = in_turns(lambda: (load("train"), load("validation")))
     if validation or not train:
-        return whole_table(train), whole_table(validation)
-    return split_by_prompt(train, config.held_out_fraction, config.trainer.seed)
+        tables = whole_table(train), whole_table(validation)
+    else:
+        tables = split_by_prompt(train, config.held_out_fraction, config.trainer.seed)
+    for table in tables:
+        refuse_unfit_data(loss, table)
+    if not loss.needs_mismatched:
+        return tables
+    pairing = {"seed": config.trainer.seed, "longest": config.train_seq_len}
+    return with_mismatched_answers(tables[0], **pairing), with_mismatched_answers(tables[1], **pairing)
 
 
 def reference_log_probs(

@@ -19,10 +19,12 @@ from lora_dpo_jax.cost.flops import useful_flops
 from lora_dpo_jax.cost.memory import ProgramMemory
 from lora_dpo_jax.cost.traffic import collective_bytes
 from lora_dpo_jax.data import PartShape, PreferenceBatch, TokenizedExample, fill_rows
+from lora_dpo_jax.data.examples import PAIR
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.data.shapes import LENGTH_MULTIPLE, round_up
 from lora_dpo_jax.huggingface.weights import read_config
 from lora_dpo_jax.lora import trainable_filter
+from lora_dpo_jax.losses.examples import LABEL
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import parameter_count
 from lora_dpo_jax.runs.base import folder_of
@@ -103,7 +105,10 @@ def capacity_of(config: TrainConfig, topology: str, pair_tokens: Sequence[int]) 
 def expected_batch(
     config: TrainConfig, pair_tokens: Sequence[int], row_shards: int, parallelism: int
 ) -> PreferenceBatch:
-    """The pairs of a step, all of the mean lengths, in rows that would hold the longest pair."""
+    """The examples of a step, all of the mean lengths, in rows that would hold the longest one.
+
+    They are pairs or, for a loss of single answers, answers. A second response is then the answer to another prompt.
+    """
     prompt, chosen, rejected = pair_tokens
     if prompt + max(chosen, rejected) > config.train_seq_len:
         raise ValueError(
@@ -112,20 +117,36 @@ def expected_batch(
         )
     longest_pair = round_up(2 * config.train_seq_len, LENGTH_MULTIPLE)
     at_once = row_bound(parallelism, longest_pair)
-    pairs = [TokenizedExample.pair(*(np.zeros(n, np.int32) for n in pair_tokens))] * config.trainer.train_batch_size
-    a_shard = round_up(math.ceil(sum(pair.size for pair in pairs) / row_shards * 1.05), LENGTH_MULTIPLE)
+    example = _expected_example(config, pair_tokens)
+    examples, responses = [example] * config.trainer.train_batch_size, len(example.responses)
+    a_shard = round_up(math.ceil(len(examples) * example.size / row_shards * 1.05), LENGTH_MULTIPLE)
     row_length = max(longest_pair, min(at_once, a_shard))
-    rows = [np.array(row) for row in fill_rows([pair.size for pair in pairs], row_length)]
-    pairs_per_row = max(len(row) for row in rows)
-    shape = PartShape.of_pairs(
+    rows = [np.array(row) for row in fill_rows([example.size] * len(examples), row_length)]
+    per_row = max(len(row) for row in rows)
+    shape = PartShape(
         micro_batches=-(-len(rows) // row_shards),
         rows=row_shards,
         row_length=row_length,
-        targets=round_up(pairs_per_row * (chosen + rejected), LENGTH_MULTIPLE),
-        pairs=pairs_per_row,
+        targets=round_up(per_row * sum(map(len, example.responses)), LENGTH_MULTIPLE),
+        examples=per_row,
+        responses=per_row * responses,
+        comparisons=per_row * len(example.comparisons),
     )
-    known = (lambda number: np.zeros(2, np.float32)) if config.reference_log_probs == "cached" else None
-    return pack(pairs, rows, shape, known)
+    known = (lambda number: np.zeros(responses, np.float32)) if config.reference_log_probs == "cached" else None
+    per_response = {name: np.ndim(values) == 1 for name, values in example.columns.items()}
+    return pack(examples, rows, shape, known, columns=per_response)
+
+
+def _expected_example(config: TrainConfig, pair_tokens: Sequence[int]) -> TokenizedExample:
+    """An example of the kind that the loss takes, with these numbers of tokens and the columns that it reads."""
+    loss, formats = config.preference_loss, [component.format for component in config.data.components.values()]
+    prompt, *responses = (np.zeros(count, np.int32) for count in pair_tokens)
+    is_single = LABEL in loss.all_columns
+    if is_single and not loss.needs_mismatched:
+        del responses[1:]
+    per_response = {LABEL, *(name for format in formats for name in format.response_columns)}
+    columns = {name: [0.0] * len(responses) if name in per_response else 0.0 for name in loss.all_columns}
+    return TokenizedExample(prompt, tuple(responses), () if is_single else PAIR, columns=columns)
 
 
 def bytes_of_a_device(tree: Any) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_dpo_jax.data.table import ExampleTable
 from lora_dpo_jax.losses import Loss
+from lora_dpo_jax.losses.examples import LABEL, MARGIN
 from lora_dpo_jax.sharding import on_host
 from lora_dpo_jax.training.loop import NonFiniteLossError, StepInfo
 from lora_dpo_jax.training.step import StepMetrics, TrainState
@@ -21,9 +22,25 @@ NAMED_PAIRS = 8
 
 def refuse_unfit_data(loss: Loss, examples: ExampleTable) -> None:
     """Raises ValueError with the component's name unless the examples have all data that the loss needs."""
+    has_margins = [MARGIN in source.arrays.columns for source, _ in examples.components]
     for name, (source, indices) in zip(examples.names, examples.components, strict=True):
         arrays = source.arrays
-        if missing := [column for column in loss.all_columns if column not in arrays.columns]:
+        if MARGIN in arrays.columns and not loss.takes_margins:
+            raise ValueError(
+                f"loss.type={loss.get_choice_name(type(loss))} has no target margin between two rewards, but "
+                f"data.components.{name} sets format.margin_field. Leave it out, or choose a loss of the margin"
+            )
+        if MARGIN not in arrays.columns and any(has_margins):
+            raise ValueError(
+                f"data.components.{name} has no format.margin_field, and other components have: set it for all of them"
+            )
+        missing = [column for column in loss.all_columns if column not in arrays.columns]
+        if LABEL in missing:
+            raise ValueError(
+                f"loss.type={loss.get_choice_name(type(loss))} trains on single answers with labels; "
+                f"data.components.{name} has others. Set its format.type to unpaired, or choose a loss of comparisons"
+            )
+        if missing:
             raise ValueError(
                 f"loss.type={loss.get_choice_name(type(loss))} needs the columns {missing}; data.components.{name} has "
                 f"{sorted(arrays.columns)}. Name them in its format.columns (a number in each row) or "
@@ -32,7 +49,8 @@ def refuse_unfit_data(loss: Loss, examples: ExampleTable) -> None:
         if loss.needs_comparisons and not arrays.comparison_counts[indices].all():
             raise ValueError(
                 f"loss.type={loss.get_choice_name(type(loss))} compares responses; data.components.{name} has single "
-                "ones (format.type=unpaired). Choose a loss of single responses, or rows with chosen and rejected"
+                "ones (format.type=unpaired). Set loss.type to kto or apo_zero_unpaired, or give rows with chosen and "
+                "rejected"
             )
 
 

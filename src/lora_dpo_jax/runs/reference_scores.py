@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 from lora_dpo_jax.data.order import StepIds
+from lora_dpo_jax.data.table import ExampleTable
 from lora_dpo_jax.evaluation import MicroBatchScorer, Scorer, scores_of
 from lora_dpo_jax.losses import Scores
 from lora_dpo_jax.models import CausalLM
@@ -57,11 +58,12 @@ class ReferenceLogProbs:
         is_live = choice == "auto" and is_one_epoch and len(missing) == len(visited)
         if self.setting == "auto" and is_live:
             logger.info(
-                "reference log-probs: live, in each step; the run visits its %s pairs once, and none of them is cached",
+                "reference log-probs: live, in each step; the run visits its %s %s once, and none of them is cached",
                 f"{len(visited):,}",
+                steps.pairs.arrays.noun,
             )
             return None
-        self._log(len(visited), len(missing), f"the run visits each {visits / len(visited):.1f} times")
+        self._log(steps.pairs, len(visited), len(missing), f"the run visits each {visits / len(visited):.1f} times")
         return self._completed(self.cache, steps, visited, values)
 
     def _completed(self, cache: ReferenceCache, steps: Steps, visited: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -89,10 +91,11 @@ class ReferenceLogProbs:
         pairs = score.examples
         values = self.cache.find(pairs)
         missing = int(missing_examples(pairs, values).sum())
-        self._log(len(pairs), missing, "to score them")
+        self._log(pairs, len(pairs), missing, "to score them")
         return scores_of(pairs, self.cache.compute(self.reference, score, values) if missing else values)
 
-    def _log(self, wanted: int, missing: int, why: str) -> None:
-        found = f"{wanted - missing:,} of {wanted:,} pairs found in {self.cache and self.cache.folder}"
+    def _log(self, pairs: ExampleTable, wanted: int, missing: int, why: str) -> None:
+        noun = pairs.arrays.noun
+        found = f"{wanted - missing:,} of {wanted:,} {noun} found in {self.cache and self.cache.folder}"
         computed = f"; computing {missing:,} once ({why})" if missing else ""
         logger.info("reference log-probs: %s%s", found, computed)

@@ -47,8 +47,8 @@ class HeldOutScores:
         logger.info("held-out after %d steps: %s", info.step, shown)
 
     def _scores_by_tokens(self, state: TrainState) -> dict[str, float]:
-        objective = PreferenceObjective(self.loss)
-        return summarize_by_tokens(objective, self.loss.all_columns, self.score, state.model, state.reference)
+        objective, columns = PreferenceObjective(self.loss), self.loss.columns_in(self.score.examples.arrays.columns)
+        return summarize_by_tokens(objective, columns, self.score, state.model, state.reference)
 
     def _scores_by_sums(self, state: TrainState) -> dict[str, float]:
         if self.reference_scores is None and self.reference is not None:
@@ -66,7 +66,8 @@ class HeldOutScores:
         ends = self.scores[:1] + self.scores[1:][-1:]
         if not ends:
             return
-        print(f"\n{'held-out pairs':<16}" + "".join(f"{'after step ' + str(step):>18}" for step, _ in ends))
+        title = f"held-out {self.score.examples.arrays.noun}"
+        print(f"\n{title:<16}" + "".join(f"{'after step ' + str(step):>18}" for step, _ in ends))
         rows = {"accuracy": "dpo_accuracy", "reward margin": "rewards/margins", "loss": "loss"}
         for title, name in rows.items():
             if name not in ends[0][1]:

@@ -29,7 +29,7 @@ from lora_dpo_jax.training.precision import precision_of
 logger = logging.getLogger("lora_dpo_jax")
 
 S = TypeVar("S")
-COUNTS = ("pairs", "tokens", "flops")  # metrics of a step that are logged as rates
+COUNTS = ("pairs", "answers", "tokens", "flops")  # metrics of a step that are logged as rates, if it has them
 MOST_STEPS = 2**31 - 1  # the optimizer counts them in int32
 LONGEST_ID = 200  # bytes; a file name may have 255, and the writers of checkpoints append to the id
 METRICS_LAG = 1  # later steps dispatched before a step's metrics are fetched: the device never waits for the host
@@ -274,7 +274,7 @@ class _MetricsLog:
     ):
         self.tracker, self.progress, self.check, self.stalls = tracker, progress, check, stalls
         self.log_every, self.num_steps, self.peak_flops = log_every, num_steps, peak_flops
-        self.counts = dict.fromkeys(COUNTS, 0.0)
+        self.counts: dict[str, float] = {}
         self.since = time.perf_counter()
 
     def start_clock(self) -> None:
@@ -287,18 +287,19 @@ class _MetricsLog:
         with self.stalls.waiting_for(FINISHING, step):
             values = {name: float(value) for name, value in jax.device_get(metrics.values).items()}
         self.check(step, metrics, values)
-        for name in COUNTS:
-            self.counts[name] += values.pop(name, 0.0)
+        for name in (name for name in COUNTS if name in values):
+            self.counts[name] = self.counts.get(name, 0.0) + values.pop(name)
         if step % self.log_every and step + 1 != self.num_steps:
             self.progress.update(step)
             return
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
         rates = {name: count / seconds for name, count in self.counts.items()}
-        values |= {"pairs_per_second": rates["pairs"], "tokens_per_second": rates["tokens"]}
+        flops = rates.pop("flops", 0.0)
+        values |= {f"{name}_per_second": rate for name, rate in rates.items()}
         if self.peak_flops is not None:
-            values["mfu"] = rates["flops"] / self.peak_flops
-        self.counts = dict.fromkeys(COUNTS, 0.0)
+            values["mfu"] = flops / self.peak_flops
+        self.counts = {}
         logged = {f"train/{name}": value for name, value in values.items()}
         self.tracker.log(logged, step=step)
         self.progress.update(step, logged)

@@ -16,7 +16,7 @@ from lora_dpo_jax.axes import MICRO
 from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.lora import trainable_filter
 from lora_dpo_jax.models import CausalLM
-from lora_dpo_jax.objective import Mean, Objective
+from lora_dpo_jax.objective import Metric, Objective
 
 Batch = PreferenceBatch | tuple[PreferenceBatch, ...]  # the parts of a step, of different shapes
 
@@ -64,7 +64,7 @@ class Accumulated(eqx.Module):
 
     gradients: Any  # of the mean loss over all examples, with respect to the adapters: a tree like the model
     loss: jax.Array  # the mean over all examples
-    metrics: dict[str, Mean]
+    metrics: dict[str, Metric]
     example_losses: tuple[NamedArray, ...]  # {micro, row, example} of each part
 
 
@@ -223,7 +223,8 @@ def _mesh_sharding(array: Any) -> NamedSharding | None:
 def _counts(parts: tuple[PreferenceBatch, ...]) -> dict[str, jax.Array]:
     """Counts of a batch. `tokens` counts a prompt once for each response; `padding_fraction` is of the computed rows.
 
-    `pairs` counts comparisons. If some examples are not pairs, `examples` counts the examples too.
+    `pairs` counts comparisons; of a batch without any, there are `answers` instead. If some examples are not pairs,
+    `examples` counts the examples too.
     """
     num_tokens: Any = 0
     in_sequences: Any = 0
@@ -237,5 +238,7 @@ def _counts(parts: tuple[PreferenceBatch, ...]) -> dict[str, jax.Array]:
         num_examples += hax.sum(part.examples.is_example).scalar()
         num_pairs += hax.sum(part.examples.is_comparison).scalar()
     padding = 1.0 - num_tokens / jnp.maximum(computed, 1)
-    counts = {"tokens": in_sequences, "pairs": num_pairs, "padding_fraction": padding}
+    has_pairs = any(part.examples.chosen.size for part in parts)
+    of_kind = {"pairs": num_pairs} if has_pairs else {"answers": num_examples}
+    counts = {"tokens": in_sequences, **of_kind, "padding_fraction": padding}
     return counts if all(part.holds_pairs for part in parts) else counts | {"examples": num_examples}
