@@ -1,5 +1,6 @@
 """One update: the objective's loss over all micro-batches of a batch, gradients of the adapters, the optimizer."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,6 +18,7 @@ from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.lora import trainable_filter
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.objective import Metric, Objective
+from lora_dpo_jax.training.reference_sync import ReferenceSync
 
 Batch = PreferenceBatch | tuple[PreferenceBatch, ...]  # the parts of a step, of different shapes
 
@@ -31,24 +33,42 @@ class TrainState(eqx.Module):
     key: jax.Array  # for dropout
     # The reference's adapters (a tree like `model`, with None for weights). None: the reference is the base alone.
     reference: Any = None
+    reference_moves: bool = eqx.field(static=True, default=False)  # whether steps change the reference's adapters
 
     @staticmethod
-    def init(model: CausalLM, optimizer: optax.GradientTransformation, *, key, reference: Any = None) -> "TrainState":
-        """The state before the first step. `model` must have adapters. `reference`: see `lora.frozen_copy`."""
+    def init(
+        model: CausalLM,
+        optimizer: optax.GradientTransformation,
+        *,
+        key,
+        reference: Any = None,
+        reference_moves: bool = False,
+    ) -> "TrainState":
+        """The state before the first step. `model` must have adapters. `reference`: see `lora.frozen_copy`.
+
+        `reference_moves` is for a step with a `ReferenceSync`; the reference must then have adapters.
+        """
         adapters = eqx.filter(model, trainable_filter(model))
         none, no_skips = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two arrays: both are donated
-        return TrainState(none, no_skips, model, optimizer.init(adapters), key, reference)
+        return TrainState(none, no_skips, model, optimizer.init(adapters), key, reference, reference_moves)
 
     @property
     def trained(self) -> dict[str, Any]:
         """Everything that steps change. A run can resume from it, with the seed and the weights."""
         adapters = eqx.filter(self.model, trainable_filter(self.model))
-        return {"step": self.step, "skipped": self.skipped, "adapters": adapters, "optimizer": self.opt_state}
+        trained = {"step": self.step, "skipped": self.skipped, "adapters": adapters, "optimizer": self.opt_state}
+        return trained | {"reference": self.reference} if self.reference_moves else trained
 
     def with_trained(self, trained: dict[str, Any]) -> "TrainState":
         """This state with `trained` in place of its trained part."""
-        model = eqx.combine(trained["adapters"], self.model)
-        return TrainState(trained["step"], trained["skipped"], model, trained["optimizer"], self.key, self.reference)
+        return dataclasses.replace(
+            self,
+            step=trained["step"],
+            skipped=trained["skipped"],
+            model=eqx.combine(trained["adapters"], self.model),
+            opt_state=trained["optimizer"],
+            reference=trained.get("reference", self.reference),
+        )
 
 
 class StepMetrics(eqx.Module):
@@ -82,18 +102,22 @@ class TrainStep:
         optimizer: optax.GradientTransformation,
         *,
         schedule: optax.Schedule | None = None,
+        reference_sync: ReferenceSync | None = None,
         scope: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        """`schedule` is only for the metric `learning_rate`; `scope`: see `sharding.Placement.scope`."""
+        """`schedule` is only for the metric `learning_rate`; `scope`: see `sharding.Placement.scope`.
+
+        With `reference_sync`, the reference moves; see `TrainState.init`.
+        """
         self.objective, self.optimizer, self.schedule, self.scope = objective, optimizer, schedule, scope
+        self.reference_sync = reference_sync
         self._compiled: Any = None  # compiled at the first call, which shows the sharding of the state
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         moving, frozen = self._split(state)
         with self.scope():
-            (step, skipped, adapters, opt_state), metrics = self._program(moving)(moving, frozen, _parts(batch))
-        model = eqx.combine(adapters, frozen.model)
-        return TrainState(step, skipped, model, opt_state, state.key, state.reference), metrics
+            moved, metrics = self._program(moving)(moving, frozen, _parts(batch))
+        return state.with_trained(moved), metrics
 
     def lower(self, state: TrainState, batch: Batch):
         """The lowered step, for compiling it and reading its memory and cost. Arrays may be ShapeDtypeStructs."""
@@ -105,7 +129,7 @@ class TrainStep:
     def num_compilations(self) -> int:
         return 0 if self._compiled is None else self._compiled._cache_size()
 
-    def _program(self, moving: tuple) -> Any:
+    def _program(self, moving: dict[str, Any]) -> Any:
         """The jitted update. It returns the state with unchanged shardings: others would make JAX compile it again."""
         if self._compiled is None:
             self._compiled = jax.jit(
@@ -113,15 +137,21 @@ class TrainStep:
             )
         return self._compiled
 
-    def _split(self, state: TrainState) -> tuple[tuple, "_Frozen"]:
-        adapters, weights = eqx.partition(state.model, trainable_filter(state.model))
-        return (state.step, state.skipped, adapters, state.opt_state), _Frozen(weights, state.reference, state.key)
+    def _split(self, state: TrainState) -> tuple[dict[str, Any], "_Frozen"]:
+        if state.reference_moves is (self.reference_sync is None):
+            raise ValueError(
+                "needed: TrainState.init(..., reference_moves=True) and TrainStep(..., reference_sync=...), or neither; "
+                f"found: reference_moves={state.reference_moves}, reference_sync={self.reference_sync}"
+            )
+        weights = eqx.filter(state.model, trainable_filter(state.model), inverse=True)
+        return state.trained, _Frozen(weights, None if state.reference_moves else state.reference, state.key)
 
-    def _update(self, moving: tuple, frozen: "_Frozen", parts: tuple[PreferenceBatch, ...]):
-        step, skipped, adapters, opt_state = moving
+    def _update(self, moving: dict[str, Any], frozen: "_Frozen", parts: tuple[PreferenceBatch, ...]):
+        step, skipped, adapters, opt_state = (moving[name] for name in ("step", "skipped", "adapters", "optimizer"))
         model = eqx.combine(adapters, frozen.model)
         key = jax.random.fold_in(frozen.key, step)
-        found = accumulate(self.objective, model, frozen.reference, parts, key=key)
+        reference = moving.get("reference", frozen.reference)
+        found = accumulate(self.objective, model, reference, parts, key=key)
         updates, new_opt_state = self.optimizer.update(found.gradients, opt_state, adapters)
         grad_norm = optax.tree.norm(found.gradients)
         is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(found.loss)
@@ -135,7 +165,9 @@ class TrainStep:
             values["flops"] = sum(flops(model, part) for part in parts)
         if self.schedule is not None:
             values["learning_rate"] = self.schedule(updates_before)
-        moved = step + 1, skipped, adapters, opt_state
+        moved = {"step": step + 1, "skipped": skipped, "adapters": adapters, "optimizer": opt_state}
+        if self.reference_sync is not None:
+            moved["reference"] = self.reference_sync(step + 1, adapters, reference)
         return moved, StepMetrics(values, found.example_losses, tuple(part.examples.ids for part in parts))
 
 
