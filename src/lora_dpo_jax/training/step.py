@@ -140,7 +140,7 @@ class TrainStep:
     def _split(self, state: TrainState) -> tuple[dict[str, Any], "_Frozen"]:
         if state.reference_moves is (self.reference_sync is None):
             raise ValueError(
-                "needed: TrainState.init(..., reference_moves=True) and TrainStep(..., reference_sync=...), or neither; "
+                "needed: TrainState.init(reference_moves=True) and TrainStep(reference_sync=...), or neither of them; "
                 f"found: reference_moves={state.reference_moves}, reference_sync={self.reference_sync}"
             )
         weights = eqx.filter(state.model, trainable_filter(state.model), inverse=True)
