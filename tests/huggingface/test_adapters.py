@@ -46,6 +46,17 @@ CASES = {
     "rslora": ("llama_biases", LoraConfig(r=4, alpha=6.0, use_rslora=True, target_modules=["q_proj", "v_proj"])),
     "lm_head": ("qwen3", LoraConfig(r=3, alpha=4.5, target_modules=["o_proj", "lm_head"])),
     "some_layers": ("mistral", LoraConfig(r=4, alpha=8.0, target_modules=SUBSET)),
+    "patterns": (
+        "qwen2",
+        LoraConfig(
+            r=4,
+            alpha=8.0,
+            rank_pattern={r"layers\.1\.self_attn\.q_proj": 6, "v_proj": 2, "q_proj": 3},
+            alpha_pattern={"layers.[12].*proj": 4.5},
+            layers_to_transform=[0, 1],
+            target_modules=["q_proj", "v_proj", "up_proj", "model.layers.2.mlp.down_proj"],
+        ),
+    ),
     "all_but_excluded": ("qwen2", LoraConfig(r=4, alpha=8.0, exclude_modules=["down_proj", "1.self_attn.k_proj"])),
 }
 
@@ -95,8 +106,8 @@ def refusals_of_vllm(folder: Path) -> list[str]:
     """What vLLM would refuse in an adapter, by the rules in its lora/peft_helper.py and lora/lora_model.py."""
     config = json.loads((folder / "adapter_config.json").read_text())
     refusals = [f"no {key}" for key in ("r", "lora_alpha", "target_modules") if not config.get(key)]
-    refusals += [key for key in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern") if config.get(key)]
-    if config["r"] > 512:
+    refusals += [key for key in ("modules_to_save", "use_dora") if config.get(key)]
+    if max(config["r"], *config["rank_pattern"].values(), 0) > 512:
         refusals.append("r")
     if config.get("bias", "none") != "none":
         refusals.append("bias")
@@ -175,7 +186,9 @@ def test_saving_then_loading_is_the_identity(case, tmp_path):
             np.testing.assert_array_equal(tensor, theirs.tensors[name])
     np.testing.assert_array_equal(logits(model, TOKENS), logits(loaded, TOKENS))
     read = read_adapter_config(tmp_path / "adapter")
-    assert (read.r, read.alpha, read.use_rslora) == (config.r, config.alpha, config.use_rslora)
+    for layer in layer_adapters(loaded):
+        theirs, asked = read.for_layer(layer.name), config.for_layer(layer.name)
+        assert (theirs.r, theirs.alpha, theirs.use_rslora) == (asked.r, asked.alpha, asked.use_rslora)
 
 
 def test_the_settings_are_those_of_peft(tmp_path):
@@ -269,6 +282,20 @@ PEFT_CASES = {
     "excluded": ("qwen2", dict(r=4, target_modules=["q_proj", "down_proj"], exclude_modules=r".*\.1\..*")),
     "some_layers": ("qwen2", dict(r=4, target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 2])),
     "default_targets": ("llama2", dict(r=4)),
+    "rank_pattern": (
+        "mistral",
+        dict(
+            r=4,
+            target_modules=["q_proj", "v_proj", "down_proj"],
+            rank_pattern={r"layers\.(0|2)\.self_attn\.q_proj": 7, "q_proj": 2, "v_proj": 5},
+            alpha_pattern={"1.self_attn.q_proj": 32, "down_proj": 2},
+            use_rslora=True,
+        ),
+    ),
+    "layers_pattern": (
+        "qwen2",
+        dict(r=4, target_modules=["q_proj", "lm_head"], layers_to_transform=1, layers_pattern="layers"),
+    ),
     "gaussian": ("llama2", dict(r=4, init_lora_weights="gaussian", target_modules=["k_proj"])),
 }
 
@@ -344,8 +371,7 @@ def test_tensors_that_do_not_fit_are_errors_that_name_them(saved, change, says):
         {"use_dora": True},
         {"bias": "all"},
         {"lora_bias": True},
-        {"rank_pattern": {"q_proj": 2}},
-        {"alpha_pattern": {"q_proj": 2}},
+        {"layers_to_transform": [-1]},
         {"modules_to_save": ["lm_head"]},
         {"fan_in_fan_out": True},
         {"layer_replication": [[0, 2]]},
@@ -364,6 +390,23 @@ def test_settings_that_compute_something_else_are_errors_that_name_them(saved, s
     change_config(saved, **setting)
     ((key, value),) = setting.items()
     with pytest.raises(ValueError, match=f"adapter_config.json: {key}={value!r}".replace("[", r"\[")):
+        load_adapter(plain_model("llama2"), saved)
+
+
+@pytest.mark.parametrize(
+    "setting, says",
+    [
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: q_proj=0 must be a whole number from 1"),
+        ({"rank_pattern": {"(": 2}}, r"rank_pattern: '\('=2 is the value of a key that is no regular expression"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern: q_proj='8' must be a number above 0"),
+        ({"alpha_pattern": ["q_proj"]}, r"alpha_pattern=\['q_proj'\] must be an object"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": 1}, "layers_to_transform=1 needs a list in target_mod"),
+        ({"rank_pattern": {"q_proj": 2}}, r"has shape \(4, 32\); .* need \(2, 32\)"),
+    ],
+)
+def test_patterns_of_no_sense_are_errors_that_name_them(saved, setting, says):
+    change_config(saved, **setting)
+    with pytest.raises(ValueError, match=says):
         load_adapter(plain_model("llama2"), saved)
 
 

@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import re
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,8 +21,16 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from haliax import NamedArray
 
+from lora_dpo_jax.axes import RANK
 from lora_dpo_jax.huggingface.folders import export_folder, is_url
-from lora_dpo_jax.huggingface.tensors import TensorFiles, abridged, sharded_array, write_tensors
+from lora_dpo_jax.huggingface.tensors import (
+    LazyTensor,
+    PaddedTensor,
+    TensorFiles,
+    abridged,
+    sharded_array,
+    write_tensors,
+)
 from lora_dpo_jax.huggingface.tokenizers import save_tokenizer
 from lora_dpo_jax.json_objects import REQUIRED, JsonObject, is_number, is_texts, is_whole, read_json_object
 from lora_dpo_jax.lora import (
@@ -50,10 +60,10 @@ HEAD_COPY = "base_model.model.lm_head.base_layer.weight"
 
 # Options that decide what an adapter computes.
 USED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", *PEFT_SWITCHES}
-USED |= {"layers_to_transform", "base_model_name_or_path"}
+USED |= {"layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "base_model_name_or_path"}
 # Options that do not change what an adapter computes.
 HARMLESS = {"auto_mapping", "inference_mode", "peft_version", "revision", "runtime_config"}
-HARMLESS |= {"layers_pattern", "loftq_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
+HARMLESS |= {"loftq_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
 # Values with which the other options change nothing. For options not named here, only null, false and empty do so.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "task_type": (None, "CAUSAL_LM"),
@@ -72,6 +82,8 @@ class LayerAdapter:
 
     name: str  # the dotted path of the layer
     adapter: Adapter
+    rank: int
+    scaling: float
     tensors: dict[str, np.ndarray]  # float32, by PEFT's names
 
     @property
@@ -82,7 +94,7 @@ class LayerAdapter:
 
     def merge(self, weight: np.ndarray) -> np.ndarray:
         """The layer's weight {out, in} with the adapter merged in, both float32."""
-        return self.adapter.merge(weight, self.tensors)
+        return self.adapter.merge(weight, self.tensors, self.scaling)
 
 
 def save_adapter(
@@ -121,7 +133,8 @@ def save_adapter(
         if tokenizer is not None:
             save_tokenizer(tokenizer, exported)
         (exported / "README.md").write_text(_model_card(printable(base), config, targets), encoding="utf-8")
-        (exported / CONFIG).write_text(json.dumps(_peft_config(base, revision, config, targets), indent=2) + "\n")
+        settings = _peft_config(base, revision, config, targets, adapters)
+        (exported / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def load_adapter(model: CausalLM, folder: Path, *, mapping: Any = None, base_model: str | None = None) -> CausalLM:
@@ -138,10 +151,9 @@ def load_adapter(model: CausalLM, folder: Path, *, mapping: Any = None, base_mod
             raise MisfitError(
                 f"{folder}: adapts lm_head, which this model ties to the input embedding; that is not supported"
             )
-        only_layers = peft.values.get("layers_to_transform")
-        targets = _targets(model, config, only_layers)
-        empty = adapt(model, targets, lambda layer, _, chosen: empty_adapter(layer, chosen, config))
-        _check_tensors(tensors, empty, targets, config, only_layers)
+        targets = set(matching_names(_layer_names(model), config))
+        empty = adapt(model, targets, lambda layer, chosen: empty_adapter(layer, chosen, config))
+        _check_tensors(tensors, empty, targets, config)
         if HEAD_COPY in tensors.names:
             _check_head(tensors, model)
 
@@ -166,12 +178,21 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     """The settings in `folder`/adapter_config.json; ValueError names those that are not supported."""
     peft = _read(folder)
     targets = peft.taken("target_modules", None, _is_targets, TARGETS)
+    layers = peft.taken("layers_to_transform", None, _is_layers, "the number of a layer, or a list of them")
+    if layers is not None and isinstance(targets, str):
+        raise peft.error("layers_to_transform", f"needs a list in target_modules; found {targets!r}")
+    rank_pattern = _pattern_in(peft, "rank_pattern", lambda ranks, key: ranks.whole(key, least=1))
+    alpha_pattern = _pattern_in(peft, "alpha_pattern", lambda alphas, key: float(alphas.number(key, above=0.0)))
     return LoraConfig(
         r=peft.whole("r", 8),
         alpha=float(peft.number("lora_alpha", 8, above=0.0)),
         dropout=float(peft.taken("lora_dropout", 0.0, lambda p: is_number(p) and 0 <= p < 1, "a number in [0, 1)")),
         target_modules=None if targets == ALL_LINEAR else PEFT_DEFAULT_TARGETS if targets is None else targets,
         exclude_modules=peft.taken("exclude_modules", None, _is_targets, TARGETS),
+        layers_to_transform=layers,
+        layers_pattern=None if layers is None else peft.taken("layers_pattern", None, _is_targets, TARGETS),
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
         **{switch: peft.flag(switch, False) for switch in PEFT_SWITCHES},
     )
 
@@ -201,13 +222,14 @@ def layer_adapters(model: CausalLM) -> list[LayerAdapter]:
     for adapter, names in linear_layers(model):
         if not isinstance(adapter, Adapter):
             continue
-        active = np.ones(len(names)) if adapter.active is None else on_host(adapter.active.array).reshape(-1)
-        tensors = {name: _tensors_on_host(factor, len(names)) for name, factor in adapter.factors.items()}
-        found += [
-            LayerAdapter(name, adapter, {factor: of_layers[i] for factor, of_layers in tensors.items()})
-            for i, name in enumerate(names)
-            if active[i]
-        ]
+        factors = adapter.factors
+        tensors = {name: _tensors_on_host(factor, len(names)) for name, factor in factors.items()}
+        for index, name in enumerate(names):
+            rank, scaling = adapter.settings_of(index)
+            if not rank:
+                continue
+            own = {key: of_layers[index][_within(factors[key], rank)] for key, of_layers in tensors.items()}
+            found.append(LayerAdapter(name, adapter, rank, scaling, own))
     return found
 
 
@@ -228,6 +250,11 @@ def _tensors_on_host(factor: Factor, count: int) -> np.ndarray:
     return on_host(factor.in_order().array).astype(np.float32).reshape(count, *factor.tensor_shape)
 
 
+def _within(factor: Factor, rank: int) -> tuple[slice, ...]:
+    """The part of a factor's tensor that a layer of this rank has."""
+    return tuple(slice(rank if names == (RANK,) else None) for names in factor.side_names)
+
+
 def _key(layer: str, factor: str) -> str:
     return f"base_model.model.{layer}.{factor}"
 
@@ -236,21 +263,26 @@ def _check_config(adapters: list[LayerAdapter], config: LoraConfig) -> None:
     if not adapters:
         raise ValueError("the model has no adapters to save")
     switches = " and ".join(f"lora.{switch}={getattr(config, switch)}" for switch in PEFT_SWITCHES)
-    for name, adapter in ((layer.name, layer.adapter) for layer in adapters):
-        found = type(adapter), adapter.rank, adapter.scaling
-        asked = adapter_type(adapter.wrapped, config), config.r, config.scaling
+    for layer in adapters:
+        own = config.for_layer(layer.name)
+        found = type(layer.adapter), layer.rank, layer.scaling
+        asked = adapter_type(layer.adapter.wrapped, own), own.r, own.scaling
         if found != asked:
             (has, r, scaling), (makes, *_) = found, asked
             raise ValueError(
-                f"{name} has a {has.__name__} with r={r} and scaling={scaling}, but lora.r={config.r}, lora.alpha="
-                f"{config.alpha} and {switches} make a {makes.__name__} with r={config.r}, scaling={config.scaling}"
+                f"{layer.name} has a {has.__name__} with r={r} and scaling={scaling}, but lora.r={own.r}, lora.alpha="
+                f"{own.alpha} and {switches} make a {makes.__name__} with r={own.r}, scaling={own.scaling}"
             )
 
 
-def _peft_config(base_model: str, revision: str | None, config: LoraConfig, targets: list[str]) -> dict[str, Any]:
-    alpha = config.alpha
+def _peft_config(
+    base_model: str, revision: str | None, config: LoraConfig, targets: list[str], adapters: list[LayerAdapter]
+) -> dict[str, Any]:
+    ranks = {layer.name: layer.rank for layer in adapters}
+    alphas = {layer.name: _plain(config.for_layer(layer.name).alpha) for layer in adapters}
+    r, alpha = _usual(ranks, config.r), _usual(alphas, _plain(config.alpha))
     return {
-        "alpha_pattern": {},
+        "alpha_pattern": _pattern(alphas, alpha),
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
         "bias": "none",
@@ -260,19 +292,38 @@ def _peft_config(base_model: str, revision: str | None, config: LoraConfig, targ
         "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_alpha": alpha,
         "lora_bias": False,
         "lora_dropout": config.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": config.r,
-        "rank_pattern": {},
+        "r": r,
+        "rank_pattern": _pattern(ranks, r),
         "revision": revision,
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         **{switch: getattr(config, switch) for switch in PEFT_SWITCHES},
     }
+
+
+def _plain(alpha: float) -> int | float:
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _usual(values: Mapping[str, Any], preferred: Any) -> Any:
+    """The preferred value if a layer has it, else the most frequent one."""
+    return preferred if preferred in values.values() else Counter(values.values()).most_common(1)[0][0]
+
+
+def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    """PEFT's pattern for the layers whose value is not the usual one, by last parts of paths or by whole paths."""
+    by_part: dict[str, set[Any]] = {}
+    for name, value in values.items():
+        by_part.setdefault(name.rpartition(".")[2], set()).add(value)
+    pattern = {part: of_part.pop() for part, of_part in by_part.items() if len(of_part) == 1 and usual not in of_part}
+    whole = {name: value for name, value in values.items() if value != usual and name.rpartition(".")[2] not in pattern}
+    return whole | pattern
 
 
 def _model_card(base_model: str, config: LoraConfig, targets: list[str]) -> str:
@@ -306,7 +357,6 @@ def _read(folder: Path) -> JsonObject:
         if value not in neutral:
             needed = f"one of {list(neutral)}" if neutral else "null, false or empty"
             raise peft.error(key, f"is not supported; needed: {needed}")
-    peft.taken("layers_to_transform", None, _is_layers, "the number of a layer, or a list of them")
     return peft
 
 
@@ -331,25 +381,25 @@ def _is_layers(value: Any) -> bool:
     return all(is_whole(number, 0) for number in numbers)
 
 
-def _targets(model: CausalLM, config: LoraConfig, only_layers: int | list[int] | None) -> set[str]:
-    """The names of the layers that the settings select."""
-    targets = set(matching_names(_layer_names(model), config))
-    if only_layers in (None, []):
-        return targets
-    numbers = [only_layers] if isinstance(only_layers, int) else only_layers
-    return {name for name in targets if any(f".layers.{number}." in name for number in numbers)}
+def _pattern_in(peft: JsonObject, name: str, value: Callable[[JsonObject, str], Any]) -> dict[str, Any]:
+    """rank_pattern or alpha_pattern; ValueError if a key is no regular expression, or a value is wrong."""
+    pattern = peft.object(name, None)
+    if pattern is None:
+        return {}
+    for key in pattern.values:
+        if not _is_targets(f"({key})"):
+            raise pattern.error(key, "is the value of a key that is no regular expression")
+    return {key: value(pattern, key) for key in pattern.values}
 
 
-def _check_tensors(
-    tensors: TensorFiles, empty: CausalLM, targets: set[str], config: LoraConfig, only_layers: int | list[int] | None
-) -> None:
+def _check_tensors(tensors: TensorFiles, empty: CausalLM, targets: set[str], config: LoraConfig) -> None:
     """Raises MisfitError unless the file holds the factors of the targets, as in `empty`, and nothing else."""
     factors = {
         name: [*layer.factors] for layer, names in linear_layers(empty) if isinstance(layer, Adapter) for name in names
     }
     needed = [_key(name, factor) for name in sorted(targets) for factor in factors[name]]
     settings = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
-    settings |= {"layers_to_transform": only_layers}
+    settings |= {"layers_to_transform": config.layers_to_transform}
     chosen = ", ".join(f"{key}={value!r}" for key, value in settings.items() if value is not None)
     asked = f"{CONFIG}'s {chosen or 'target_modules=null'} names {abridged(sorted(targets)) or 'none'}"
     if missing := [key for key in needed if key not in tensors.names]:
@@ -363,16 +413,24 @@ def _check_tensors(
 def _filled(tensors: TensorFiles, empty: Adapter, names: list[str], targets: set[str], mapping: Any) -> Adapter:
     """The adapter of a layer, or of a stack, with the factors that the file has for its targets."""
 
+    def view(name: str, index: int, key: str, factor: Factor) -> Any:
+        if name not in targets:
+            return None
+        rank, _ = empty.settings_of(index)
+        own = zip(factor.side_names, factor.tensor_shape, strict=True)
+        shape = tuple(rank if names == (RANK,) else size for names, size in own)
+        found = _tensor(tensors, _key(name, key), shape)
+        return found if shape == factor.tensor_shape else PaddedTensor(found, factor.tensor_shape)
+
     def read(key: str, factor: Factor) -> NamedArray:
-        shape, axes = factor.tensor_shape, factor.array.axes
-        views = [_tensor(tensors, _key(name, key), shape) if name in targets else None for name in names]
+        axes = factor.array.axes
+        views = [view(name, index, key, factor) for index, name in enumerate(names)]
         return hax.named(sharded_array(views, factor.sides, axes, mapping, np.float32), axes)
 
     return empty.with_factors({key: read(key, factor) for key, factor in empty.factors.items()})
 
 
-def _tensor(tensors: TensorFiles, key: str, shape: tuple[int, ...]) -> Any:
-    """A lazy tensor."""
+def _tensor(tensors: TensorFiles, key: str, shape: tuple[int, ...]) -> LazyTensor:
     info = tensors.info(key)
     if info.shape != shape:
         raise MisfitError(

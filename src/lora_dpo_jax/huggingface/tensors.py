@@ -104,6 +104,23 @@ class LazyTensor:
         return content.view(self.dtype).reshape(stop - start, *inner)
 
 
+@dataclass(frozen=True)
+class PaddedTensor:
+    """A matrix in a file, with rows or columns of zeros after it."""
+
+    inner: LazyTensor
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        cuts = [cut.indices(size)[:2] for cut, size in zip(index, self.shape, strict=True)]
+        found = self.inner[tuple(slice(min(start, has), min(stop, has)) for (start, stop), has in self._each(cuts))]
+        missing = [(0, stop - start - size) for (start, stop), size in zip(cuts, found.shape, strict=True)]
+        return np.pad(found, missing)
+
+    def _each(self, cuts: list) -> list:
+        return list(zip(cuts, self.inner.info.shape, strict=True))
+
+
 class TensorFiles:
     """The tensors of a folder, in one file `stem`.safetensors or in several with an index. Reads only headers.
 

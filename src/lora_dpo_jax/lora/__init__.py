@@ -11,7 +11,7 @@
 Nothing is flagged or mutated: the reference is another tree, `unwrap_lora(model)`, which shares the weights.
 """
 
-from lora_dpo_jax.lora.adapter import Adapter, Factor, unwrapped
+from lora_dpo_jax.lora.adapter import Adapter, ByLayer, Factor, unwrapped
 from lora_dpo_jax.lora.config import PEFT_SWITCHES, LoraConfig
 from lora_dpo_jax.lora.dropout import TokenKey, split_key
 from lora_dpo_jax.lora.lora_linear import LOW_RANK, LoraLinear
@@ -34,6 +34,7 @@ __all__ = [
     "LOW_RANK",
     "PEFT_SWITCHES",
     "Adapter",
+    "ByLayer",
     "Factor",
     "LoraConfig",
     "LoraLinear",

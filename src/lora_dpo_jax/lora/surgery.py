@@ -32,26 +32,26 @@ def loraize(model: M, config: LoraConfig, *, key) -> M:
     # One key for each layer of the tree, target or not: a layer's factors do not depend on the other targets.
     keys = {of_layer[0]: key for of_layer, key in zip(layers, jax.random.split(key, len(names)), strict=False)}
 
-    def make(layer: Any, names: list[str], chosen: list[bool]) -> Adapter:
-        return new_adapter(layer, chosen, config, key=keys[names[0]])
+    def make(layer: Any, targets: dict[str, bool]) -> Adapter:
+        return new_adapter(layer, targets, config, key=keys[next(iter(targets))])
 
     return adapt(model, matching_names(names, config), make)
 
 
-def adapt(model: M, targets: Collection[str], make: Callable[[Any, list[str], list[bool]], Adapter]) -> M:
-    """The model with `make(layer, its names, which of them are targets)` for each linear layer that has a target.
+def adapt(model: M, targets: Collection[str], make: Callable[[Any, dict[str, bool]], Adapter]) -> M:
+    """The model with `make(layer, {name: whether it is a target})` for each linear layer that has a target.
 
     Raises ValueError if such a layer has an adapter already.
     """
     wanted = set(targets)
 
     def replace(layer: Any, names: list[str]) -> Any:
-        chosen = [name in wanted for name in names]
-        if not any(chosen):
+        chosen = {name: name in wanted for name in names}
+        if not any(chosen.values()):
             return layer
         if isinstance(layer, Adapter):
             raise ValueError(f"{names[0]} has an adapter already; merge_lora it, or start from the plain model")
-        return make(layer, names, chosen)
+        return make(layer, chosen)
 
     return map_linear_layers(replace, model)
 

@@ -24,6 +24,8 @@ from lora_dpo_jax.runs.steps import Steps
 
 # Settings of `lora` without which the adapters of a checkpoint mean nothing.
 SHAPE_ADAPTERS = ("r", "alpha", "use_rslora", "target_modules", "exclude_modules")
+# The same, but left out if unset, because checkpoints of earlier versions lack them.
+SHAPE_ADAPTERS_IF_SET = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern")
 # Settings of `model` that change how log-probs are computed, not their values; the dtype is taken from the arrays.
 CHANGE_NO_NUMBERS = ("gradient_checkpointing", "attention", "dtype")
 
@@ -79,7 +81,11 @@ def run_identity(
         "initialize_from_peft": adapter,
         "peft_reference": config.peft_reference if config.initialize_from_peft else None,
         "model": {"dtype": dtypes_of(base.model), "quantization": config.model.quantization},
-        "lora": {name: value for name, value in dataclasses.asdict(lora).items() if name in SHAPE_ADAPTERS},
+        "lora": {
+            name: value
+            for name, value in dataclasses.asdict(lora).items()
+            if name in SHAPE_ADAPTERS or (name in SHAPE_ADAPTERS_IF_SET and value)
+        },
         "data": {
             "components": components,
             "order_of_components": pairs.names,

@@ -32,7 +32,8 @@ _NAMES_ELSEWHERE = {
         "lora_target lora_target_modules lora_target_linear target_modules"
     ),
     ("lora.a_init", ""): "init_lora_weights",
-    ("lora.target_modules", ": a regular expression for whole paths can name layers"): "layers_to_transform",
+    ("lora.layers_to_transform", ""): "peft_layers_to_transform lora_layers_to_transform",
+    ("lora.layers_pattern", ""): "peft_layers_pattern",
     ("lora.r", " and the other settings of lora"): "peft_config",
     ("loss.type", ""): "loss_type pref_loss",
     ("beta", ""): "pref_beta dpo_beta",
