@@ -302,7 +302,6 @@ def _peft_config(
         "revision": revision,
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
         **{switch: getattr(config, switch) for switch in PEFT_SWITCHES},
     }
 
@@ -330,6 +329,8 @@ def _model_card(base_model: str, config: LoraConfig, targets: list[str]) -> str:
     # The hub rejects cards whose base is not one of its ids.
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model)
     base = f"base_model: {json.dumps(base_model)}\n" if is_hub_id else ""
+    variant = ", rank-stabilized scaling" if config.use_rslora else ""
+    variant += ", DoRA" if config.use_dora else ""
     return f"""---
 {base}library_name: peft
 pipeline_tag: text-generation
@@ -338,7 +339,7 @@ tags: [dpo, lora]
 
 LoRA adapter for `{base_model}`, trained by Direct Preference Optimization with `lora_dpo_jax`.
 
-- rank {config.r}, alpha {config.alpha:g}{", rank-stabilized scaling" if config.use_rslora else ""}
+- rank {config.r}, alpha {config.alpha:g}{variant}
 - targets: {abridged(targets)}
 """
 

@@ -13,10 +13,12 @@ Nothing is flagged or mutated: the reference is another tree, `unwrap_lora(model
 
 from lora_dpo_jax.lora.adapter import Adapter, ByLayer, Factor, unwrapped
 from lora_dpo_jax.lora.config import PEFT_SWITCHES, LoraConfig
+from lora_dpo_jax.lora.dora_linear import DoraLinear
 from lora_dpo_jax.lora.dropout import TokenKey, split_key
 from lora_dpo_jax.lora.lora_linear import LOW_RANK, LoraLinear
 from lora_dpo_jax.lora.surgery import (
     adapt,
+    constant_filter,
     equals_reference,
     frozen_copy,
     loraize,
@@ -35,12 +37,14 @@ __all__ = [
     "PEFT_SWITCHES",
     "Adapter",
     "ByLayer",
+    "DoraLinear",
     "Factor",
     "LoraConfig",
     "LoraLinear",
     "TokenKey",
     "adapt",
     "adapter_type",
+    "constant_filter",
     "empty_adapter",
     "equals_reference",
     "frozen_copy",

@@ -94,6 +94,11 @@ class Adapter(eqx.Module):
         """
 
     @property
+    def constants(self) -> dict[str, NamedArray]:
+        """Frozen arrays beside the layer, by the names of their fields. A checkpoint keeps them."""
+        return {}
+
+    @property
     @abstractmethod
     def rank(self) -> int:
         """The rank at which the factors are held: the largest of the stack."""

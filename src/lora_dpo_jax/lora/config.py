@@ -16,7 +16,7 @@ from lora_dpo_jax.settings.choices import check_choices
 _V = TypeVar("_V")
 
 # Boolean settings that have the same names in adapter_config.json.
-PEFT_SWITCHES = ("use_rslora",)
+PEFT_SWITCHES = ("use_rslora", "use_dora")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class LoraConfig:
     alpha: float = 8.0  # the output of the adapters is scaled by alpha / r
     dropout: float = 0.0  # on the input of the adapters, only in the policy and only in training
     use_rslora: bool = False  # scale by alpha / sqrt(r) (https://arxiv.org/abs/2312.03732) instead of alpha / r
+    use_dora: bool = False  # train the length of each row of a weight too (https://arxiv.org/abs/2402.09353)
     # A list matches suffixes of dotted paths. A string is a regular expression for the whole path. null means every
     # linear layer of the decoder (not lm_head). Paths are those of Hugging Face: model.layers.0.self_attn.q_proj
     target_modules: list[str] | str | None = None

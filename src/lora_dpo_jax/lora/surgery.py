@@ -73,14 +73,19 @@ def with_dropout(model: M, rate: float) -> M:
 
 def trainable_filter(model: M) -> M:
     """A tree of bools, true at the factors of adapters: for `equinox.partition`."""
+    return _marked(model, lambda adapter: [factor.array.array for factor in adapter.factors.values()])
 
+
+def constant_filter(model: M) -> M:
+    """The same, true at the frozen arrays of adapters, which steps do not change."""
+    return _marked(model, lambda adapter: [array.array for array in adapter.constants.values()])
+
+
+def _marked(model: M, arrays: Callable[[Adapter], list[Any]]) -> M:
     def mark(node: Any) -> Any:
         marks = jax.tree.map(lambda _: False, node)
-        if isinstance(node, Adapter):
-            factors = [*node.factors]
-            return eqx.tree_at(
-                lambda adapter: [adapter.factors[f].array.array for f in factors], marks, [True] * len(factors)
-            )
+        if isinstance(node, Adapter) and (count := len(arrays(node))):
+            return eqx.tree_at(arrays, marks, [True] * count)
         return marks
 
     return jax.tree.map(mark, model, is_leaf=lambda node: isinstance(node, Adapter))

@@ -10,10 +10,13 @@ import jax
 
 from lora_dpo_jax.lora.adapter import Adapter, ByLayer
 from lora_dpo_jax.lora.config import LoraConfig
+from lora_dpo_jax.lora.dora_linear import DoraLinear
 from lora_dpo_jax.lora.lora_linear import LoraLinear
 
 # For each class of layers: the adapter that the settings choose. A layer of any other class cannot be adapted.
-ADAPTERS: dict[type, Callable[[LoraConfig], type[Adapter]]] = {hnn.Linear: lambda config: LoraLinear}
+ADAPTERS: dict[type, Callable[[LoraConfig], type[Adapter]]] = {
+    hnn.Linear: lambda config: DoraLinear if config.use_dora else LoraLinear
+}
 
 
 def is_adaptable(layer: Any) -> bool:

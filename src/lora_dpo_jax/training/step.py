@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from lora_dpo_jax.axes import MICRO
 from lora_dpo_jax.data.packing import PreferenceBatch
-from lora_dpo_jax.lora import trainable_filter
+from lora_dpo_jax.lora import constant_filter, trainable_filter
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.objective import Mean, Objective
 
@@ -41,13 +41,15 @@ class TrainState(eqx.Module):
 
     @property
     def trained(self) -> dict[str, Any]:
-        """Everything that steps change. A run can resume from it, with the seed and the weights."""
+        """Everything that steps change, and the constants of the adapters. A run can resume from it and the weights."""
         adapters = eqx.filter(self.model, trainable_filter(self.model))
-        return {"step": self.step, "skipped": self.skipped, "adapters": adapters, "optimizer": self.opt_state}
+        constants = eqx.filter(self.model, constant_filter(self.model))
+        trained = {"step": self.step, "skipped": self.skipped, "adapters": adapters, "optimizer": self.opt_state}
+        return trained | ({"constants": constants} if jax.tree.leaves(constants) else {})
 
     def with_trained(self, trained: dict[str, Any]) -> "TrainState":
         """This state with `trained` in place of its trained part."""
-        model = eqx.combine(trained["adapters"], self.model)
+        model = eqx.combine(trained["adapters"], trained.get("constants"), self.model)
         return TrainState(trained["step"], trained["skipped"], model, trained["optimizer"], self.key, self.reference)
 
 
