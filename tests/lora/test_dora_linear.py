@@ -53,7 +53,7 @@ def torch_model(ours: One, dropout: float = 0.0) -> peft.PeftModel:
     layer = model.base_model.model[0]
     layer.lora_A["default"].weight.data = torch.tensor(np.array(ours.proj.lora_A.array))
     layer.lora_B["default"].weight.data = torch.tensor(np.array(ours.proj.lora_B.array))
-    layer.lora_magnitude_vector["default"].weight.data = torch.tensor(np.array(ours.proj.magnitude.array))
+    layer.lora_magnitude_vector["default"].weight.data = torch.tensor(np.array(ours.proj.lora_magnitude_vector.array))
     return model
 
 
@@ -84,13 +84,13 @@ def test_a_new_adapter_changes_nothing_to_the_bit():
 
 def test_the_magnitude_starts_as_the_norm_of_each_row():
     model = new_model()
-    np.testing.assert_allclose(model.proj.magnitude.array, np.linalg.norm(WEIGHT, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(model.proj.lora_magnitude_vector.array, np.linalg.norm(WEIGHT, axis=1), rtol=1e-6)
     fresh = torch_model(model)
     peft_start = peft.get_peft_model(
         copy.deepcopy(fresh.unload()), peft.LoraConfig(r=3, use_dora=True, target_modules=["0"])
     )
     theirs = peft_start.base_model.model[0].lora_magnitude_vector["default"].weight
-    np.testing.assert_allclose(model.proj.magnitude.array, theirs.detach().numpy(), rtol=1e-6)
+    np.testing.assert_allclose(model.proj.lora_magnitude_vector.array, theirs.detach().numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("with_dropout", [False, True])
@@ -122,7 +122,7 @@ def test_outputs_and_gradients_are_those_of_peft(with_dropout, monkeypatch):
     for mine, parameter in (
         (gradients.proj.lora_A, layer.lora_A["default"].weight),
         (gradients.proj.lora_B, layer.lora_B["default"].weight),
-        (gradients.proj.magnitude, layer.lora_magnitude_vector["default"].weight),
+        (gradients.proj.lora_magnitude_vector, layer.lora_magnitude_vector["default"].weight),
     ):
         np.testing.assert_allclose(mine.array, parameter.grad.numpy(), rtol=1e-4, atol=1e-4)
 
@@ -153,7 +153,7 @@ def test_two_steps_are_those_of_peft():
     for mine, parameter in (
         (adapters.proj.lora_A, layer.lora_A["default"].weight),
         (adapters.proj.lora_B, layer.lora_B["default"].weight),
-        (adapters.proj.magnitude, layer.lora_magnitude_vector["default"].weight),
+        (adapters.proj.lora_magnitude_vector, layer.lora_magnitude_vector["default"].weight),
     ):
         np.testing.assert_allclose(mine.array, parameter.detach().numpy(), rtol=0, atol=2e-6)
 

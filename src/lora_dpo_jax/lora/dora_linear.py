@@ -31,7 +31,7 @@ class DoraLinear(Adapter):
     wrapped: hnn.Linear
     lora_A: NamedArray  # {*stack, lora_rank, *In}
     lora_B: NamedArray  # {*stack, *Out, lora_rank}
-    magnitude: NamedArray  # {*stack, *Out}: m
+    lora_magnitude_vector: NamedArray  # {*stack, *Out}: m
     base_norm: NamedArray  # float32 {*stack, *Out}: the norms of the rows of W
     scaling: float = eqx.field(static=True)
     dropout: float = eqx.field(static=True, default=0.0)
@@ -45,7 +45,7 @@ class DoraLinear(Adapter):
             layer,
             lora_A=lora_A,
             lora_B=lora_B,
-            magnitude=jax.tree.map(jnp.copy, norm),
+            lora_magnitude_vector=jax.tree.map(jnp.copy, norm),
             base_norm=norm,
             scaling=config.scaling,
             dropout=config.dropout,
@@ -57,7 +57,7 @@ class DoraLinear(Adapter):
         return {
             "lora_A.weight": Factor(self.lora_A, ((RANK,), names_of(self.wrapped.In))),
             "lora_B.weight": Factor(self.lora_B, (names_of(self.wrapped.Out), (RANK,))),
-            "lora_magnitude_vector": Factor(self.magnitude, (names_of(self.wrapped.Out),)),
+            "lora_magnitude_vector": Factor(self.lora_magnitude_vector, (names_of(self.wrapped.Out),)),
         }
 
     @property
@@ -102,8 +102,8 @@ class DoraLinear(Adapter):
 
     def _moved(self) -> NamedArray:
         """float32 {*stack, *Out}: how far m is from where it started; 0 in layers that are no targets."""
-        start = self.base_norm.astype(self.magnitude.dtype)
-        moved = (self.magnitude - start).astype(jnp.float32)
+        start = self.base_norm.astype(self.lora_magnitude_vector.dtype)
+        moved = (self.lora_magnitude_vector - start).astype(jnp.float32)
         return moved if self.by_layer is None else hax.where(self.by_layer.scaling != 0, moved, 0.0)
 
     def _norm_and_growth(self, dtype: Any) -> tuple[NamedArray, NamedArray]:

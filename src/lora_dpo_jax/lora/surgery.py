@@ -19,6 +19,8 @@ from lora_dpo_jax.lora.variants import new_adapter
 
 M = TypeVar("M")
 
+OUTPUT_FACTORS = frozenset({"lora_B", "lora_magnitude_vector"})
+
 
 def loraize(model: M, config: LoraConfig, *, key) -> M:
     """The model with new adapters on the targets of `config`. Factors are float32; the weights are shared.
@@ -79,6 +81,17 @@ def trainable_filter(model: M) -> M:
 def constant_filter(model: M) -> M:
     """The same, true at the frozen arrays of adapters, which steps do not change."""
     return _marked(model, lambda adapter: [array.array for array in adapter.constants.values()])
+
+
+def output_filter(tree: M) -> M:
+    """A tree of bools, true at the factors with the axes of a layer's outputs: those to which LoRA+ gives another rate.
+
+    They are told by the names of their fields, so `tree` may be any tree of factors.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(str(getattr(entry, "name", getattr(entry, "key", ""))) in OUTPUT_FACTORS for entry in path),
+        tree,
+    )
 
 
 def _marked(model: M, arrays: Callable[[Adapter], list[Any]]) -> M:

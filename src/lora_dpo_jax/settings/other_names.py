@@ -51,6 +51,7 @@ _NAMES_ELSEWHERE = {
     ("optimizer.beta1", ""): "adam_beta1",
     ("optimizer.beta2", ""): "adam_beta2",
     ("optimizer.epsilon", ""): "adam_epsilon",
+    ("optimizer.lora_plus_ratio", ""): "loraplus_lr_ratio lorap_lr_ratio loraplus_ratio",
     ("optimizer.max_grad_norm", ""): "gradient_clipping clip_grad_norm",
     ("optimizer.learning_rate", " and the other settings of optimizer, which is AdamW"): "optim",
     ("trainer.train_batch_size", ": pairs per update over all devices. Gradients accumulate by themselves"): (
