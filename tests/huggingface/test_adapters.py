@@ -58,6 +58,10 @@ CASES = {
         ),
     ),
     "dora": ("qwen2", LoraConfig(r=4, alpha=8.0, use_dora=True, rank_pattern={"2.self_attn.q_proj": 3})),
+    "pissa": (
+        "llama_biases",
+        LoraConfig(r=4, alpha=6.0, a_init="pissa", use_rslora=True, target_modules=["q_proj"], rank_pattern={"1.*": 2}),
+    ),
     "all_but_excluded": ("qwen2", LoraConfig(r=4, alpha=8.0, exclude_modules=["down_proj", "1.self_attn.k_proj"])),
 }
 
@@ -189,7 +193,7 @@ def test_saving_then_loading_is_the_identity(case, tmp_path):
     np.testing.assert_array_equal(logits(model, TOKENS), logits(loaded, TOKENS))
     read = read_adapter_config(tmp_path / "adapter")
     for layer in layer_adapters(loaded):
-        theirs, asked = read.for_layer(layer.name), config.for_layer(layer.name)
+        theirs, asked = read.for_layer(layer.name), config.as_written().for_layer(layer.name)
         assert (theirs.r, theirs.alpha, theirs.use_rslora) == (asked.r, asked.alpha, asked.use_rslora)
 
 
@@ -316,6 +320,25 @@ def test_an_adapter_made_by_peft_gives_its_logits_in_our_model(case, tmp_path):
     theirs = saved_by_peft(architecture, tmp_path, **settings)
     ours = load_adapter(plain_model(architecture), tmp_path)
     np.testing.assert_allclose(logits(ours, TOKENS), torch_logits(theirs, TOKENS), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("a_init", ["pissa", "olora"])
+def test_an_adapter_that_peft_converted_gives_its_logits(a_init, tmp_path):
+    config = peft.LoraConfig(r=4, init_lora_weights=a_init, target_modules=["v_proj"], task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(transformers_model(tiny_folder("llama2")), config).eval()
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "initial")
+    theirs.peft_config["default"].init_lora_weights = a_init
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.3)
+    expected = torch_logits(theirs, TOKENS)
+    with warnings.catch_warnings():  # PEFT's own advice, to do what is done here
+        warnings.filterwarnings("ignore", message="(PiSSA|OLoRA) changes the base weights")
+        theirs.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    ours = load_adapter(plain_model("llama2"), tmp_path / "plain")
+    np.testing.assert_allclose(logits(ours, TOKENS), expected, rtol=0, atol=1e-4)
 
 
 def test_an_adapter_goes_to_peft_and_back_unchanged(tmp_path):

@@ -115,8 +115,8 @@ def save_adapter(
     `tokenizer`, if given, is saved beside the adapters with its chat template. `config` is the config of the adapters;
     but the target modules are those of the model. Every process of a run must call this; only the first one writes.
     """
-    adapters = layer_adapters(model)
-    _check_config(adapters, config)
+    _check_config(model, config)
+    adapters, config = layer_adapters(model), config.as_written()
     if jax.process_index() != 0:
         return
     # PEFT may be able to adapt layers that we cannot adapt.
@@ -222,6 +222,7 @@ def layer_adapters(model: CausalLM) -> list[LayerAdapter]:
     for adapter, names in linear_layers(model):
         if not isinstance(adapter, Adapter):
             continue
+        adapter = adapter.plain()
         factors = adapter.factors
         tensors = {name: _tensors_on_host(factor, len(names)) for name, factor in factors.items()}
         for index, name in enumerate(names):
@@ -259,18 +260,19 @@ def _key(layer: str, factor: str) -> str:
     return f"base_model.model.{layer}.{factor}"
 
 
-def _check_config(adapters: list[LayerAdapter], config: LoraConfig) -> None:
-    if not adapters:
+def _check_config(model: CausalLM, config: LoraConfig) -> None:
+    adapted = [(layer, names) for layer, names in linear_layers(model) if isinstance(layer, Adapter)]
+    if not adapted:
         raise ValueError("the model has no adapters to save")
     switches = " and ".join(f"lora.{switch}={getattr(config, switch)}" for switch in PEFT_SWITCHES)
-    for layer in adapters:
-        own = config.for_layer(layer.name)
-        found = type(layer.adapter), layer.rank, layer.scaling
-        asked = adapter_type(layer.adapter.wrapped, own), own.r, own.scaling
-        if found != asked:
+    for adapter, name, index in ((adapter, name, i) for adapter, names in adapted for i, name in enumerate(names)):
+        own = config.for_layer(name)
+        found = type(adapter), *adapter.settings_of(index)
+        asked = adapter_type(adapter.wrapped, own), own.r, own.scaling
+        if found != asked and found[1]:
             (has, r, scaling), (makes, *_) = found, asked
             raise ValueError(
-                f"{layer.name} has a {has.__name__} with r={r} and scaling={scaling}, but lora.r={own.r}, lora.alpha="
+                f"{name} has a {has.__name__} with r={r} and scaling={scaling}, but lora.r={own.r}, lora.alpha="
                 f"{own.alpha} and {switches} make a {makes.__name__} with r={own.r}, scaling={own.scaling}"
             )
 

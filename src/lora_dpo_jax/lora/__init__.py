@@ -16,6 +16,7 @@ from lora_dpo_jax.lora.config import PEFT_SWITCHES, LoraConfig
 from lora_dpo_jax.lora.dora_linear import DoraLinear
 from lora_dpo_jax.lora.dropout import TokenKey, split_key
 from lora_dpo_jax.lora.lora_linear import LOW_RANK, LoraLinear
+from lora_dpo_jax.lora.offset_lora import OffsetLora
 from lora_dpo_jax.lora.surgery import (
     adapt,
     constant_filter,
@@ -42,6 +43,7 @@ __all__ = [
     "Factor",
     "LoraConfig",
     "LoraLinear",
+    "OffsetLora",
     "TokenKey",
     "adapt",
     "adapter_type",

@@ -90,6 +90,7 @@ class Adapter(eqx.Module):
     def factors(self) -> dict[str, Factor]:
         """All trainable arrays, by PEFT's names for the tensors of one layer, such as lora_A.weight.
 
+        See `plain` for an adapter that files hold in another form.
         Must also work on a tree whose arrays were replaced by None or bools.
         """
 
@@ -116,13 +117,17 @@ class Adapter(eqx.Module):
     def merge(self, weight: Any, tensors: Mapping[str, Any], scaling: Any) -> Any:
         """The weight [..., out, in] with the factors folded in. All arrays are float32, of NumPy or JAX.
 
-        `tensors` are the factors as PEFT stores them, with the same leading axes as the weight. `scaling` is a number,
-        or [..., 1, 1].
+        `tensors` are the factors of `plain` as PEFT stores them, with the same leading axes as the weight. `scaling` is
+        a number, or [..., 1, 1].
         """
 
     @abstractmethod
     def adds_nothing(self) -> jax.Array:
         """Whether the factors leave the output of the wrapped layer unchanged: a bool without axes."""
+
+    def plain(self) -> "Adapter":
+        """The adapter as files hold it, whose `factors` are PEFT's tensors. It computes the same."""
+        return self
 
     @property
     def parameter_count(self) -> int:
@@ -145,7 +150,8 @@ class Adapter(eqx.Module):
         axes = plain.in_order().axes
         before = _tensors(plain)
         scaling = self.scaling if self.by_layer is None else self.by_layer.scaling.array[..., None, None]
-        after = self.merge(before, {name: _tensors(factor) for name, factor in self.factors.items()}, scaling)
+        tensors = {name: _tensors(factor) for name, factor in self.plain().factors.items()}
+        after = self.merge(before, tensors, scaling)
         if self.by_layer is not None:
             after = jnp.where(scaling != 0, after, before)
         total = hax.named(after.reshape([axis.size for axis in axes]), axes).rearrange(weight.axes)

@@ -41,7 +41,8 @@ class LoraConfig:
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None  # the name before a layer's number, such as layers; null means any
     zero_init_b: bool = True  # with a_init random: B starts at zero. Training always sets it to true
-    a_init: Literal["random", "zero"] = "random"  # zero: A starts at zero and B at random; their product is zero too
+    # What A and B start from: docs/adapters.md. random: A Kaiming-uniform, B zero. zero: A zero, B random.
+    a_init: Literal["random", "zero", "gaussian", "orthogonal", "pissa", "olora"] = "random"
 
     def __post_init__(self):
         if self.r < 1:
@@ -56,10 +57,36 @@ class LoraConfig:
                 _check_pattern(f"lora.{name}", pattern)
         self._check_patterns()
         self._check_layers()
+        if self.use_dora and self.starts_at_factors:
+            raise ValueError(
+                f"lora.a_init={self.a_init} starts at factors that are not zero, and with lora.use_dora no plain LoRA "
+                "can be written for them: set a_init to random, zero or gaussian"
+            )
+        if self.a_init == "orthogonal" and (odd := [r for r in (self.r, *self.rank_pattern.values()) if r % 2]):
+            raise ValueError(f"lora.a_init=orthogonal needs even ranks; lora.r and lora.rank_pattern have {odd}")
 
     @property
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def starts_at_factors(self) -> bool:
+        """Whether new adapters start at A and B that are both not zero, which the adapter takes away again."""
+        return self.a_init in ("orthogonal", *_DOUBLED)
+
+    def as_written(self) -> Self:
+        """The settings of the plain adapter that files hold: it has twice the rank if it also takes B0 A0 away."""
+        if self.a_init not in _DOUBLED:
+            return dataclasses.replace(self, a_init="random")
+        factor = math.sqrt(2) if self.use_rslora else 2  # with it, alpha makes the same scaling at twice the rank
+        return dataclasses.replace(
+            self,
+            a_init="random",
+            r=2 * self.r,
+            alpha=factor * self.alpha,
+            rank_pattern={key: 2 * rank for key, rank in self.rank_pattern.items()},
+            alpha_pattern={key: factor * alpha for key, alpha in self.alpha_pattern.items()},
+        )
 
     def for_layer(self, name: str) -> Self:
         """The settings of the layer with this dotted path: the same rank and alpha for all layers."""
@@ -98,6 +125,7 @@ class LoraConfig:
         return [numbers] if isinstance(numbers, int) else numbers or None
 
 
+_DOUBLED = ("pissa", "olora")  # values of a_init whose product is not zero
 _SUFFIX = r"(.*\.)?({})$"  # PEFT's regular expression for keys of patterns
 
 

@@ -16,7 +16,7 @@ from lora_dpo_jax.lora.adapter import Adapter, ByLayer, Factor, names_of, stack_
 from lora_dpo_jax.lora.config import LoraConfig
 from lora_dpo_jax.lora.dropout import dropout
 from lora_dpo_jax.lora.initialization import new_factors
-from lora_dpo_jax.lora.lora_linear import low_rank_product
+from lora_dpo_jax.lora.lora_linear import low_rank_product, with_low_rank
 from lora_dpo_jax.lora.matrices import of_matrices
 from lora_dpo_jax.tensor_names import axes_of
 
@@ -84,7 +84,7 @@ class DoraLinear(Adapter):
         return base + hax.auto_sharded(added.astype(base.dtype))
 
     def merge(self, weight: Any, tensors: Mapping[str, Any], scaling: Any) -> Any:
-        directed = weight + (tensors["lora_B.weight"] @ tensors["lora_A.weight"]) * scaling
+        directed = with_low_rank(weight, tensors, scaling)
         norm = ((directed * directed).sum(-1) ** 0.5)[..., None]
         return directed * (tensors["lora_magnitude_vector"][..., None] / (norm + (norm == 0)))
 

@@ -61,10 +61,15 @@ class LoraLinear(Adapter):
         return hax.auto_sharded(low_rank_product(x, self.lora_A, self.lora_B * self.scale))
 
     def merge(self, weight: Any, tensors: Mapping[str, Any], scaling: Any) -> Any:
-        return weight + (tensors["lora_B.weight"] @ tensors["lora_A.weight"]) * scaling
+        return with_low_rank(weight, tensors, scaling)
 
     def adds_nothing(self) -> jax.Array:
         return ~(jnp.any(self.lora_A.array != 0) & jnp.any(self.lora_B.array != 0))
+
+
+def with_low_rank(weight: Any, tensors: Mapping[str, Any], scaling: Any) -> Any:
+    """W + scaling * B A, of arrays of NumPy or JAX: see `Adapter.merge`."""
+    return weight + (tensors["lora_B.weight"] @ tensors["lora_A.weight"]) * scaling
 
 
 @jax.custom_vjp

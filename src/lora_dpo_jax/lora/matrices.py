@@ -15,11 +15,11 @@ from lora_dpo_jax.tensor_names import axes_of
 
 
 @eqx.filter_jit
-def of_matrices(fn: Callable[..., Any], layer: Any, *arrays: jax.Array) -> Any:
+def of_matrices(fn: Callable[..., Any], layer: Any, *arrays: jax.Array, **settings: Any) -> Any:
     """fn(weight float32 [out, in], its part of each array) for each layer of the stack, whose axes the results have.
 
     It takes one layer after the other, so that no more than one weight is in memory in float32. `arrays` have the
-    axes of the stack first, too.
+    axes of the stack first, too. `settings` are passed on.
     """
     stack = stack_axes(layer)
     depth, sizes = len(stack), [axis.size for axis in stack]
@@ -30,7 +30,7 @@ def of_matrices(fn: Callable[..., Any], layer: Any, *arrays: jax.Array) -> Any:
         parts, own = slices
         named = [hax.named(part, leaf.axes[depth:]) for part, leaf in zip(parts, leaves, strict=True)]
         weight = jax.tree.unflatten(structure, named).astype(jnp.float32).rearrange((*out, *in_)).array
-        return fn(weight.reshape(math.prod(axis.size for axis in out), -1), *own)
+        return fn(weight.reshape(math.prod(axis.size for axis in out), -1), *own, **settings)
 
     def flat(array: jax.Array) -> jax.Array:
         return array.reshape(math.prod(sizes), *array.shape[depth:])

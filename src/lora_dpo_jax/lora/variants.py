@@ -12,10 +12,11 @@ from lora_dpo_jax.lora.adapter import Adapter, ByLayer
 from lora_dpo_jax.lora.config import LoraConfig
 from lora_dpo_jax.lora.dora_linear import DoraLinear
 from lora_dpo_jax.lora.lora_linear import LoraLinear
+from lora_dpo_jax.lora.offset_lora import OffsetLora
 
 # For each class of layers: the adapter that the settings choose. A layer of any other class cannot be adapted.
 ADAPTERS: dict[type, Callable[[LoraConfig], type[Adapter]]] = {
-    hnn.Linear: lambda config: DoraLinear if config.use_dora else LoraLinear
+    hnn.Linear: lambda config: DoraLinear if config.use_dora else OffsetLora if config.starts_at_factors else LoraLinear
 }
 
 

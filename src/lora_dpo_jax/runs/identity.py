@@ -84,7 +84,9 @@ def run_identity(
         "lora": {
             name: value
             for name, value in dataclasses.asdict(lora).items()
-            if name in SHAPE_ADAPTERS or (name in SHAPE_ADAPTERS_IF_SET and value)
+            if name in SHAPE_ADAPTERS
+            or (name in SHAPE_ADAPTERS_IF_SET and value)
+            or (name == "a_init" and lora.starts_at_factors)
         },
         "data": {
             "components": components,
