@@ -306,6 +306,9 @@ PEFT_CASES = {
         "qwen3",
         dict(r=4, use_dora=True, use_rslora=True, target_modules=["v_proj", "lm_head"], rank_pattern={"1.*v_proj": 2}),
     ),
+    "pissa": ("qwen2", dict(r=4, init_lora_weights="pissa", target_modules=["o_proj"], rank_pattern={"1.*": 2})),
+    "olora": ("mistral", dict(r=4, init_lora_weights="olora", target_modules=["q_proj"], use_rslora=True)),
+    "orthogonal": ("llama2", dict(r=4, init_lora_weights="orthogonal", target_modules=["k_proj"])),
     "layers_pattern": (
         "qwen2",
         dict(r=4, target_modules=["q_proj", "lm_head"], layers_to_transform=1, layers_pattern="layers"),
@@ -384,7 +387,7 @@ B_KEY = A_KEY.replace("lora_A", "lora_B")
         (lambda t: t.update({A_KEY.replace("layers.1", "layers.7"): t[A_KEY]}), r"no place: .*layers\.7\."),
         (
             lambda t: t.update({"base_model.model.lm_head.weight": t[A_KEY]}),
-            "no place: base_model.model.lm_head.weight",
+            "no place: base_model.model.lm_head.weight is not the model's",
         ),
         (lambda t: t.update({B_KEY.replace("weight", "bias"): t[A_KEY]}), "no place: .*lora_B.bias"),
     ],
@@ -409,9 +412,7 @@ def test_tensors_that_do_not_fit_are_errors_that_name_them(saved, change, says):
         {"layer_replication": [[0, 2]]},
         {"target_parameters": ["mlp.experts"]},
         {"trainable_token_indices": [1]},
-        {"init_lora_weights": "pissa"},
         {"init_lora_weights": "pissa_niter_4"},
-        {"init_lora_weights": "olora"},
         {"init_lora_weights": "loftq"},
         {"alora_invocation_tokens": [1, 2]},
         {"something_new": 1},
@@ -503,12 +504,106 @@ def test_an_adapter_of_whole_numbers_is_refused(saved):
         load_adapter(plain_model("llama2"), saved)
 
 
-def test_a_folder_around_an_adapter_names_the_one_within(saved, tmp_path):
+def test_an_adapter_one_folder_down_is_found_unless_there_are_two(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "outer" / "policy")
-    with pytest.raises(
-        FileNotFoundError, match=r"adapter_config\.json is missing; its subfolders policy hold adapters"
-    ):
+    ours = load_adapter(plain_model("llama2"), tmp_path / "outer")
+    np.testing.assert_array_equal(logits(ours, TOKENS), logits(load_adapter(plain_model("llama2"), saved), TOKENS))
+    shutil.copytree(tmp_path / "outer" / "policy", tmp_path / "outer" / "reference")
+    with pytest.raises(FileNotFoundError, match=r"is missing; its subfolders policy, reference hold adapters"):
         load_adapter(plain_model("llama2"), tmp_path / "outer")
+
+
+def renamed_tensors(folder: Path, rename) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({rename(key): value for key, value in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+WRAPPED = {
+    "a multimodal model": ("model.model.", "model.model.language_model."),
+    "an older multimodal model": ("base_model.model.model.", "base_model.model.language_model.model."),
+    "a bare AutoModel": ("model.model.", "model."),
+    "the name of the adapter": (".weight", ".default.weight"),
+    "no prefix": ("base_model.model.", ""),
+}
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_names_of_another_class_mean_the_same_layers(case, saved):
+    wrapped = ["model.language_model.layers.1.self_attn.q_proj", "0.self_attn.q_proj", "2.self_attn.q_proj"]
+    change_config(saved, target_modules=[*wrapped, "v_proj"])
+    expected = layer_adapters(load_adapter(plain_model("llama2"), saved))
+    renamed_tensors(saved, lambda key: key.replace(*WRAPPED[case]))
+    for mine, theirs in zip(layer_adapters(load_adapter(plain_model("llama2"), saved)), expected, strict=True):
+        assert mine.name == theirs.name
+        for name, tensor in theirs.tensors.items():
+            np.testing.assert_array_equal(mine.tensors[name], tensor)
+
+
+def test_a_regular_expression_for_a_wrapper_means_the_decoder(saved):
+    change_config(saved, target_modules=r"model\.language_model\.layers\.\d+\.self_attn\.(q|v)_proj")
+    load_adapter(plain_model("llama2"), saved)
+
+
+def test_two_tensors_of_one_meaning_are_refused(saved):
+    change_tensors(saved, lambda t: t.update({A_KEY.replace(".weight", ".default.weight"): t[A_KEY]}))
+    with pytest.raises(ValueError, match=f"both .* are {A_KEY}"):
+        load_adapter(plain_model("llama2"), saved)
+
+
+EMBEDDING = "base_model.model.model.embed_tokens.weight"
+
+
+def stored(folder: Path, architecture: str = "llama2", change=lambda t: None, **settings) -> Path:
+    """An adapter beside which PEFT stored embedding and head."""
+    model = peft.get_peft_model(
+        transformers_model(tiny_folder(architecture)), peft.LoraConfig(r=2, target_modules=["q_proj"], **settings)
+    )
+    model.save_pretrained(folder, save_embedding_layers=True)
+    change_tensors(folder, change)
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ["llama2", "smollm2"])
+def test_an_embedding_and_a_head_that_are_the_bases_are_left_out(architecture, tmp_path):
+    stored(tmp_path, architecture)
+    assert EMBEDDING in load_file(tmp_path / "adapter_model.safetensors")
+    assert len(layer_adapters(load_adapter(plain_model(architecture), tmp_path))) == 3
+    if architecture == "llama2":
+        stored(tmp_path / "saved", architecture, modules_to_save=["embed_tokens"])
+        load_adapter(plain_model(architecture), tmp_path / "saved")
+
+
+def test_other_embeddings_are_refused_with_their_names_and_the_reason(tmp_path):
+    stored(tmp_path / "a", change=lambda t: t.update({EMBEDDING: t[EMBEDDING] + 1}))
+    with pytest.raises(ValueError, match=f"no place: {EMBEDDING} is not the model's, so the adapter was trained on"):
+        load_adapter(plain_model("llama2"), tmp_path / "a")
+    stored(tmp_path / "b", change=lambda t: t.update({EMBEDDING: np.pad(t[EMBEDDING], [(0, 2), (0, 0)])}))
+    with pytest.raises(ValueError, match=f"{EMBEDDING} has 106 rows, and the model has 104: the voc"):
+        load_adapter(plain_model("llama2"), tmp_path / "b")
+    trained = EMBEDDING.replace("weight", "modules_to_save.weight")
+    stored(tmp_path / "c", change=lambda t: t.update({trained: t[trained] + 1}), modules_to_save=["embed_tokens"])
+    with pytest.raises(
+        ValueError, match=f"modules_to_save=.* whole layers were trained.*; not as in the base: {trained}"
+    ):
+        load_adapter(plain_model("llama2"), tmp_path / "c")
+
+
+def test_what_is_refused_names_its_tensors(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[4, 5])
+    peft.get_peft_model(transformers_model(tiny_folder("llama2")), config).save_pretrained(tmp_path)
+    delta = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    with pytest.raises(ValueError, match=rf"trainable_token_indices=\[4, 5\] .*: rows of the embedding .*{delta}"):
+        read_adapter_config(tmp_path)
+
+
+def test_settings_of_eva_do_not_matter(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="eva", eva_config=peft.EvaConfig())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT: eva without data
+        theirs = peft.get_peft_model(transformers_model(tiny_folder("llama2")), config).eval()
+    theirs.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["eva_config"]
+    load_adapter(plain_model("llama2"), tmp_path)
 
 
 def test_a_model_in_the_place_of_an_adapter_says_where_it_belongs():

@@ -6,10 +6,7 @@ A tensor is called `base_model.model.<path of the layer>.<factor>`: `lora_A.weig
 
 import json
 import logging
-import os
-import re
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,11 +15,22 @@ import haliax as hax
 import haliax.nn as hnn
 import jax
 import numpy as np
-from fsspec.implementations.local import LocalFileSystem
 from haliax import NamedArray
 
 from lora_dpo_jax.axes import RANK
-from lora_dpo_jax.huggingface.folders import export_folder, is_url
+from lora_dpo_jax.huggingface.adapter_config import (
+    CONFIG,
+    STEM,
+    adapter_folder,
+    base_from_anywhere,
+    model_card,
+    peft_config,
+    read_adapter_config,
+    read_peft,
+    refused_modules,
+)
+from lora_dpo_jax.huggingface.adapter_names import key_of, matrix_copies, written_names
+from lora_dpo_jax.huggingface.folders import export_folder
 from lora_dpo_jax.huggingface.tensors import (
     LazyTensor,
     PaddedTensor,
@@ -32,7 +40,7 @@ from lora_dpo_jax.huggingface.tensors import (
     write_tensors,
 )
 from lora_dpo_jax.huggingface.tokenizers import save_tokenizer
-from lora_dpo_jax.json_objects import REQUIRED, JsonObject, is_number, is_texts, is_whole, read_json_object
+from lora_dpo_jax.json_objects import JsonObject, is_texts
 from lora_dpo_jax.lora import (
     PEFT_SWITCHES,
     Adapter,
@@ -48,32 +56,9 @@ from lora_dpo_jax.lora import (
 )
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.printable import printable
-from lora_dpo_jax.redaction import without_secrets
 from lora_dpo_jax.sharding import on_host
 
 logger = logging.getLogger(__name__)
-
-LOCAL_URLS = ("file://", "local://")
-CONFIG, STEM = "adapter_config.json", "adapter_model"
-# PEFT stores the whole frozen head beside the adapter of a head.
-HEAD_COPY = "base_model.model.lm_head.base_layer.weight"
-
-# Options that decide what an adapter computes.
-USED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", *PEFT_SWITCHES}
-USED |= {"layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "base_model_name_or_path"}
-# Options that do not change what an adapter computes.
-HARMLESS = {"auto_mapping", "inference_mode", "peft_version", "revision", "runtime_config"}
-HARMLESS |= {"loftq_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
-# Values with which the other options change nothing. For options not named here, only null, false and empty do so.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "task_type": (None, "CAUSAL_LM"),
-    "bias": ("none",),
-    # Not pissa, olora, corda, loftq or lora_ga: these change the base, and the adapter fits only the changed base.
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
-}
-ALL_LINEAR = "all-linear"
-PEFT_DEFAULT_TARGETS = ["q_proj", "v_proj"]  # the same for every family that is supported here
-TARGETS = "a list of names, or a regular expression that compiles"
 
 
 @dataclass(frozen=True)
@@ -123,7 +108,7 @@ def save_adapter(
     names = [*_layer_names(model), *unadaptable_layers(model)]
     targets = explicit_targets([adapter.name for adapter in adapters], names)
     tensors = {
-        _key(adapter.name, factor): tensor.astype(dtype)
+        key_of(adapter.name, factor): tensor.astype(dtype)
         for adapter in adapters
         for factor, tensor in adapter.tensors.items()
     }
@@ -132,8 +117,8 @@ def save_adapter(
         write_tensors(exported / f"{STEM}.safetensors", tensors)
         if tokenizer is not None:
             save_tokenizer(tokenizer, exported)
-        (exported / "README.md").write_text(_model_card(printable(base), config, targets), encoding="utf-8")
-        settings = _peft_config(base, revision, config, targets, adapters)
+        (exported / "README.md").write_text(model_card(printable(base), config, targets), encoding="utf-8")
+        settings = peft_config(base, revision, config, targets, [adapter.name for adapter in adapters])
         (exported / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -144,18 +129,20 @@ def load_adapter(model: CausalLM, folder: Path, *, mapping: Any = None, base_mod
     ValueError with the folder and the tensor or setting if the adapter does not fit the model, or computes something
     that our adapters cannot.
     """
-    peft, config, tensors = _read(folder), read_adapter_config(folder), TensorFiles(folder, STEM)
+    folder = adapter_folder(folder)
+    peft, config, tensors = read_peft(folder), read_adapter_config(folder), TensorFiles(folder, STEM)
     made_for = peft.text("base_model_name_or_path", None)
     try:
-        if model.lm_head is None and any(key.startswith("base_model.model.lm_head.") for key in tensors.names):
+        copies = matrix_copies(tensors.names)
+        tensors = tensors.renamed(_written_names(tensors, model))
+        if model.lm_head is None and any(".lm_head.lora_" in key for key in tensors.names):
             raise MisfitError(
                 f"{folder}: adapts lm_head, which this model ties to the input embedding; that is not supported"
             )
         targets = set(matching_names(_layer_names(model), config))
         empty = adapt(model, targets, lambda layer, chosen: empty_adapter(layer, chosen, config))
-        _check_tensors(tensors, empty, targets, config)
-        if HEAD_COPY in tensors.names:
-            _check_head(tensors, model)
+        _check_tensors(tensors, empty, targets, config, copies)
+        _check_copies(tensors, copies, peft, model)
 
         def fill(layer: Any, names: list[str]) -> Any:
             return _filled(tensors, layer, names, targets, mapping) if isinstance(layer, Adapter) else layer
@@ -172,48 +159,6 @@ def load_adapter(model: CausalLM, folder: Path, *, mapping: Any = None, base_mod
 
 class MisfitError(ValueError):
     """An adapter does not fit the model."""
-
-
-def read_adapter_config(folder: Path) -> LoraConfig:
-    """The settings in `folder`/adapter_config.json; ValueError names those that are not supported."""
-    peft = _read(folder)
-    targets = peft.taken("target_modules", None, _is_targets, TARGETS)
-    layers = peft.taken("layers_to_transform", None, _is_layers, "the number of a layer, or a list of them")
-    if layers is not None and isinstance(targets, str):
-        raise peft.error("layers_to_transform", f"needs a list in target_modules; found {targets!r}")
-    rank_pattern = _pattern_in(peft, "rank_pattern", lambda ranks, key: ranks.whole(key, least=1))
-    alpha_pattern = _pattern_in(peft, "alpha_pattern", lambda alphas, key: float(alphas.number(key, above=0.0)))
-    return LoraConfig(
-        r=peft.whole("r", 8),
-        alpha=float(peft.number("lora_alpha", 8, above=0.0)),
-        dropout=float(peft.taken("lora_dropout", 0.0, lambda p: is_number(p) and 0 <= p < 1, "a number in [0, 1)")),
-        target_modules=None if targets == ALL_LINEAR else PEFT_DEFAULT_TARGETS if targets is None else targets,
-        exclude_modules=peft.taken("exclude_modules", None, _is_targets, TARGETS),
-        layers_to_transform=layers,
-        layers_pattern=None if layers is None else peft.taken("layers_pattern", None, _is_targets, TARGETS),
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        **{switch: peft.flag(switch, False) for switch in PEFT_SWITCHES},
-    )
-
-
-def read_base_model(folder: Path) -> tuple[str | None, str | None]:
-    """(the base model that an adapter names, a folder or a hub id; its revision on the hub)."""
-    peft = read_json_object(folder / CONFIG)
-    return peft.text("base_model_name_or_path", None), peft.text("revision", None)
-
-
-def base_from_anywhere(base_model: str) -> str:
-    """A name of the base for any working directory: a hub id, an absolute path, or a URL without secrets.
-
-    PEFT and servers resolve a path from their own working directory. Only this package reads URLs.
-    """
-    if base_model.startswith(LOCAL_URLS):
-        base_model = LocalFileSystem._strip_protocol(base_model)
-    if is_url(base_model):
-        return without_secrets(base_model)
-    folder = Path(os.path.expanduser(base_model))
-    return str(folder.absolute()) if folder.is_dir() else base_model
 
 
 def layer_adapters(model: CausalLM) -> list[LayerAdapter]:
@@ -256,10 +201,6 @@ def _within(factor: Factor, rank: int) -> tuple[slice, ...]:
     return tuple(slice(rank if names == (RANK,) else None) for names in factor.side_names)
 
 
-def _key(layer: str, factor: str) -> str:
-    return f"base_model.model.{layer}.{factor}"
-
-
 def _check_config(model: CausalLM, config: LoraConfig) -> None:
     adapted = [(layer, names) for layer, names in linear_layers(model) if isinstance(layer, Adapter)]
     if not adapted:
@@ -277,138 +218,28 @@ def _check_config(model: CausalLM, config: LoraConfig) -> None:
             )
 
 
-def _peft_config(
-    base_model: str, revision: str | None, config: LoraConfig, targets: list[str], adapters: list[LayerAdapter]
-) -> dict[str, Any]:
-    ranks = {layer.name: layer.rank for layer in adapters}
-    alphas = {layer.name: _plain(config.for_layer(layer.name).alpha) for layer in adapters}
-    r, alpha = _usual(ranks, config.r), _usual(alphas, _plain(config.alpha))
-    return {
-        "alpha_pattern": _pattern(alphas, alpha),
-        "auto_mapping": None,
-        "base_model_name_or_path": base_model,
-        "bias": "none",
-        "exclude_modules": None,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": alpha,
-        "lora_bias": False,
-        "lora_dropout": config.dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": r,
-        "rank_pattern": _pattern(ranks, r),
-        "revision": revision,
-        "target_modules": targets,
-        "task_type": "CAUSAL_LM",
-        **{switch: getattr(config, switch) for switch in PEFT_SWITCHES},
-    }
-
-
-def _plain(alpha: float) -> int | float:
-    return int(alpha) if float(alpha).is_integer() else alpha
-
-
-def _usual(values: Mapping[str, Any], preferred: Any) -> Any:
-    """The preferred value if a layer has it, else the most frequent one."""
-    return preferred if preferred in values.values() else Counter(values.values()).most_common(1)[0][0]
-
-
-def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
-    """PEFT's pattern for the layers whose value is not the usual one, by last parts of paths or by whole paths."""
-    by_part: dict[str, set[Any]] = {}
-    for name, value in values.items():
-        by_part.setdefault(name.rpartition(".")[2], set()).add(value)
-    pattern = {part: of_part.pop() for part, of_part in by_part.items() if len(of_part) == 1 and usual not in of_part}
-    whole = {name: value for name, value in values.items() if value != usual and name.rpartition(".")[2] not in pattern}
-    return whole | pattern
-
-
-def _model_card(base_model: str, config: LoraConfig, targets: list[str]) -> str:
-    # The hub rejects cards whose base is not one of its ids.
-    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model)
-    base = f"base_model: {json.dumps(base_model)}\n" if is_hub_id else ""
-    variant = ", rank-stabilized scaling" if config.use_rslora else ""
-    variant += ", DoRA" if config.use_dora else ""
-    return f"""---
-{base}library_name: peft
-pipeline_tag: text-generation
-tags: [dpo, lora]
----
-
-LoRA adapter for `{base_model}`, trained by Direct Preference Optimization with `lora_dpo_jax`.
-
-- rank {config.r}, alpha {config.alpha:g}{variant}
-- targets: {abridged(targets)}
-"""
-
-
-def _read(folder: Path) -> JsonObject:
-    """The content of adapter_config.json. Raises ValueError if our adapters cannot compute what it asks for."""
-    path = folder / CONFIG
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing{_where_else(folder)}")
-    peft = read_json_object(path)
-    peft.taken("peft_type", REQUIRED, lambda kind: kind == "LORA", "'LORA'; no other kind is supported")
-    for key, value in peft.values.items():
-        if key in USED | HARMLESS or value in (None, False, [], {}):
-            continue
-        neutral = NEUTRAL.get(key, ())
-        if value not in neutral:
-            needed = f"one of {list(neutral)}" if neutral else "null, false or empty"
-            raise peft.error(key, f"is not supported; needed: {needed}")
-    return peft
-
-
-def _where_else(folder: Path) -> str:
-    """The end of a message: where the adapter may be, if a parent folder or a model's folder was given."""
-    if within := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")):
-        return f"; its subfolders {abridged(within)} hold adapters: give the path of one"
-    return "; the folder holds a model: give it as initialize_from_hf" if (folder / "config.json").exists() else ""
-
-
-def _is_targets(value: Any) -> bool:
-    if not isinstance(value, str):
-        return is_texts(value)
+def _written_names(tensors: TensorFiles, model: CausalLM) -> dict[str, str]:
     try:
-        return re.compile(value) is not None
-    except (re.error, OverflowError, RecursionError):
-        return False
+        return written_names(tensors.names, _layer_names(model))
+    except ValueError as error:
+        raise MisfitError(f"{tensors.folder}: {error}") from error
 
 
-def _is_layers(value: Any) -> bool:
-    numbers = value if isinstance(value, list) else [value]
-    return all(is_whole(number, 0) for number in numbers)
-
-
-def _pattern_in(peft: JsonObject, name: str, value: Callable[[JsonObject, str], Any]) -> dict[str, Any]:
-    """rank_pattern or alpha_pattern; ValueError if a key is no regular expression, or a value is wrong."""
-    pattern = peft.object(name, None)
-    if pattern is None:
-        return {}
-    for key in pattern.values:
-        if not _is_targets(f"({key})"):
-            raise pattern.error(key, "is the value of a key that is no regular expression")
-    return {key: value(pattern, key) for key in pattern.values}
-
-
-def _check_tensors(tensors: TensorFiles, empty: CausalLM, targets: set[str], config: LoraConfig) -> None:
+def _check_tensors(
+    tensors: TensorFiles, empty: CausalLM, targets: set[str], config: LoraConfig, copies: Collection[str]
+) -> None:
     """Raises MisfitError unless the file holds the factors of the targets, as in `empty`, and nothing else."""
     factors = {
         name: [*layer.factors] for layer, names in linear_layers(empty) if isinstance(layer, Adapter) for name in names
     }
-    needed = [_key(name, factor) for name in sorted(targets) for factor in factors[name]]
+    needed = [key_of(name, factor) for name in sorted(targets) for factor in factors[name]]
     settings = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
     settings |= {"layers_to_transform": config.layers_to_transform}
     chosen = ", ".join(f"{key}={value!r}" for key, value in settings.items() if value is not None)
     asked = f"{CONFIG}'s {chosen or 'target_modules=null'} names {abridged(sorted(targets)) or 'none'}"
     if missing := [key for key in needed if key not in tensors.names]:
         raise MisfitError(f"{tensors.folder}: tensors are missing: {abridged(missing)}; {asked}")
-    needed += [HEAD_COPY] if "lm_head" in targets else []
-    surplus = [key for key in tensors.names if key not in needed]
+    surplus = [key for key in tensors.names if key not in needed and key not in copies]
     if surplus or not targets:
         raise MisfitError(f"{tensors.folder}: holds tensors that have no place: {abridged(surplus) or 'none'}; {asked}")
 
@@ -422,7 +253,7 @@ def _filled(tensors: TensorFiles, empty: Adapter, names: list[str], targets: set
         rank, _ = empty.settings_of(index)
         own = zip(factor.side_names, factor.tensor_shape, strict=True)
         shape = tuple(rank if names == (RANK,) else size for names, size in own)
-        found = _tensor(tensors, _key(name, key), shape)
+        found = _tensor(tensors, key_of(name, key), shape)
         return found if shape == factor.tensor_shape else PaddedTensor(found, factor.tensor_shape)
 
     def read(key: str, factor: Factor) -> NamedArray:
@@ -444,14 +275,37 @@ def _tensor(tensors: TensorFiles, key: str, shape: tuple[int, ...]) -> LazyTenso
     return tensors.view(key)
 
 
-def _check_head(tensors: TensorFiles, model: CausalLM) -> None:
-    """Raises MisfitError unless the head that PEFT stored equals the model's, at the lower of the two precisions."""
-    head = model.lm_head
-    assert isinstance(head, hnn.Linear)  # an adapter of a tied head was rejected before
-    theirs = tensors.read(HEAD_COPY)
-    ours = head.weight.array
+def _check_copies(tensors: TensorFiles, copies: Mapping[str, str], peft: JsonObject, model: CausalLM) -> None:
+    """Raises an error unless the embedding and the head that PEFT stored are those of the model."""
+    head = model.lm_head.weight if isinstance(model.lm_head, hnn.Linear) else model.model.embed_tokens.weight
+    weights = {"embed_tokens": model.model.embed_tokens.weight, "lm_head": head}
+    others = [key for key, matrix in copies.items() if not _is_copy(tensors, key, weights[matrix].array)]
+    saved = peft.taken("modules_to_save", None, is_texts, "a list of names")
+    if saved and (others or not {name.rpartition(".")[2] for name in saved} <= set(copies.values())):
+        raise refused_modules(peft, others)
+    for key in others:
+        why = _how_it_differs(tensors, key, weights[copies[key]].array.shape)
+        raise MisfitError(f"{tensors.folder}: holds tensors that have no place: {key} {why}")
+
+
+def _is_copy(tensors: TensorFiles, key: str, ours: jax.Array) -> bool:
+    """Whether a tensor equals the model's, at the lower of the two precisions."""
+    if tensors.shape(key) != ours.shape:
+        return False
+    theirs = tensors.read(key)
     rounded = theirs.astype(ours.dtype).astype(theirs.dtype)
-    if rounded.shape != ours.shape or not bool((ours.astype(rounded.dtype) == rounded).all()):
-        raise MisfitError(
-            f"{tensors.folder}: {HEAD_COPY} is not the model's lm_head, so the adapter was trained on another base"
+    return bool((ours.astype(rounded.dtype) == rounded).all())
+
+
+def _how_it_differs(tensors: TensorFiles, key: str, ours: tuple[int, ...]) -> str:
+    theirs = tensors.shape(key)
+    if theirs[0] > ours[0] and theirs[1:] == ours[1:]:
+        return (
+            f"has {theirs[0]} rows, and the model has {ours[0]}: the vocabulary was enlarged before the adapter was "
+            "trained. Give a base with these rows: resize_token_embeddings, PeftModel.from_pretrained and "
+            "unload().save_pretrained(FOLDER) write it"
         )
+    return (
+        "is not the model's, so the adapter was trained on another base, or with this matrix; PEFT's merge_and_unload "
+        "makes a model of it"
+    )

@@ -150,11 +150,11 @@ class TensorFiles:
         index = [self._index] if self._is_sharded else []
         return [self.folder / name for name in [*index, *sorted(set(self._file_of.values()))]]
 
-    def renamed(self, former: str, name: str) -> "TensorFiles":
-        """The same files, with the tensor `former` renamed to `name`."""
+    def renamed(self, names: Mapping[str, str]) -> "TensorFiles":
+        """The same files, with each tensor in `names` under its new name."""
         other = copy.copy(self)
-        other._file_of = {name if known == former else known: file for known, file in self._file_of.items()}
-        other._name_in_file = {**self._name_in_file, name: former}
+        other._file_of = {names.get(name, name): file for name, file in self._file_of.items()}
+        other._name_in_file = {names.get(name, name): self._name_in_file.get(name, name) for name in self._file_of}
         return other
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from haliax import NamedArray
 
-from lora_dpo_jax.huggingface.adapters import CONFIG as ADAPTER_CONFIG
-from lora_dpo_jax.huggingface.adapters import LayerAdapter, layer_adapters, read_base_model
+from lora_dpo_jax.huggingface.adapter_config import CONFIG as ADAPTER_CONFIG
+from lora_dpo_jax.huggingface.adapter_config import read_base_model
+from lora_dpo_jax.huggingface.adapters import LayerAdapter, layer_adapters
 from lora_dpo_jax.huggingface.folders import export_folder
 from lora_dpo_jax.huggingface.tensors import (
     TensorFiles,
@@ -142,7 +143,7 @@ def _weights_in(folder: Path, config: DecoderConfig) -> TensorFiles:
     """The tensors under the names of the model's parameters. A tied matrix may have either name in the file."""
     tensors = TensorFiles(folder)
     if config.tie_word_embeddings and HEAD in tensors.names and EMBEDDING not in tensors.names:
-        return tensors.renamed(HEAD, EMBEDDING)
+        return tensors.renamed({HEAD: EMBEDDING})
     return tensors
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import equinox as eqx
 import haliax as hax
@@ -35,7 +35,7 @@ class OffsetLora(Adapter):
     scaling: float = eqx.field(static=True)
     dropout: float = eqx.field(static=True, default=0.0)
     by_layer: ByLayer | None = None
-    starts_at_zero: bool = eqx.field(static=True, default=False)  # whether B0 A0 is zero, but for its rounding
+    a_init: str = eqx.field(static=True, default="pissa")  # of the settings
 
     @classmethod
     def init(cls, layer: hnn.Linear, config: LoraConfig, by_layer: ByLayer | None, *, key) -> "OffsetLora":
@@ -50,7 +50,7 @@ class OffsetLora(Adapter):
             scaling=config.scaling,
             dropout=config.dropout,
             by_layer=by_layer,
-            starts_at_zero=config.a_init not in OF_WEIGHTS,
+            a_init=config.a_init,
         )
 
     @property
@@ -90,7 +90,7 @@ class OffsetLora(Adapter):
     def plain(self) -> LoraLinear:
         """Plain LoRA, of twice the rank if B0 A0 is not zero."""
         by_layer = self.by_layer
-        if self.starts_at_zero:
+        if self.a_init not in OF_WEIGHTS:  # B0 A0 is zero, but for its rounding
             moved_A, moved_B = self._moved()
             A, B = self.initial_A + moved_A, self.initial_B + moved_B
         else:
@@ -100,6 +100,13 @@ class OffsetLora(Adapter):
         return LoraLinear(
             self.wrapped, lora_A=A, lora_B=B, scaling=self.scaling, dropout=self.dropout, by_layer=by_layer
         )
+
+    def with_factors(self, arrays: Mapping[str, NamedArray]) -> Self:
+        """A0 and B0 are then those of the weight, as PEFT takes them when it loads such an adapter."""
+        a_init: Any = self.a_init
+        settings = LoraConfig(r=self.rank, alpha=self.scaling * self.rank, a_init=a_init)
+        initial_A, initial_B = new_factors(self.wrapped, settings, self.by_layer, key=jax.random.key(0))
+        return dataclasses.replace(super().with_factors(arrays), initial_A=initial_A, initial_B=initial_B)
 
     def _doubled(self) -> tuple[NamedArray, NamedArray]:
         """A and B of twice the rank. The parts of each rank are neighbours, so a layer's own ranks come first."""

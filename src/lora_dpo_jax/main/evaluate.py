@@ -16,7 +16,7 @@ from lora_dpo_jax.data.sources import expand_url
 from lora_dpo_jax.data.table import ExampleTable, why_none_is_held_out
 from lora_dpo_jax.evaluation import summarize, summarize_by_tokens
 from lora_dpo_jax.files import cache_folder
-from lora_dpo_jax.huggingface.adapters import read_adapter_config
+from lora_dpo_jax.huggingface.adapter_config import read_adapter_config
 from lora_dpo_jax.lora import equals_reference, frozen_copy
 from lora_dpo_jax.losses import Scores
 from lora_dpo_jax.main.command import command
@@ -27,7 +27,7 @@ from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.processes.exchange import is_first_process
 from lora_dpo_jax.runs.assembly import Data, load_data, pair_scorer, placement_of, reference_log_probs
-from lora_dpo_jax.runs.base import Base, check_models, folder_of, load_base, load_peft_adapter
+from lora_dpo_jax.runs.base import Base, adapter_of, check_models, load_base, load_peft_adapter
 from lora_dpo_jax.runs.checks import refuse_unfit_data
 from lora_dpo_jax.runs.compiled_programs import keep_compiled_programs
 from lora_dpo_jax.runs.config import TrainConfig
@@ -66,7 +66,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     keep_compiled_programs(config.trainer.jax_compilation_cache_dir, cache)
     check_models(config)
     if config.adapter is not None:
-        read_adapter_config(folder_of("adapter", config.adapter))
+        read_adapter_config(adapter_of("adapter", config.adapter))
     placement = placement_of(config)
     data = load_data(config)
     pairs = _pairs(config, data)

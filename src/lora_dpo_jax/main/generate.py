@@ -21,7 +21,8 @@ from lora_dpo_jax.data.messages import read_messages
 from lora_dpo_jax.data.readers import decompress, suffixes
 from lora_dpo_jax.data.sources import RowError, RowFile
 from lora_dpo_jax.generation import GenerationConfig, complete, encode_prompt, encode_prompts, read_stop_ids
-from lora_dpo_jax.huggingface.adapters import load_adapter, read_base_model
+from lora_dpo_jax.huggingface.adapter_config import adapter_folder, read_base_model
+from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
 from lora_dpo_jax.huggingface.weights import load_model, read_config
@@ -203,7 +204,7 @@ def _model_folders(config: GenerateConfig) -> tuple[Path, Path | None]:
 
 def _folder(setting: str, name_or_path: str) -> Path:
     try:
-        return local_folder(name_or_path)
+        return adapter_folder(local_folder(name_or_path))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{setting}: {error}") from error
 

@@ -10,7 +10,8 @@ import equinox as eqx
 import jax
 
 from lora_dpo_jax.generation import read_stop_ids
-from lora_dpo_jax.huggingface.adapters import load_adapter, read_adapter_config
+from lora_dpo_jax.huggingface.adapter_config import adapter_folder, read_adapter_config
+from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
 from lora_dpo_jax.huggingface.weights import load_model, read_config
@@ -44,7 +45,7 @@ def check_models(config: TrainConfig) -> None:
     read_config(folder)
     read_stop_ids(folder)
     if config.initialize_from_peft is not None:
-        read_adapter_config(folder_of("initialize_from_peft", config.initialize_from_peft, patterns=settings))
+        read_adapter_config(adapter_of("initialize_from_peft", config.initialize_from_peft, patterns=settings))
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
@@ -94,7 +95,7 @@ def lora_config(config: TrainConfig) -> LoraConfig:
     """The rank, scaling and targets of the given adapter if there is one, else those of `lora`."""
     if config.initialize_from_peft is None:
         return config.lora
-    given = read_adapter_config(folder_of("initialize_from_peft", config.initialize_from_peft))
+    given = read_adapter_config(adapter_of("initialize_from_peft", config.initialize_from_peft))
     return dataclasses.replace(given, dropout=config.lora.dropout)
 
 
@@ -114,9 +115,14 @@ def with_new_adapters(base: CausalLM, lora: LoraConfig, placement: Placement, *,
 
 def load_peft_adapter(base: Base, setting: str, name: str, placement: Placement) -> CausalLM:
     """The base with the adapter of the folder, URL or hub id that `setting` names."""
-    folder = folder_of(setting, name)
+    folder = adapter_of(setting, name)
     with placement.scope():
         return load_adapter(base.model, folder, mapping=placement.parameters, base_model=base.name)
+
+
+def adapter_of(setting: str, name: str, **options: Any) -> Path:
+    """The folder of an adapter, which may lie in the one that the setting names."""
+    return adapter_folder(folder_of(setting, name, **options))
 
 
 def folder_of(setting: str, name: str, **options: Any) -> Path:

@@ -18,7 +18,7 @@ from lora_dpo_jax.huggingface.digests import tensor_digests
 from lora_dpo_jax.lora import LoraConfig, trainable_filter
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.processes.exchange import refuse_differences
-from lora_dpo_jax.runs.base import Base, folder_of
+from lora_dpo_jax.runs.base import Base, adapter_of
 from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.runs.steps import Steps
 
@@ -35,7 +35,7 @@ def weights_identity(config: TrainConfig, base: Base) -> dict[str, Any]:
     memory = cache_folder(config.data.cache_dir) / "digests"
     adapter = None
     if config.reference_adapter is not None:
-        folder = folder_of("initialize_from_peft", config.reference_adapter)
+        folder = adapter_of("initialize_from_peft", config.reference_adapter)
         adapter = {
             "adapter_config.json": json.loads((folder / "adapter_config.json").read_text()),
             "files": tensor_digests(folder, "adapter_model", memory=memory),
