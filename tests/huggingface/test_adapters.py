@@ -148,6 +148,38 @@ def test_our_adapter_in_peft_gives_our_logits_as_does_the_merged_model(case, tmp
     np.testing.assert_allclose(ours, torch_logits(merged, TOKENS), rtol=0, atol=1e-4)
 
 
+PLAIN = {
+    "rslora": CASES["rslora"],
+    "patterns": (
+        "qwen2",
+        LoraConfig(
+            r=4, alpha=6.0, use_rslora=True, rank_pattern={"1.*q_proj": 2}, alpha_pattern={"v_proj": 3.0},
+            target_modules=["q_proj", "v_proj"],
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_plain_scaling_is_the_same_adapter_for_readers_of_lora_alpha_and_r_alone(case, tmp_path):
+    architecture, config = PLAIN[case]
+    model = with_random_adapters(plain_model(architecture), config)
+    save_adapter(model, tmp_path, base_model="base", config=config, peft_scaling="plain")
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert written["use_rslora"] is False
+    for layer in layer_adapters(model):
+        A, B = (tensors[f"base_model.model.{layer.name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
+        expected = layer.scaling * layer.tensors["lora_B.weight"] @ layer.tensors["lora_A.weight"]
+        # The scaling of a server that reads neither use_rslora nor the patterns.
+        np.testing.assert_allclose(written["lora_alpha"] / written["r"] * B @ A, expected, rtol=1e-5, atol=1e-6)
+    theirs = torch_logits(peft_model(tiny_folder(architecture), tmp_path), TOKENS)
+    np.testing.assert_allclose(logits(model, TOKENS), theirs, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        logits(load_adapter(plain_model(architecture), tmp_path), TOKENS), theirs, rtol=0, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize("case", [case for case, (_, config) in CASES.items() if not config.use_dora])
 def test_our_adapter_obeys_the_rules_of_vllm(case, tmp_path):
     architecture, config = CASES[case]

@@ -4,8 +4,10 @@ A tensor is called `base_model.model.<path of the layer>.<factor>`: `lora_A.weig
 {out, r}. Each kind of `Adapter` defines its factors.
 """
 
+import dataclasses
 import json
 import logging
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -90,6 +92,7 @@ def save_adapter(
     config: LoraConfig,
     revision: str | None = None,
     tokenizer: Any = None,
+    peft_scaling: str = "as_is",
     dtype: Any = np.float32,
     run: str | None = None,
     overwrite: bool = False,
@@ -98,12 +101,17 @@ def save_adapter(
 
     `base_model` is the folder, URL or hub id from which readers load the base, `revision` its revision on the hub.
     `tokenizer`, if given, is saved beside the adapters with its chat template. `config` is the config of the adapters;
-    but the target modules are those of the model. Every process of a run must call this; only the first one writes.
+    but the target modules are those of the model. `peft_scaling` as_is keeps these settings; plain writes the same
+    adapter so that lora_alpha / r is the scaling of every layer, and B has the rest of it. Every process of a run must
+    call this; only the first one writes.
     """
     _check_config(model, config)
     adapters, config = layer_adapters(model), config.as_written()
     if jax.process_index() != 0:
         return
+    if peft_scaling == "plain":
+        config = config.with_plain_scaling()
+        adapters = [_with_scaling(adapter, config.for_layer(adapter.name).scaling) for adapter in adapters]
     # PEFT may be able to adapt layers that we cannot adapt.
     names = [*_layer_names(model), *unadaptable_layers(model)]
     targets = explicit_targets([adapter.name for adapter in adapters], names)
@@ -177,6 +185,14 @@ def layer_adapters(model: CausalLM) -> list[LayerAdapter]:
             own = {key: of_layers[index][_within(factors[key], rank)] for key, of_layers in tensors.items()}
             found.append(LayerAdapter(name, adapter, rank, scaling, own))
     return found
+
+
+def _with_scaling(adapter: LayerAdapter, scaling: float) -> LayerAdapter:
+    """The same adapter under another scaling: what is left of its own is in B."""
+    if math.isclose(adapter.scaling, scaling, rel_tol=1e-9):
+        return dataclasses.replace(adapter, scaling=scaling)
+    B = adapter.tensors["lora_B.weight"] * np.float32(adapter.scaling / scaling)
+    return dataclasses.replace(adapter, scaling=scaling, tensors=adapter.tensors | {"lora_B.weight": B})
 
 
 def explicit_targets(targets: list[str], names: list[str]) -> list[str]:

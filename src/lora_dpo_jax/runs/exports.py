@@ -35,13 +35,14 @@ class Exports:
         overwrite: bool,
         num_steps: int,
         has_own_tokenizer: bool,
+        peft_scaling: str = "as_is",
     ):
         """`paths`: (setting, path) of each export. `run`: the id of the run, which may replace its own exports.
 
         `has_own_tokenizer`: the tokenizer of the run differs from the base's, so a merged model includes it.
         """
         self.paths, self.base, self.lora, self.num_steps = paths, base, lora, num_steps
-        self.has_own_tokenizer = has_own_tokenizer
+        self.has_own_tokenizer, self.peft_scaling = has_own_tokenizer, peft_scaling
         self.owner: Any = {"run": run, "overwrite": overwrite}
 
     def check_room(self, first_step: int, every: int | None) -> None:
@@ -75,6 +76,7 @@ class Exports:
             revision=self.base.revision,
             config=self.lora,
             tokenizer=self.base.tokenizer,
+            peft_scaling=self.peft_scaling,
             **self.owner,
         )
 
