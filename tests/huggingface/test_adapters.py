@@ -30,6 +30,7 @@ from lora_dpo_jax.huggingface.adapters import (
     read_adapter_config,
     save_adapter,
 )
+from lora_dpo_jax.huggingface.servers import PEFT, AdapterFiles, verdicts
 from lora_dpo_jax.huggingface.weights import save_merged
 from lora_dpo_jax.lora import LoraConfig, LoraLinear, linear_layers, merge_lora
 from lora_dpo_jax.models import CausalLM
@@ -555,6 +556,7 @@ WRAPPED = {
     "an older multimodal model": ("base_model.model.model.", "base_model.model.language_model.model."),
     "a bare AutoModel": ("model.model.", "model."),
     "the name of the adapter": (".weight", ".default.weight"),
+    "another name of the adapter": (".weight", ".policy.weight"),
     "no prefix": ("base_model.model.", ""),
 }
 
@@ -569,6 +571,23 @@ def test_names_of_another_class_mean_the_same_layers(case, saved):
         assert mine.name == theirs.name
         for name, tensor in theirs.tensors.items():
             np.testing.assert_array_equal(mine.tensors[name], tensor)
+
+
+@pytest.mark.parametrize(
+    "case", [*(case for case in WRAPPED if case != "the name of the adapter"), "targets elsewhere"]
+)
+def test_peft_does_nothing_with_what_is_said_to_do_nothing(case, saved):
+    if case in WRAPPED:
+        renamed_tensors(saved, lambda key: key.replace(*WRAPPED[case]))
+    else:
+        change_config(saved, target_modules=["k_proj"])
+    base = tiny_folder("llama2")
+    (verdict, *_) = verdicts(AdapterFiles.read(saved, base))
+    assert (verdict.server, verdict.outcome) == (PEFT, "loads and does nothing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says which tensors are missing
+        theirs = peft.PeftModel.from_pretrained(transformers_model(base), saved).eval()
+    np.testing.assert_array_equal(torch_logits(theirs, TOKENS), torch_logits(transformers_model(base), TOKENS))
 
 
 def test_a_regular_expression_for_a_wrapper_means_the_decoder(saved):
