@@ -149,6 +149,7 @@ def test_every_test_that_the_table_of_faults_names_is_there():
         "main.generate.GenerateConfig",
         "main.plan.PlanConfig",
         "main.check.CheckConfig",
+        "main.combine.CombineConfig",
     ],
 )
 def test_every_setting_is_in_the_configuration_reference(command):

@@ -527,6 +527,7 @@ def test_each_console_script_is_a_commands_entry_point():
     modules = {
         "lora-dpo": "__main__",
         "lora-dpo-check": "check",
+        "lora-dpo-combine": "combine",
         "lora-dpo-evaluate": "evaluate",
         "lora-dpo-generate": "generate",
         "lora-dpo-plan": "plan",

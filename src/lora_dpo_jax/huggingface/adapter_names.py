@@ -41,6 +41,12 @@ def written_names(keys: Iterable[str], layers: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def layers_of(keys: Iterable[str]) -> list[str]:
+    """The layers that the keys of a file are of, by their paths in a causal LM."""
+    cores = dict.fromkeys(_core(parts["layer"]) for key in keys if (parts := _FACTOR.fullmatch(key)))
+    return [core if core == "lm_head" else f"model.{core}" for core in cores]
+
+
 def matrix_copies(keys: Iterable[str]) -> dict[str, str]:
     """By key: "embed_tokens" or "lm_head", of those keys that are whole copies of these matrices of the base."""
     cores = {key: _core(found["layer"]) for key in keys if (found := _COPY.fullmatch(key))}
