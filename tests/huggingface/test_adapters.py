@@ -168,7 +168,8 @@ def test_plain_scaling_is_the_same_adapter_for_readers_of_lora_alpha_and_r_alone
     save_adapter(model, tmp_path, base_model="base", config=config, peft_scaling="plain")
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert written["use_rslora"] is False
+    assert (written["use_rslora"], written["rank_pattern"], written["alpha_pattern"]) == (False, {}, {})
+    assert {verdict.outcome for verdict in verdicts(AdapterFiles.read(tmp_path, None))} == {"acts"}
     for layer in layer_adapters(model):
         A, B = (tensors[f"base_model.model.{layer.name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
         expected = layer.scaling * layer.tensors["lora_B.weight"] @ layer.tensors["lora_A.weight"]

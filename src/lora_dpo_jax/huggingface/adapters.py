@@ -31,7 +31,7 @@ from lora_dpo_jax.huggingface.adapter_config import (
     read_peft,
     refused_modules,
 )
-from lora_dpo_jax.huggingface.adapter_names import key_of, matrix_copies, written_names
+from lora_dpo_jax.huggingface.adapter_names import PREFIX, key_of, matrix_copies, written_names
 from lora_dpo_jax.huggingface.folders import export_folder
 from lora_dpo_jax.huggingface.tensors import (
     LazyTensor,
@@ -42,6 +42,7 @@ from lora_dpo_jax.huggingface.tensors import (
     write_tensors,
 )
 from lora_dpo_jax.huggingface.tokenizers import save_tokenizer
+from lora_dpo_jax.huggingface.vocabulary import Enlargement
 from lora_dpo_jax.json_objects import JsonObject, is_texts
 from lora_dpo_jax.lora import (
     PEFT_SWITCHES,
@@ -93,6 +94,7 @@ def save_adapter(
     revision: str | None = None,
     tokenizer: Any = None,
     peft_scaling: str = "as_is",
+    enlargement: Enlargement | None = None,
     dtype: Any = np.float32,
     run: str | None = None,
     overwrite: bool = False,
@@ -100,18 +102,18 @@ def save_adapter(
     """Writes the adapters for `peft.PeftModel.from_pretrained`, to a path or a URL (see `export_folder`).
 
     `base_model` is the folder, URL or hub id from which readers load the base, `revision` its revision on the hub.
-    `tokenizer`, if given, is saved beside the adapters with its chat template. `config` is the config of the adapters;
-    but the target modules are those of the model. `peft_scaling` as_is keeps these settings; plain writes the same
-    adapter so that lora_alpha / r is the scaling of every layer, and B has the rest of it. Every process of a run must
-    call this; only the first one writes.
+    `tokenizer`, if given, is saved beside the adapters with its chat template; so are the matrices of `enlargement`.
+    `config` is the config of the adapters; but the target modules are those of the model. `peft_scaling` as_is keeps
+    these settings; plain writes the same adapter at one rank, with lora_alpha / r as the scaling of every layer and the
+    rest of it in B. Every process of a run must call this; only the first one writes.
     """
     _check_config(model, config)
     adapters, config = layer_adapters(model), config.as_written()
     if jax.process_index() != 0:
         return
     if peft_scaling == "plain":
-        config = config.with_plain_scaling()
-        adapters = [_with_scaling(adapter, config.for_layer(adapter.name).scaling) for adapter in adapters]
+        config = config.with_plain_scaling(max(adapter.rank for adapter in adapters))
+        adapters = [_at(adapter, config.r, config.scaling) for adapter in adapters]
     # PEFT may be able to adapt layers that we cannot adapt.
     names = [*_layer_names(model), *unadaptable_layers(model)]
     targets = explicit_targets([adapter.name for adapter in adapters], names)
@@ -120,6 +122,8 @@ def save_adapter(
         for adapter in adapters
         for factor, tensor in adapter.tensors.items()
     }
+    if enlargement is not None:
+        tensors |= {f"{PREFIX}{name}": matrix[()] for name, matrix in enlargement.matrices.items()}
     base = base_from_anywhere(base_model)
     with export_folder(folder, run=run, overwrite=overwrite) as exported:
         write_tensors(exported / f"{STEM}.safetensors", tensors)
@@ -187,12 +191,14 @@ def layer_adapters(model: CausalLM) -> list[LayerAdapter]:
     return found
 
 
-def _with_scaling(adapter: LayerAdapter, scaling: float) -> LayerAdapter:
-    """The same adapter under another scaling: what is left of its own is in B."""
-    if math.isclose(adapter.scaling, scaling, rel_tol=1e-9):
-        return dataclasses.replace(adapter, scaling=scaling)
-    B = adapter.tensors["lora_B.weight"] * np.float32(adapter.scaling / scaling)
-    return dataclasses.replace(adapter, scaling=scaling, tensors=adapter.tensors | {"lora_B.weight": B})
+def _at(adapter: LayerAdapter, rank: int, scaling: float) -> LayerAdapter:
+    """The same adapter at another rank, with zeros, and under another scaling: what is left of its own is in B."""
+    A, B = (adapter.tensors[f"lora_{side}.weight"] for side in "AB")
+    if not math.isclose(adapter.scaling, scaling, rel_tol=1e-9):
+        B = B * np.float32(adapter.scaling / scaling)
+    A, B = np.pad(A, [(0, rank - len(A)), (0, 0)]), np.pad(B, [(0, 0), (0, rank - B.shape[1])])
+    tensors = adapter.tensors | {"lora_A.weight": A, "lora_B.weight": B}
+    return dataclasses.replace(adapter, rank=rank, scaling=scaling, tensors=tensors)
 
 
 def explicit_targets(targets: list[str], names: list[str]) -> list[str]:
@@ -318,8 +324,7 @@ def _how_it_differs(tensors: TensorFiles, key: str, ours: tuple[int, ...]) -> st
     if theirs[0] > ours[0] and theirs[1:] == ours[1:]:
         return (
             f"has {theirs[0]} rows, and the model has {ours[0]}: the vocabulary was enlarged before the adapter was "
-            "trained. Give a base with these rows: resize_token_embeddings, PeftModel.from_pretrained and "
-            "unload().save_pretrained(FOLDER) write it"
+            "trained. Load the base with huggingface.vocabulary.read_enlargement, as the commands do"
         )
     return (
         "is not the model's, so the adapter was trained on another base, or with this matrix; PEFT's merge_and_unload "

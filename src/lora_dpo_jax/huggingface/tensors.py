@@ -139,10 +139,11 @@ class TensorFiles:
             raise FileNotFoundError(f"{folder}: neither {self._single} nor {self._index} {instead(folder, stem)}")
         self._file_of = file_of
         self._name_in_file: dict[str, str] = {}  # of renamed tensors
+        self._elsewhere: Mapping[str, LazyTensor] = {}
 
     @property
     def names(self) -> list[str]:
-        return list(self._file_of)
+        return list(dict.fromkeys([*self._file_of, *self._elsewhere]))
 
     @property
     def files(self) -> list[Path]:
@@ -157,6 +158,12 @@ class TensorFiles:
         other._name_in_file = {names.get(name, name): self._name_in_file.get(name, name) for name in self._file_of}
         return other
 
+    def replaced(self, tensors: Mapping[str, LazyTensor]) -> "TensorFiles":
+        """The same files, with these tensors of other files in the place of those of their names, or beside them."""
+        other = copy.copy(self)
+        other._elsewhere = {**self._elsewhere, **tensors}
+        return other
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.info(name).shape
 
@@ -164,6 +171,8 @@ class TensorFiles:
         return self.view(name).info
 
     def view(self, name: str) -> LazyTensor:
+        if name in self._elsewhere:
+            return self._elsewhere[name]
         file, name = self._file_of[name], self._name_in_file.get(name, name)
         tensors = self._tensors_of(file)
         if name not in tensors:

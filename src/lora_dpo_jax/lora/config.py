@@ -88,11 +88,10 @@ class LoraConfig:
             alpha_pattern={key: factor * alpha for key, alpha in self.alpha_pattern.items()},
         )
 
-    def with_plain_scaling(self) -> Self:
-        """The settings whose scaling is that of `self` without patterns, as alpha / r, for layers of any rank."""
-        ranks = self.rank_pattern.items()
-        alphas = {key: self.scaling * rank for key, rank in ranks}
-        return dataclasses.replace(self, use_rslora=False, alpha=self.scaling * self.r, alpha_pattern=alphas)
+    def with_plain_scaling(self, rank: int) -> Self:
+        """The settings of one rank for all layers, whose scaling is that of `self` without patterns, as alpha / r."""
+        alpha = self.scaling * rank
+        return dataclasses.replace(self, use_rslora=False, r=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     def for_layer(self, name: str) -> Self:
         """The settings of the layer with this dotted path: the same rank and alpha for all layers."""

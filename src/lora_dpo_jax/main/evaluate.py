@@ -70,7 +70,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     placement = placement_of(config)
     data = load_data(config)
     pairs = _pairs(config, data)
-    base = load_base(config, data.tokenizer, placement)
+    base = load_base(config, data.tokenizer, placement, adapter=config.adapter)
     refuse_unfit_data(config.preference_loss, pairs)
     policy, reference, summary = _score(config, base, pairs, placement)
     if is_first_process():

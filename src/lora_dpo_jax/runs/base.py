@@ -14,7 +14,8 @@ from lora_dpo_jax.huggingface.adapter_config import adapter_folder, read_adapter
 from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
-from lora_dpo_jax.huggingface.weights import load_model, read_config
+from lora_dpo_jax.huggingface.vocabulary import Enlargement, read_enlargement
+from lora_dpo_jax.huggingface.weights import NOT_ENLARGED, load_model, read_config
 from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter, with_dropout
 from lora_dpo_jax.models import CausalLM, DecoderConfig
 from lora_dpo_jax.runs.config import ModelConfig, TrainConfig
@@ -35,6 +36,7 @@ class Base:
     config: DecoderConfig
     model: CausalLM
     tokenizer: Any  # in training, with the chat template of the rows
+    enlargement: Enlargement = NOT_ENLARGED  # of its vocabulary, by the given adapter
 
 
 def check_models(config: TrainConfig) -> None:
@@ -61,10 +63,18 @@ def load_tokenizer(config: TrainConfig) -> Any:
         raise ValueError(f"{error}. Fix it, or set data.tokenizer") from error
 
 
-def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base:
-    """Reads the weights of `initialize_from_hf` to their devices, in the dtype that `config.model` asks for."""
+def load_base(config: TrainConfig, tokenizer: Any, placement: Placement, *, adapter: str | None = None) -> Base:
+    """Reads the weights of `initialize_from_hf` to their devices, in the dtype that `config.model` asks for.
+
+    Its vocabulary is that of initialize_from_peft, or else of `adapter`, if that was enlarged.
+    """
     folder = folder_of("initialize_from_hf", config.initialize_from_hf, revision=config.hf_revision)
     decoder = read_config(folder)
+    enlargement = NOT_ENLARGED
+    for setting, name in (("adapter", adapter), ("initialize_from_peft", config.initialize_from_peft)):
+        if name is not None:
+            enlargement = read_enlargement(adapter_of(setting, name), folder, decoder) or enlargement
+    decoder = enlargement.config(decoder)
     _check_lengths(config.train_seq_len, decoder)
     if len(tokenizer) > decoder.vocab_size:
         raise ValueError(
@@ -72,12 +82,18 @@ def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base
             f"{decoder.vocab_size}: set data.tokenizer to the model's own"
         )
     compute_dtype = config.trainer.precision.compute_dtype
-    model = load_weights(folder, decoder, config.model, placement, compute_dtype=compute_dtype)
-    return Base(config.initialize_from_hf, config.hf_revision, folder, decoder, model, tokenizer)
+    model = load_weights(folder, decoder, config.model, placement, compute_dtype=compute_dtype, enlargement=enlargement)
+    return Base(config.initialize_from_hf, config.hf_revision, folder, decoder, model, tokenizer, enlargement)
 
 
 def load_weights(
-    folder: Path, decoder: DecoderConfig, settings: ModelConfig, placement: Placement, *, compute_dtype: Any
+    folder: Path,
+    decoder: DecoderConfig,
+    settings: ModelConfig,
+    placement: Placement,
+    *,
+    compute_dtype: Any,
+    enlargement: Enlargement = NOT_ENLARGED,
 ) -> CausalLM:
     """Reads the weights of a model's folder to their devices, held as `settings` ask."""
     with placement.scope():
@@ -88,6 +104,7 @@ def load_weights(
             compute=settings.compute,
             mapping=placement.parameters,
             quantization=settings.quantization,
+            enlargement=enlargement,
         )
 
 

@@ -77,13 +77,15 @@ class Exports:
             config=self.lora,
             tokenizer=self.base.tokenizer,
             peft_scaling=self.peft_scaling,
+            enlargement=self.base.enlargement,
             **self.owner,
         )
 
     def _save_merged(self, model: CausalLM, target: str) -> None:
         # Without a tokenizer of the run's own, the base's files stay as they are.
         tokenizer = self.base.tokenizer if self.has_own_tokenizer else None
-        save_merged(model, self.base.folder, target, tokenizer=tokenizer, **self.owner)
+        enlargement = self.base.enlargement
+        save_merged(model, self.base.folder, target, tokenizer=tokenizer, enlargement=enlargement, **self.owner)
 
 
 def has_own_tokenizer(data: PreferenceDataConfig) -> bool:

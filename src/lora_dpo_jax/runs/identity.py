@@ -40,7 +40,9 @@ def weights_identity(config: TrainConfig, base: Base) -> dict[str, Any]:
             "adapter_config.json": json.loads((folder / "adapter_config.json").read_text()),
             "files": tensor_digests(folder, "adapter_model", memory=memory),
         }
+    enlarged_by = base.enlargement.adapter
     return {
+        **({"vocabulary": tensor_digests(enlarged_by, "adapter_model", memory=memory)} if enlarged_by else {}),
         "config.json": json.loads((base.folder / "config.json").read_text()),
         "files": tensor_digests(base.folder, memory=memory),
         "adapter": adapter,
