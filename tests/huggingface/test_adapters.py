@@ -332,22 +332,13 @@ PEFT_CASES = {
             use_rslora=True,
         ),
     ),
-    "dora": (
-        "qwen2",
-        dict(r=4, use_dora=True, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 2]),
-    ),
     "dora_of_different_ranks": (
         "qwen3",
         dict(r=4, use_dora=True, use_rslora=True, target_modules=["v_proj", "lm_head"], rank_pattern={"1.*v_proj": 2}),
     ),
     "pissa": ("qwen2", dict(r=4, init_lora_weights="pissa", target_modules=["o_proj"], rank_pattern={"1.*": 2})),
-    "olora": ("mistral", dict(r=4, init_lora_weights="olora", target_modules=["q_proj"], use_rslora=True)),
-    "orthogonal": ("llama2", dict(r=4, init_lora_weights="orthogonal", target_modules=["k_proj"])),
-    "layers_pattern": (
-        "qwen2",
-        dict(r=4, target_modules=["q_proj", "lm_head"], layers_to_transform=1, layers_pattern="layers"),
-    ),
     "gaussian": ("llama2", dict(r=4, init_lora_weights="gaussian", target_modules=["k_proj"])),
+    "olora": ("mistral", dict(r=4, init_lora_weights="olora", target_modules=["q_proj"], use_rslora=True)),
 }
 
 

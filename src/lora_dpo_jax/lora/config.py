@@ -42,7 +42,7 @@ class LoraConfig:
     layers_pattern: list[str] | str | None = None  # the name before a layer's number, such as layers; null means any
     zero_init_b: bool = True  # with a_init random: B starts at zero. Training always sets it to true
     # What A and B start from: docs/adapters.md. random: A Kaiming-uniform, B zero. zero: A zero, B random.
-    a_init: Literal["random", "zero", "gaussian", "orthogonal", "pissa", "olora"] = "random"
+    a_init: Literal["random", "zero", "gaussian", "orthogonal", "pissa", "olora", "eva"] = "random"
 
     def __post_init__(self):
         if self.r < 1:

@@ -122,12 +122,12 @@ def load_policy(config: TrainConfig, lora: LoraConfig, base: Base, placement: Pl
     if config.initialize_from_peft is None:
         return with_new_adapters(base.model, lora, placement, dtype=dtype, key=key)
     model = load_peft_adapter(base, "initialize_from_peft", config.initialize_from_peft, placement)
-    return _placed_adapters(with_dropout(model, lora.dropout), placement, dtype)
+    return placed_adapters(with_dropout(model, lora.dropout), placement, dtype)
 
 
 def with_new_adapters(base: CausalLM, lora: LoraConfig, placement: Placement, *, dtype: Any, key) -> CausalLM:
     """The model with new adapters on their devices, in `dtype`."""
-    return _placed_adapters(loraize(base, lora, key=key), placement, dtype)
+    return placed_adapters(loraize(base, lora, key=key), placement, dtype)
 
 
 def load_peft_adapter(base: Base, setting: str, name: str, placement: Placement) -> CausalLM:
@@ -150,7 +150,8 @@ def folder_of(setting: str, name: str, **options: Any) -> Path:
         raise FileNotFoundError(f"{setting}: {error}") from error
 
 
-def _placed_adapters(model: CausalLM, placement: Placement, dtype: Any) -> CausalLM:
+def placed_adapters(model: CausalLM, placement: Placement, dtype: Any) -> CausalLM:
+    """The model with its adapters on their devices, in `dtype`."""
     adapters, weights = eqx.partition(model, trainable_filter(model))
     adapters = placement.put_parameters(jax.tree.map(lambda x: x.astype(dtype), adapters))
     return eqx.combine(adapters, weights)

@@ -49,7 +49,8 @@ class TrainState(eqx.Module):
 
     def with_trained(self, trained: dict[str, Any]) -> "TrainState":
         """This state with `trained` in place of its trained part."""
-        model = eqx.combine(trained["adapters"], trained.get("constants"), self.model)
+        constants = [trained["constants"]] if "constants" in trained else []
+        model = eqx.combine(trained["adapters"], *constants, self.model)
         return TrainState(trained["step"], trained["skipped"], model, trained["optimizer"], self.key, self.reference)
 
 
