@@ -256,7 +256,8 @@ def _check_tensors(
     }
     needed = [key_of(name, factor) for name in sorted(targets) for factor in factors[name]]
     settings = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
-    settings |= {"layers_to_transform": config.layers_to_transform}
+    settings |= {"layers_to_transform": config.layers_to_transform, "layers_pattern": config.layers_pattern}
+    settings |= {"use_dora": config.use_dora or None}
     chosen = ", ".join(f"{key}={value!r}" for key, value in settings.items() if value is not None)
     asked = f"{CONFIG}'s {chosen or 'target_modules=null'} names {abridged(sorted(targets)) or 'none'}"
     if missing := [key for key in needed if key not in tensors.names]:
@@ -290,7 +291,8 @@ def _tensor(tensors: TensorFiles, key: str, shape: tuple[int, ...]) -> LazyTenso
     info = tensors.info(key)
     if info.shape != shape:
         raise MisfitError(
-            f"{tensors.folder}: tensor {key} has shape {info.shape}; the model and {CONFIG}'s r need {shape}"
+            f"{tensors.folder}: tensor {key} has shape {info.shape}; the model and {CONFIG}'s r and rank_pattern need "
+            f"{shape}"
         )
     if not info.is_float:
         raise ValueError(f"{tensors.folder}: tensor {key} holds {info.dtype}; needed: floating-point numbers")
