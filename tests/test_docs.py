@@ -143,7 +143,14 @@ def test_every_test_that_the_table_of_faults_names_is_there():
 
 @pytest.mark.parametrize(
     "command",
-    ["runs.config.TrainConfig", "main.evaluate.EvaluateConfig", "main.generate.GenerateConfig", "main.plan.PlanConfig"],
+    [
+        "runs.config.TrainConfig",
+        "main.evaluate.EvaluateConfig",
+        "main.generate.GenerateConfig",
+        "main.plan.PlanConfig",
+        "main.check.CheckConfig",
+        "main.combine.CombineConfig",
+    ],
 )
 def test_every_setting_is_in_the_configuration_reference(command):
     from lora_dpo_jax.settings.schema import settings_of

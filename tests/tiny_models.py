@@ -25,8 +25,9 @@ import transformers
 from chat_templates import CHATML
 from haliax import Axis
 
+from lora_dpo_jax.axes import RANK
 from lora_dpo_jax.huggingface.weights import load_model, read_config
-from lora_dpo_jax.lora import LoraConfig, LoraLinear, loraize, map_linear_layers
+from lora_dpo_jax.lora import Adapter, LoraConfig, loraize, map_linear_layers
 from lora_dpo_jax.models import CausalLM, ComputeConfig, PackedMask
 
 HIDDEN, VOCAB, LAYERS = 32, 104, 3
@@ -160,14 +161,24 @@ def with_random_adapters(model: CausalLM, config: LoraConfig, *, seed: int = 0) 
     """Adapters whose product is not zero, of values so coarse that float32 sums of their products are exact."""
     rng = np.random.default_rng(seed)
 
-    def coarse(shape: tuple[int, ...]) -> jax.Array:
-        return jnp.asarray(rng.integers(-3, 4, shape) / 8, dtype=jnp.float32)
+    def coarse(array: hax.NamedArray) -> hax.NamedArray:
+        return hax.named(jnp.asarray(rng.integers(-3, 4, array.array.shape) / 8, dtype=jnp.float32), array.axes)
 
-    def randomize(linear: Any, _: list[str]) -> Any:
-        if not isinstance(linear, LoraLinear):
-            return linear
-        factors = [coarse(linear.lora_A.array.shape), coarse(linear.lora_B.array.shape)]
-        return eqx.tree_at(lambda node: [node.lora_A.array, node.lora_B.array], linear, factors)
+    def randomize(adapter: Any, _: list[str]) -> Any:
+        if not isinstance(adapter, Adapter):
+            return adapter
+        arrays = {}
+        for name, factor in adapter.factors.items():
+            array = coarse(factor.array)
+            if (RANK,) not in factor.side_names:
+                array = factor.array * (1 + array)  # the magnitudes of DoRA
+            elif adapter.by_layer is not None:  # a layer has nothing beyond its own rank
+                stack = adapter.by_layer.scaling.axes
+                ranks = hax.named(np.reshape(adapter.by_layer.ranks, [axis.size for axis in stack]), stack)
+                within = hax.arange(array.resolve_axis(RANK)).broadcast_axis(stack) < ranks
+                array = (array * within).rearrange(array.axes)
+            arrays[name] = array
+        return eqx.tree_at(lambda node: [node.factors[name].array for name in arrays], adapter, [*arrays.values()])
 
     return map_linear_layers(randomize, loraize(model, config, key=jax.random.key(seed)))
 

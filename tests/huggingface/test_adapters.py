@@ -30,6 +30,7 @@ from lora_dpo_jax.huggingface.adapters import (
     read_adapter_config,
     save_adapter,
 )
+from lora_dpo_jax.huggingface.servers import PEFT, AdapterFiles, verdicts
 from lora_dpo_jax.huggingface.weights import save_merged
 from lora_dpo_jax.lora import LoraConfig, LoraLinear, linear_layers, merge_lora
 from lora_dpo_jax.models import CausalLM
@@ -46,6 +47,22 @@ CASES = {
     "rslora": ("llama_biases", LoraConfig(r=4, alpha=6.0, use_rslora=True, target_modules=["q_proj", "v_proj"])),
     "lm_head": ("qwen3", LoraConfig(r=3, alpha=4.5, target_modules=["o_proj", "lm_head"])),
     "some_layers": ("mistral", LoraConfig(r=4, alpha=8.0, target_modules=SUBSET)),
+    "patterns": (
+        "qwen2",
+        LoraConfig(
+            r=4,
+            alpha=8.0,
+            rank_pattern={r"layers\.1\.self_attn\.q_proj": 6, "v_proj": 2, "q_proj": 3},
+            alpha_pattern={"layers.[12].*proj": 4.5},
+            layers_to_transform=[0, 1],
+            target_modules=["q_proj", "v_proj", "up_proj", "model.layers.2.mlp.down_proj"],
+        ),
+    ),
+    "dora": ("qwen2", LoraConfig(r=4, alpha=8.0, use_dora=True, rank_pattern={"2.self_attn.q_proj": 3})),
+    "pissa": (
+        "llama_biases",
+        LoraConfig(r=4, alpha=6.0, a_init="pissa", use_rslora=True, target_modules=["q_proj"], rank_pattern={"1.*": 2}),
+    ),
     "all_but_excluded": ("qwen2", LoraConfig(r=4, alpha=8.0, exclude_modules=["down_proj", "1.self_attn.k_proj"])),
 }
 
@@ -95,8 +112,8 @@ def refusals_of_vllm(folder: Path) -> list[str]:
     """What vLLM would refuse in an adapter, by the rules in its lora/peft_helper.py and lora/lora_model.py."""
     config = json.loads((folder / "adapter_config.json").read_text())
     refusals = [f"no {key}" for key in ("r", "lora_alpha", "target_modules") if not config.get(key)]
-    refusals += [key for key in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern") if config.get(key)]
-    if config["r"] > 512:
+    refusals += [key for key in ("modules_to_save", "use_dora") if config.get(key)]
+    if max(config["r"], *config["rank_pattern"].values(), 0) > 512:
         refusals.append("r")
     if config.get("bias", "none") != "none":
         refusals.append("bias")
@@ -132,7 +149,40 @@ def test_our_adapter_in_peft_gives_our_logits_as_does_the_merged_model(case, tmp
     np.testing.assert_allclose(ours, torch_logits(merged, TOKENS), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
+PLAIN = {
+    "rslora": CASES["rslora"],
+    "patterns": (
+        "qwen2",
+        LoraConfig(
+            r=4, alpha=6.0, use_rslora=True, rank_pattern={"1.*q_proj": 2}, alpha_pattern={"v_proj": 3.0},
+            target_modules=["q_proj", "v_proj"],
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_plain_scaling_is_the_same_adapter_for_readers_of_lora_alpha_and_r_alone(case, tmp_path):
+    architecture, config = PLAIN[case]
+    model = with_random_adapters(plain_model(architecture), config)
+    save_adapter(model, tmp_path, base_model="base", config=config, peft_scaling="plain")
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert (written["use_rslora"], written["rank_pattern"], written["alpha_pattern"]) == (False, {}, {})
+    assert {verdict.outcome for verdict in verdicts(AdapterFiles.read(tmp_path, None))} == {"acts"}
+    for layer in layer_adapters(model):
+        A, B = (tensors[f"base_model.model.{layer.name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
+        expected = layer.scaling * layer.tensors["lora_B.weight"] @ layer.tensors["lora_A.weight"]
+        # The scaling of a server that reads neither use_rslora nor the patterns.
+        np.testing.assert_allclose(written["lora_alpha"] / written["r"] * B @ A, expected, rtol=1e-5, atol=1e-6)
+    theirs = torch_logits(peft_model(tiny_folder(architecture), tmp_path), TOKENS)
+    np.testing.assert_allclose(logits(model, TOKENS), theirs, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        logits(load_adapter(plain_model(architecture), tmp_path), TOKENS), theirs, rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("case", [case for case, (_, config) in CASES.items() if not config.use_dora])
 def test_our_adapter_obeys_the_rules_of_vllm(case, tmp_path):
     architecture, config = CASES[case]
     save_adapter(
@@ -170,12 +220,15 @@ def test_saving_then_loading_is_the_identity(case, tmp_path):
 
     for ours, theirs in zip(layer_adapters(model), layer_adapters(loaded), strict=True):
         assert (ours.name, ours.adapter.scaling) == (theirs.name, theirs.adapter.scaling)
-        assert ours.tensors.keys() == theirs.tensors.keys() == {"lora_A.weight", "lora_B.weight"}
+        magnitude = {"lora_magnitude_vector"} if config.use_dora else set()
+        assert ours.tensors.keys() == theirs.tensors.keys() == {"lora_A.weight", "lora_B.weight"} | magnitude
         for name, tensor in ours.tensors.items():
             np.testing.assert_array_equal(tensor, theirs.tensors[name])
     np.testing.assert_array_equal(logits(model, TOKENS), logits(loaded, TOKENS))
     read = read_adapter_config(tmp_path / "adapter")
-    assert (read.r, read.alpha, read.use_rslora) == (config.r, config.alpha, config.use_rslora)
+    for layer in layer_adapters(loaded):
+        theirs, asked = read.for_layer(layer.name), config.as_written().for_layer(layer.name)
+        assert (theirs.r, theirs.alpha, theirs.use_rslora) == (asked.r, asked.alpha, asked.use_rslora)
 
 
 def test_the_settings_are_those_of_peft(tmp_path):
@@ -269,7 +322,23 @@ PEFT_CASES = {
     "excluded": ("qwen2", dict(r=4, target_modules=["q_proj", "down_proj"], exclude_modules=r".*\.1\..*")),
     "some_layers": ("qwen2", dict(r=4, target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 2])),
     "default_targets": ("llama2", dict(r=4)),
+    "rank_pattern": (
+        "mistral",
+        dict(
+            r=4,
+            target_modules=["q_proj", "v_proj", "down_proj"],
+            rank_pattern={r"layers\.(0|2)\.self_attn\.q_proj": 7, "q_proj": 2, "v_proj": 5},
+            alpha_pattern={"1.self_attn.q_proj": 32, "down_proj": 2},
+            use_rslora=True,
+        ),
+    ),
+    "dora_of_different_ranks": (
+        "qwen3",
+        dict(r=4, use_dora=True, use_rslora=True, target_modules=["v_proj", "lm_head"], rank_pattern={"1.*v_proj": 2}),
+    ),
+    "pissa": ("qwen2", dict(r=4, init_lora_weights="pissa", target_modules=["o_proj"], rank_pattern={"1.*": 2})),
     "gaussian": ("llama2", dict(r=4, init_lora_weights="gaussian", target_modules=["k_proj"])),
+    "olora": ("mistral", dict(r=4, init_lora_weights="olora", target_modules=["q_proj"], use_rslora=True)),
 }
 
 
@@ -279,6 +348,25 @@ def test_an_adapter_made_by_peft_gives_its_logits_in_our_model(case, tmp_path):
     theirs = saved_by_peft(architecture, tmp_path, **settings)
     ours = load_adapter(plain_model(architecture), tmp_path)
     np.testing.assert_allclose(logits(ours, TOKENS), torch_logits(theirs, TOKENS), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("a_init", ["pissa", "olora"])
+def test_an_adapter_that_peft_converted_gives_its_logits(a_init, tmp_path):
+    config = peft.LoraConfig(r=4, init_lora_weights=a_init, target_modules=["v_proj"], task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(transformers_model(tiny_folder("llama2")), config).eval()
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "initial")
+    theirs.peft_config["default"].init_lora_weights = a_init
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.3)
+    expected = torch_logits(theirs, TOKENS)
+    with warnings.catch_warnings():  # PEFT's own advice, to do what is done here
+        warnings.filterwarnings("ignore", message="(PiSSA|OLoRA) changes the base weights")
+        theirs.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    ours = load_adapter(plain_model("llama2"), tmp_path / "plain")
+    np.testing.assert_allclose(logits(ours, TOKENS), expected, rtol=0, atol=1e-4)
 
 
 def test_an_adapter_goes_to_peft_and_back_unchanged(tmp_path):
@@ -324,7 +412,7 @@ B_KEY = A_KEY.replace("lora_A", "lora_B")
         (lambda t: t.update({A_KEY.replace("layers.1", "layers.7"): t[A_KEY]}), r"no place: .*layers\.7\."),
         (
             lambda t: t.update({"base_model.model.lm_head.weight": t[A_KEY]}),
-            "no place: base_model.model.lm_head.weight",
+            "no place: base_model.model.lm_head.weight is not the model's",
         ),
         (lambda t: t.update({B_KEY.replace("weight", "bias"): t[A_KEY]}), "no place: .*lora_B.bias"),
     ],
@@ -341,19 +429,15 @@ def test_tensors_that_do_not_fit_are_errors_that_name_them(saved, change, says):
     [
         {"peft_type": "LOHA"},
         {"task_type": "SEQ_CLS"},
-        {"use_dora": True},
         {"bias": "all"},
         {"lora_bias": True},
-        {"rank_pattern": {"q_proj": 2}},
-        {"alpha_pattern": {"q_proj": 2}},
+        {"layers_to_transform": [-1]},
         {"modules_to_save": ["lm_head"]},
         {"fan_in_fan_out": True},
         {"layer_replication": [[0, 2]]},
         {"target_parameters": ["mlp.experts"]},
         {"trainable_token_indices": [1]},
-        {"init_lora_weights": "pissa"},
         {"init_lora_weights": "pissa_niter_4"},
-        {"init_lora_weights": "olora"},
         {"init_lora_weights": "loftq"},
         {"alora_invocation_tokens": [1, 2]},
         {"something_new": 1},
@@ -364,6 +448,23 @@ def test_settings_that_compute_something_else_are_errors_that_name_them(saved, s
     change_config(saved, **setting)
     ((key, value),) = setting.items()
     with pytest.raises(ValueError, match=f"adapter_config.json: {key}={value!r}".replace("[", r"\[")):
+        load_adapter(plain_model("llama2"), saved)
+
+
+@pytest.mark.parametrize(
+    "setting, says",
+    [
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: q_proj=0 must be a whole number from 1"),
+        ({"rank_pattern": {"(": 2}}, r"rank_pattern: '\('=2 is the value of a key that is no regular expression"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern: q_proj='8' must be a number above 0"),
+        ({"alpha_pattern": ["q_proj"]}, r"alpha_pattern=\['q_proj'\] must be an object"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": 1}, "layers_to_transform=1 needs a list in target_mod"),
+        ({"rank_pattern": {"q_proj": 2}}, r"has shape \(4, 32\); .* need \(2, 32\)"),
+    ],
+)
+def test_patterns_of_no_sense_are_errors_that_name_them(saved, setting, says):
+    change_config(saved, **setting)
+    with pytest.raises(ValueError, match=says):
         load_adapter(plain_model("llama2"), saved)
 
 
@@ -428,12 +529,124 @@ def test_an_adapter_of_whole_numbers_is_refused(saved):
         load_adapter(plain_model("llama2"), saved)
 
 
-def test_a_folder_around_an_adapter_names_the_one_within(saved, tmp_path):
+def test_an_adapter_one_folder_down_is_found_unless_there_are_two(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "outer" / "policy")
-    with pytest.raises(
-        FileNotFoundError, match=r"adapter_config\.json is missing; its subfolders policy hold adapters"
-    ):
+    ours = load_adapter(plain_model("llama2"), tmp_path / "outer")
+    np.testing.assert_array_equal(logits(ours, TOKENS), logits(load_adapter(plain_model("llama2"), saved), TOKENS))
+    shutil.copytree(tmp_path / "outer" / "policy", tmp_path / "outer" / "reference")
+    with pytest.raises(FileNotFoundError, match=r"is missing; its subfolders policy, reference hold adapters"):
         load_adapter(plain_model("llama2"), tmp_path / "outer")
+
+
+def renamed_tensors(folder: Path, rename) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({rename(key): value for key, value in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+WRAPPED = {
+    "a multimodal model": ("model.model.", "model.model.language_model."),
+    "an older multimodal model": ("base_model.model.model.", "base_model.model.language_model.model."),
+    "a bare AutoModel": ("model.model.", "model."),
+    "the name of the adapter": (".weight", ".default.weight"),
+    "another name of the adapter": (".weight", ".policy.weight"),
+    "no prefix": ("base_model.model.", ""),
+}
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_names_of_another_class_mean_the_same_layers(case, saved):
+    wrapped = ["model.language_model.layers.1.self_attn.q_proj", "0.self_attn.q_proj", "2.self_attn.q_proj"]
+    change_config(saved, target_modules=[*wrapped, "v_proj"])
+    expected = layer_adapters(load_adapter(plain_model("llama2"), saved))
+    renamed_tensors(saved, lambda key: key.replace(*WRAPPED[case]))
+    for mine, theirs in zip(layer_adapters(load_adapter(plain_model("llama2"), saved)), expected, strict=True):
+        assert mine.name == theirs.name
+        for name, tensor in theirs.tensors.items():
+            np.testing.assert_array_equal(mine.tensors[name], tensor)
+
+
+@pytest.mark.parametrize(
+    "case", [*(case for case in WRAPPED if case != "the name of the adapter"), "targets elsewhere"]
+)
+def test_peft_does_nothing_with_what_is_said_to_do_nothing(case, saved):
+    if case in WRAPPED:
+        renamed_tensors(saved, lambda key: key.replace(*WRAPPED[case]))
+    else:
+        change_config(saved, target_modules=["k_proj"])
+    base = tiny_folder("llama2")
+    (verdict, *_) = verdicts(AdapterFiles.read(saved, base))
+    assert (verdict.server, verdict.outcome) == (PEFT, "loads and does nothing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says which tensors are missing
+        theirs = peft.PeftModel.from_pretrained(transformers_model(base), saved).eval()
+    np.testing.assert_array_equal(torch_logits(theirs, TOKENS), torch_logits(transformers_model(base), TOKENS))
+
+
+def test_a_regular_expression_for_a_wrapper_means_the_decoder(saved):
+    change_config(saved, target_modules=r"model\.language_model\.layers\.\d+\.self_attn\.(q|v)_proj")
+    load_adapter(plain_model("llama2"), saved)
+
+
+def test_two_tensors_of_one_meaning_are_refused(saved):
+    change_tensors(saved, lambda t: t.update({A_KEY.replace(".weight", ".default.weight"): t[A_KEY]}))
+    with pytest.raises(ValueError, match=f"both .* are {A_KEY}"):
+        load_adapter(plain_model("llama2"), saved)
+
+
+EMBEDDING = "base_model.model.model.embed_tokens.weight"
+
+
+def stored(folder: Path, architecture: str = "llama2", change=lambda t: None, **settings) -> Path:
+    """An adapter beside which PEFT stored embedding and head."""
+    model = peft.get_peft_model(
+        transformers_model(tiny_folder(architecture)), peft.LoraConfig(r=2, target_modules=["q_proj"], **settings)
+    )
+    model.save_pretrained(folder, save_embedding_layers=True)
+    change_tensors(folder, change)
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ["llama2", "smollm2"])
+def test_an_embedding_and_a_head_that_are_the_bases_are_left_out(architecture, tmp_path):
+    stored(tmp_path, architecture)
+    assert EMBEDDING in load_file(tmp_path / "adapter_model.safetensors")
+    assert len(layer_adapters(load_adapter(plain_model(architecture), tmp_path))) == 3
+    if architecture == "llama2":
+        stored(tmp_path / "saved", architecture, modules_to_save=["embed_tokens"])
+        load_adapter(plain_model(architecture), tmp_path / "saved")
+
+
+def test_other_embeddings_are_refused_with_their_names_and_the_reason(tmp_path):
+    stored(tmp_path / "a", change=lambda t: t.update({EMBEDDING: t[EMBEDDING] + 1}))
+    with pytest.raises(ValueError, match=f"no place: {EMBEDDING} is not the model's, so the adapter was trained on"):
+        load_adapter(plain_model("llama2"), tmp_path / "a")
+    stored(tmp_path / "b", change=lambda t: t.update({EMBEDDING: np.pad(t[EMBEDDING], [(0, 2), (0, 0)])}))
+    with pytest.raises(ValueError, match=f"{EMBEDDING} has 106 rows, and the model has 104: the voc"):
+        load_adapter(plain_model("llama2"), tmp_path / "b")
+    trained = EMBEDDING.replace("weight", "modules_to_save.weight")
+    stored(tmp_path / "c", change=lambda t: t.update({trained: t[trained] + 1}), modules_to_save=["embed_tokens"])
+    with pytest.raises(
+        ValueError, match=f"modules_to_save=.* whole layers were trained.*; not as in the base: {trained}"
+    ):
+        load_adapter(plain_model("llama2"), tmp_path / "c")
+
+
+def test_what_is_refused_names_its_tensors(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[4, 5])
+    peft.get_peft_model(transformers_model(tiny_folder("llama2")), config).save_pretrained(tmp_path)
+    delta = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    with pytest.raises(ValueError, match=rf"trainable_token_indices=\[4, 5\] .*: rows of the embedding .*{delta}"):
+        read_adapter_config(tmp_path)
+
+
+def test_settings_of_eva_do_not_matter(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="eva", eva_config=peft.EvaConfig())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT: eva without data
+        theirs = peft.get_peft_model(transformers_model(tiny_folder("llama2")), config).eval()
+    theirs.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["eva_config"]
+    load_adapter(plain_model("llama2"), tmp_path)
 
 
 def test_a_model_in_the_place_of_an_adapter_says_where_it_belongs():

@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 from tiny_models import ARCHITECTURES, load, tiny_folder, tiny_tokenizer, with_random_adapters
 
 from lora_dpo_jax.generation import encode_prompt, read_stop_ids
-from lora_dpo_jax.huggingface.adapters import load_adapter, read_base_model, save_adapter
+from lora_dpo_jax.huggingface.adapter_config import read_base_model
+from lora_dpo_jax.huggingface.adapters import load_adapter, save_adapter
 from lora_dpo_jax.huggingface.tensors import TensorFiles
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
 from lora_dpo_jax.lora import LoraConfig

@@ -142,10 +142,10 @@ def test_exactly_the_targets_get_factors_with_the_axes_of_both_stacks(holding, l
     assert [axis.name for axis in up.lora_A.axes] == ["layers", "experts", "lora_rank", "embed"]
     assert [axis.name for axis in up.lora_B.axes] == ["layers", "experts", "mlp", "lora_rank"]
     if lora == "everywhere":
-        assert up.active is None
+        assert up.by_layer is None
     else:
-        np.testing.assert_array_equal(up.active.array, [[0, 0, 1], [1, 0, 1]])
-        np.testing.assert_array_equal(mlp.down_proj.active.array, [[0, 1, 0], [0, 0, 0]])
+        np.testing.assert_array_equal(up.by_layer.scaling.array != 0, [[0, 0, 1], [1, 0, 1]])
+        np.testing.assert_array_equal(mlp.down_proj.by_layer.scaling.array != 0, [[0, 1, 0], [0, 0, 0]])
         assert not hasattr(mlp.gate_proj, "lora_A")
 
 

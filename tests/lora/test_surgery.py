@@ -42,8 +42,7 @@ def adapted_names(model) -> set[str]:
     found = set()
     for linear, names in linear_layers(model):
         if isinstance(linear, LoraLinear):
-            active = np.ones(len(names)) if linear.active is None else np.asarray(linear.active.array)
-            found |= {name for name, is_active in zip(names, active, strict=True) if is_active}
+            found |= {name for index, name in enumerate(names) if linear.settings_of(index)[0]}
     return found
 
 

@@ -33,7 +33,7 @@ from lora_dpo_jax.lora import (
     unwrap_lora,
     with_dropout,
 )
-from lora_dpo_jax.lora.adapter import names_of, stack_axes
+from lora_dpo_jax.lora.adapter import ByLayer, names_of, stack_axes
 from lora_dpo_jax.lora.variants import ADAPTERS
 from lora_dpo_jax.tensor_names import axes_of
 
@@ -48,12 +48,12 @@ class Gain(Adapter):
     gain: NamedArray  # {*stack, *Out}
     scaling: float = eqx.field(static=True)
     dropout: float = eqx.field(static=True)
-    active: NamedArray | None
+    by_layer: ByLayer | None
 
     @classmethod
-    def init(cls, layer: hnn.Linear, config: LoraConfig, active: NamedArray | None, *, key) -> "Gain":
+    def init(cls, layer: hnn.Linear, config: LoraConfig, by_layer: ByLayer | None, *, key) -> "Gain":
         gain = hax.zeros((*stack_axes(layer), *axes_of(layer.Out)))
-        return Gain(layer, gain=gain, scaling=config.scaling, dropout=config.dropout, active=active)
+        return Gain(layer, gain=gain, scaling=config.scaling, dropout=config.dropout, by_layer=by_layer)
 
     @property
     def factors(self) -> dict[str, Factor]:
@@ -68,11 +68,10 @@ class Gain(Adapter):
         return self.parameter_count
 
     def __call__(self, x: NamedArray, *, key=None) -> NamedArray:
-        gain = self.gain * self.scaling if self.active is None else self.gain * self.scaling * self.active
-        return self.wrapped(x) * (1 + gain)
+        return self.wrapped(x) * (1 + self.gain * self.scale)
 
-    def merge(self, weight: Any, tensors: Mapping[str, Any]) -> Any:
-        return weight * (1 + self.scaling * tensors["lora_gain"])[..., None]
+    def merge(self, weight: Any, tensors: Mapping[str, Any], scaling: Any) -> Any:
+        return weight * (1 + scaling * tensors["lora_gain"][..., None])
 
     def adds_nothing(self) -> jax.Array:
         return ~jnp.any(self.gain.array != 0)

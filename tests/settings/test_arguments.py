@@ -526,6 +526,8 @@ def test_each_console_script_is_a_commands_entry_point():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     modules = {
         "lora-dpo": "__main__",
+        "lora-dpo-check": "check",
+        "lora-dpo-combine": "combine",
         "lora-dpo-evaluate": "evaluate",
         "lora-dpo-generate": "generate",
         "lora-dpo-plan": "plan",

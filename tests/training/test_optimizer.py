@@ -1,3 +1,5 @@
+import warnings
+
 import draccus
 import equinox as eqx
 import jax
@@ -7,8 +9,15 @@ import optax
 import pytest
 import torch
 import transformers
+from tiny_pairs import tiny_decoder
 
+from lora_dpo_jax.lora import LoraConfig, loraize, output_filter, trainable_filter
 from lora_dpo_jax.training.optimizer import OptimizerConfig
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import peft
+    from peft.optimizers import create_loraplus_optimizer
 
 NUM_STEPS = 12
 
@@ -90,6 +99,52 @@ def test_steps_match_torch_and_transformers(config):
             # n = 1, so 6e-6 of a step's size, which is at most about 0.1. The steps add up.
             atol = 1e-6 * (step + 1)
             np.testing.assert_allclose(our_params[name], their_params[name], atol=atol, err_msg=f"{step=} {name}")
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_lora_plus_is_that_of_peft(use_dora):
+    """Weight decay too, which PEFT takes under a name of its own."""
+    theirs = peft.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(6, 4)), peft.LoraConfig(r=3, use_dora=use_dora, target_modules=["0"])
+    )
+    settings = dict(lr=0.05, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
+    optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, **settings)
+    named = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    params = {next(part for part in name.split(".") if part.startswith("lora_")): p for name, p in named.items()}
+    start = {name: p.detach().numpy().copy() for name, p in params.items()}
+    rng = np.random.default_rng(0)
+    gradients = [{name: rng.normal(size=v.shape).astype(np.float32) for name, v in start.items()} for _ in range(3)]
+    config = OptimizerConfig(
+        learning_rate=0.05,
+        lora_plus_ratio=16.0,
+        weight_decay=0.1,
+        beta1=0.8,
+        beta2=0.95,
+        epsilon=1e-6,
+        lr_schedule="constant",
+        max_grad_norm=None,
+    )
+    ours = our_trajectory(config, start, gradients)
+    for gradient, after in zip(gradients, ours, strict=True):
+        for name, parameter in params.items():
+            parameter.grad = torch.tensor(gradient[name])
+        optimizer.step()
+        for name, parameter in params.items():
+            # As above: rounding of a step's size, here up to 16 times 0.05.
+            np.testing.assert_allclose(after[name], parameter.detach().numpy(), atol=2e-5, err_msg=name)
+    assert start.keys() == {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if use_dora else set())
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_lora_plus_finds_the_factors_of_a_model(use_dora):
+    lora = LoraConfig(r=2, use_dora=use_dora, target_modules=["q_proj", "lm_head"])
+    model = eqx.filter_eval_shape(loraize, tiny_decoder(), lora, key=jax.random.key(0))
+    adapters = eqx.filter(model, trainable_filter(model))
+    marks = jax.tree_util.tree_leaves_with_path(output_filter(adapters))
+    names = [next(entry.name for entry in path if getattr(entry, "name", "").startswith("lora_")) for path, _ in marks]
+    faster = {"lora_B", "lora_magnitude_vector"}
+    assert [mark for _, mark in marks] == [name in faster for name in names]
+    assert len(marks) == (6 if use_dora else 4)
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 5, 0.1, 0.33, 50])
@@ -183,6 +238,7 @@ def test_the_clipped_norm_is_at_most_the_limit():
         ("warmup", 1.5),
         ("min_lr_ratio", 1.1),
         ("learning_rate", float("nan")),
+        ("lora_plus_ratio", 0.0),
     ],
 )
 def test_errors_name_the_setting_and_the_value(field, value):

@@ -4,10 +4,11 @@ A tensor is called `base_model.model.<path of the layer>.<factor>`: `lora_A.weig
 {out, r}. Each kind of `Adapter` defines its factors.
 """
 
+import dataclasses
 import json
 import logging
-import os
-import re
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,13 +17,33 @@ import haliax as hax
 import haliax.nn as hnn
 import jax
 import numpy as np
-from fsspec.implementations.local import LocalFileSystem
 from haliax import NamedArray
 
-from lora_dpo_jax.huggingface.folders import export_folder, is_url
-from lora_dpo_jax.huggingface.tensors import TensorFiles, abridged, sharded_array, write_tensors
+from lora_dpo_jax.axes import RANK
+from lora_dpo_jax.huggingface.adapter_config import (
+    CONFIG,
+    STEM,
+    adapter_folder,
+    base_from_anywhere,
+    model_card,
+    peft_config,
+    read_adapter_config,
+    read_peft,
+    refused_modules,
+)
+from lora_dpo_jax.huggingface.adapter_names import PREFIX, key_of, matrix_copies, written_names
+from lora_dpo_jax.huggingface.folders import export_folder
+from lora_dpo_jax.huggingface.tensors import (
+    LazyTensor,
+    PaddedTensor,
+    TensorFiles,
+    abridged,
+    sharded_array,
+    write_tensors,
+)
 from lora_dpo_jax.huggingface.tokenizers import save_tokenizer
-from lora_dpo_jax.json_objects import REQUIRED, JsonObject, is_number, is_texts, is_whole, read_json_object
+from lora_dpo_jax.huggingface.vocabulary import Enlargement
+from lora_dpo_jax.json_objects import JsonObject, is_texts
 from lora_dpo_jax.lora import (
     PEFT_SWITCHES,
     Adapter,
@@ -38,32 +59,9 @@ from lora_dpo_jax.lora import (
 )
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.printable import printable
-from lora_dpo_jax.redaction import without_secrets
 from lora_dpo_jax.sharding import on_host
 
 logger = logging.getLogger(__name__)
-
-LOCAL_URLS = ("file://", "local://")
-CONFIG, STEM = "adapter_config.json", "adapter_model"
-# PEFT stores the whole frozen head beside the adapter of a head.
-HEAD_COPY = "base_model.model.lm_head.base_layer.weight"
-
-# Options that decide what an adapter computes.
-USED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", *PEFT_SWITCHES}
-USED |= {"layers_to_transform", "base_model_name_or_path"}
-# Options that do not change what an adapter computes.
-HARMLESS = {"auto_mapping", "inference_mode", "peft_version", "revision", "runtime_config"}
-HARMLESS |= {"layers_pattern", "loftq_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
-# Values with which the other options change nothing. For options not named here, only null, false and empty do so.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "task_type": (None, "CAUSAL_LM"),
-    "bias": ("none",),
-    # Not pissa, olora, corda, loftq or lora_ga: these change the base, and the adapter fits only the changed base.
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
-}
-ALL_LINEAR = "all-linear"
-PEFT_DEFAULT_TARGETS = ["q_proj", "v_proj"]  # the same for every family that is supported here
-TARGETS = "a list of names, or a regular expression that compiles"
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,8 @@ class LayerAdapter:
 
     name: str  # the dotted path of the layer
     adapter: Adapter
+    rank: int
+    scaling: float
     tensors: dict[str, np.ndarray]  # float32, by PEFT's names
 
     @property
@@ -82,7 +82,7 @@ class LayerAdapter:
 
     def merge(self, weight: np.ndarray) -> np.ndarray:
         """The layer's weight {out, in} with the adapter merged in, both float32."""
-        return self.adapter.merge(weight, self.tensors)
+        return self.adapter.merge(weight, self.tensors, self.scaling)
 
 
 def save_adapter(
@@ -93,6 +93,8 @@ def save_adapter(
     config: LoraConfig,
     revision: str | None = None,
     tokenizer: Any = None,
+    peft_scaling: str = "as_is",
+    enlargement: Enlargement | None = None,
     dtype: Any = np.float32,
     run: str | None = None,
     overwrite: bool = False,
@@ -100,28 +102,36 @@ def save_adapter(
     """Writes the adapters for `peft.PeftModel.from_pretrained`, to a path or a URL (see `export_folder`).
 
     `base_model` is the folder, URL or hub id from which readers load the base, `revision` its revision on the hub.
-    `tokenizer`, if given, is saved beside the adapters with its chat template. `config` is the config of the adapters;
-    but the target modules are those of the model. Every process of a run must call this; only the first one writes.
+    `tokenizer`, if given, is saved beside the adapters with its chat template; so are the matrices of `enlargement`.
+    `config` is the config of the adapters; but the target modules are those of the model. `peft_scaling` as_is keeps
+    these settings; plain writes the same adapter at one rank, with lora_alpha / r as the scaling of every layer and the
+    rest of it in B. Every process of a run must call this; only the first one writes.
     """
-    adapters = layer_adapters(model)
-    _check_config(adapters, config)
+    _check_config(model, config)
+    adapters, config = layer_adapters(model), config.as_written()
     if jax.process_index() != 0:
         return
+    if peft_scaling == "plain":
+        config = config.with_plain_scaling(max(adapter.rank for adapter in adapters))
+        adapters = [_at(adapter, config.r, config.scaling) for adapter in adapters]
     # PEFT may be able to adapt layers that we cannot adapt.
     names = [*_layer_names(model), *unadaptable_layers(model)]
     targets = explicit_targets([adapter.name for adapter in adapters], names)
     tensors = {
-        _key(adapter.name, factor): tensor.astype(dtype)
+        key_of(adapter.name, factor): tensor.astype(dtype)
         for adapter in adapters
         for factor, tensor in adapter.tensors.items()
     }
+    if enlargement is not None:
+        tensors |= {f"{PREFIX}{name}": matrix[()] for name, matrix in enlargement.matrices.items()}
     base = base_from_anywhere(base_model)
     with export_folder(folder, run=run, overwrite=overwrite) as exported:
         write_tensors(exported / f"{STEM}.safetensors", tensors)
         if tokenizer is not None:
             save_tokenizer(tokenizer, exported)
-        (exported / "README.md").write_text(_model_card(printable(base), config, targets), encoding="utf-8")
-        (exported / CONFIG).write_text(json.dumps(_peft_config(base, revision, config, targets), indent=2) + "\n")
+        (exported / "README.md").write_text(model_card(printable(base), config, targets), encoding="utf-8")
+        settings = peft_config(base, revision, config, targets, [adapter.name for adapter in adapters])
+        (exported / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def load_adapter(model: CausalLM, folder: Path, *, mapping: Any = None, base_model: str | None = None) -> CausalLM:
@@ -131,19 +141,20 @@ def load_adapter(model: CausalLM, folder: Path, *, mapping: Any = None, base_mod
     ValueError with the folder and the tensor or setting if the adapter does not fit the model, or computes something
     that our adapters cannot.
     """
-    peft, config, tensors = _read(folder), read_adapter_config(folder), TensorFiles(folder, STEM)
+    folder = adapter_folder(folder)
+    peft, config, tensors = read_peft(folder), read_adapter_config(folder), TensorFiles(folder, STEM)
     made_for = peft.text("base_model_name_or_path", None)
     try:
-        if model.lm_head is None and any(key.startswith("base_model.model.lm_head.") for key in tensors.names):
+        copies = matrix_copies(tensors.names)
+        tensors = tensors.renamed(_written_names(tensors, model))
+        if model.lm_head is None and any(".lm_head.lora_" in key for key in tensors.names):
             raise MisfitError(
                 f"{folder}: adapts lm_head, which this model ties to the input embedding; that is not supported"
             )
-        only_layers = peft.values.get("layers_to_transform")
-        targets = _targets(model, config, only_layers)
-        empty = adapt(model, targets, lambda layer, _, chosen: empty_adapter(layer, chosen, config))
-        _check_tensors(tensors, empty, targets, config, only_layers)
-        if HEAD_COPY in tensors.names:
-            _check_head(tensors, model)
+        targets = set(matching_names(_layer_names(model), config))
+        empty = adapt(model, targets, lambda layer, chosen: empty_adapter(layer, chosen, config))
+        _check_tensors(tensors, empty, targets, config, copies)
+        _check_copies(tensors, copies, peft, model)
 
         def fill(layer: Any, names: list[str]) -> Any:
             return _filled(tensors, layer, names, targets, mapping) if isinstance(layer, Adapter) else layer
@@ -162,53 +173,32 @@ class MisfitError(ValueError):
     """An adapter does not fit the model."""
 
 
-def read_adapter_config(folder: Path) -> LoraConfig:
-    """The settings in `folder`/adapter_config.json; ValueError names those that are not supported."""
-    peft = _read(folder)
-    targets = peft.taken("target_modules", None, _is_targets, TARGETS)
-    return LoraConfig(
-        r=peft.whole("r", 8),
-        alpha=float(peft.number("lora_alpha", 8, above=0.0)),
-        dropout=float(peft.taken("lora_dropout", 0.0, lambda p: is_number(p) and 0 <= p < 1, "a number in [0, 1)")),
-        target_modules=None if targets == ALL_LINEAR else PEFT_DEFAULT_TARGETS if targets is None else targets,
-        exclude_modules=peft.taken("exclude_modules", None, _is_targets, TARGETS),
-        **{switch: peft.flag(switch, False) for switch in PEFT_SWITCHES},
-    )
-
-
-def read_base_model(folder: Path) -> tuple[str | None, str | None]:
-    """(the base model that an adapter names, a folder or a hub id; its revision on the hub)."""
-    peft = read_json_object(folder / CONFIG)
-    return peft.text("base_model_name_or_path", None), peft.text("revision", None)
-
-
-def base_from_anywhere(base_model: str) -> str:
-    """A name of the base for any working directory: a hub id, an absolute path, or a URL without secrets.
-
-    PEFT and servers resolve a path from their own working directory. Only this package reads URLs.
-    """
-    if base_model.startswith(LOCAL_URLS):
-        base_model = LocalFileSystem._strip_protocol(base_model)
-    if is_url(base_model):
-        return without_secrets(base_model)
-    folder = Path(os.path.expanduser(base_model))
-    return str(folder.absolute()) if folder.is_dir() else base_model
-
-
 def layer_adapters(model: CausalLM) -> list[LayerAdapter]:
     """Copies the adapters of a model to the host. With several processes, all must call this."""
     found = []
     for adapter, names in linear_layers(model):
         if not isinstance(adapter, Adapter):
             continue
-        active = np.ones(len(names)) if adapter.active is None else on_host(adapter.active.array).reshape(-1)
-        tensors = {name: _tensors_on_host(factor, len(names)) for name, factor in adapter.factors.items()}
-        found += [
-            LayerAdapter(name, adapter, {factor: of_layers[i] for factor, of_layers in tensors.items()})
-            for i, name in enumerate(names)
-            if active[i]
-        ]
+        adapter = adapter.plain()
+        factors = adapter.factors
+        tensors = {name: _tensors_on_host(factor, len(names)) for name, factor in factors.items()}
+        for index, name in enumerate(names):
+            rank, scaling = adapter.settings_of(index)
+            if not rank:
+                continue
+            own = {key: of_layers[index][_within(factors[key], rank)] for key, of_layers in tensors.items()}
+            found.append(LayerAdapter(name, adapter, rank, scaling, own))
     return found
+
+
+def _at(adapter: LayerAdapter, rank: int, scaling: float) -> LayerAdapter:
+    """The same adapter at another rank, with zeros, and under another scaling: what is left of its own is in B."""
+    A, B = (adapter.tensors[f"lora_{side}.weight"] for side in "AB")
+    if not math.isclose(adapter.scaling, scaling, rel_tol=1e-9):
+        B = B * np.float32(adapter.scaling / scaling)
+    A, B = np.pad(A, [(0, rank - len(A)), (0, 0)]), np.pad(B, [(0, 0), (0, rank - B.shape[1])])
+    tensors = adapter.tensors | {"lora_A.weight": A, "lora_B.weight": B}
+    return dataclasses.replace(adapter, rank=rank, scaling=scaling, tensors=tensors)
 
 
 def explicit_targets(targets: list[str], names: list[str]) -> list[str]:
@@ -228,134 +218,51 @@ def _tensors_on_host(factor: Factor, count: int) -> np.ndarray:
     return on_host(factor.in_order().array).astype(np.float32).reshape(count, *factor.tensor_shape)
 
 
-def _key(layer: str, factor: str) -> str:
-    return f"base_model.model.{layer}.{factor}"
+def _within(factor: Factor, rank: int) -> tuple[slice, ...]:
+    """The part of a factor's tensor that a layer of this rank has."""
+    return tuple(slice(rank if names == (RANK,) else None) for names in factor.side_names)
 
 
-def _check_config(adapters: list[LayerAdapter], config: LoraConfig) -> None:
-    if not adapters:
+def _check_config(model: CausalLM, config: LoraConfig) -> None:
+    adapted = [(layer, names) for layer, names in linear_layers(model) if isinstance(layer, Adapter)]
+    if not adapted:
         raise ValueError("the model has no adapters to save")
     switches = " and ".join(f"lora.{switch}={getattr(config, switch)}" for switch in PEFT_SWITCHES)
-    for name, adapter in ((layer.name, layer.adapter) for layer in adapters):
-        found = type(adapter), adapter.rank, adapter.scaling
-        asked = adapter_type(adapter.wrapped, config), config.r, config.scaling
-        if found != asked:
+    for adapter, name, index in ((adapter, name, i) for adapter, names in adapted for i, name in enumerate(names)):
+        own = config.for_layer(name)
+        found = type(adapter), *adapter.settings_of(index)
+        asked = adapter_type(adapter.wrapped, own), own.r, own.scaling
+        if found != asked and found[1]:
             (has, r, scaling), (makes, *_) = found, asked
             raise ValueError(
-                f"{name} has a {has.__name__} with r={r} and scaling={scaling}, but lora.r={config.r}, lora.alpha="
-                f"{config.alpha} and {switches} make a {makes.__name__} with r={config.r}, scaling={config.scaling}"
+                f"{name} has a {has.__name__} with r={r} and scaling={scaling}, but lora.r={own.r}, lora.alpha="
+                f"{own.alpha} and {switches} make a {makes.__name__} with r={own.r}, scaling={own.scaling}"
             )
 
 
-def _peft_config(base_model: str, revision: str | None, config: LoraConfig, targets: list[str]) -> dict[str, Any]:
-    alpha = config.alpha
-    return {
-        "alpha_pattern": {},
-        "auto_mapping": None,
-        "base_model_name_or_path": base_model,
-        "bias": "none",
-        "exclude_modules": None,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_bias": False,
-        "lora_dropout": config.dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": config.r,
-        "rank_pattern": {},
-        "revision": revision,
-        "target_modules": targets,
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        **{switch: getattr(config, switch) for switch in PEFT_SWITCHES},
-    }
-
-
-def _model_card(base_model: str, config: LoraConfig, targets: list[str]) -> str:
-    # The hub rejects cards whose base is not one of its ids.
-    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model)
-    base = f"base_model: {json.dumps(base_model)}\n" if is_hub_id else ""
-    return f"""---
-{base}library_name: peft
-pipeline_tag: text-generation
-tags: [dpo, lora]
----
-
-LoRA adapter for `{base_model}`, trained by Direct Preference Optimization with `lora_dpo_jax`.
-
-- rank {config.r}, alpha {config.alpha:g}{", rank-stabilized scaling" if config.use_rslora else ""}
-- targets: {abridged(targets)}
-"""
-
-
-def _read(folder: Path) -> JsonObject:
-    """The content of adapter_config.json. Raises ValueError if our adapters cannot compute what it asks for."""
-    path = folder / CONFIG
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing{_where_else(folder)}")
-    peft = read_json_object(path)
-    peft.taken("peft_type", REQUIRED, lambda kind: kind == "LORA", "'LORA'; no other kind is supported")
-    for key, value in peft.values.items():
-        if key in USED | HARMLESS or value in (None, False, [], {}):
-            continue
-        neutral = NEUTRAL.get(key, ())
-        if value not in neutral:
-            needed = f"one of {list(neutral)}" if neutral else "null, false or empty"
-            raise peft.error(key, f"is not supported; needed: {needed}")
-    peft.taken("layers_to_transform", None, _is_layers, "the number of a layer, or a list of them")
-    return peft
-
-
-def _where_else(folder: Path) -> str:
-    """The end of a message: where the adapter may be, if a parent folder or a model's folder was given."""
-    if within := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")):
-        return f"; its subfolders {abridged(within)} hold adapters: give the path of one"
-    return "; the folder holds a model: give it as initialize_from_hf" if (folder / "config.json").exists() else ""
-
-
-def _is_targets(value: Any) -> bool:
-    if not isinstance(value, str):
-        return is_texts(value)
+def _written_names(tensors: TensorFiles, model: CausalLM) -> dict[str, str]:
     try:
-        return re.compile(value) is not None
-    except (re.error, OverflowError, RecursionError):
-        return False
-
-
-def _is_layers(value: Any) -> bool:
-    numbers = value if isinstance(value, list) else [value]
-    return all(is_whole(number, 0) for number in numbers)
-
-
-def _targets(model: CausalLM, config: LoraConfig, only_layers: int | list[int] | None) -> set[str]:
-    """The names of the layers that the settings select."""
-    targets = set(matching_names(_layer_names(model), config))
-    if only_layers in (None, []):
-        return targets
-    numbers = [only_layers] if isinstance(only_layers, int) else only_layers
-    return {name for name in targets if any(f".layers.{number}." in name for number in numbers)}
+        return written_names(tensors.names, _layer_names(model))
+    except ValueError as error:
+        raise MisfitError(f"{tensors.folder}: {error}") from error
 
 
 def _check_tensors(
-    tensors: TensorFiles, empty: CausalLM, targets: set[str], config: LoraConfig, only_layers: int | list[int] | None
+    tensors: TensorFiles, empty: CausalLM, targets: set[str], config: LoraConfig, copies: Collection[str]
 ) -> None:
     """Raises MisfitError unless the file holds the factors of the targets, as in `empty`, and nothing else."""
     factors = {
         name: [*layer.factors] for layer, names in linear_layers(empty) if isinstance(layer, Adapter) for name in names
     }
-    needed = [_key(name, factor) for name in sorted(targets) for factor in factors[name]]
+    needed = [key_of(name, factor) for name in sorted(targets) for factor in factors[name]]
     settings = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
-    settings |= {"layers_to_transform": only_layers}
+    settings |= {"layers_to_transform": config.layers_to_transform, "layers_pattern": config.layers_pattern}
+    settings |= {"use_dora": config.use_dora or None}
     chosen = ", ".join(f"{key}={value!r}" for key, value in settings.items() if value is not None)
     asked = f"{CONFIG}'s {chosen or 'target_modules=null'} names {abridged(sorted(targets)) or 'none'}"
     if missing := [key for key in needed if key not in tensors.names]:
         raise MisfitError(f"{tensors.folder}: tensors are missing: {abridged(missing)}; {asked}")
-    needed += [HEAD_COPY] if "lm_head" in targets else []
-    surplus = [key for key in tensors.names if key not in needed]
+    surplus = [key for key in tensors.names if key not in needed and key not in copies]
     if surplus or not targets:
         raise MisfitError(f"{tensors.folder}: holds tensors that have no place: {abridged(surplus) or 'none'}; {asked}")
 
@@ -363,34 +270,65 @@ def _check_tensors(
 def _filled(tensors: TensorFiles, empty: Adapter, names: list[str], targets: set[str], mapping: Any) -> Adapter:
     """The adapter of a layer, or of a stack, with the factors that the file has for its targets."""
 
+    def view(name: str, index: int, key: str, factor: Factor) -> Any:
+        if name not in targets:
+            return None
+        rank, _ = empty.settings_of(index)
+        own = zip(factor.side_names, factor.tensor_shape, strict=True)
+        shape = tuple(rank if names == (RANK,) else size for names, size in own)
+        found = _tensor(tensors, key_of(name, key), shape)
+        return found if shape == factor.tensor_shape else PaddedTensor(found, factor.tensor_shape)
+
     def read(key: str, factor: Factor) -> NamedArray:
-        shape, axes = factor.tensor_shape, factor.array.axes
-        views = [_tensor(tensors, _key(name, key), shape) if name in targets else None for name in names]
+        axes = factor.array.axes
+        views = [view(name, index, key, factor) for index, name in enumerate(names)]
         return hax.named(sharded_array(views, factor.sides, axes, mapping, np.float32), axes)
 
     return empty.with_factors({key: read(key, factor) for key, factor in empty.factors.items()})
 
 
-def _tensor(tensors: TensorFiles, key: str, shape: tuple[int, ...]) -> Any:
-    """A lazy tensor."""
+def _tensor(tensors: TensorFiles, key: str, shape: tuple[int, ...]) -> LazyTensor:
     info = tensors.info(key)
     if info.shape != shape:
         raise MisfitError(
-            f"{tensors.folder}: tensor {key} has shape {info.shape}; the model and {CONFIG}'s r need {shape}"
+            f"{tensors.folder}: tensor {key} has shape {info.shape}; the model and {CONFIG}'s r and rank_pattern need "
+            f"{shape}"
         )
     if not info.is_float:
         raise ValueError(f"{tensors.folder}: tensor {key} holds {info.dtype}; needed: floating-point numbers")
     return tensors.view(key)
 
 
-def _check_head(tensors: TensorFiles, model: CausalLM) -> None:
-    """Raises MisfitError unless the head that PEFT stored equals the model's, at the lower of the two precisions."""
-    head = model.lm_head
-    assert isinstance(head, hnn.Linear)  # an adapter of a tied head was rejected before
-    theirs = tensors.read(HEAD_COPY)
-    ours = head.weight.array
+def _check_copies(tensors: TensorFiles, copies: Mapping[str, str], peft: JsonObject, model: CausalLM) -> None:
+    """Raises an error unless the embedding and the head that PEFT stored are those of the model."""
+    head = model.lm_head.weight if isinstance(model.lm_head, hnn.Linear) else model.model.embed_tokens.weight
+    weights = {"embed_tokens": model.model.embed_tokens.weight, "lm_head": head}
+    others = [key for key, matrix in copies.items() if not _is_copy(tensors, key, weights[matrix].array)]
+    saved = peft.taken("modules_to_save", None, is_texts, "a list of names")
+    if saved and (others or not {name.rpartition(".")[2] for name in saved} <= set(copies.values())):
+        raise refused_modules(peft, others)
+    for key in others:
+        why = _how_it_differs(tensors, key, weights[copies[key]].array.shape)
+        raise MisfitError(f"{tensors.folder}: holds tensors that have no place: {key} {why}")
+
+
+def _is_copy(tensors: TensorFiles, key: str, ours: jax.Array) -> bool:
+    """Whether a tensor equals the model's, at the lower of the two precisions."""
+    if tensors.shape(key) != ours.shape:
+        return False
+    theirs = tensors.read(key)
     rounded = theirs.astype(ours.dtype).astype(theirs.dtype)
-    if rounded.shape != ours.shape or not bool((ours.astype(rounded.dtype) == rounded).all()):
-        raise MisfitError(
-            f"{tensors.folder}: {HEAD_COPY} is not the model's lm_head, so the adapter was trained on another base"
+    return bool((ours.astype(rounded.dtype) == rounded).all())
+
+
+def _how_it_differs(tensors: TensorFiles, key: str, ours: tuple[int, ...]) -> str:
+    theirs = tensors.shape(key)
+    if theirs[0] > ours[0] and theirs[1:] == ours[1:]:
+        return (
+            f"has {theirs[0]} rows, and the model has {ours[0]}: the vocabulary was enlarged before the adapter was "
+            "trained. Load the base with huggingface.vocabulary.read_enlargement, as the commands do"
         )
+    return (
+        "is not the model's, so the adapter was trained on another base, or with this matrix; PEFT's merge_and_unload "
+        "makes a model of it"
+    )

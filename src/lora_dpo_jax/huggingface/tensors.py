@@ -104,6 +104,23 @@ class LazyTensor:
         return content.view(self.dtype).reshape(stop - start, *inner)
 
 
+@dataclass(frozen=True)
+class PaddedTensor:
+    """A matrix in a file, with rows or columns of zeros after it."""
+
+    inner: LazyTensor
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        cuts = [cut.indices(size)[:2] for cut, size in zip(index, self.shape, strict=True)]
+        found = self.inner[tuple(slice(min(start, has), min(stop, has)) for (start, stop), has in self._each(cuts))]
+        missing = [(0, stop - start - size) for (start, stop), size in zip(cuts, found.shape, strict=True)]
+        return np.pad(found, missing)
+
+    def _each(self, cuts: list) -> list:
+        return list(zip(cuts, self.inner.info.shape, strict=True))
+
+
 class TensorFiles:
     """The tensors of a folder, in one file `stem`.safetensors or in several with an index. Reads only headers.
 
@@ -122,10 +139,11 @@ class TensorFiles:
             raise FileNotFoundError(f"{folder}: neither {self._single} nor {self._index} {instead(folder, stem)}")
         self._file_of = file_of
         self._name_in_file: dict[str, str] = {}  # of renamed tensors
+        self._elsewhere: Mapping[str, LazyTensor] = {}
 
     @property
     def names(self) -> list[str]:
-        return list(self._file_of)
+        return list(dict.fromkeys([*self._file_of, *self._elsewhere]))
 
     @property
     def files(self) -> list[Path]:
@@ -133,11 +151,17 @@ class TensorFiles:
         index = [self._index] if self._is_sharded else []
         return [self.folder / name for name in [*index, *sorted(set(self._file_of.values()))]]
 
-    def renamed(self, former: str, name: str) -> "TensorFiles":
-        """The same files, with the tensor `former` renamed to `name`."""
+    def renamed(self, names: Mapping[str, str]) -> "TensorFiles":
+        """The same files, with each tensor in `names` under its new name."""
         other = copy.copy(self)
-        other._file_of = {name if known == former else known: file for known, file in self._file_of.items()}
-        other._name_in_file = {**self._name_in_file, name: former}
+        other._file_of = {names.get(name, name): file for name, file in self._file_of.items()}
+        other._name_in_file = {names.get(name, name): self._name_in_file.get(name, name) for name in self._file_of}
+        return other
+
+    def replaced(self, tensors: Mapping[str, LazyTensor]) -> "TensorFiles":
+        """The same files, with these tensors of other files in the place of those of their names, or beside them."""
+        other = copy.copy(self)
+        other._elsewhere = {**self._elsewhere, **tensors}
         return other
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -147,6 +171,8 @@ class TensorFiles:
         return self.view(name).info
 
     def view(self, name: str) -> LazyTensor:
+        if name in self._elsewhere:
+            return self._elsewhere[name]
         file, name = self._file_of[name], self._name_in_file.get(name, name)
         tensors = self._tensors_of(file)
         if name not in tensors:

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from haliax import NamedArray
 
-from lora_dpo_jax.huggingface.adapters import CONFIG as ADAPTER_CONFIG
-from lora_dpo_jax.huggingface.adapters import LayerAdapter, layer_adapters, read_base_model
+from lora_dpo_jax.huggingface.adapter_config import CONFIG as ADAPTER_CONFIG
+from lora_dpo_jax.huggingface.adapter_config import read_base_model
+from lora_dpo_jax.huggingface.adapters import LayerAdapter, layer_adapters
 from lora_dpo_jax.huggingface.folders import export_folder
 from lora_dpo_jax.huggingface.tensors import (
     TensorFiles,
@@ -26,6 +27,7 @@ from lora_dpo_jax.huggingface.tensors import (
     write_shards,
 )
 from lora_dpo_jax.huggingface.tokenizers import drop_code, save_tokenizer
+from lora_dpo_jax.huggingface.vocabulary import Enlargement
 from lora_dpo_jax.json_objects import read_json_object
 from lora_dpo_jax.lora import linear_layers, unwrapped
 from lora_dpo_jax.models import CausalLM, ComputeConfig, DecoderConfig, config_from_hf
@@ -37,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 # Tensors in old files that are computed from the config.
 COMPUTED = re.compile(r".*rotary_emb\.inv_freq")
+NOT_ENLARGED = Enlargement()
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 TOKENIZER_FILES = (
@@ -75,13 +78,15 @@ def load_model(
     compute: ComputeConfig = DEFAULT_COMPUTE,
     mapping: Mapping[str, Any] | None = None,
     quantization: str = "none",
+    enlargement: Enlargement = NOT_ENLARGED,
 ) -> CausalLM:
     """The pretrained model with its weights in `dtype`. `quantization` (nf4, int8) is for the matrices of its layers.
 
     Under a mesh, `mapping` (axis name to mesh axis) gives the sharding. Each device reads only its part, and the host
-    holds the parts of one array at a time. Missing, surplus and misshapen tensors raise ValueError.
+    holds the parts of one array at a time. If there is an `enlargement`, `config` has the size of its vocabulary.
+    Missing, surplus and misshapen tensors raise ValueError.
     """
-    tensors = _weights_in(folder, config)
+    tensors = enlargement.tensors(_weights_in(folder, config))
     template = eqx.filter_eval_shape(CausalLM.init, config, compute, key=jax.random.key(0))
     _check_tensors(tensors, template)
 
@@ -103,6 +108,7 @@ def save_merged(
     folder: str | Path,
     *,
     tokenizer: Any = None,
+    enlargement: Enlargement = NOT_ENLARGED,
     max_shard_bytes: int = 5 * 2**30,
     run: str | None = None,
     overwrite: bool = False,
@@ -117,7 +123,7 @@ def save_merged(
     adapters = {f"{adapter.name}.weight": adapter for adapter in layer_adapters(model)}
     if jax.process_index() != 0:
         return
-    tensors = TensorFiles(source)
+    tensors = enlargement.tensors(TensorFiles(source))
     _check_source(adapters, tensors)
     if errors := _quantization_errors(model):
         logger.info("%s: merged into the weights of %s, not into the quantized ones; %s", folder, source, errors)
@@ -133,6 +139,7 @@ def save_merged(
         _copy_files(source, exported, OTHER_FILES if tokenizer is not None else OTHER_FILES + TOKENIZER_FILES)
         if tokenizer is not None:
             save_tokenizer(tokenizer, exported)
+        enlargement.write_config(exported)
         drop_code(exported)
         infos = {name: tensors.info(name) for name in tensors.names}
         write_shards(exported, infos, merged, max_shard_bytes=max_shard_bytes)
@@ -142,7 +149,7 @@ def _weights_in(folder: Path, config: DecoderConfig) -> TensorFiles:
     """The tensors under the names of the model's parameters. A tied matrix may have either name in the file."""
     tensors = TensorFiles(folder)
     if config.tie_word_embeddings and HEAD in tensors.names and EMBEDDING not in tensors.names:
-        return tensors.renamed(HEAD, EMBEDDING)
+        return tensors.renamed({HEAD: EMBEDDING})
     return tensors
 
 

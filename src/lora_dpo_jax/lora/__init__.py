@@ -11,16 +11,20 @@
 Nothing is flagged or mutated: the reference is another tree, `unwrap_lora(model)`, which shares the weights.
 """
 
-from lora_dpo_jax.lora.adapter import Adapter, Factor, unwrapped
+from lora_dpo_jax.lora.adapter import Adapter, ByLayer, Factor, unwrapped
 from lora_dpo_jax.lora.config import PEFT_SWITCHES, LoraConfig
+from lora_dpo_jax.lora.dora_linear import DoraLinear
 from lora_dpo_jax.lora.dropout import TokenKey, split_key
 from lora_dpo_jax.lora.lora_linear import LOW_RANK, LoraLinear
+from lora_dpo_jax.lora.offset_lora import OffsetLora
 from lora_dpo_jax.lora.surgery import (
     adapt,
+    constant_filter,
     equals_reference,
     frozen_copy,
     loraize,
     merge_lora,
+    output_filter,
     reference_model,
     trainable_filter,
     unwrap_lora,
@@ -34,12 +38,16 @@ __all__ = [
     "LOW_RANK",
     "PEFT_SWITCHES",
     "Adapter",
+    "ByLayer",
+    "DoraLinear",
     "Factor",
     "LoraConfig",
     "LoraLinear",
+    "OffsetLora",
     "TokenKey",
     "adapt",
     "adapter_type",
+    "constant_filter",
     "empty_adapter",
     "equals_reference",
     "frozen_copy",
@@ -48,6 +56,7 @@ __all__ = [
     "map_linear_layers",
     "matching_names",
     "merge_lora",
+    "output_filter",
     "reference_model",
     "split_key",
     "trainable_filter",

@@ -3,7 +3,7 @@
     Adapter
       wrapped    the frozen layer, weight {*stack, *Out, *In}
       factors    "lora_A.weight": {*stack, lora_rank, *In}, ...    under the names of PEFT's tensors
-      active     {*stack} of 0 and 1, or None
+      by_layer   the rank and the scaling of each layer of the stack, if they differ, or None
 
 Surgery, merging, export, loading and the cost of a step use this interface. `variants.py` chooses the class.
 """
@@ -11,13 +11,14 @@ Surgery, merging, export, loading and the cost of a step use this interface. `va
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import equinox as eqx
 import haliax as hax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from haliax import Axis, NamedArray
 from haliax.axis import AxisSpec
 
@@ -44,32 +45,64 @@ class Factor(NamedTuple):
         return self.array.rearrange((..., *(axis for side in self.sides for axis in side)))
 
 
+class ByLayer(eqx.Module):
+    """How the layers of a stack differ: in rank or scaling, or because only some of them are targets.
+
+    The stack holds all factors at the largest rank. Beyond a layer's own rank, the rows of A and the columns of B are
+    zero. They stay zero, because the gradient of each is a multiple of the other.
+    """
+
+    scaling: NamedArray  # float32 {*stack}: of each layer; 0 where a layer is no target
+    # The same for each layer in the order of its names, as Python's numbers; 0 where a layer is no target.
+    ranks: tuple[int, ...] = eqx.field(static=True)
+    scalings: tuple[float, ...] = eqx.field(static=True)
+
+    @staticmethod
+    def of(layer: Any, settings: Sequence[LoraConfig | None]) -> "ByLayer | None":
+        """None if all layers are the same. `settings` of each, in the order of names; None is no target."""
+        ranks = tuple(0 if one is None else one.r for one in settings)
+        scalings = tuple(0.0 if one is None else one.scaling for one in settings)
+        if len(set(ranks)) == len(set(scalings)) == 1:
+            return None
+        stack = stack_axes(layer)
+        by_stack = np.reshape(scalings, [axis.size for axis in stack])
+        return ByLayer(hax.named(jnp.asarray(by_stack, jnp.float32), stack), ranks, scalings)
+
+
 class Adapter(eqx.Module):
     """A frozen layer and the trainable term that is added to its output."""
 
     wrapped: eqx.AbstractVar[Any]  # the frozen layer
-    scaling: eqx.AbstractVar[float]
+    scaling: eqx.AbstractVar[float]  # of all layers, unless `by_layer` has those of each
     dropout: eqx.AbstractVar[float]
-    # {*stack} of 0 and 1 if only some layers of a stack are targets; None if all are.
-    active: eqx.AbstractVar[NamedArray | None]
+    by_layer: eqx.AbstractVar[ByLayer | None]  # None if all layers are targets, with the same rank and scaling
 
     @classmethod
     @abstractmethod
-    def init(cls, layer: Any, config: LoraConfig, active: NamedArray | None, *, key) -> "Adapter":
-        """A new adapter of `layer` with float32 factors. It adds zero to the layer's output."""
+    def init(cls, layer: Any, config: LoraConfig, by_layer: ByLayer | None, *, key) -> "Adapter":
+        """A new adapter of `layer` with float32 factors. It adds zero to the layer's output.
+
+        Without `by_layer`, `config` has the rank and the scaling of all layers of the stack.
+        """
 
     @property
     @abstractmethod
     def factors(self) -> dict[str, Factor]:
         """All trainable arrays, by PEFT's names for the tensors of one layer, such as lora_A.weight.
 
+        See `plain` for an adapter that files hold in another form.
         Must also work on a tree whose arrays were replaced by None or bools.
         """
 
     @property
+    def constants(self) -> dict[str, NamedArray]:
+        """Frozen arrays beside the layer, by the names of their fields. A checkpoint keeps them."""
+        return {}
+
+    @property
     @abstractmethod
     def rank(self) -> int:
-        """The rank `r` in the settings of this adapter."""
+        """The rank at which the factors are held: the largest of the stack."""
 
     @property
     @abstractmethod
@@ -81,19 +114,34 @@ class Adapter(eqx.Module):
         """`key`, JAX's or a `TokenKey`, switches dropout on."""
 
     @abstractmethod
-    def merge(self, weight: Any, tensors: Mapping[str, Any]) -> Any:
+    def merge(self, weight: Any, tensors: Mapping[str, Any], scaling: Any) -> Any:
         """The weight [..., out, in] with the factors folded in. All arrays are float32, of NumPy or JAX.
 
-        `tensors` are the factors as PEFT stores them, with the same leading axes as the weight.
+        `tensors` are the factors of `plain` as PEFT stores them, with the same leading axes as the weight. `scaling` is
+        a number, or [..., 1, 1].
         """
 
     @abstractmethod
     def adds_nothing(self) -> jax.Array:
         """Whether the factors leave the output of the wrapped layer unchanged: a bool without axes."""
 
+    def plain(self) -> "Adapter":
+        """The adapter as files hold it, whose `factors` are PEFT's tensors. It computes the same."""
+        return self
+
     @property
     def parameter_count(self) -> int:
         return sum(factor.array.size for factor in self.factors.values())
+
+    @property
+    def scale(self) -> Any:
+        """The scaling: a number, or float32 {*stack}, which is 0 where a layer is no target."""
+        return self.scaling if self.by_layer is None else self.by_layer.scaling
+
+    def settings_of(self, index: int) -> tuple[int, float]:
+        """(rank, scaling) of one layer, by its place in the order of names; (0, 0.0) if it is no target."""
+        by_layer = self.by_layer
+        return (self.rank, self.scaling) if by_layer is None else (by_layer.ranks[index], by_layer.scalings[index])
 
     def merged(self) -> Any:
         """The wrapped layer with the factors folded in, computed in float32 and rounded once to the weight's dtype."""
@@ -101,9 +149,11 @@ class Adapter(eqx.Module):
         plain = Factor(weight.astype(jnp.float32), (names_of(self.wrapped.Out), names_of(self.wrapped.In)))
         axes = plain.in_order().axes
         before = _tensors(plain)
-        after = self.merge(before, {name: _tensors(factor) for name, factor in self.factors.items()})
-        if self.active is not None:
-            after = jnp.where(self.active.array[..., None, None] != 0, after, before)
+        scaling = self.scaling if self.by_layer is None else self.by_layer.scaling.array[..., None, None]
+        tensors = {name: _tensors(factor) for name, factor in self.plain().factors.items()}
+        after = self.merge(before, tensors, scaling)
+        if self.by_layer is not None:
+            after = jnp.where(scaling != 0, after, before)
         total = hax.named(after.reshape([axis.size for axis in axes]), axes).rearrange(weight.axes)
         return dataclasses.replace(self.wrapped, weight=total.astype(weight.dtype))
 

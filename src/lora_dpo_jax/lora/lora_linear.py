@@ -1,6 +1,5 @@
 """The adapter of the original LoRA: two thin matrices beside a frozen linear layer."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,14 +8,14 @@ import haliax as hax
 import haliax.nn as hnn
 import jax
 import jax.numpy as jnp
-from haliax import Axis, NamedArray
+from haliax import NamedArray
 
 from lora_dpo_jax.axes import RANK
-from lora_dpo_jax.lora.adapter import Adapter, Factor, names_of, stack_axes
+from lora_dpo_jax.lora.adapter import Adapter, ByLayer, Factor, names_of
 from lora_dpo_jax.lora.config import LoraConfig
 from lora_dpo_jax.lora.dropout import dropout
+from lora_dpo_jax.lora.initialization import new_factors
 from lora_dpo_jax.platforms import platform
-from lora_dpo_jax.tensor_names import axes_of
 
 LOW_RANK = "low_rank"  # the name of A x in checkpointing policies
 
@@ -29,13 +28,13 @@ class LoraLinear(Adapter):
     lora_B: NamedArray  # {*stack, *Out, lora_rank}
     scaling: float = eqx.field(static=True)
     dropout: float = eqx.field(static=True, default=0.0)
-    active: NamedArray | None = None
+    by_layer: ByLayer | None = None
 
     @classmethod
-    def init(cls, layer: hnn.Linear, config: LoraConfig, active: NamedArray | None, *, key) -> "LoraLinear":
-        lora_A, lora_B = new_factors(layer, config, key=key)
+    def init(cls, layer: hnn.Linear, config: LoraConfig, by_layer: ByLayer | None, *, key) -> "LoraLinear":
+        lora_A, lora_B = new_factors(layer, config, by_layer, key=key)
         return LoraLinear(
-            layer, lora_A=lora_A, lora_B=lora_B, scaling=config.scaling, dropout=config.dropout, active=active
+            layer, lora_A=lora_A, lora_B=lora_B, scaling=config.scaling, dropout=config.dropout, by_layer=by_layer
         )
 
     @property
@@ -60,34 +59,18 @@ class LoraLinear(Adapter):
         """The term that the adapter adds to the wrapped layer's output, in the dtype of `x`."""
         if key is not None and self.dropout > 0.0:
             x = dropout(x, self.dropout, key)
-        scale = self.scaling if self.active is None else self.scaling * self.active
-        return hax.auto_sharded(low_rank_product(x, self.lora_A, self.lora_B * scale))
+        return hax.auto_sharded(low_rank_product(x, self.lora_A, self.lora_B * self.scale))
 
-    def merge(self, weight: Any, tensors: Mapping[str, Any]) -> Any:
-        return weight + (tensors["lora_B.weight"] @ tensors["lora_A.weight"]) * self.scaling
+    def merge(self, weight: Any, tensors: Mapping[str, Any], scaling: Any) -> Any:
+        return with_low_rank(weight, tensors, scaling)
 
     def adds_nothing(self) -> jax.Array:
         return ~(jnp.any(self.lora_A.array != 0) & jnp.any(self.lora_B.array != 0))
 
 
-def new_factors(layer: Any, config: LoraConfig, *, key) -> tuple[NamedArray, NamedArray]:
-    """Float32 A {*stack, lora_rank, *In} and B {*stack, *Out, lora_rank}: each layer of a stack has its own."""
-    Rank = Axis(RANK, config.r)
-    In, Out, stack = axes_of(layer.In), axes_of(layer.Out), stack_axes(layer)
-    k_A, k_B = jax.random.split(key)
-    A_axes, B_axes = stack + (Rank,) + In, stack + Out + (Rank,)
-    zero_A = config.a_init == "zero"
-    zero_B = config.zero_init_b and not zero_A
-    fan_in = math.prod(axis.size for axis in In)
-    lora_A = hax.zeros(A_axes) if zero_A else _kaiming_uniform(k_A, A_axes, fan_in)
-    lora_B = hax.zeros(B_axes) if zero_B else _kaiming_uniform(k_B, B_axes, config.r)
-    return lora_A, lora_B
-
-
-def _kaiming_uniform(key, axes: tuple[Axis, ...], fan_in: int) -> NamedArray:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's kaiming_uniform with a = sqrt(5), PEFT's default."""
-    bound = 1 / math.sqrt(fan_in)
-    return hax.random.uniform(key, axes, minval=-bound, maxval=bound, dtype=jnp.float32)
+def with_low_rank(weight: Any, tensors: Mapping[str, Any], scaling: Any) -> Any:
+    """W + scaling * B A, of arrays of NumPy or JAX: see `Adapter.merge`."""
+    return weight + (tensors["lora_B.weight"] @ tensors["lora_A.weight"]) * scaling
 
 
 @jax.custom_vjp

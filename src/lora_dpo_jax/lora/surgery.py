@@ -19,6 +19,8 @@ from lora_dpo_jax.lora.variants import new_adapter
 
 M = TypeVar("M")
 
+OUTPUT_FACTORS = frozenset({"lora_B", "lora_magnitude_vector"})
+
 
 def loraize(model: M, config: LoraConfig, *, key) -> M:
     """The model with new adapters on the targets of `config`. Factors are float32; the weights are shared.
@@ -32,26 +34,26 @@ def loraize(model: M, config: LoraConfig, *, key) -> M:
     # One key for each layer of the tree, target or not: a layer's factors do not depend on the other targets.
     keys = {of_layer[0]: key for of_layer, key in zip(layers, jax.random.split(key, len(names)), strict=False)}
 
-    def make(layer: Any, names: list[str], chosen: list[bool]) -> Adapter:
-        return new_adapter(layer, chosen, config, key=keys[names[0]])
+    def make(layer: Any, targets: dict[str, bool]) -> Adapter:
+        return new_adapter(layer, targets, config, key=keys[next(iter(targets))])
 
     return adapt(model, matching_names(names, config), make)
 
 
-def adapt(model: M, targets: Collection[str], make: Callable[[Any, list[str], list[bool]], Adapter]) -> M:
-    """The model with `make(layer, its names, which of them are targets)` for each linear layer that has a target.
+def adapt(model: M, targets: Collection[str], make: Callable[[Any, dict[str, bool]], Adapter]) -> M:
+    """The model with `make(layer, {name: whether it is a target})` for each linear layer that has a target.
 
     Raises ValueError if such a layer has an adapter already.
     """
     wanted = set(targets)
 
     def replace(layer: Any, names: list[str]) -> Any:
-        chosen = [name in wanted for name in names]
-        if not any(chosen):
+        chosen = {name: name in wanted for name in names}
+        if not any(chosen.values()):
             return layer
         if isinstance(layer, Adapter):
             raise ValueError(f"{names[0]} has an adapter already; merge_lora it, or start from the plain model")
-        return make(layer, names, chosen)
+        return make(layer, chosen)
 
     return map_linear_layers(replace, model)
 
@@ -73,14 +75,30 @@ def with_dropout(model: M, rate: float) -> M:
 
 def trainable_filter(model: M) -> M:
     """A tree of bools, true at the factors of adapters: for `equinox.partition`."""
+    return _marked(model, lambda adapter: [factor.array.array for factor in adapter.factors.values()])
 
+
+def constant_filter(model: M) -> M:
+    """The same, true at the frozen arrays of adapters, which steps do not change."""
+    return _marked(model, lambda adapter: [array.array for array in adapter.constants.values()])
+
+
+def output_filter(tree: M) -> M:
+    """A tree of bools, true at the factors with the axes of a layer's outputs: those to which LoRA+ gives another rate.
+
+    They are told by the names of their fields, so `tree` may be any tree of factors.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(str(getattr(entry, "name", getattr(entry, "key", ""))) in OUTPUT_FACTORS for entry in path),
+        tree,
+    )
+
+
+def _marked(model: M, arrays: Callable[[Adapter], list[Any]]) -> M:
     def mark(node: Any) -> Any:
         marks = jax.tree.map(lambda _: False, node)
-        if isinstance(node, Adapter):
-            factors = [*node.factors]
-            return eqx.tree_at(
-                lambda adapter: [adapter.factors[f].array.array for f in factors], marks, [True] * len(factors)
-            )
+        if isinstance(node, Adapter) and (count := len(arrays(node))):
+            return eqx.tree_at(arrays, marks, [True] * count)
         return marks
 
     return jax.tree.map(mark, model, is_leaf=lambda node: isinstance(node, Adapter))

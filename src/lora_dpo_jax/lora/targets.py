@@ -1,9 +1,12 @@
 """Which linear layers get adapters: names are matched as PEFT matches them."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 
-from lora_dpo_jax.lora.config import LoraConfig
+from lora_dpo_jax.lora.config import LoraConfig, matches_suffix
+
+logger = logging.getLogger(__name__)
 
 
 def matching_names(names: Sequence[str], config: LoraConfig) -> list[str]:
@@ -13,11 +16,16 @@ def matching_names(names: Sequence[str], config: LoraConfig) -> list[str]:
         chosen = [name for name in names if name != "lm_head"]
     else:
         chosen = [name for name in names if _matches(name, targets)]
+    if config.layer_numbers is not None:
+        exact = targets if isinstance(targets, list) else ()
+        chosen = [name for name in chosen if name in exact or _layer_number(name, config) in config.layer_numbers]
     return [name for name in chosen if not (excluded and _matches(name, excluded))]
 
 
 def check_targets(names: Sequence[str], unadaptable: Mapping[str, str], config: LoraConfig, *, tied: bool) -> None:
     """Raises ValueError unless `config` names layers that can be adapted, and names no other layer.
+
+    A pattern that matches no target is only a warning, as PEFT takes it.
 
     `names` are those of the model's Linear layers. `unadaptable` has, by name, the layers that cannot have an adapter,
     with the reason. `tied`: the head of the model is its input embedding.
@@ -34,19 +42,38 @@ def check_targets(names: Sequence[str], unadaptable: Mapping[str, str], config: 
             f"lora.target_modules={wanted!r} includes {_abridged(bad)}: {unadaptable[bad[0]]}. Name it in "
             "lora.exclude_modules, or name only other layers in lora.target_modules"
         )
-    if not matching_names(names, config):
+    targets = matching_names(names, config)
+    if not targets:
+        layers = "" if config.layer_numbers is None else f", layers_to_transform={config.layer_numbers}"
         raise ValueError(
-            f"lora.target_modules={wanted!r} (exclude_modules={config.exclude_modules!r}) matches none of the "
+            f"lora.target_modules={wanted!r} (exclude_modules={config.exclude_modules!r}{layers}) matches none of the "
             f"{len(names)} linear layers: {_abridged(names)}"
         )
     if isinstance(wanted, list) and (unused := [t for t in wanted if not any(_matches(n, [t]) for n in names)]):
         raise ValueError(f"lora.target_modules: {unused} match no linear layer; there are: {_abridged(names)}")
+    if absent := set(config.layer_numbers or ()) - {_layer_number(name, config) for name in names}:
+        raise ValueError(f"lora.layers_to_transform: there are no layers {sorted(absent)}; there are: {names[0]}, ...")
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, setting):
+            if not any(matches_suffix(key, name) for name in targets):
+                logger.warning("lora.%s: %r matches no target; there are: %s", setting, key, _abridged(targets))
 
 
 def _matches(name: str, patterns: list[str] | str) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def _layer_number(name: str, config: LoraConfig) -> int | None:
+    """The number of a layer in its path, found as PEFT finds it."""
+    patterns = config.layers_pattern or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        # Without a pattern, PEFT asks for a name before the one that the number follows.
+        before = r"(?:^|.*?\.)" if config.layers_pattern else r".*?\."
+        if found := re.match(rf"{before}{pattern}\.(?P<number>\d+)\.", name):
+            return int(found["number"])
+    return None
 
 
 def _abridged(names: Sequence[str]) -> list[str]:

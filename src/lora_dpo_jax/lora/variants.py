@@ -1,23 +1,23 @@
 """Which adapter a layer gets. A new variant of LoRA needs a class, a row of the table and a field of `LoraConfig`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
-import haliax as hax
 import haliax.nn as hnn
 import jax
-import jax.numpy as jnp
-import numpy as np
-from haliax import NamedArray
 
-from lora_dpo_jax.lora.adapter import Adapter, stack_axes
+from lora_dpo_jax.lora.adapter import Adapter, ByLayer
 from lora_dpo_jax.lora.config import LoraConfig
+from lora_dpo_jax.lora.dora_linear import DoraLinear
 from lora_dpo_jax.lora.lora_linear import LoraLinear
+from lora_dpo_jax.lora.offset_lora import OffsetLora
 
 # For each class of layers: the adapter that the settings choose. A layer of any other class cannot be adapted.
-ADAPTERS: dict[type, Callable[[LoraConfig], type[Adapter]]] = {hnn.Linear: lambda config: LoraLinear}
+ADAPTERS: dict[type, Callable[[LoraConfig], type[Adapter]]] = {
+    hnn.Linear: lambda config: DoraLinear if config.use_dora else OffsetLora if config.starts_at_factors else LoraLinear
+}
 
 
 def is_adaptable(layer: Any) -> bool:
@@ -29,22 +29,21 @@ def adapter_type(layer: Any, config: LoraConfig) -> type[Adapter]:
     return next(choose(config) for kind, choose in ADAPTERS.items() if isinstance(layer, kind))
 
 
-def new_adapter(layer: Any, chosen: Sequence[bool], config: LoraConfig, *, key) -> Adapter:
-    """A new adapter of `layer`. `chosen`: whether each layer of the stack, in the order of names, is a target."""
-    return adapter_type(layer, config).init(layer, config, _active(layer, chosen), key=key)
+def new_adapter(layer: Any, targets: Mapping[str, bool], config: LoraConfig, *, key) -> Adapter:
+    """A new adapter of `layer`. `targets`: by the name of each layer of the stack, whether it is a target."""
+    config, by_layer = _of_layers(layer, targets, config)
+    return adapter_type(layer, config).init(layer, config, by_layer, key=key)
 
 
-def empty_adapter(layer: Any, chosen: Sequence[bool], config: LoraConfig) -> Adapter:
+def empty_adapter(layer: Any, targets: Mapping[str, bool], config: LoraConfig) -> Adapter:
     """The same with ShapeDtypeStructs as factors, which `Adapter.with_factors` replaces by arrays."""
-    active = _active(layer, chosen)
+    config, by_layer = _of_layers(layer, targets, config)
     init = adapter_type(layer, config).init
-    shapes = eqx.filter_eval_shape(init, layer, config, active, key=jax.random.key(0))
-    return dataclasses.replace(shapes, wrapped=layer, active=active)
+    shapes = eqx.filter_eval_shape(init, layer, config, by_layer, key=jax.random.key(0))
+    return dataclasses.replace(shapes, wrapped=layer, by_layer=by_layer)
 
 
-def _active(layer: Any, chosen: Sequence[bool]) -> NamedArray | None:
-    if all(chosen):
-        return None
-    stack = stack_axes(layer)
-    shape = [axis.size for axis in stack]
-    return hax.named(jnp.array(np.reshape(chosen, shape), dtype=jnp.float32), stack)
+def _of_layers(layer: Any, targets: Mapping[str, bool], config: LoraConfig) -> tuple[LoraConfig, ByLayer | None]:
+    settings = [config.for_layer(name) if is_target else None for name, is_target in targets.items()]
+    by_layer = ByLayer.of(layer, settings)
+    return (config, by_layer) if by_layer is not None or settings[0] is None else (settings[0], None)

@@ -16,7 +16,7 @@ from lora_dpo_jax.data.sources import expand_url
 from lora_dpo_jax.data.table import ExampleTable, why_none_is_held_out
 from lora_dpo_jax.evaluation import summarize, summarize_by_tokens
 from lora_dpo_jax.files import cache_folder
-from lora_dpo_jax.huggingface.adapters import read_adapter_config
+from lora_dpo_jax.huggingface.adapter_config import read_adapter_config
 from lora_dpo_jax.lora import equals_reference, frozen_copy
 from lora_dpo_jax.losses import Scores
 from lora_dpo_jax.losses.examples import DESIRABLE, LABEL
@@ -28,7 +28,7 @@ from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.processes.exchange import is_first_process
 from lora_dpo_jax.runs.assembly import Data, load_data, pair_scorer, placement_of, reference_log_probs
-from lora_dpo_jax.runs.base import Base, check_models, folder_of, load_base, load_peft_adapter
+from lora_dpo_jax.runs.base import Base, adapter_of, check_models, load_base, load_peft_adapter
 from lora_dpo_jax.runs.compiled_programs import keep_compiled_programs
 from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.runs.identity import refuse_other_settings
@@ -68,11 +68,11 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     keep_compiled_programs(config.trainer.jax_compilation_cache_dir, cache)
     check_models(config)
     if config.adapter is not None:
-        read_adapter_config(folder_of("adapter", config.adapter))
+        read_adapter_config(adapter_of("adapter", config.adapter))
     placement = placement_of(config)
     data = load_data(config)
     pairs = _pairs(config, data)
-    base = load_base(config, data.tokenizer, placement)
+    base = load_base(config, data.tokenizer, placement, adapter=config.adapter)
     policy, reference, summary = _score(config, base, pairs, placement)
     if is_first_process():
         write_output(config.output, _lines(policy, reference, pairs))

@@ -21,10 +21,12 @@ from lora_dpo_jax.data.messages import read_messages
 from lora_dpo_jax.data.readers import decompress, suffixes
 from lora_dpo_jax.data.sources import RowError, RowFile
 from lora_dpo_jax.generation import GenerationConfig, complete, encode_prompt, encode_prompts, read_stop_ids
-from lora_dpo_jax.huggingface.adapters import load_adapter, read_base_model
+from lora_dpo_jax.huggingface.adapter_config import adapter_folder, read_base_model
+from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
-from lora_dpo_jax.huggingface.weights import load_model, read_config
+from lora_dpo_jax.huggingface.vocabulary import read_enlargement
+from lora_dpo_jax.huggingface.weights import NOT_ENLARGED, load_model, read_config
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.output_file import check_output, write_output
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
@@ -101,7 +103,11 @@ def main(config: GenerateConfig) -> list[str]:
     # Before the weights are read, so that a prompt that the template rejects is an early error.
     encode_prompts(tokenizer, prompts, chat=config.chat, origins=origins, **template_kwargs)
     dtype = config.dtype or ("f32" if jax.default_backend() == "cpu" else "bf16")
-    model = load_model(base, read_config(base), dtype=DTYPES[dtype], quantization=config.quantization)
+    decoder, enlargement = read_config(base), NOT_ENLARGED
+    if adapter is not None:
+        enlargement = read_enlargement(adapter, base, decoder)
+    settings: Any = {"dtype": DTYPES[dtype], "quantization": config.quantization, "enlargement": enlargement}
+    model = load_model(base, enlargement.config(decoder), **settings)
     if adapter is not None:
         model = load_adapter(model, adapter, base_model=config.model if config.adapter else None)
 
@@ -203,7 +209,7 @@ def _model_folders(config: GenerateConfig) -> tuple[Path, Path | None]:
 
 def _folder(setting: str, name_or_path: str) -> Path:
     try:
-        return local_folder(name_or_path)
+        return adapter_folder(local_folder(name_or_path))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{setting}: {error}") from error
 

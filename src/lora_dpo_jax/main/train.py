@@ -215,6 +215,7 @@ def _exports(config: TrainConfig, run: Run, run_id: str, first_step: int) -> Exp
         overwrite=config.overwrite,
         num_steps=len(run.steps),
         has_own_tokenizer=has_own_tokenizer(config.data),
+        peft_scaling=config.peft_scaling,
     )
     exports.check_room(first_step, config.hf_save_steps)
     return exports

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 
 from lora_dpo_jax.data.table import why_none_is_held_out
-from lora_dpo_jax.lora import trainable_filter
+from lora_dpo_jax.lora import constant_filter, trainable_filter
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import parameter_count
 from lora_dpo_jax.runs.assembly import Run
@@ -41,6 +41,7 @@ def announce(run: Run, trainer: TrainerConfig, held_out_fraction: float, run_dir
 def parameter_counts(model: CausalLM) -> dict[str, float]:
     """The parameters of the base with its adapters, and of the adapters alone."""
     adapters, weights = eqx.partition(model, trainable_filter(model))
+    weights = eqx.filter(weights, constant_filter(weights), inverse=True)
     trainable = sum(x.size for x in jax.tree.leaves(adapters))
     total = trainable + parameter_count(weights)
     return {

@@ -16,9 +16,10 @@ from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.attention import PLATFORMS
 from lora_dpo_jax.processes.exchange import in_turns, is_first_process
 from lora_dpo_jax.reference_cache import ReferenceCache
-from lora_dpo_jax.runs.base import Base, load_base, load_policy, load_tokenizer, lora_config
+from lora_dpo_jax.runs.base import Base, load_base, load_policy, load_tokenizer, lora_config, placed_adapters
 from lora_dpo_jax.runs.checks import refuse_unfit_data
 from lora_dpo_jax.runs.config import TrainConfig
+from lora_dpo_jax.runs.eva import with_eva
 from lora_dpo_jax.runs.exports import with_trained_template
 from lora_dpo_jax.runs.identity import reference_identity, refuse_other_steps
 from lora_dpo_jax.runs.learner import Learner, real_learner
@@ -58,9 +59,16 @@ def assemble(config: TrainConfig, placement: Placement) -> Run:
     base = load_base(config, with_trained_template(config.data, data.tokenizer), placement)
     k_adapters, k_dropout = jax.random.split(jax.random.key(trainer.seed))
     policy = load_policy(config, lora, base, placement, key=k_adapters)
-
     order = pair_order(data.pairs, seed=trainer.seed, shuffle=config.data.shuffle, weights=config.data.train_weights)
     num_steps = trainer.steps(order.epoch)
+    ids = StepIds(order, trainer.train_batch_size, num_steps, trainer.has_short_batches)
+    parallelism, row_shards = trainer.per_device_parallelism, placement.row_shards
+    steps = lay_out_steps(data.pairs, ids, config.layout, parallelism=parallelism, row_shards=row_shards)
+    refuse_other_steps(steps)
+    if config.initialize_from_peft is None and lora.a_init == "eva":
+        size = trainer.train_batch_size
+        policy = with_eva(policy, base.model, lora, steps, placement, batch_size=size, key=k_adapters)
+        policy = placed_adapters(policy, placement, trainer.precision.param_dtype)
     learner = real_learner(
         config.preference_loss,
         config.optimizer.build(num_steps),
@@ -70,10 +78,6 @@ def assemble(config: TrainConfig, placement: Placement) -> Run:
         reference=frozen_copy(policy) if config.reference_adapter is not None else None,
         schedule=config.optimizer.schedule(num_steps),
     )
-    ids = StepIds(order, trainer.train_batch_size, num_steps, trainer.has_short_batches)
-    parallelism, row_shards = trainer.per_device_parallelism, placement.row_shards
-    steps = lay_out_steps(data.pairs, ids, config.layout, parallelism=parallelism, row_shards=row_shards)
-    refuse_other_steps(steps)
     return Run(data, base, lora, order, steps, learner)
 
 

@@ -10,10 +10,12 @@ import equinox as eqx
 import jax
 
 from lora_dpo_jax.generation import read_stop_ids
-from lora_dpo_jax.huggingface.adapters import load_adapter, read_adapter_config
+from lora_dpo_jax.huggingface.adapter_config import adapter_folder, read_adapter_config
+from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
-from lora_dpo_jax.huggingface.weights import load_model, read_config
+from lora_dpo_jax.huggingface.vocabulary import Enlargement, read_enlargement
+from lora_dpo_jax.huggingface.weights import NOT_ENLARGED, load_model, read_config
 from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter, with_dropout
 from lora_dpo_jax.models import CausalLM, DecoderConfig
 from lora_dpo_jax.runs.config import ModelConfig, TrainConfig
@@ -34,6 +36,7 @@ class Base:
     config: DecoderConfig
     model: CausalLM
     tokenizer: Any  # in training, with the chat template of the rows
+    enlargement: Enlargement = NOT_ENLARGED  # of its vocabulary, by the given adapter
 
 
 def check_models(config: TrainConfig) -> None:
@@ -44,7 +47,7 @@ def check_models(config: TrainConfig) -> None:
     read_config(folder)
     read_stop_ids(folder)
     if config.initialize_from_peft is not None:
-        read_adapter_config(folder_of("initialize_from_peft", config.initialize_from_peft, patterns=settings))
+        read_adapter_config(adapter_of("initialize_from_peft", config.initialize_from_peft, patterns=settings))
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
@@ -60,10 +63,18 @@ def load_tokenizer(config: TrainConfig) -> Any:
         raise ValueError(f"{error}. Fix it, or set data.tokenizer") from error
 
 
-def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base:
-    """Reads the weights of `initialize_from_hf` to their devices, in the dtype that `config.model` asks for."""
+def load_base(config: TrainConfig, tokenizer: Any, placement: Placement, *, adapter: str | None = None) -> Base:
+    """Reads the weights of `initialize_from_hf` to their devices, in the dtype that `config.model` asks for.
+
+    Its vocabulary is that of initialize_from_peft, or else of `adapter`, if that was enlarged.
+    """
     folder = folder_of("initialize_from_hf", config.initialize_from_hf, revision=config.hf_revision)
     decoder = read_config(folder)
+    enlargement = NOT_ENLARGED
+    for setting, name in (("adapter", adapter), ("initialize_from_peft", config.initialize_from_peft)):
+        if name is not None:
+            enlargement = read_enlargement(adapter_of(setting, name), folder, decoder) or enlargement
+    decoder = enlargement.config(decoder)
     _check_lengths(config.train_seq_len, decoder)
     if len(tokenizer) > decoder.vocab_size:
         raise ValueError(
@@ -71,12 +82,18 @@ def load_base(config: TrainConfig, tokenizer: Any, placement: Placement) -> Base
             f"{decoder.vocab_size}: set data.tokenizer to the model's own"
         )
     compute_dtype = config.trainer.precision.compute_dtype
-    model = load_weights(folder, decoder, config.model, placement, compute_dtype=compute_dtype)
-    return Base(config.initialize_from_hf, config.hf_revision, folder, decoder, model, tokenizer)
+    model = load_weights(folder, decoder, config.model, placement, compute_dtype=compute_dtype, enlargement=enlargement)
+    return Base(config.initialize_from_hf, config.hf_revision, folder, decoder, model, tokenizer, enlargement)
 
 
 def load_weights(
-    folder: Path, decoder: DecoderConfig, settings: ModelConfig, placement: Placement, *, compute_dtype: Any
+    folder: Path,
+    decoder: DecoderConfig,
+    settings: ModelConfig,
+    placement: Placement,
+    *,
+    compute_dtype: Any,
+    enlargement: Enlargement = NOT_ENLARGED,
 ) -> CausalLM:
     """Reads the weights of a model's folder to their devices, held as `settings` ask."""
     with placement.scope():
@@ -87,6 +104,7 @@ def load_weights(
             compute=settings.compute,
             mapping=placement.parameters,
             quantization=settings.quantization,
+            enlargement=enlargement,
         )
 
 
@@ -94,7 +112,7 @@ def lora_config(config: TrainConfig) -> LoraConfig:
     """The rank, scaling and targets of the given adapter if there is one, else those of `lora`."""
     if config.initialize_from_peft is None:
         return config.lora
-    given = read_adapter_config(folder_of("initialize_from_peft", config.initialize_from_peft))
+    given = read_adapter_config(adapter_of("initialize_from_peft", config.initialize_from_peft))
     return dataclasses.replace(given, dropout=config.lora.dropout)
 
 
@@ -104,19 +122,24 @@ def load_policy(config: TrainConfig, lora: LoraConfig, base: Base, placement: Pl
     if config.initialize_from_peft is None:
         return with_new_adapters(base.model, lora, placement, dtype=dtype, key=key)
     model = load_peft_adapter(base, "initialize_from_peft", config.initialize_from_peft, placement)
-    return _placed_adapters(with_dropout(model, lora.dropout), placement, dtype)
+    return placed_adapters(with_dropout(model, lora.dropout), placement, dtype)
 
 
 def with_new_adapters(base: CausalLM, lora: LoraConfig, placement: Placement, *, dtype: Any, key) -> CausalLM:
     """The model with new adapters on their devices, in `dtype`."""
-    return _placed_adapters(loraize(base, lora, key=key), placement, dtype)
+    return placed_adapters(loraize(base, lora, key=key), placement, dtype)
 
 
 def load_peft_adapter(base: Base, setting: str, name: str, placement: Placement) -> CausalLM:
     """The base with the adapter of the folder, URL or hub id that `setting` names."""
-    folder = folder_of(setting, name)
+    folder = adapter_of(setting, name)
     with placement.scope():
         return load_adapter(base.model, folder, mapping=placement.parameters, base_model=base.name)
+
+
+def adapter_of(setting: str, name: str, **options: Any) -> Path:
+    """The folder of an adapter, which may lie in the one that the setting names."""
+    return adapter_folder(folder_of(setting, name, **options))
 
 
 def folder_of(setting: str, name: str, **options: Any) -> Path:
@@ -127,7 +150,8 @@ def folder_of(setting: str, name: str, **options: Any) -> Path:
         raise FileNotFoundError(f"{setting}: {error}") from error
 
 
-def _placed_adapters(model: CausalLM, placement: Placement, dtype: Any) -> CausalLM:
+def placed_adapters(model: CausalLM, placement: Placement, dtype: Any) -> CausalLM:
+    """The model with its adapters on their devices, in `dtype`."""
     adapters, weights = eqx.partition(model, trainable_filter(model))
     adapters = placement.put_parameters(jax.tree.map(lambda x: x.astype(dtype), adapters))
     return eqx.combine(adapters, weights)

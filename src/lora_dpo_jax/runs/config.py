@@ -83,6 +83,9 @@ class TrainConfig:
     validation_split_fraction: float | None = 0.1
 
     peft_save_path: str | None = None  # a folder or a URL; the final adapter
+    # as_is: the adapter with the settings of lora. plain: the same adapter with one rank, and alpha / r as its scaling,
+    # for servers that do not read use_rslora or the patterns.
+    peft_scaling: Literal["as_is", "plain"] = "as_is"
     merged_hf_save_path: str | None = None  # a folder or a URL; the final merged model
     hf_save_steps: int | None = None  # also export to <path>/step-<n> after every so many steps
     overwrite: bool = False  # replace another run's exports at these paths; never any other files

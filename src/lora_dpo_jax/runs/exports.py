@@ -35,13 +35,14 @@ class Exports:
         overwrite: bool,
         num_steps: int,
         has_own_tokenizer: bool,
+        peft_scaling: str = "as_is",
     ):
         """`paths`: (setting, path) of each export. `run`: the id of the run, which may replace its own exports.
 
         `has_own_tokenizer`: the tokenizer of the run differs from the base's, so a merged model includes it.
         """
         self.paths, self.base, self.lora, self.num_steps = paths, base, lora, num_steps
-        self.has_own_tokenizer = has_own_tokenizer
+        self.has_own_tokenizer, self.peft_scaling = has_own_tokenizer, peft_scaling
         self.owner: Any = {"run": run, "overwrite": overwrite}
 
     def check_room(self, first_step: int, every: int | None) -> None:
@@ -75,13 +76,16 @@ class Exports:
             revision=self.base.revision,
             config=self.lora,
             tokenizer=self.base.tokenizer,
+            peft_scaling=self.peft_scaling,
+            enlargement=self.base.enlargement,
             **self.owner,
         )
 
     def _save_merged(self, model: CausalLM, target: str) -> None:
         # Without a tokenizer of the run's own, the base's files stay as they are.
         tokenizer = self.base.tokenizer if self.has_own_tokenizer else None
-        save_merged(model, self.base.folder, target, tokenizer=tokenizer, **self.owner)
+        enlargement = self.base.enlargement
+        save_merged(model, self.base.folder, target, tokenizer=tokenizer, enlargement=enlargement, **self.owner)
 
 
 def has_own_tokenizer(data: PreferenceDataConfig) -> bool:

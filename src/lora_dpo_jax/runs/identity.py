@@ -18,12 +18,14 @@ from lora_dpo_jax.huggingface.digests import tensor_digests
 from lora_dpo_jax.lora import LoraConfig, trainable_filter
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.processes.exchange import refuse_differences
-from lora_dpo_jax.runs.base import Base, folder_of
+from lora_dpo_jax.runs.base import Base, adapter_of
 from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.runs.steps import Steps
 
 # Settings of `lora` without which the adapters of a checkpoint mean nothing.
 SHAPE_ADAPTERS = ("r", "alpha", "use_rslora", "target_modules", "exclude_modules")
+# The same, but left out if unset, because checkpoints of earlier versions lack them.
+SHAPE_ADAPTERS_IF_SET = ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern")
 # Settings of `model` that change how log-probs are computed, not their values; the dtype is taken from the arrays.
 CHANGE_NO_NUMBERS = ("gradient_checkpointing", "attention", "dtype")
 
@@ -33,12 +35,14 @@ def weights_identity(config: TrainConfig, base: Base) -> dict[str, Any]:
     memory = cache_folder(config.data.cache_dir) / "digests"
     adapter = None
     if config.reference_adapter is not None:
-        folder = folder_of("initialize_from_peft", config.reference_adapter)
+        folder = adapter_of("initialize_from_peft", config.reference_adapter)
         adapter = {
             "adapter_config.json": json.loads((folder / "adapter_config.json").read_text()),
             "files": tensor_digests(folder, "adapter_model", memory=memory),
         }
+    enlarged_by = base.enlargement.adapter
     return {
+        **({"vocabulary": tensor_digests(enlarged_by, "adapter_model", memory=memory)} if enlarged_by else {}),
         "config.json": json.loads((base.folder / "config.json").read_text()),
         "files": tensor_digests(base.folder, memory=memory),
         "adapter": adapter,
@@ -79,7 +83,13 @@ def run_identity(
         "initialize_from_peft": adapter,
         "peft_reference": config.peft_reference if config.initialize_from_peft else None,
         "model": {"dtype": dtypes_of(base.model), "quantization": config.model.quantization},
-        "lora": {name: value for name, value in dataclasses.asdict(lora).items() if name in SHAPE_ADAPTERS},
+        "lora": {
+            name: value
+            for name, value in dataclasses.asdict(lora).items()
+            if name in SHAPE_ADAPTERS
+            or (name in SHAPE_ADAPTERS_IF_SET and value)
+            or (name == "a_init" and lora.starts_at_factors)
+        },
         "data": {
             "components": components,
             "order_of_components": pairs.names,

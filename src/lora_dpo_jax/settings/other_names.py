@@ -32,7 +32,8 @@ _NAMES_ELSEWHERE = {
         "lora_target lora_target_modules lora_target_linear target_modules"
     ),
     ("lora.a_init", ""): "init_lora_weights",
-    ("lora.target_modules", ": a regular expression for whole paths can name layers"): "layers_to_transform",
+    ("lora.layers_to_transform", ""): "peft_layers_to_transform",
+    ("lora.layers_pattern", ""): "peft_layers_pattern",
     ("lora.r", " and the other settings of lora"): "peft_config",
     ("loss.type", ""): "loss_type pref_loss",
     ("beta", ""): "pref_beta dpo_beta",
@@ -50,6 +51,7 @@ _NAMES_ELSEWHERE = {
     ("optimizer.beta1", ""): "adam_beta1",
     ("optimizer.beta2", ""): "adam_beta2",
     ("optimizer.epsilon", ""): "adam_epsilon",
+    ("optimizer.lora_plus_ratio", ""): "loraplus_lr_ratio lorap_lr_ratio",
     ("optimizer.max_grad_norm", ""): "gradient_clipping clip_grad_norm",
     ("optimizer.learning_rate", " and the other settings of optimizer, which is AdamW"): "optim",
     ("trainer.train_batch_size", ": pairs per update over all devices. Gradients accumulate by themselves"): (

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lora_dpo_jax.lora import output_filter
 from lora_dpo_jax.settings.choices import check_choices
 
 
@@ -28,6 +29,9 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0  # clips the gradient's norm over all adapters; null or 0 does not clip
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls after the warmup
     warmup: int | float = 0  # below 1 a fraction of the run, from 1 on a number of steps
+    # LoRA+ (https://arxiv.org/abs/2402.12354): the learning rate of B, and of DoRA's magnitudes, is so many times that
+    # of A; null is 1. The paper has 16, with a smaller learning_rate.
+    lora_plus_ratio: float | None = None
     min_lr_ratio: float = 0.0  # final rate of linear and cosine, as a fraction of learning_rate; 0 in transformers
 
     def __post_init__(self):
@@ -40,6 +44,8 @@ class OptimizerConfig:
         check_choices(self, "optimizer")
         whole = 0 <= self.warmup < 1 or (1 <= self.warmup < 2**31 and float(self.warmup).is_integer())
         _require(whole, "warmup", self.warmup, "a fraction in [0, 1) or a whole number of steps below 2**31")
+        ratio = 1.0 if self.lora_plus_ratio is None else self.lora_plus_ratio
+        _require(0 < ratio < math.inf, "lora_plus_ratio", self.lora_plus_ratio, "a positive number, or null")
         _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
 
     def warmup_steps(self, num_train_steps: int) -> int:
@@ -72,16 +78,20 @@ class OptimizerConfig:
         Its `update` needs the adapters as an argument. As in torch, gradients that are not finite reach the adapters:
         the caller must check for them.
         """
-        adamw = optax.adamw(
-            self.schedule(num_train_steps),
-            b1=self.beta1,
-            b2=self.beta2,
-            eps=self.epsilon,
-            weight_decay=self.weight_decay,
-        )
-        if not self.max_grad_norm:
-            return _in_float32(adamw)
-        return _in_float32(optax.chain(_clip_by_global_norm(self.max_grad_norm), adamw))
+        parts: list[optax.GradientTransformation] = [
+            optax.adamw(
+                self.schedule(num_train_steps),
+                b1=self.beta1,
+                b2=self.beta2,
+                eps=self.epsilon,
+                weight_decay=self.weight_decay,
+            )
+        ]
+        if self.max_grad_norm:
+            parts.insert(0, _clip_by_global_norm(self.max_grad_norm))
+        if self.lora_plus_ratio is not None:
+            parts.append(_faster_output_factors(self.lora_plus_ratio))
+        return _in_float32(parts[0] if len(parts) == 1 else optax.chain(*parts))
 
 
 _DECAYS = {
@@ -105,6 +115,18 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda update: update * scale, updates)
 
     return optax.stateless(clip)
+
+
+def _faster_output_factors(ratio: float) -> optax.GradientTransformation:
+    """Multiplies the rate of B. As in torch, the decay of weights is a part of the update and grows with the rate."""
+
+    def scale(updates, params=None):
+        del params
+        return jax.tree.map(
+            lambda update, is_faster: update * ratio if is_faster else update, updates, output_filter(updates)
+        )
+
+    return optax.stateless(scale)
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from lora_dpo_jax.axes import MICRO
 from lora_dpo_jax.data.packing import PreferenceBatch
-from lora_dpo_jax.lora import trainable_filter
+from lora_dpo_jax.lora import constant_filter, trainable_filter
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.objective import Metric, Objective
 from lora_dpo_jax.training.reference_sync import ReferenceSync
@@ -54,18 +54,25 @@ class TrainState(eqx.Module):
 
     @property
     def trained(self) -> dict[str, Any]:
-        """Everything that steps change. A run can resume from it, with the seed and the weights."""
+        """Everything that steps change, and the constants of the adapters. A run can resume from it and the weights."""
+        constants = eqx.filter(self.model, constant_filter(self.model))
+        return self.moving | ({"constants": constants} if jax.tree.leaves(constants) else {})
+
+    @property
+    def moving(self) -> dict[str, Any]:
+        """Everything that steps change."""
         adapters = eqx.filter(self.model, trainable_filter(self.model))
-        trained = {"step": self.step, "skipped": self.skipped, "adapters": adapters, "optimizer": self.opt_state}
-        return trained | {"reference": self.reference} if self.reference_moves else trained
+        moving = {"step": self.step, "skipped": self.skipped, "adapters": adapters, "optimizer": self.opt_state}
+        return moving | ({"reference": self.reference} if self.reference_moves else {})
 
     def with_trained(self, trained: dict[str, Any]) -> "TrainState":
-        """This state with `trained` in place of its trained part."""
+        """This state with `trained`, or `moving`, in place of its own."""
+        constants = [trained["constants"]] if "constants" in trained else []
         return dataclasses.replace(
             self,
             step=trained["step"],
             skipped=trained["skipped"],
-            model=eqx.combine(trained["adapters"], self.model),
+            model=eqx.combine(trained["adapters"], *constants, self.model),
             opt_state=trained["optimizer"],
             reference=trained.get("reference", self.reference),
         )
@@ -144,7 +151,7 @@ class TrainStep:
                 f"found: reference_moves={state.reference_moves}, reference_sync={self.reference_sync}"
             )
         weights = eqx.filter(state.model, trainable_filter(state.model), inverse=True)
-        return state.trained, _Frozen(weights, None if state.reference_moves else state.reference, state.key)
+        return state.moving, _Frozen(weights, None if state.reference_moves else state.reference, state.key)
 
     def _update(self, moving: dict[str, Any], frozen: "_Frozen", parts: tuple[PreferenceBatch, ...]):
         step, skipped, adapters, opt_state = (moving[name] for name in ("step", "skipped", "adapters", "optimizer"))

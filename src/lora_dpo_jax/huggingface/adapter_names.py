@@ -1,0 +1,59 @@
+"""The names of an adapter's tensors, which differ with the class that PEFT wrapped.
+
+base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight                  a causal LM: the form that is written
+base_model.model.layers.0.self_attn.q_proj.lora_A.weight                        a bare AutoModel
+base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight   the decoder of a multimodal model
+base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight          with the name of the adapter
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from lora_dpo_jax.huggingface.adapter_config import WRAPPER
+
+PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(?P<layer>.+)\.(?P<factor>lora_\w+?)(\.(?!weight$|bias$)\w+)?(?P<kind>\.weight|\.bias)?")
+# PEFT stores the frozen matrix beside an adapter of it, and both of them where modules_to_save replaces it.
+_COPY = re.compile(r"(?P<layer>.+?)(\.base_layer|\.original_module|\.modules_to_save(\.\w+)?)?\.weight")
+MAGNITUDE = "lora_magnitude_vector"  # of DoRA: PEFT writes it without .weight
+
+
+def key_of(layer: str, factor: str) -> str:
+    """The name that is written."""
+    return f"{PREFIX}{layer}.{factor}"
+
+
+def written_names(keys: Iterable[str], layers: Sequence[str]) -> dict[str, str]:
+    """By each key of a file: the name that would be written for it. A key that means no factor of `layers` stays.
+
+    Raises ValueError if two keys mean the same factor.
+    """
+    by_core = {_core(layer): layer for layer in layers}
+    found: dict[str, str] = {}
+    for key in keys:
+        name = key
+        if (parts := _FACTOR.fullmatch(key)) and (layer := by_core.get(_core(parts["layer"]))):
+            kind = "" if parts["factor"] == MAGNITUDE else parts["kind"] or ""
+            name = key_of(layer, parts["factor"] + kind)
+        if name in found.values():
+            raise ValueError(f"both {next(k for k, n in found.items() if n == name)} and {key} are {name}")
+        found[key] = name
+    return found
+
+
+def layers_of(keys: Iterable[str]) -> list[str]:
+    """The layers that the keys of a file are of, by their paths in a causal LM."""
+    cores = dict.fromkeys(_core(parts["layer"]) for key in keys if (parts := _FACTOR.fullmatch(key)))
+    return [core if core == "lm_head" else f"model.{core}" for core in cores]
+
+
+def matrix_copies(keys: Iterable[str]) -> dict[str, str]:
+    """By key: "embed_tokens" or "lm_head", of those keys that are whole copies of these matrices of the base."""
+    cores = {key: _core(found["layer"]) for key in keys if (found := _COPY.fullmatch(key))}
+    return {key: core for key, core in cores.items() if core in ("embed_tokens", "lm_head")}
+
+
+def _core(path: str) -> str:
+    """A dotted path without the parts that depend on the class."""
+    parts = [part for part in path.removeprefix(PREFIX).split(".") if part != WRAPPER]
+    return ".".join(parts[1:] if parts[0] == "model" else parts)
