@@ -145,7 +145,7 @@ def _scores(
 
 
 def _index_in_response(micro: PreferenceBatch, belongs: NamedArray) -> NamedArray:
-    """int32 {row, target}: the index of each target in its response, whose targets are consecutive."""
+    """int32 {row, target}: the index of each target among those of its response, which are consecutive."""
     Target = micro.source.resolve_axis(TARGET)
     place = hax.arange(Target).broadcast_to(micro.source.axes)
     first = hax.min(hax.where(belongs, place, Target.size), axis=TARGET)

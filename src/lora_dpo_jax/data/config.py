@@ -51,6 +51,11 @@ class FormatConfig:
     # Rows of strings. plain: as they are. chat: the prompt is the user's turn, a response the assistant's.
     # auto: chat if chat_template is set, or if the row has what only a template can write; else plain.
     strings: Literal["auto", "plain", "chat"] = "auto"
+    # What is scored of a response of several turns. response: everything after the prompt. all_turns: the model's own
+    # turns. last_turn: the last of them. null: response, as in TRL's DPOTrainer.
+    train_on: Literal["response", "all_turns", "last_turn"] | None = None
+    mask_thinking: bool = False  # leave blocks of thoughts in responses out of what is scored
+    thinking_tags: list[str] = field(default_factory=lambda: ["<think>", "</think>"])  # around such a block
     slice_strategy: SliceStrategy = "raise"  # for rows longer than train_seq_len
     invalid_rows: Literal["raise", "drop"] = "raise"  # empty, malformed, identical, or without a clear prompt boundary
 
@@ -61,6 +66,17 @@ class FormatConfig:
             names.append("label")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"format.columns and format.response_columns name {twice} twice; needed: once")
+        tags = self.thinking_tags
+        if len(tags) != 2 or not all(tag.strip() for tag in tags) or tags[0] == tags[1]:
+            raise ValueError(
+                f"format.thinking_tags={tags!r} must be two texts: the tag that opens a block of thoughts, and the tag "
+                "that closes it"
+            )
+
+    @property
+    def scored_turns(self) -> Literal["response", "all_turns", "last_turn"]:
+        """`train_on`, with what its null stands for."""
+        return self.train_on or "response"
 
     @property
     def named_columns(self) -> dict[str, str]:

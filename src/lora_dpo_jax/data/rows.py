@@ -17,6 +17,7 @@ from lora_dpo_jax.data.messages import (
     read_messages,
     says_something,
     without_nulls,
+    without_weight,
 )
 from lora_dpo_jax.data.sources import RowError
 
@@ -168,9 +169,10 @@ def _split_prompt(prompt: _Prompt | None, answers: _Answers, origin: str) -> tup
     """Prompt and responses as lists that share no message, from full conversations or from responses alone."""
     responses = answers.messages
     text = prompt.value if prompt is not None else None
+    bare = [[*map(without_weight, response)] for response in responses]
     if isinstance(text, list):
-        size = len(text)
-        if all(len(response) > size and response[:size] == text for response in responses):
+        size, start = len(text), [*map(without_weight, text)]
+        if all(len(response) > size and response[:size] == start for response in bare):
             return text, [response[size:] for response in responses]
         return text, responses
     first_roles = {response[0]["role"] for response in responses}
@@ -178,7 +180,7 @@ def _split_prompt(prompt: _Prompt | None, answers: _Answers, origin: str) -> tup
         if not text.strip():
             raise RowError("empty", origin, f"{prompt.column!r} is empty")
         return [{"role": "user", "content": text}], responses
-    shared = _shared_prefix(responses)
+    shared = _shared_prefix(bare)
     names = " and ".join(answers.names)
     if shared == 0:
         raise RowError("malformed", origin, f"has no prompt, and {names} share no first message")

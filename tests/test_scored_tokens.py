@@ -1,0 +1,87 @@
+"""Tokens that are not scored are in the rows, and in no log-prob, count or gradient of their own."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from tiny_pairs import moved, new_adapters, packed, random_pairs, table_of
+
+from lora_dpo_jax.data.memory import MemoryExamples
+from lora_dpo_jax.data.shapes import PartShape, choose_shapes
+from lora_dpo_jax.evaluation import Scorer
+from lora_dpo_jax.log_probs import score_responses
+from lora_dpo_jax.losses import LOSSES
+
+
+def masks_of(example):
+    return [np.ones(len(x), bool) for x in example.responses] if example.scored is None else example.scored
+
+
+def masked_pairs(count, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def mask(size):
+        scored = rng.random(size) < 0.6
+        scored[rng.integers(size)] = True
+        return scored
+
+    pairs = random_pairs(count, seed=seed)
+    return [
+        dataclasses.replace(pair, scored=tuple(mask(len(response)) for response in pair.responses)) if n % 3 else pair
+        for n, pair in enumerate(pairs)
+    ]
+
+
+def test_masks_of_a_table_are_those_of_its_examples():
+    examples = masked_pairs(9)
+    table = table_of(MemoryExamples(examples))
+    for of, numbers in ((table, range(9)), (table.subset(np.array([1, 2, 5, 6])), (1, 2, 5, 6))):
+        for mine, number in zip(of, numbers, strict=True):
+            again = of.arrays.example(list(numbers).index(number), np.concatenate(mine.parts))
+            assert again.scored is not None or all(mask.all() for mask in masks_of(mine))
+            for scored in (masks_of(mine), masks_of(again)):
+                for ours, theirs in zip(scored, masks_of(examples[number]), strict=True):
+                    np.testing.assert_array_equal(ours, theirs)
+        counts = [sum(int(mask.sum()) for mask in masks_of(x)) for x in of]
+        assert of.sizes.targets.tolist() == counts
+        assert of.sizes.tokens.tolist() == [x.size for x in of]
+    assert MemoryExamples(examples).fingerprint != MemoryExamples(masked_pairs(9, seed=0)[::-1]).fingerprint
+
+
+def test_a_mask_of_another_length_is_refused():
+    pair = masked_pairs(2)[1]
+    short = (pair.scored[0][1:], pair.scored[1])
+    for scored, error in ((short, "a bool for each token"), ([np.zeros_like(x) for x in pair.scored], "at least one")):
+        with pytest.raises(ValueError, match=f"memory, row 0: scored must .*{error}"):
+            MemoryExamples([dataclasses.replace(pair, scored=tuple(scored))])
+
+
+def test_log_probs_are_sums_over_scored_tokens_in_the_same_context():
+    masked = masked_pairs(5)
+    whole = [dataclasses.replace(pair, scored=None) for pair in masked]
+    layout = PartShape.of_pairs(micro_batches=1, rows=2, row_length=128, targets=96, pairs=5)
+    model = moved(new_adapters())
+    score = jax.jit(lambda micro: score_responses(model, micro, per_token=True))
+    rows = [[0, 1], [2, 3, 4]]
+    found, of_all = (score(packed(table_of(MemoryExamples(x)), layout, rows).micro_batch(0)) for x in (masked, whole))
+    for row, numbers in enumerate(rows):
+        masks = [mask for number in numbers for mask in masks_of(masked[number])]
+        of_tokens = np.split(np.asarray(of_all.per_token.log_probs.array[row]), np.cumsum([len(m) for m in masks]))
+        response, index = (np.asarray(x.array[row]) for x in (found.per_token.response, found.per_token.index))
+        for slot, (mask, log_probs) in enumerate(zip(masks, of_tokens, strict=False)):
+            assert float(found.log_probs.array[row, slot]) == pytest.approx(log_probs[mask].sum(), abs=1e-5)
+            assert int(found.tokens.array[row, slot]) == mask.sum()
+            assert index[response == slot].tolist() == list(range(int(mask.sum())))
+
+
+def test_losses_per_token_divide_by_the_scored_tokens():
+    table = table_of(MemoryExamples(masked_pairs(4)))
+    shapes = choose_shapes([np.arange(4)], table.sizes)
+    assert shapes.parts[0].targets >= table.sizes.targets.max()
+    scores = Scorer(table, rows=1)(moved(new_adapters()))
+    tokens = [int(mask.sum()) for x in table for mask in masks_of(x)]
+    assert scores.tokens.array.tolist() == tokens
+    found = LOSSES["sft"]()(scores, None, table.arrays.examples).metrics["nll_loss"]
+    chosen = np.asarray(scores.log_probs.array)[::2].sum() / sum(tokens[::2])
+    assert float(found.value) == pytest.approx(-chosen, rel=1e-5)
