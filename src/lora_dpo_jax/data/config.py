@@ -28,11 +28,11 @@ class FormatConfig:
     """
 
     # preference_chat: a chosen and a rejected response. unpaired: one response and whether it is a desirable one.
-    # ranked: a list of responses with a score or a rank for each
-    type: Literal["preference_chat", "unpaired", "ranked"] = "preference_chat"
+    # ranked: a list of responses with a score or a rank for each. supervised: one response to imitate
+    type: Literal["preference_chat", "unpaired", "ranked", "supervised"] = "preference_chat"
     chosen_field: str = "chosen"  # a column
     rejected_field: str = "rejected"  # a column
-    completion_field: str = "completion"  # a column, of unpaired rows
+    completion_field: str = "completion"  # a column, of unpaired and supervised rows
     label_field: str = "label"  # a column of true and false, of unpaired rows
     responses_field: str = "responses"  # a column of lists, of ranked rows
     scores_field: str = "scores"  # a column of lists of numbers, of ranked rows; a higher score is better
@@ -52,7 +52,7 @@ class FormatConfig:
     # auto: chat if chat_template is set, or if the row has what only a template can write; else plain.
     strings: Literal["auto", "plain", "chat"] = "auto"
     # What is scored of a response of several turns. response: everything after the prompt. all_turns: the model's own
-    # turns. last_turn: the last of them. null: response, as in TRL's DPOTrainer.
+    # turns. last_turn: the last of them. null: response, as in TRL's DPOTrainer; of supervised rows, all_turns.
     train_on: Literal["response", "all_turns", "last_turn"] | None = None
     mask_thinking: bool = False  # leave blocks of thoughts in responses out of what is scored
     thinking_tags: list[str] = field(default_factory=lambda: ["<think>", "</think>"])  # around such a block
@@ -76,7 +76,7 @@ class FormatConfig:
     @property
     def scored_turns(self) -> Literal["response", "all_turns", "last_turn"]:
         """`train_on`, with what its null stands for."""
-        return self.train_on or "response"
+        return self.train_on or ("all_turns" if self.type == "supervised" else "response")
 
     @property
     def named_columns(self) -> dict[str, str]:

@@ -31,7 +31,7 @@ class Examples(eqx.Module):
     weight: NamedArray  # float32 {..., comparison}; an example's weights add up to 1 unless the data set others
     columns: dict[str, NamedArray] = eqx.field(default_factory=dict)  # float32 {..., example} or {..., response}
     # What a loss knows of the whole batch, of which these examples may be a part: see Loss.of_batch.
-    of_batch: dict[str, NamedArray] = eqx.field(default_factory=dict)  # float32 {..., comparison}
+    of_batch: dict[str, NamedArray] = eqx.field(default_factory=dict)  # float32 {..., comparison}, or likewise
 
     def column(self, name: str) -> NamedArray:
         """float32 {..., example} or {..., response}. Raises ValueError if the batch has no such column."""
@@ -56,6 +56,12 @@ class Examples(eqx.Module):
     def is_comparison(self) -> NamedArray:
         """bool {..., comparison}."""
         return self.example_of_comparison >= 0
+
+    @property
+    def is_uncompared(self) -> NamedArray:
+        """bool {..., example}: examples without a comparison, whose responses are to be imitated."""
+        comparisons = self.sum_of_comparisons(self.is_comparison.astype(jnp.float32))
+        return self.is_example & (comparisons == 0)
 
     @property
     def share(self) -> NamedArray:

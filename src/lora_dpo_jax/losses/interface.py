@@ -70,14 +70,18 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
         return "nothing"
 
     def batch_inputs(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
-        """What `of_batch` reads, float32 {..., comparison}, by name. Log-probs are zeros unless it needs scores."""
+        """What `of_batch` reads, by name: float32 {..., comparison}, {..., example} or {..., response}.
+
+        Log-probs are zeros unless it needs scores.
+        """
         return {}
 
     def of_batch(self, inputs: dict[str, NamedArray]) -> dict[str, NamedArray]:
         """What the loss needs to know of the whole batch, for `Examples.of_batch`, by name.
 
-        All are float32 {comparison}: the `batch_inputs` of all comparisons of the batch, and the result. Slots without
-        a comparison are among them; none of them may change the result for the others.
+        All are float32 {comparison}, or likewise: the `batch_inputs` of all comparisons of the batch, and the result,
+        whose axes are among theirs. Slots without a comparison are among them; none of them may change the result for
+        the others.
         """
         return {}
 

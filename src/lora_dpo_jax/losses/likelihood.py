@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import haliax as hax
+import jax
 import jax.numpy as jnp
 from haliax import NamedArray
 
@@ -13,6 +14,7 @@ from lora_dpo_jax.losses.examples import Examples
 from lora_dpo_jax.losses.preference import Compared, ComparisonLoss
 from lora_dpo_jax.losses.scores import Scores
 from lora_dpo_jax.losses.smoothing import check_label_smoothing, smoothed_log_loss
+from lora_dpo_jax.objective import ExampleLosses, Mean
 
 
 @dataclass(frozen=True)
@@ -70,30 +72,55 @@ class _WithLikelihood(_ReferenceFree):
 
     def batch_inputs(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
         chosen_tokens, _ = examples.compared(policy.tokens.astype(jnp.float32))
-        return {"tokens": chosen_tokens, "share": examples.share}
+        of_comparisons = {"tokens": chosen_tokens * examples.share, "share": examples.share}
+        return {name: examples.sum_of_comparisons(values) for name, values in of_comparisons.items()}
 
     def of_batch(self, inputs: dict[str, NamedArray]) -> dict[str, NamedArray]:
         tokens, share = inputs["tokens"], inputs["share"]
-        mean = jnp.sum((tokens * share).array) / jnp.maximum(jnp.sum(share.array), jnp.finfo(jnp.float32).tiny)
+        mean = jnp.sum(tokens.array) / jnp.maximum(jnp.sum(share.array), jnp.finfo(jnp.float32).tiny)
         return {"mean_chosen_tokens": hax.full(tokens.axes, jnp.maximum(mean, 1.0))}
 
     def negative_log_likelihood(self, policy: Compared) -> NamedArray:
         """{..., comparison}. Its mean over the batch is the mean over all tokens of chosen responses."""
-        return -policy.chosen / policy.examples.of_batch["mean_chosen_tokens"]
+        examples = policy.examples
+        # At least one, for empty slots.
+        return -policy.chosen / hax.maximum(examples.of_comparisons(examples.of_batch["mean_chosen_tokens"]), 1.0)
 
 
 @dataclass(frozen=True)
 class Sft(_WithLikelihood):
-    """The negative log-likelihood of the chosen responses, per token: the term of RPO and MPO.
+    """The negative log-likelihood per token, of chosen responses and of those that are compared with none.
 
-    Eq. 1 of https://arxiv.org/abs/2404.19733 has a mean for each response. Here, as in TRL, each token counts the same.
-    `beta` scales the logged rewards alone.
+    Of single responses this is instruction tuning, of pairs the term of RPO and MPO. Eq. 1 of
+    https://arxiv.org/abs/2404.19733 has a mean for each response. Here, as in TRL, each token counts the same. `beta`
+    scales the logged rewards alone.
     """
 
     name = "nll"
+    needs_comparisons = False
 
     def pair_loss(self, chosen, rejected, policy):
         return self.negative_log_likelihood(policy)
+
+    def batch_inputs(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
+        is_single = examples.is_uncompared.astype(jnp.float32)
+        of_pairs = super().batch_inputs(policy, reference, examples)
+        tokens = examples.sum_of_responses(policy.tokens.astype(jnp.float32))
+        return {"tokens": of_pairs["tokens"] + is_single * tokens, "share": of_pairs["share"] + is_single}
+
+    def __call__(
+        self, policy: Scores, reference: Scores | None, examples: Examples, *, are_equal: jax.Array | bool = False
+    ) -> ExampleLosses:
+        examples = self.knowing_batch(policy, reference, examples)
+        is_single = examples.is_uncompared
+        sums = examples.sum_of_responses(policy.log_probs.astype(jnp.float32))
+        loss = hax.where(is_single, -sums / examples.of_batch["mean_chosen_tokens"], 0.0)
+        nll = Mean.over(loss, is_single.astype(jnp.float32))
+        if not examples.chosen.axes[-1].size:
+            return ExampleLosses(loss, {self.loss_name: nll})
+        of_pairs = super().__call__(policy, reference, examples, are_equal=are_equal)
+        nll = jax.tree.map(jnp.add, nll, of_pairs.metrics[self.loss_name])
+        return ExampleLosses(loss + of_pairs.loss, of_pairs.metrics | {self.loss_name: nll})
 
 
 @dataclass(frozen=True)

@@ -96,9 +96,7 @@ class ComparisonLoss(Loss):
     def __call__(
         self, policy: Scores, reference: Scores | None, examples: Examples, *, are_equal: jax.Array | bool = False
     ) -> ExampleLosses:
-        if self.needs_of_batch != "nothing" and not examples.of_batch:
-            known = self.of_batch(self.batch_inputs(policy, reference, examples))
-            examples = dataclasses.replace(examples, of_batch=known)
+        examples = self.knowing_batch(policy, reference, examples)
         chosen, rejected, ours, theirs = self.rewards(policy, reference, examples)
         loss = self.pair_loss(chosen, rejected, ours)
         per_pair = {}
@@ -113,6 +111,12 @@ class ComparisonLoss(Loss):
         per_pair |= preference_metrics(ours, theirs, self.beta * chosen, self.beta * rejected, are_equal=are_equal)
         share = examples.share
         return ExampleLosses(of_examples, {name: Mean.over(values, share) for name, values in per_pair.items()})
+
+    def knowing_batch(self, policy: Scores, reference: Scores | None, examples: Examples) -> Examples:
+        """The examples with what the loss needs to know of the batch. They are the whole batch if they lack it."""
+        if self.needs_of_batch == "nothing" or examples.of_batch:
+            return examples
+        return dataclasses.replace(examples, of_batch=self.of_batch(self.batch_inputs(policy, reference, examples)))
 
     @property
     def loss_name(self) -> str:

@@ -40,7 +40,8 @@ logger = logging.getLogger("lora_dpo_jax")
 
 SCORES = ("logp_chosen", "logp_rejected", "ref_logp_chosen", "ref_logp_rejected", "chosen_tokens", "rejected_tokens")
 LISTS = ("logps", "ref_logps", "response_tokens")
-LINES = tuple(("index", "origin", *names, "prompt_tokens") for names in (SCORES, LISTS))  # their keys
+OF_ONE_MODEL = ("logps", "response_tokens")  # where nothing is compared, no reference is computed
+LINES = tuple(("index", "origin", *names, "prompt_tokens") for names in (SCORES, LISTS, OF_ONE_MODEL))  # their keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,17 +96,20 @@ def _pairs(config: EvaluateConfig, data: Data) -> ExampleTable:
 
 def _score(
     config: EvaluateConfig, base: Base, pairs: ExampleTable, placement: Placement
-) -> tuple[Scores, Scores, dict[str, float]]:
-    """(log-probs of the policy, log-probs of the reference, means of the loss and its metrics)."""
+) -> tuple[Scores, Scores | None, dict[str, float]]:
+    """(log-probs of the policy; of the reference, if anything reads them; means of the loss and its metrics)."""
 
     def progress(batches, total: int):
         return tqdm(batches, "policy", total=total, unit=" batches", disable=not is_first_process())
 
     score, loss = pair_scorer(pairs, trainer=config.trainer, placement=placement), config.preference_loss
     policy_model, reference_model = _models(config, base, placement)
-    reference = reference_log_probs(config, base, reference_model, placement).of_table(score)
     held_to = None if reference_model is base.model else frozen_copy(reference_model)
-    policy = reference if equals_reference(policy_model, held_to) else score(policy_model, progress)
+    policy = reference = None
+    if loss.needs_reference or pairs.arrays.comparison_counts.any():
+        reference = reference_log_probs(config, base, reference_model, placement).of_table(score)
+        policy = reference if equals_reference(policy_model, held_to) else None
+    policy = score(policy_model, progress) if policy is None else policy
     if loss.needs_tokens:
         objective = PreferenceObjective(loss)
         return policy, reference, summarize_by_tokens(objective, loss.all_columns, score, policy_model, held_to)
@@ -136,12 +140,15 @@ def _data_files(config: EvaluateConfig) -> dict[str, list[str]]:
     return files
 
 
-def _lines(policy: Scores, reference: Scores, examples: ExampleTable) -> Iterable[dict]:
+def _lines(policy: Scores, reference: Scores | None, examples: ExampleTable) -> Iterable[dict]:
     """Of pairs, each number has its own name. Other examples have lists, with a number for each response."""
-    arrays = [np.asarray(x.array) for x in (policy.log_probs, reference.log_probs, policy.tokens)]
+    scores, names = (policy.log_probs, policy.tokens), OF_ONE_MODEL
+    if reference is not None:
+        scores, names = (policy.log_probs, reference.log_probs, policy.tokens), LISTS
+    arrays = [np.asarray(x.array) for x in scores]
     for index in range(len(examples)):
         mine = [array[examples.arrays.responses_of(np.array([index]))].tolist() for array in arrays]
-        numbers = dict(zip(LISTS, mine, strict=True))
+        numbers = dict(zip(names, mine, strict=True))
         if examples.arrays.are_pairs:
             numbers = dict(zip(SCORES, (number for pair in mine for number in pair), strict=True))
         prompt_tokens = int(examples.sizes.prompt[index])
@@ -149,13 +156,14 @@ def _lines(policy: Scores, reference: Scores, examples: ExampleTable) -> Iterabl
 
 
 def _print(config: EvaluateConfig, summary: dict[str, float], num_pairs: int) -> None:
-    print(f"{num_pairs:,} pairs of the {config.split} split")
+    print(f"{num_pairs:,} {'pairs' if 'dpo_accuracy' in summary else 'examples'} of the {config.split} split")
     print(f"loss      {summary['loss']:.4f}")
-    print(f"accuracy  {summary['dpo_accuracy']:.1%}   (a tie counts as half)")
-    print(
-        f"margin    {summary['rewards/margins']:.4f}   (chosen {summary['rewards/chosen']:.4f}, "
-        f"rejected {summary['rewards/rejected']:.4f}, scaled by beta)"
-    )
+    if "dpo_accuracy" in summary:
+        print(f"accuracy  {summary['dpo_accuracy']:.1%}   (a tie counts as half)")
+        print(
+            f"margin    {summary['rewards/margins']:.4f}   (chosen {summary['rewards/chosen']:.4f}, "
+            f"rejected {summary['rewards/rejected']:.4f}, scaled by beta)"
+        )
     print(f"scores    {printable(config.output)}")
 
 

@@ -28,10 +28,11 @@ def announce(run: Run, trainer: TrainerConfig, held_out_fraction: float, run_dir
     )
     pairs, held_out = run.data.pairs, run.data.held_out
     why = "" if len(held_out) else f" ({why_none_is_held_out(pairs, held_out_fraction)})"
-    logger.info("%s training pairs, %s held out%s", f"{len(pairs):,}", f"{len(held_out):,}", why)
+    what = "pairs" if pairs.arrays.are_pairs else "examples"
+    logger.info("%s training %s, %s held out%s", f"{len(pairs):,}", what, f"{len(held_out):,}", why)
     logger.info(
         "%s, in micro-batches of %s tokens; run folder %s",
-        _steps_in_words(trainer, run.order.epoch, len(run.steps)),
+        _steps_in_words(trainer, run.order.epoch, len(run.steps), what),
         " or ".join(f"{part.rows} x {part.row_length}" for part in run.steps.shapes.parts),
         run_dir,
     )
@@ -49,10 +50,10 @@ def parameter_counts(model: CausalLM) -> dict[str, float]:
     }
 
 
-def _steps_in_words(trainer: TrainerConfig, epoch: int, num_steps: int) -> str:
+def _steps_in_words(trainer: TrainerConfig, epoch: int, num_steps: int, what: str) -> str:
     """The number of steps and of their pairs, and how the run treats pairs that fill no whole batch."""
     size = trainer.train_batch_size
-    text = f"{num_steps:,} steps of {size:,} pairs"
+    text = f"{num_steps:,} steps of {size:,} {what}"
     if trainer.has_short_batches and (left := epoch % size):
         return f"{text}, {-(-epoch // size):,} an epoch, whose last one has {left:,} (trainer.last_batch=short)"
     if trainer.num_train_steps is None and (trainer.num_train_epochs or 1) * epoch % size:

@@ -32,7 +32,8 @@ def refuse_unfit_data(loss: Loss, examples: ExampleTable) -> None:
         if loss.needs_comparisons and not arrays.comparison_counts[indices].all():
             raise ValueError(
                 f"loss.type={loss.get_choice_name(type(loss))} compares responses; data.components.{name} has single "
-                "ones (format.type=unpaired). Choose a loss of single responses, or rows with chosen and rejected"
+                "ones (format.type=unpaired or supervised). Choose a loss of single responses, or rows with chosen and "
+                "rejected"
             )
 
 

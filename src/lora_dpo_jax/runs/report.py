@@ -66,13 +66,14 @@ class HeldOutScores:
         ends = self.scores[:1] + self.scores[1:][-1:]
         if not ends:
             return
-        print(f"\n{'held-out pairs':<16}" + "".join(f"{'after step ' + str(step):>18}" for step, _ in ends))
+        what = "pairs" if self.score.examples.arrays.are_pairs else "examples"
+        print(f"\n{'held-out ' + what:<18}" + "".join(f"{'after step ' + str(step):>18}" for step, _ in ends))
         rows = {"accuracy": "dpo_accuracy", "reward margin": "rewards/margins", "loss": "loss"}
         for title, name in rows.items():
             if name not in ends[0][1]:
                 continue
             cells = [f"{v[name]:.1%}" if title == "accuracy" else f"{v[name]:.4f}" for _, v in ends]
-            print(f"{title:<16}" + "".join(f"{cell:>18}" for cell in cells))
+            print(f"{title:<18}" + "".join(f"{cell:>18}" for cell in cells))
 
 
 class Samples:

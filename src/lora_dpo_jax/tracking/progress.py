@@ -67,6 +67,7 @@ _HEADLINE = {
     "train/loss": "loss {:.4f}",
     "train/dpo_accuracy": "accuracy {:.2f}",
     "train/pairs_per_second": "{:.1f} pairs/s",
+    "train/examples_per_second": "{:.1f} examples/s",
 }
 
 

@@ -30,6 +30,7 @@ logger = logging.getLogger("lora_dpo_jax")
 
 S = TypeVar("S")
 COUNTS = ("pairs", "tokens", "flops")  # metrics of a step that are logged as rates
+RATES = (*COUNTS, "examples")  # that of examples, which is a metric too, where nothing is compared
 MOST_STEPS = 2**31 - 1  # the optimizer counts them in int32
 LONGEST_ID = 200  # bytes; a file name may have 255, and the writers of checkpoints append to the id
 METRICS_LAG = 1  # later steps dispatched before a step's metrics are fetched: the device never waits for the host
@@ -274,7 +275,7 @@ class _MetricsLog:
     ):
         self.tracker, self.progress, self.check, self.stalls = tracker, progress, check, stalls
         self.log_every, self.num_steps, self.peak_flops = log_every, num_steps, peak_flops
-        self.counts = dict.fromkeys(COUNTS, 0.0)
+        self.counts = dict.fromkeys(RATES, 0.0)
         self.since = time.perf_counter()
 
     def start_clock(self) -> None:
@@ -289,16 +290,18 @@ class _MetricsLog:
         self.check(step, metrics, values)
         for name in COUNTS:
             self.counts[name] += values.pop(name, 0.0)
+        self.counts["examples"] += values.get("examples", 0.0)
         if step % self.log_every and step + 1 != self.num_steps:
             self.progress.update(step)
             return
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
         rates = {name: count / seconds for name, count in self.counts.items()}
-        values |= {"pairs_per_second": rates["pairs"], "tokens_per_second": rates["tokens"]}
+        unit = "examples" if rates["examples"] and not rates["pairs"] else "pairs"
+        values |= {f"{unit}_per_second": rates[unit], "tokens_per_second": rates["tokens"]}
         if self.peak_flops is not None:
             values["mfu"] = rates["flops"] / self.peak_flops
-        self.counts = dict.fromkeys(COUNTS, 0.0)
+        self.counts = dict.fromkeys(RATES, 0.0)
         logged = {f"train/{name}": value for name, value in values.items()}
         self.tracker.log(logged, step=step)
         self.progress.update(step, logged)
