@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 from tiny_pairs import moved, new_adapters, packed, random_pairs, table_of
 
+from lora_dpo_jax.data.batches import packed_batches
+from lora_dpo_jax.data.examples import TokenizedExample
 from lora_dpo_jax.data.memory import MemoryExamples
 from lora_dpo_jax.data.shapes import PartShape, choose_shapes
 from lora_dpo_jax.evaluation import Scorer
 from lora_dpo_jax.log_probs import score_responses
-from lora_dpo_jax.losses import LOSSES
+from lora_dpo_jax.losses import LOSSES, Dpo
+from lora_dpo_jax.losses.token_metrics import STATISTICS, token_metrics
+from lora_dpo_jax.preference_objective import PreferenceObjective
+from lora_dpo_jax.training.step import micro_batches
 
 
 def masks_of(example):
@@ -85,3 +90,37 @@ def test_losses_per_token_divide_by_the_scored_tokens():
     found = LOSSES["sft"]()(scores, None, table.arrays.examples).metrics["nll_loss"]
     chosen = np.asarray(scores.log_probs.array)[::2].sum() / sum(tokens[::2])
     assert float(found.value) == pytest.approx(-chosen, rel=1e-5)
+
+
+def test_metrics_of_tokens_count_what_is_to_be_imitated():
+    """A ranked list and a single response, against sums of their own."""
+    first, second = random_pairs(2, seed=3)
+    ranked = TokenizedExample(first.prompt, (*first.responses, second.responses[0]), ((0, 1), (0, 2), (2, 1)))
+    single = TokenizedExample(second.prompt, second.responses[1:])
+    table = table_of(MemoryExamples([ranked, single]))
+    model, ids = moved(new_adapters()), [np.arange(2)]
+    (batch,) = packed_batches(table, ids, choose_shapes(ids, table.sizes), place=jax.device_put)
+    micro = next(micro_batches(batch))
+    score = jax.jit(lambda micro: score_responses(model, micro, statistics=STATISTICS))
+    policy = score(micro)
+    found = token_metrics(policy, micro.examples)
+    tokens = policy.per_token
+    is_likeliest, entropy, response = (
+        np.asarray(x.array[0])
+        for x in (tokens.statistics["is_likeliest"], tokens.statistics["entropy"], tokens.response)
+    )
+    # Response 0 wins two of three comparisons, response 2 one; the single one counts as a whole.
+    weight = np.array([2 / 3, 0, 1 / 3, 1, 0])[response]
+    assert float(found["entropy"].value) == pytest.approx(entropy[response >= 0].mean(), rel=1e-5)
+    expected = (weight * is_likeliest).sum() / weight.sum()
+    assert float(found["mean_token_accuracy"].value) == pytest.approx(expected, abs=1e-6)
+
+
+def test_metrics_of_tokens_cost_nothing_unless_asked_for():
+    pairs = table_of(random_pairs(2))
+    ids = [np.arange(2)]
+    (batch,) = packed_batches(pairs, ids, choose_shapes(ids, pairs.sizes), place=jax.device_put)
+    micro, model = next(micro_batches(batch)), new_adapters()
+    scores = {on: jax.eval_shape(PreferenceObjective(Dpo(), on).scores, model, None, micro) for on in (False, True)}
+    assert scores[False][0].per_token is None
+    assert set(scores[True][0].per_token.statistics) == set(STATISTICS) and scores[True][1].per_token is None

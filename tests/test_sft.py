@@ -215,6 +215,7 @@ def our_config(tmp_path: Path, start: Path, rows: list[dict], **settings) -> Tra
         loss={"type": "sft"},
         trainer__num_train_steps=STEPS,
         trainer__train_batch_size=BATCH,
+        trainer__token_metrics=True,
         peft_save_path=str(tmp_path / "adapter"),
         optimizer={"learning_rate": 1e-3, "lr_schedule": "constant", "weight_decay": 0.01, "max_grad_norm": 1.0},
         **settings,
@@ -250,7 +251,8 @@ def test_three_steps_on_conversations_are_those_of_trl(tmp_path, start):
     main(config)
     ours, lines = load_file(tmp_path / "adapter" / "adapter_model.safetensors"), training_metrics(config)
     expected = [line for line in trainer.state.log_history if "loss" in line]
-    for name, tolerance in (("loss", 1e-4), ("grad_norm", 1e-3)):
+    tolerances = {"loss": 1e-4, "grad_norm": 1e-3, "entropy": 1e-4, "mean_token_accuracy": 1e-6}
+    for name, tolerance in tolerances.items():
         found = [line[f"train/{name}"] for line in lines]
         np.testing.assert_allclose(found, [line[name] for line in expected], atol=tolerance, err_msg=name)
     moved_by = apart = 0.0
@@ -303,6 +305,7 @@ def test_the_shipped_configs_tune_an_adapter_and_then_hold_dpo_to_it(tmp_path, m
         words += ["--peft_save_path", str(tmp_path / name), "--trainer.log_every", "1", "--trainer.steps_per_eval", "3"]
         # What is compiled soonest, without the exports that are no subject here.
         words += ["--model.attention", "dense", "--lora.target_modules", "[q_proj, down_proj]"]
+        words += ["--trainer.token_metrics", "true"]
         if start:
             words += ["--initialize_from_peft", str(tmp_path / start), "--merged_hf_save_path", "null"]
             words += ["--trainer.eval_at_start", "false"]
@@ -318,6 +321,12 @@ def test_the_shipped_configs_tune_an_adapter_and_then_hold_dpo_to_it(tmp_path, m
         "train/pairs_per_second",
     }
     assert "train/examples_per_second" in {key for line in tuned for key in line}
+    of_pairs = {"logps/chosen_per_token", "logps/rejected_per_token"}
+    for lines, more in ((tuned, set()), (aligned, of_pairs)):
+        for split in ("train", "eval"):
+            logged = {key.removeprefix(f"{split}/") for line in lines for key in line if key.startswith(f"{split}/")}
+            of_tokens = {key for key in logged if key in ("entropy", "mean_token_accuracy") or "per_token" in key}
+            assert of_tokens == {"entropy", "mean_token_accuracy", *more}
     # Policy and reference are the tuned adapter.
     losses = [line["train/loss"] for line in aligned if "train/loss" in line]
     assert losses[0] == pytest.approx(np.log(2), abs=1e-4) and losses[-1] < losses[0]

@@ -23,7 +23,6 @@ from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.output_file import check_output, write_output
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.places import refuse_impossible_paths
-from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.processes.exchange import is_first_process
 from lora_dpo_jax.runs.assembly import Data, load_data, pair_scorer, placement_of, reference_log_probs
@@ -110,9 +109,8 @@ def _score(
         reference = reference_log_probs(config, base, reference_model, placement).of_table(score)
         policy = reference if equals_reference(policy_model, held_to) else None
     policy = score(policy_model, progress) if policy is None else policy
-    if loss.needs_tokens:
-        objective = PreferenceObjective(loss)
-        return policy, reference, summarize_by_tokens(objective, loss.all_columns, score, policy_model, held_to)
+    if config.objective.needs_tokens:
+        return policy, reference, summarize_by_tokens(config.objective, loss.all_columns, score, policy_model, held_to)
     return policy, reference, summarize(loss, policy, reference, pairs.arrays.examples)
 
 

@@ -149,6 +149,7 @@ def _learner(config: TrainConfig, placement: Placement) -> Learner:
         model=config.model,
         precision=config.trainer.precision_on(placement.mesh.devices.flat[0].platform),
         has_reference_adapters=config.reference_adapter is not None,
+        token_metrics=config.trainer.token_metrics,
     )
 
 

@@ -53,6 +53,7 @@ class TrainerConfig:
     steps_per_eval: int | None = None  # null: evaluate before the first and after the last step only
     eval_at_start: bool = True  # evaluate before the first step
     log_every: int = 1  # steps
+    token_metrics: bool = False  # also log entropy, mean_token_accuracy and logps per token
     seed: int = 0  # of adapters, order, split and dropout
     mp: str | None = None  # "f32", "bf16", "p=f32,c=bfloat16", ...; null computes in bfloat16 on accelerators
     mesh: MeshConfig = field(default_factory=MeshConfig)
