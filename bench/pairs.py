@@ -85,7 +85,7 @@ def whole_file(path: str, tokenizer: str, cap: int) -> ExampleTable:
 
 def real_tokens(sizes: ExampleSizes) -> int:
     """Prompt and response of each sequence: a prompt counts twice, padding never, whatever the system."""
-    return int((sizes.prompt * sizes.responses + sizes.targets).sum())
+    return int((sizes.tokens + sizes.prompt * (sizes.responses - 1)).sum())
 
 
 def write_jsonl(pairs: Sequence[TokenizedExample], path: Path) -> None:

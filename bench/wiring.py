@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -116,7 +116,8 @@ def wire(options: Options, pairs: ExampleTable, devices: list | None = None) -> 
         reference = reference_log_probs(model, pairs, placement)
         reference_seconds = time.perf_counter() - began
     optimizer, schedule = options.optimizer.build(num_steps), options.optimizer.schedule(num_steps)
-    learner = real_learner(Dpo(), optimizer, model, placement, key=jax.random.key(1), schedule=schedule)
+    settings: Any = {"schedule": schedule, "token_metrics": trainer.token_metrics}
+    learner = real_learner(Dpo(), optimizer, model, placement, key=jax.random.key(1), **settings)
     return Wired(learner, steps, reference, reference_seconds)
 
 

@@ -33,10 +33,11 @@ from lora_dpo_jax.data.shapes import PartShape
 from lora_dpo_jax.huggingface.adapters import load_adapter, save_adapter
 from lora_dpo_jax.log_probs import score_with_reference
 from lora_dpo_jax.lora import LoraConfig, frozen_copy, trainable_filter
-from lora_dpo_jax.losses import LOSSES, Loss, Scores
+from lora_dpo_jax.losses import LOSSES, Loss, Scores, token_metrics
 from lora_dpo_jax.training.optimizer import OptimizerConfig
 
 STEPS, BATCH, RATE = 3, 4, 1e-3
+STATISTICS = ("log_sum_of_squares", *token_metrics.STATISTICS)
 BETA = 0.1
 DIVERGENCES = ["forward_kl", "js_divergence", "alpha_divergence"]
 OF_MARGIN = ["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"]
@@ -188,7 +189,7 @@ class Ours:
 
     def _scores(self, adapters, micro) -> tuple[Scores, Scores]:
         model = eqx.combine(adapters, self.weights)
-        per_token = {"per_token": True, "per_token_of_reference": True, "statistics": ("log_sum_of_squares",)}
+        per_token = {"per_token": True, "per_token_of_reference": True, "statistics": STATISTICS}
         return score_with_reference(model, self.reference, micro, **per_token)
 
     def _pull(self, adapters, micro, slopes):
@@ -300,6 +301,38 @@ def test_three_steps_are_those_of_trl(trl, our, case):
     logs_others = {"sigmoid_norm", "ipo", "sft"} & set(settings["loss_types"][:1]) or "f_divergence_type" in settings
     rewards = [] if logs_others else ["rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
     assert_same(found, theirs, trl.start, [*rewards, "logps/chosen", "logps/rejected"])
+
+
+def greedy(model, prompt: list[int], count: int) -> list[int]:
+    """A response in which every second token is the likeliest one, and the others the least likely."""
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        for number in range(count):
+            logits = model(input_ids=ids).logits[0, -1]
+            ids = torch.cat([ids, (logits.argmin() if number % 2 else logits.argmax()).reshape(1, 1)], dim=1)
+    return ids[0, len(prompt) :].tolist()
+
+
+def test_metrics_of_tokens_are_those_of_trl(trl, our):
+    peft.set_peft_model_state_dict(trl.model, {name: torch.tensor(value) for name, value in trl.start.items()})
+    ids = [(prompt, greedy(trl.model, prompt, 6), rejected) for prompt, _, rejected in trl.ids[:BATCH]]
+    rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), row, strict=True)) for row in ids]
+    batch = trl.trainer.data_collator(rows)
+    trl.trainer._metrics["train"].clear()
+    with torch.no_grad():
+        trl.trainer._compute_loss(trl.model, batch, False)
+    theirs = {name: values[-1] for name, values in trl.trainer._metrics["train"].items()}
+    [micro] = our.micros_of(ids)
+    policy, _ = our.scores(our.adapters, micro)
+    found = token_metrics.token_metrics(policy, micro.examples)
+    for name in ("entropy", "mean_token_accuracy"):
+        assert float(found[name].value) == pytest.approx(theirs[name], abs=1e-4)
+    assert theirs["mean_token_accuracy"] == pytest.approx(0.5)
+    is_response = np.asarray(micro.examples.is_response.array)
+    log_probs, tokens = (np.asarray(x.array)[is_response] for x in (policy.log_probs, policy.tokens))
+    chosen, rejected = (log_probs / tokens).reshape(-1, 2).mean(axis=0)
+    assert float(found["logps/chosen_per_token"].value) == pytest.approx(chosen, rel=1e-5)
+    assert float(found["logps/rejected_per_token"].value) == pytest.approx(rejected, rel=1e-5)
 
 
 # TRL's CPOTrainer has SimPO, AlphaPO and CPO; its ORPOTrainer counts the prompt in the likelihood, so prompts have one

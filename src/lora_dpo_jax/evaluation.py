@@ -77,7 +77,7 @@ class MicroBatchScorer:
 
 def scores_of(examples: ExampleTable, log_probs: np.ndarray) -> Scores:
     """Scores from log p of every response of a table, float32 [response] in nats."""
-    tokens = examples.arrays.response_tokens
+    tokens = examples.arrays.scored_tokens
     Response = hax.Axis(RESPONSE, len(tokens))
     return Scores(hax.named(log_probs, Response), hax.named(np.asarray(tokens), Response))
 

@@ -35,7 +35,8 @@ BLOCK_LOGITS_BYTES = {"cpu": 2**25, "tpu": 2**26, "gpu": 2**29}
 def _entropy(logits: NamedArray, log_normalizer: NamedArray, target_logit: NamedArray) -> NamedArray:
     """The entropy of the next token, in nats."""
     log_probs = logits - log_normalizer
-    return -hax.sum(hax.exp(log_probs) * log_probs, axis="vocab")
+    # A product, because a CPU adds up its terms in parallel, and those of a sum one after the other.
+    return -hax.dot(hax.exp(log_probs), log_probs, axis="vocab", precision=jax.lax.Precision.HIGHEST)
 
 
 def _log_sum_of_squares(logits: NamedArray, log_normalizer: NamedArray, target_logit: NamedArray) -> NamedArray:
@@ -146,7 +147,7 @@ def _scores(
 
 
 def _index_in_response(micro: PreferenceBatch, belongs: NamedArray) -> NamedArray:
-    """int32 {row, target}: the index of each target in its response, whose targets are consecutive."""
+    """int32 {row, target}: the index of each target among those of its response, which are consecutive."""
     Target = micro.source.resolve_axis(TARGET)
     place = hax.arange(Target).broadcast_to(micro.source.axes)
     first = hax.min(hax.where(belongs, place, Target.size), axis=TARGET)

@@ -22,6 +22,8 @@ from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.log_probs import score_responses, score_with_reference
 from lora_dpo_jax.lora import equals_reference
 from lora_dpo_jax.losses import Loss, Scores
+from lora_dpo_jax.losses.token_metrics import STATISTICS as TOKEN_STATISTICS
+from lora_dpo_jax.losses.token_metrics import token_metrics
 from lora_dpo_jax.losses.whole_batch import ScoredPart, of_whole_batch
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.objective import ExampleLosses
@@ -33,13 +35,22 @@ class PreferenceObjective:
     """An `objective.Objective` of `PreferenceBatch`es."""
 
     loss: Loss
+    token_metrics: bool = False  # also the metrics of losses.token_metrics, from the same pass over the head
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether it needs scores of single tokens, and not only sums over responses."""
+        return self.token_metrics or self.loss.needs_tokens
 
     def __call__(self, model: CausalLM, reference: Any, micro: PreferenceBatch, /, *, key=None) -> ExampleLosses:
         policy, theirs = self.scores(model, reference, micro, key=key)
         are_equal: Any = False
         if theirs is not None:
             are_equal = equals_reference(model, reference, training=True)
-        return self.loss(policy, theirs, micro.examples, are_equal=are_equal)
+        losses = self.loss(policy, theirs, micro.examples, are_equal=are_equal)
+        if not self.token_metrics:
+            return losses
+        return ExampleLosses(losses.loss, losses.metrics | token_metrics(policy, micro.examples))
 
     def prepare(
         self, model: CausalLM, reference: Any, parts: tuple[PreferenceBatch, ...], *, key=None
@@ -112,7 +123,8 @@ class PreferenceObjective:
     ) -> tuple[Scores, Scores | None]:
         """The scores of the policy and, if the loss needs them, of the reference; both {row, response}."""
         loss = self.loss
-        asked: Any = {"per_token": loss.needs_tokens, "statistics": loss.all_statistics}
+        statistics = loss.all_statistics + (TOKEN_STATISTICS if self.token_metrics else ())
+        asked: Any = {"per_token": self.needs_tokens, "statistics": tuple(dict.fromkeys(statistics))}
         if self.computes_reference(micro):
             of_reference = loss.needs_tokens_of_reference
             return score_with_reference(model, reference, micro, key=key, per_token_of_reference=of_reference, **asked)

@@ -25,17 +25,26 @@ EXAMPLES = [json.loads(row) for block in BLOCKS for row in re.split(r"\n(?=\{)",
 @pytest.mark.parametrize("row", EXAMPLES, ids=[",".join(row) for row in EXAMPLES])
 def test_each_example_of_the_documentation_is_shown_as_the_same_pair(row, make_tokenizer, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    types = {"completion": "unpaired", "responses": "ranked"}
-    format = FormatConfig(type=next((types[column] for column in row if column in types), "preference_chat"))
+    types = {"label": "unpaired", "responses": "ranked", "completion": "supervised"}
+    types |= {"messages": "supervised"} if len(row) == 1 else {}
+    format = FormatConfig(type=next((types[column] for column in types if column in row), "preference_chat"))
     source = UrlSource([str(tmp_path / "rows.jsonl")])
     tokenizer, component = make_tokenizer("chatml"), ComponentConfig(source, format=format)
     pairs = tokenize_component(component, tokenizer, split="train", train_seq_len=64, cache_dir=tmp_path / "cache")
     shown = io.StringIO()
     preview(pairs, tokenizer, 1, shown)
-    parts = re.split(r"--- ([\w ]+) \(.*\)\n", shown.getvalue().rstrip())[1:]
+    parts = re.split(r"--- ([\w ,]+) \(.*\)\n", shown.getvalue().rstrip())[1:]
     prompt = {"prompt": "<|im_start|>user↵\nCapital of France?<|im_end|>↵\n<|im_start|>assistant↵\n\n"}
-    if "completion" in row:
+    if "label" in row:
         answers = {"desirable": "Paris.<|im_end|>↵"}
+    elif "completion" in row:
+        answers = {"response 1": "Paris.<|im_end|>↵"}
+    elif len(row) == 1 and "messages" in row:
+        answers = {
+            "response 1, tokens 1 to 5 of 30": "Paris.<|im_end|>↵\n\n",
+            "response 1, tokens 6 to 23 of 30": prompt["prompt"].replace("Capital of France?", "And of Italy?"),
+            "response 1, tokens 24 to 30 of 30": "Rome.<|im_end|>↵",
+        }
     elif "responses" in row:
         answers = {"response 1": "Lyon.<|im_end|>↵\n\n", "response 2": "Paris.<|im_end|>↵\n\n"}
         answers["response 3"] = "Paris, on the Seine.<|im_end|>↵"
@@ -45,7 +54,7 @@ def test_each_example_of_the_documentation_is_shown_as_the_same_pair(row, make_t
 
 
 def test_the_documentation_has_an_example_of_each_shape():
-    assert len(EXAMPLES) == 15
+    assert len(EXAMPLES) == 17
 
 
 def message(role, content, **keys):

@@ -1,5 +1,6 @@
 """Each answer is the second response to another prompt, whatever the components and the part of the data."""
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -49,6 +50,24 @@ def test_the_arrays_are_those_of_the_examples():
         assert example.columns["label"] == [number % 2, -1.0]
         assert example.columns["rating"] == [number / 8, other / 8]
     assert table.origin(7) == "b, row 1"
+
+
+def test_what_is_scored_of_an_answer_is_scored_where_it_is_lent():
+    made = []
+    for number, answer in enumerate(answers([3, 3, 1, 5, 6, 9], "a")):
+        # The first tokens are context; of answer 1 all are scored.
+        mask = np.arange(number + 1) >= (0 if number == 1 else number - 1)
+        made.append(dataclasses.replace(answer, scored=(mask,)))
+    source, longest = MemoryExamples(made, "a"), 6
+    for indices in (np.arange(6), np.array([0, 2, 3, 4])):
+        lent = with_mismatched_answers(ExampleTable({"a": (source, indices)}), seed=0, longest=longest)
+        for other, example in zip(mismatched(lent), lent, strict=True):
+            kept = made[other].scored[0][: longest - 2]
+            found = np.ones(len(kept), bool) if example.scored is None else example.scored[1]
+            assert found.tolist() == (kept if kept.any() else ~kept).tolist()
+        assert lent.arrays.to_bytes() == ExampleArrays.of(list(lent), lent.origin).to_bytes()
+        whole = lent.components[0][0]  # with the rows that are not in the table
+        assert whole.arrays.to_bytes() == ExampleArrays.of(list(whole), whole.origin).to_bytes()
 
 
 def test_a_part_of_the_data_borrows_from_itself_alone():

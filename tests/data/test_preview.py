@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lora_dpo_jax.data.cache import tokenize_component
-from lora_dpo_jax.data.config import ComponentConfig
+from lora_dpo_jax.data.config import ComponentConfig, FormatConfig
 from lora_dpo_jax.data.preview import SHADES, preview
 from lora_dpo_jax.data.sources import UrlSource
 
@@ -52,3 +52,21 @@ def test_colours_tell_the_roles_and_change_no_text(pairs, tokenizer):
 
 def test_no_more_pairs_are_shown_than_there_are(pairs, tokenizer):
     assert shown(pairs, tokenizer, 10).count("=== pair") == 3
+
+
+def test_what_is_not_scored_of_a_response_is_shown_apart(tokenizer, tmp_path):
+    said = (("assistant", "Hi"), ("user", "?"), ("assistant", "Yes"))
+    turns = [{"role": role, "content": content} for role, content in said]
+    rejected = {"role": "assistant", "content": "No"}
+    row = {"prompt": [{"role": "user", "content": "Hello"}], "chosen": turns, "rejected": rejected}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    component = ComponentConfig(UrlSource([str(path)]), FormatConfig(train_on="all_turns"))
+    pairs = tokenize_component(component, tokenizer, split="train", train_seq_len=128, cache_dir=tmp_path / "cache")
+    text, colored = (shown(pairs, tokenizer, 1, color=color) for color in (False, True))
+    _, first, asked, last = text.split("--- chosen, tokens ")
+    assert first.endswith("(scored)\nHi<|im_end|>↵\n\n")
+    assert asked.endswith("(not scored)\n<|im_start|>user↵\n?<|im_end|>↵\n<|im_start|>assistant↵\n\n")
+    assert "(scored)\nYes<|im_end|>↵\n\n--- rejected (" in last
+    assert ESCAPE.sub("", colored) == text
+    assert {*ESCAPE.findall(colored.split(" (not scored)")[1].split("---")[0])} == {*SHADES["prompt"], "\x1b[0m"}

@@ -84,8 +84,8 @@ def test_a_step_that_was_not_looked_at_gets_larger_shapes_of_few_sizes():
 def test_a_step_with_the_first_comparisons_of_a_run_gets_room_for_them():
     """The steps that were looked at had single answers alone."""
     one = np.ones(2, int)
-    sizes = ExampleSizes(prompt=9 * one, targets=9 * one, responses=np.array([1, 2]), comparisons=np.array([0, 1]))
-    layout = choose_shapes([np.array([0])], sizes)
+    sizes = ExampleSizes(9 * one, 9 * one, 0 * one, responses=np.array([1, 2]), comparisons=np.array([0, 1]))
+    layout = choose_shapes([np.array([0])], sizes[np.array([0])])
     assert layout.parts[0].comparisons == 0
     (part,) = layout.holding([[[1]]], sizes).parts
     assert (part.comparisons, part.responses) == (1, 2)

@@ -192,7 +192,7 @@ def test_parts_of_other_widths_know_the_kl_of_the_batch():
     [
         ("kto", {"desirable_weight": -1.0}, r"loss\.desirable_weight=-1\.0 must be at least 0"),
         ("apo_zero_unpaired", {"undesirable_weight": np.inf}, r"loss\.undesirable_weight=inf must be at least 0"),
-        ("mix", {"losses": [LOSSES["kto"](), LOSSES["sft"]()]}, "no data have both"),
+        ("mix", {"losses": [LOSSES["kto"](), LOSSES["sigmoid"]()]}, "no data have both"),
     ],
 )
 def test_settings_of_no_sense_are_rejected(name, settings, message):

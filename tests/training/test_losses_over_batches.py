@@ -16,7 +16,7 @@ from lora_dpo_jax.data.table import ExampleTable
 from lora_dpo_jax.evaluation import Scorer, summarize, summarize_by_tokens
 from lora_dpo_jax.log_probs import score_responses
 from lora_dpo_jax.lora import reference_model
-from lora_dpo_jax.losses import LOSSES, Loss
+from lora_dpo_jax.losses import LOSSES, ComparisonLoss, Loss
 from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.sharding import MeshConfig, Placement
 from lora_dpo_jax.training.step import TrainState, TrainStep
@@ -25,14 +25,14 @@ PAIRS = table_of(random_pairs(8, seed=11))
 ANSWERS = random_answers(8, seed=8)
 ONE = PartShape.of_pairs(micro_batches=1, rows=8, row_length=64, targets=128, pairs=8)
 # All losses at once: each has a metric of its own in a mix.
-OF_SUMS = [name for name, loss in LOSSES.items() if loss.needs_comparisons is True]
+OF_SUMS = [name for name, loss in LOSSES.items() if issubclass(loss, ComparisonLoss)]
 OF_TOKENS = [("sigmoid", {"use_weighting": True}), ("ipo", {"ld_alpha": 0.3}), ("aot", {"ld_alpha": 0.5})]
 ALL: Loss = LOSSES["mix"](
     losses=[*(LOSSES[name]() for name in OF_SUMS), *(LOSSES[name](**settings) for name, settings in OF_TOKENS)],
     weights=[0.01 if name == "sppo_hard" else 1.0 for name in [*OF_SUMS, *(name for name, _ in OF_TOKENS)]],
 )
 OF_ANSWERS: Loss = LOSSES["mix"](
-    losses=[LOSSES["kto"](beta=1.0, desirable_weight=1.5), LOSSES["apo_zero_unpaired"](beta=1.0)]
+    losses=[LOSSES["kto"](beta=1.0, desirable_weight=1.5), LOSSES["apo_zero_unpaired"](beta=1.0), LOSSES["sft"]()]
 )
 AOT: Loss = LOSSES["mix"](losses=[LOSSES["aot"](beta=1.0), LOSSES["aot_unpaired"](beta=1.0), LOSSES["sft"]()])
 

@@ -51,7 +51,7 @@ from lora_dpo_jax.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # increase it when the same rows would give other tokens, or the files have another layout
+VERSION = 5  # increase it when the same rows would give other tokens, or the files have another layout
 ROWS_PER_BATCH = 256
 # The counts of a report beside `rows`, `kept` and `exact`, in words.
 NOTES = {
@@ -70,7 +70,7 @@ NOTES = {
 }
 WARNED_OF = ("plain", "filled", "template")  # although these rows are kept
 PATHS = ("name_or_path", "vocab_file", "tokenizer_file", "merges_file")
-ARRAYS = ("prompt_tokens", "response_counts", "response_tokens", "comparison_counts", "comparisons", "weights")
+ARRAYS = tuple(field.name for field in dataclasses.fields(ExampleArrays) if field.name != "columns")
 
 
 class TokenizedExamples:
@@ -200,7 +200,7 @@ def _tokenize(
 ) -> dict[str, int]:
     """Writes the examples of all tables and returns the report."""
     format = component.format
-    example_tokenizer = ExampleTokenizer(tokenizer, format.template_text())
+    example_tokenizer = ExampleTokenizer(tokenizer, format.template_text(), format)
     counts = Counter(dict.fromkeys(("rows", "kept", "exact", *NOTES), 0))
     columns: set[str] = set()
     warns_of_strings = format.strings == "auto" and tokenizer.chat_template is not None

@@ -5,13 +5,16 @@
 
 As in TRL, the template renders the prompt alone with its generation prompt, and each whole conversation. The prompt's
 tokens are those that a model gets at inference, and are the same for all responses. Almost always each conversation
-begins with them, and its other tokens are scored, token for token as in TRL. The exceptions:
+begins with them, and its other tokens are its response, token for token as in TRL. The exceptions:
 
 - tokens merge over the boundary ("assistant\\n" before "\\nHello"): the response is tokenized by itself;
 - the generation prompt holds text that whole conversations lack (`<think>`): the prompt ends where the texts differ;
 - the template renders the prompt's own messages differently when a response follows: the row is rejected.
+
+All tokens of a response are scored, unless its format or its messages leave some out: see `scored`.
 """
 
+import functools
 import inspect
 import itertools
 from collections.abc import Iterable, Sequence
@@ -20,19 +23,24 @@ from os.path import commonprefix
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
+import tokenizers
 from jinja2 import TemplateSyntaxError
 from jinja2.defaults import DEFAULT_NAMESPACE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lora_dpo_jax.data.config import SliceStrategy
+from lora_dpo_jax.data.config import FormatConfig, SliceStrategy
 from lora_dpo_jax.data.examples import TokenizedExample
-from lora_dpo_jax.data.messages import Message
+from lora_dpo_jax.data.messages import Message, without_weight
 from lora_dpo_jax.data.rows import Example
+from lora_dpo_jax.data.scored import UnclearTurnError, nothing_scored, scored_messages, scored_text, scored_tokens
 from lora_dpo_jax.data.sources import RowError, attempt
 
 # exact: as in TRL. merged: a response was tokenized by itself. template: the end of the generation prompt was left out.
 Boundary = Literal["exact", "merged", "template"]
+
+
+NEEDS_SPANS = "format.train_on, format.mask_thinking and weights of messages need a tokenizer of `tokenizers`"
 
 
 class _Texts(NamedTuple):
@@ -41,14 +49,24 @@ class _Texts(NamedTuple):
     prompt: str
     whole: tuple[str, ...]
     boundary: Boundary
+    scored: tuple[np.ndarray | None, ...] = ()  # of each response, bool [character]; None: all of it is scored
 
 
 class ExampleTokenizer:
-    """Tokenizes examples in batches with a Hugging Face tokenizer. `chat_template` replaces its chat template."""
+    """Tokenizes examples in batches with a Hugging Face tokenizer.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None):
+    `chat_template` replaces its chat template. `format` says what is scored of responses.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        format: FormatConfig = FormatConfig(),  # noqa: B008 (frozen)
+    ):
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self.format = format
         self._leading = _leading_special_tokens(tokenizer)
         self._reserved = _names_of_the_renderer(tokenizer)
 
@@ -83,7 +101,24 @@ class ExampleTokenizer:
             texts = self._chat_texts(example)
         if len(texts.prompt) in map(len, texts.whole):
             raise RowError("empty", example.origin, "the chat template writes nothing for one of the responses")
-        return texts
+        return texts._replace(scored=self._scored_texts(example, texts))
+
+    def _scored_texts(self, example: Example, texts: _Texts) -> tuple[np.ndarray | None, ...]:
+        start, masks = len(texts.prompt), []
+        for name, response, text in zip(example.names, example.responses, texts.whole, strict=True):
+            if isinstance(example.prompt, str) or isinstance(response, str):
+                mask = scored_text(text, start, self.format)
+            else:
+                try:
+                    render = functools.partial(self._render, example)
+                    eos = str(self.tokenizer.eos_token or "")
+                    mask = scored_messages(text, start, example.prompt, response, self.format, render=render, eos=eos)
+                except UnclearTurnError as error:
+                    raise RowError("boundary", example.origin, error.of_response(name)) from error
+            if mask is not None and not mask.any():
+                raise nothing_scored(name, example.origin)
+            masks.append(mask)
+        return tuple(masks)
 
     def _string_texts(self, prompt: str, responses: list[str]) -> _Texts:
         end = self.tokenizer.eos_token
@@ -138,7 +173,7 @@ class ExampleTokenizer:
         render: Any = self.tokenizer.apply_chat_template
         try:
             text = render(
-                messages,
+                [*map(without_weight, messages)],
                 tools=example.tools,
                 chat_template=self.chat_template,
                 tokenize=False,
@@ -160,21 +195,25 @@ class ExampleTokenizer:
         if example.implicit_prompt:
             # No text marks the end of the prompt, so it ends with the last whole token that all texts share.
             prompt = list(commonprefix([prompt, *whole]))
-        responses = []
-        for ids, text in zip(whole, texts.whole, strict=True):
+        responses, scored = [], []
+        for ids, text, mask in zip(whole, texts.whole, texts.scored, strict=True):
+            before, response = texts.prompt, text[len(texts.prompt) :]
             if ids[: len(prompt)] == prompt:
-                responses.append(ids[len(prompt) :])
+                ids = ids[len(prompt) :]
             else:
-                responses.append(self._encode_alone(example, text[len(texts.prompt) :], prompt, ids))
+                before, ids = self._encode_alone(example, response, prompt, ids)
                 boundary = "merged" if boundary == "exact" else boundary
+            responses.append(self._without_second_eos(_array(ids)))
+            scored.append(self._scored_tokens(before, response, ids, mask)[: len(responses[-1])])
         if isinstance(example.prompt, str):
             prompt = self._leading + prompt
         tokens = TokenizedExample(
             self._without_second_bos(_array(prompt)),
-            tuple(self._without_second_eos(_array(ids)) for ids in responses),
+            tuple(responses),
             example.comparisons,
             example.weights,
             columns=example.columns,
+            scored=None if all(mask.all() for mask in scored) else tuple(scored),
         )
         if not len(tokens.prompt):
             raise RowError(
@@ -182,16 +221,44 @@ class ExampleTokenizer:
             )
         if not all(map(len, tokens.responses)):
             raise RowError("empty", example.origin, "one of the responses has no tokens")
+        for name, mask in zip(example.names, scored, strict=True):
+            if not mask.any():
+                raise nothing_scored(name, example.origin)
         return tokens, boundary
 
-    def _encode_alone(self, example: Example, response: str, prompt: list[int], whole: list[int]) -> list[int]:
-        """Tokens of a response that, appended to those of the prompt, decode to the same text as `whole`."""
+    def _scored_tokens(self, before: str, response: str, ids: list[int], mask: np.ndarray | None) -> np.ndarray:
+        """bool [token]: which of `ids`, the last tokens of `before + response`, are scored, from `mask` [character]."""
+        if mask is None:
+            return np.ones(len(ids), bool)
+        encoding = self._with_spans.encode(before + response, add_special_tokens=False)
+        if encoding.ids[len(encoding.ids) - len(ids) :] != ids:
+            raise ValueError(f"{NEEDS_SPANS}, and this one gives other tokens when its Python code is left out")
+        # What is before the response has no part in this, even where a token without a prompt of its own begins in it.
+        is_scored = np.concatenate([np.ones(len(before), bool), mask])
+        return scored_tokens(encoding.offsets[len(encoding.ids) - len(ids) :], is_scored)
+
+    @functools.cached_property
+    def _with_spans(self) -> Any:
+        """The Rust tokenizer, whose encodings have the exact span of each token in the text."""
+        if not isinstance(self.tokenizer, PreTrainedTokenizerFast):
+            raise ValueError(f"{NEEDS_SPANS}; found: {type(self.tokenizer).__name__}")
+        backend = tokenizers.Tokenizer.from_str(backend_of(self.tokenizer).to_str())
+        backend.post_processor = None  # some take the spaces around a token out of its span
+        return backend
+
+    def _encode_alone(
+        self, example: Example, response: str, prompt: list[int], whole: list[int]
+    ) -> tuple[str, list[int]]:
+        """Tokens of a response that, appended to those of the prompt, decode to the same text as `whole`.
+
+        They are the last ones of the text that comes first, followed by the response.
+        """
         expected = self._decode(whole)
         # Some tokenizers put a space before the beginning of a text. After an anchor, the response is no beginning.
         for anchor in ("", str(self.tokenizer.eos_token or ""), "\n", "a"):
             before, both = self.encode([anchor, anchor + response])
             if both[: len(before)] == before and self._decode(prompt + both[len(before) :]) == expected:
-                return both[len(before) :]
+                return anchor, both[len(before) :]
         raise RowError(
             "boundary",
             example.origin,
@@ -226,8 +293,7 @@ def fit_to_length(
     if example.length <= train_seq_len:
         return example
     if strategy == "right" and len(example.prompt) < train_seq_len:
-        room = train_seq_len - len(example.prompt)
-        return replace(example, responses=tuple(response[:room] for response in example.responses))
+        return _with_shorter_responses(example, train_seq_len - len(example.prompt), origin, names)
     room = train_seq_len - max(map(len, example.responses))
     if strategy == "left" and room > 0:
         keeps_bos = room > 1 and example.prompt[0] == bos_token_id
@@ -240,6 +306,18 @@ def fit_to_length(
         f"prompt + {longest} is {example.length:,} tokens, more than train_seq_len={train_seq_len}. "
         "Raise train_seq_len, or set format.slice_strategy to drop, left or right.",
     )
+
+
+def _with_shorter_responses(
+    example: TokenizedExample, most: int, origin: str, names: Sequence[str]
+) -> TokenizedExample:
+    """The example with at most so many tokens of each response."""
+    scored = example.scored
+    if scored is not None:
+        scored = tuple(mask[:most] for mask in scored)
+        if cut := [name for name, mask in zip(names, scored, strict=True) if not mask.any()]:
+            raise RowError("too_long", origin, f"cut to train_seq_len, the {cut[0]} response has no token to score")
+    return replace(example, responses=tuple(response[:most] for response in example.responses), scored=scored)
 
 
 def backend_of(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -29,11 +29,11 @@ class FormatConfig:
     """
 
     # preference_chat: a chosen and a rejected response. unpaired: one response and whether it is a desirable one.
-    # ranked: a list of responses with a score or a rank for each
-    type: Literal["preference_chat", "unpaired", "ranked"] = "preference_chat"
+    # ranked: a list of responses with a score or a rank for each. supervised: one response to imitate
+    type: Literal["preference_chat", "unpaired", "ranked", "supervised"] = "preference_chat"
     chosen_field: str = "chosen"  # a column
     rejected_field: str = "rejected"  # a column
-    completion_field: str = "completion"  # a column, of unpaired rows
+    completion_field: str = "completion"  # a column, of unpaired and supervised rows
     label_field: str = "label"  # a column of true and false, of unpaired rows
     label: bool | None = None  # of all rows, if they are unpaired and label_field is no column
     responses_field: str = "responses"  # a column of lists, of ranked rows
@@ -58,6 +58,11 @@ class FormatConfig:
     # Rows of strings. plain: as they are. chat: the prompt is the user's turn, a response the assistant's.
     # auto: chat if chat_template is set, or if the row has what only a template can write; else plain.
     strings: Literal["auto", "plain", "chat"] = "auto"
+    # What is scored of a response of several turns. response: everything after the prompt. all_turns: the model's own
+    # turns. last_turn: the last of them. null: response, as in TRL's DPOTrainer; of supervised rows, all_turns.
+    train_on: Literal["response", "all_turns", "last_turn"] | None = None
+    mask_thinking: bool = False  # leave blocks of thoughts in responses out of what is scored
+    thinking_tags: list[str] = field(default_factory=lambda: ["<think>", "</think>"])  # around such a block
     slice_strategy: SliceStrategy = "raise"  # for rows longer than train_seq_len
     invalid_rows: Literal["raise", "drop"] = "raise"  # empty, malformed, identical, or without a clear prompt boundary
 
@@ -73,13 +78,26 @@ class FormatConfig:
                 )
         if self.type == "unpaired":
             names += [LABEL, WEIGHT]
-        elif self.label is not None:
+        elif self.type == "supervised" and self.weight_field is not None:
+            names.append(WEIGHT)
+        if self.type != "unpaired" and self.label is not None:
             raise ValueError(f"format.label={self.label} is for format.type=unpaired; found format.type={self.type}")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
                 f"format.columns and format.response_columns name {twice} twice, or as columns of numbers that the "
                 "format has itself; needed: once"
             )
+        tags = self.thinking_tags
+        if len(tags) != 2 or not all(tag.strip() for tag in tags) or tags[0] == tags[1]:
+            raise ValueError(
+                f"format.thinking_tags={tags!r} must be two texts: the tag that opens a block of thoughts, and the tag "
+                "that closes it"
+            )
+
+    @property
+    def scored_turns(self) -> Literal["response", "all_turns", "last_turn"]:
+        """`train_on`, with what its null stands for."""
+        return self.train_on or ("all_turns" if self.type == "supervised" else "response")
 
     @property
     def named_columns(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ list.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +23,15 @@ PAIR = ((0, 1),)  # the comparisons of a pair: the first response is the chosen 
 
 @dataclass(frozen=True, eq=False)
 class TokenizedExample:
-    """Token ids, int32. Every token of a response is scored, none of the prompt."""
+    """Token ids, int32. The tokens of responses are scored, all or those that `scored` marks; none of the prompt is."""
 
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
     comparisons: tuple[tuple[int, int], ...] = ()  # (chosen, rejected), numbers of responses
     weights: tuple[float, ...] | None = None  # one for each comparison; None: equal, with sum 1
     columns: Mapping[str, float | Sequence[float]] = field(default_factory=dict)  # a number, or one for each response
+    # bool arrays, one for each response, as long as it. The other tokens are context. None: all tokens are scored.
+    scored: tuple[np.ndarray, ...] | None = None
 
     @classmethod
     def pair(cls, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, **columns) -> "TokenizedExample":
@@ -71,7 +74,8 @@ class ExampleSizes:
     """The sizes of a table's examples, int32 [example] each. The layout of rows depends on nothing else."""
 
     prompt: np.ndarray  # tokens
-    targets: np.ndarray  # tokens of all responses
+    targets: np.ndarray  # tokens of all responses that are scored
+    unscored: np.ndarray  # tokens of all responses that are not
     responses: np.ndarray  # how many
     comparisons: np.ndarray  # how many
 
@@ -80,18 +84,18 @@ class ExampleSizes:
         """Of pairs, from int [example, 3]: tokens of prompt, chosen and rejected."""
         lengths = np.asarray(lengths, np.int32).reshape(-1, 3)
         one = np.ones(len(lengths), np.int32)
-        return ExampleSizes(lengths[:, 0], lengths[:, 1:].sum(axis=1), 2 * one, one)
+        return ExampleSizes(lengths[:, 0], lengths[:, 1:].sum(axis=1), 0 * one, 2 * one, one)
 
     def __len__(self) -> int:
         return len(self.prompt)
 
     def __getitem__(self, ids: np.ndarray) -> "ExampleSizes":
-        return ExampleSizes(self.prompt[ids], self.targets[ids], self.responses[ids], self.comparisons[ids])
+        return ExampleSizes(*(getattr(self, field.name)[ids] for field in dataclasses.fields(self)))
 
     @property
     def tokens(self) -> np.ndarray:
         """Tokens of each example. The prompt counts once."""
-        return self.prompt + self.targets
+        return self.prompt + self.targets + self.unscored
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ class ExampleArrays:
     comparison_counts: np.ndarray  # [example]
     comparisons: np.ndarray  # [comparison, 2]: chosen and rejected, numbered within their example
     weights: np.ndarray  # float32 [comparison]
+    unscored_counts: np.ndarray  # [response]: stretches of tokens that are not scored
+    unscored: np.ndarray  # [stretch, 2]: its first token, and the one after its last, numbered within their response
     columns: dict[str, Column] = field(default_factory=dict)
 
     @staticmethod
@@ -124,6 +130,7 @@ class ExampleArrays:
         for name in examples[0].columns if examples else ():
             values = [np.atleast_1d(np.asarray(example.columns[name], np.float32)) for example in examples]
             columns[name] = Column(np.concatenate(values), np.ndim(examples[0].columns[name]) == 1)
+        unscored = [stretches for example in examples for stretches in _unscored(example)]
         return ExampleArrays(
             _ints(len(example.prompt) for example in examples),
             _ints(len(example.responses) for example in examples),
@@ -131,6 +138,8 @@ class ExampleArrays:
             _ints(len(example.comparisons) for example in examples),
             _ints(number for example in examples for pair in example.comparisons for number in pair).reshape(-1, 2),
             np.array([weight for example in examples for weight in example.comparison_weights], np.float32),
+            _ints(map(len, unscored)),
+            np.concatenate([np.zeros((0, 2), np.int32), *unscored]),
             columns,
         )
 
@@ -158,10 +167,20 @@ class ExampleArrays:
 
     @functools.cached_property
     def sizes(self) -> ExampleSizes:
-        targets = np.add.reduceat(np.append(self.response_tokens, 0), self.response_starts[:-1]) if len(self) else []
-        return ExampleSizes(
-            self.prompt_tokens, np.asarray(targets, np.int32), self.response_counts, self.comparison_counts
-        )
+        targets, tokens = (_sums(x, self.response_starts) for x in (self.scored_tokens, self.response_tokens))
+        return ExampleSizes(self.prompt_tokens, targets, tokens - targets, self.response_counts, self.comparison_counts)
+
+    @functools.cached_property
+    def scored_tokens(self) -> np.ndarray:
+        """[response]: how many of its tokens are scored."""
+        if not len(self.unscored):
+            return self.response_tokens
+        return self.response_tokens - _sums(np.diff(self.unscored).ravel(), self._unscored_starts)
+
+    @functools.cached_property
+    def _unscored_starts(self) -> np.ndarray:
+        """int64 [response + 1]: where the stretches of each response begin in `unscored`."""
+        return np.concatenate([[0], np.cumsum(self.unscored_counts, dtype=np.int64)])
 
     @functools.cached_property
     def response_starts(self) -> np.ndarray:
@@ -183,8 +202,8 @@ class ExampleArrays:
 
     @property
     def noun(self) -> str:
-        """The examples in the words of messages: pairs, answers if they have labels, or examples."""
-        return "pairs" if self.are_pairs else "answers" if LABEL in self.columns else "examples"
+        """The examples in the words of messages."""
+        return noun_of(self.columns, are_pairs=self.are_pairs)
 
     def example(self, number: int, tokens: np.ndarray) -> TokenizedExample:
         """Example `number`. `tokens` are those of its prompt and responses, concatenated."""
@@ -201,7 +220,19 @@ class ExampleArrays:
                 name: column.values[responses].tolist() if column.per_response else float(column.values[number])
                 for name, column in self.columns.items()
             },
+            self._scored(responses),
         )
+
+    def _scored(self, responses: slice) -> tuple[np.ndarray, ...] | None:
+        """`TokenizedExample.scored` of these responses."""
+        starts = self._unscored_starts[responses.start : responses.stop + 1]
+        if starts[0] == starts[-1]:
+            return None
+        scored = tuple(np.ones(tokens, bool) for tokens in self.response_tokens[responses])
+        for number, (first, last) in enumerate(itertools.pairwise(starts)):
+            for start, stop in self.unscored[first:last]:
+                scored[number][start:stop] = False
+        return scored
 
     def responses_of(self, ids: np.ndarray) -> np.ndarray:
         """The indices of the responses of these examples."""
@@ -216,6 +247,8 @@ class ExampleArrays:
             self.comparison_counts[ids],
             self.comparisons[comparisons],
             self.weights[comparisons],
+            self.unscored_counts[responses],
+            self.unscored[_ranges(self._unscored_starts, responses)],
             {
                 name: Column(column.values[responses if column.per_response else ids], column.per_response)
                 for name, column in self.columns.items()
@@ -255,6 +288,11 @@ class ExampleArrays:
         return b"".join(array.astype(array.dtype.newbyteorder("<")).tobytes() for array in arrays)
 
 
+def noun_of(columns: Iterable[str], *, are_pairs: bool) -> str:
+    """Examples with these columns in the words of messages: pairs, answers if they have labels, else examples."""
+    return "pairs" if are_pairs else "answers" if LABEL in columns else "examples"
+
+
 def _fault(example: TokenizedExample, first: TokenizedExample) -> str | None:
     """The fault of an example in a table that begins with `first`; None if it has no fault."""
     count = len(example.responses)
@@ -265,6 +303,11 @@ def _fault(example: TokenizedExample, first: TokenizedExample) -> str | None:
         return f"has {len(example.weights)} weights for {len(example.comparisons)} comparisons"
     if not all(0 <= weight < math.inf for weight in example.comparison_weights):
         return f"weights of comparisons must be finite and not negative; found {example.comparison_weights}"
+    if example.scored is not None:
+        if [mask.shape for mask in example.scored] != [response.shape for response in example.responses]:
+            return f"scored must have a bool for each token of each of the {count} responses"
+        if not all(mask.dtype == bool and mask.any() for mask in example.scored):
+            return "scored must hold bools, and mark at least one token of each response"
     if example.columns.keys() != first.columns.keys():
         return f"has the columns {sorted(example.columns)}, and the first example has {sorted(first.columns)}"
     for name, values in example.columns.items():
@@ -274,6 +317,19 @@ def _fault(example: TokenizedExample, first: TokenizedExample) -> str | None:
         if not np.isfinite(np.asarray(values, np.float64)).all():
             return f"column {name!r} is {values}, which is not finite"
     return None
+
+
+def _unscored(example: TokenizedExample) -> list[np.ndarray]:
+    """For each response, int32 [stretch, 2]: see ExampleArrays."""
+    if example.scored is None:
+        return [np.zeros((0, 2), np.int32)] * len(example.responses)
+    edges = (np.flatnonzero(np.diff(np.concatenate([[True], mask, [True]]))) for mask in example.scored)
+    return [edge.reshape(-1, 2).astype(np.int32) for edge in edges]
+
+
+def _sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """int32: for each part, which begins at starts[part], the sum of its values. A part may be empty."""
+    return np.diff(np.concatenate([[0], np.cumsum(values, dtype=np.int64)])[starts]).astype(np.int32)
 
 
 def _ints(values: Iterable[int]) -> np.ndarray:

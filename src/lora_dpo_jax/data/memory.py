@@ -1,5 +1,6 @@
 """Tokenized examples that a script holds in memory."""
 
+import dataclasses
 import hashlib
 import zlib
 from collections.abc import Iterable, Sequence
@@ -50,7 +51,8 @@ class MemoryExamples(Sequence[TokenizedExample]):
         if not example.responses:
             raise ValueError(f"{self.origin(number)}: an example needs at least one response")
         parts = [self._ids(number, name, part) for name, part in zip(names, example.parts, strict=True)]
-        return TokenizedExample(parts[0], tuple(parts[1:]), example.comparisons, example.weights, example.columns)
+        scored = None if example.scored is None else tuple(map(np.asarray, example.scored))
+        return dataclasses.replace(example, prompt=parts[0], responses=tuple(parts[1:]), scored=scored)
 
     def _ids(self, number: int, name: str, part: ArrayLike) -> np.ndarray:
         ids = np.asarray(part)

@@ -32,6 +32,7 @@ SHARE_GPT_ROLES = {
 }
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # templates may write these without content
+WEIGHT = "weight"  # of a message of the model, as in OpenAI's and Mistral's formats: 1, or 0 if it is not scored
 # Matches messages in Python's notation, as pandas writes lists into the cells of a CSV file.
 PYTHON_MESSAGES = re.compile(r"\s*\[?\s*\{\s*'(role|content|from|value)'\s*:.*[\]}]\s*", re.DOTALL)
 
@@ -64,6 +65,10 @@ def says_something(message: Message) -> bool:
         for key, item in message.items()
         if key in ("content", *REASONING) or isinstance(item, list | dict)
     )
+
+
+def without_weight(message: Message) -> Message:
+    return {key: item for key, item in message.items() if key != WEIGHT}
 
 
 def decode_json(text: str, what: str, origin: str) -> Any:
@@ -144,6 +149,8 @@ def _message(item: Any, where: str, origin: str) -> Message:
         found = sorted(message) if role is None else f"the role {kind(role)}"
         raise RowError("malformed", origin, f"{where} needs 'role' and 'content'; found {found}")
     message["role"] = RENAMED_ROLES.get(role, role)
+    if WEIGHT in message:
+        _check_weight(message, where, origin)
     if "content" in message:
         message["content"] = _joined(message["content"], where, origin)
     if "tool_calls" in message:
@@ -154,6 +161,14 @@ def _message(item: Any, where: str, origin: str) -> Message:
         found = "has a role and nothing else" if len(message) == 1 else f"has no content; found {sorted(message)}"
         raise RowError("malformed", origin, f"{where} {found}")
     return message
+
+
+def _check_weight(message: Message, where: str, origin: str) -> None:
+    weight = message[WEIGHT]
+    if message["role"] in INPUT_ROLES:
+        raise RowError("malformed", origin, f"{where} has a weight, and only messages of the assistant may have one")
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise RowError("malformed", origin, f"the weight of {where} is {kind(weight)}; needed: 0 or 1")
 
 
 def _from_share_gpt(message: Message, where: str, origin: str) -> Message:

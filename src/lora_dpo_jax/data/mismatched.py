@@ -27,7 +27,8 @@ VERSION = 1  # increase it when the same table and seed would get other answers
 def with_mismatched_answers(table: ExampleTable, *, seed: int, longest: int) -> ExampleTable:
     """The table, whose examples have a second response. All must have one response with a label.
 
-    A second response is cut where prompt and response would be more than `longest` tokens. Warns if some prompts are
+    A second response is cut where prompt and response would be more than `longest` tokens; if none of the tokens that
+    are left is one to score, all of them are scored. Warns if some prompts are
     so frequent that their answers are paired with each other.
     """
     if not len(table):
@@ -76,37 +77,54 @@ class MismatchedAnswers(Sequence[TokenizedExample]):
             mine: Any = example.columns[name]
             of_other: Any = [MISMATCHED] if name == LABEL else other.columns[name]
             columns[name] = [*mine, *of_other] if column.per_response else mine
-        mismatched = other.responses[0][: max(self.longest - len(example.prompt), 1)]
-        return TokenizedExample(example.prompt, (*example.responses, mismatched), columns=columns)
+        response = other.responses[0][: max(self.longest - len(example.prompt), 1)]
+        scored = None
+        if example.scored is not None or other.scored is not None:
+            mask = _mask_of(other)[: len(response)]
+            scored = (_mask_of(example), mask if mask.any() else ~mask)
+        return TokenizedExample(example.prompt, (*example.responses, response), columns=columns, scored=scored)
 
     def origin(self, index: int, /) -> str:
         return self.source.origin(index)
 
     def _arrays(self) -> ExampleArrays:
-        mine, table = self.source.arrays, self.table.arrays
-        has_partner, number = self.partner >= 0, np.maximum(self.partner, 0)
-
-        def with_mismatched(own: np.ndarray, of_table: np.ndarray) -> np.ndarray:
-            """[2 * example]: of each response and of the mismatched one, from those of the source and of the table."""
-            return np.column_stack([own, np.where(has_partner, of_table[number], own)]).reshape(-1)
-
-        tokens = with_mismatched(mine.response_tokens, table.response_tokens)
+        mine, numbers = self.source.arrays, np.arange(len(self.source))
+        partners = np.where(self.partner < 0, numbers, len(mine) + self.partner)
+        # The own response of each example, then the mismatched one.
+        both = ExampleArrays.joined([mine, self.table.arrays]).subset(np.column_stack([numbers, partners]).reshape(-1))
+        tokens = both.response_tokens.copy()
         tokens[1::2] = np.minimum(tokens[1::2], np.maximum(self.longest - mine.prompt_tokens, 1))
-        columns = {name: mine.columns[name] for name in table.columns}  # those that all components have
-        for name in (name for name, column in columns.items() if column.per_response):
-            values = with_mismatched(mine.columns[name].values, table.columns[name].values)
-            if name == LABEL:
-                values[1::2] = MISMATCHED
-            columns[name] = Column(values, per_response=True)
+        columns = {name: column if column.per_response else mine.columns[name] for name, column in both.columns.items()}
+        labels = columns[LABEL].values.copy()
+        labels[1::2] = MISMATCHED
         return ExampleArrays(
             mine.prompt_tokens,
             np.full(len(mine), 2, np.int32),
-            tokens.astype(np.int32),
+            tokens,
             mine.comparison_counts,
             mine.comparisons,
             mine.weights,
-            columns,
+            *_unscored_of_cut(both, tokens),
+            columns | {LABEL: Column(labels, per_response=True)},
         )
+
+
+def _mask_of(example: TokenizedExample) -> np.ndarray:
+    """bool [token]: what is scored of its first response."""
+    return np.ones(len(example.responses[0]), bool) if example.scored is None else example.scored[0]
+
+
+def _unscored_of_cut(arrays: ExampleArrays, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`unscored_counts` and `unscored` where responses are cut to these numbers of tokens, int32 [response].
+
+    What is left of a response is scored as a whole if none of it was to be scored.
+    """
+    response = np.repeat(np.arange(len(tokens)), arrays.unscored_counts)
+    stretches = np.minimum(arrays.unscored, tokens[response][:, None])
+    lengths = np.diff(stretches).ravel()
+    unscored = np.bincount(response, weights=lengths, minlength=len(tokens))
+    remain = (lengths > 0) & (unscored < tokens)[response]
+    return np.bincount(response[remain], minlength=len(tokens)).astype(np.int32), stretches[remain]
 
 
 def _partners(prompts: np.ndarray, seed: int) -> np.ndarray:

@@ -6,9 +6,9 @@
     branch_ids    0 0 0 1 1 2 2 2 0 0 1 2 2 0 0      prompt, first response, second response
     position_ids  0 1 2 3 4 3 4 5 0 1 2 2 3 0 0      each response begins where the prompt ended
 
-The targets are a list beside the rows. For each response token it has the position of its logits (`source`), the token
-(`target_ids`) and the number of its response in the row (`target_response`). `source` is the token before it in its own
-sequence, so the last prompt token serves all responses.
+The targets are a list beside the rows. For each scored response token it has the position of its logits (`source`), the
+token (`target_ids`) and the number of its response in the row (`target_response`). `source` is the token before it in
+its own sequence, so the last prompt token serves all responses. Tokens that are not scored are in the rows alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ import numpy as np
 from haliax import NamedArray
 
 from lora_dpo_jax.axes import COMPARISON, EXAMPLE, MICRO, POSITION, RESPONSE, ROW, TARGET
-from lora_dpo_jax.data.examples import TokenizedExample
+from lora_dpo_jax.data.examples import TokenizedExample, noun_of
 from lora_dpo_jax.data.shapes import PartShape
 from lora_dpo_jax.losses.examples import Examples, take
 
@@ -36,7 +36,7 @@ class PreferenceBatch(eqx.Module):
     source: NamedArray  # {target}
     target_ids: NamedArray  # {target}
     target_response: NamedArray  # {target}; -1 = empty
-    response_tokens: NamedArray  # {response}: how many; 0 = empty
+    response_tokens: NamedArray  # {response}: how many are scored; 0 = empty
     examples: Examples  # {example}, {response}, {comparison}
     reference: NamedArray | None = None  # float32 {response}: log p under the reference in nats, if it is known
 
@@ -69,6 +69,11 @@ class PreferenceBatch(eqx.Module):
     def holds_pairs(self) -> bool:
         """Whether each example is a pair, judged by the shape alone."""
         return self.examples.ids.axes[-1].size == self.examples.chosen.axes[-1].size
+
+    @property
+    def noun(self) -> str:
+        """The examples in the words of messages and metrics, judged by the shape and the columns alone."""
+        return noun_of(self.examples.columns, are_pairs=self.holds_pairs)
 
 
 def pack(
@@ -158,7 +163,7 @@ class _Filling:
                 prompt_end = self.tokens
             start = self.tokens
             self._lay(response, branch, first_position=len(prompt))
-            self._predict(response, start, prompt_end)
+            self._predict(response, start, prompt_end, None if example.scored is None else example.scored[branch - 1])
             arrays.example_of_response[row, self.responses] = slot
             self.responses += 1
         if reference is not None and arrays.reference is not None:
@@ -186,12 +191,15 @@ class _Filling:
         arrays.position_ids[row, span] = np.arange(first_position, first_position + len(tokens))
         self.tokens = span.stop
 
-    def _predict(self, response: np.ndarray, start: int, prompt_end: int) -> None:
-        """Predicts each response token from the token before it, the first from the last prompt token."""
+    def _predict(self, response: np.ndarray, start: int, prompt_end: int, scored: np.ndarray | None) -> None:
+        """Predicts each scored response token from the token before it, the first from the last prompt token."""
+        source = np.arange(start - 1, start + len(response) - 1)
+        source[0] = prompt_end - 1
+        if scored is not None:
+            source, response = source[scored], response[scored]
         span = slice(self.targets, self.targets + len(response))
         arrays, row = self.arrays, self.row
-        arrays.source[row, span] = np.arange(start - 1, start + len(response) - 1)
-        arrays.source[row, span.start] = prompt_end - 1
+        arrays.source[row, span] = source
         arrays.target_ids[row, span] = response
         arrays.target_response[row, span] = self.responses
         arrays.response_tokens[row, self.responses] = len(response)

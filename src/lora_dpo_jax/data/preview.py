@@ -1,7 +1,9 @@
 """Prints tokenized examples so that a person can check masks and templates."""
 
+import itertools
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 import numpy as np
@@ -43,10 +45,12 @@ def preview(
         example = examples[index]
         what = "pair" if example.is_pair else "answer" if LABEL in example.columns else "example"
         print(f"=== {what} {index + 1} of {len(examples):,}: {printable(examples.origin(index))}", file=out)
-        for role, ids in zip(_roles(example), example.parts, strict=True):
-            scored = "not scored" if role == "prompt" else "scored"
-            print(f"--- {role} ({len(ids):,} tokens, {scored})", file=out)
-            print(_colored(ids, role, tokenizer) if color else _visible(_decode(ids, tokenizer)), file=out)
+        scored = [None] * len(example.responses) if example.scored is None else example.scored
+        for role, ids, mask in zip(_roles(example), example.parts, [None, *scored], strict=True):
+            for title, stretch, shades in _stretches(role, len(ids), mask):
+                print(f"--- {title}", file=out)
+                pieces = _pieces(ids, tokenizer, stretch)
+                print(_colored(pieces, shades) if color else "".join(pieces), file=out)
         print(file=out)
 
 
@@ -58,21 +62,37 @@ def _roles(example: TokenizedExample) -> list[str]:
     return ["prompt", *(f"response {number}" for number in range(1, len(example.responses) + 1))]
 
 
-def _colored(ids: np.ndarray, role: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _stretches(role: str, tokens: int, scored: np.ndarray | None) -> Iterator[tuple[str, range, tuple[str, str]]]:
+    """(title, tokens, shades) of each stretch of a part that is scored or is not. Mostly this is the whole part."""
+    if role == "prompt":
+        yield f"prompt ({tokens:,} tokens, not scored)", range(tokens), SHADES["prompt"]
+        return
     shades = SHADES.get(role, SHADES["chosen"])
-    pieces = _pieces(ids, tokenizer)
-    return "".join(f"{shades[i % 2]}{_visible(piece)}" for i, piece in enumerate(pieces)) + RESET
+    if scored is None or scored.all():
+        yield f"{role} ({tokens:,} tokens, scored)", range(tokens), shades
+        return
+    edges = [0, *(np.flatnonzero(np.diff(scored)) + 1).tolist(), tokens]
+    for start, stop in itertools.pairwise(edges):
+        which = f"{role}, tokens {start + 1:,} to {stop:,} of {tokens:,}"
+        if scored[start]:
+            yield f"{which} (scored)", range(start, stop), shades
+        else:
+            yield f"{which} (not scored)", range(start, stop), SHADES["prompt"]
 
 
-def _pieces(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each token; tokens that hold parts of one character are taken together."""
-    pieces, start = [], 0
-    for end in range(1, len(ids) + 1):
+def _colored(pieces: Sequence[str], shades: tuple[str, str]) -> str:
+    return "".join(f"{shades[i % 2]}{piece}" for i, piece in enumerate(pieces)) + RESET
+
+
+def _pieces(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, tokens: range) -> list[str]:
+    """The visible text of each of these tokens; tokens that hold parts of one character are taken together."""
+    pieces, start = [], tokens.start
+    for end in range(tokens.start + 1, tokens.stop + 1):
         # Decoded with the token before it, for tokenizers that drop the space of the first token.
         context = ids[max(start - 1, 0) : start]
         piece = _decode(ids[max(start - 1, 0) : end], tokenizer)[len(_decode(context, tokenizer)) :]
-        if not piece.endswith("\ufffd") or end == len(ids):
-            pieces.append(piece)
+        if not piece.endswith("\ufffd") or end == tokens.stop:
+            pieces.append(_visible(piece))
             start = end
     return pieces
 

@@ -17,12 +17,14 @@ from lora_dpo_jax.data.messages import (
     read_messages,
     says_something,
     without_nulls,
+    without_weight,
 )
 from lora_dpo_jax.data.sources import RowError
 from lora_dpo_jax.losses.examples import DESIRABLE, LABEL, MARGIN, UNDESIRABLE, WEIGHT
 
 # Columns of the prompt in rows without `prompt_field`: first texts, then messages that end before an answer.
 PROMPT_COLUMNS = ("question", "instruction", "input", "conversations", "messages")
+CONVERSATION_COLUMNS = ("messages", "conversations")  # of whole conversations, in supervised rows without a completion
 OPENAI_RESPONSES = ("preferred_output", "non_preferred_output")
 LARGEST_FLOAT32 = 3.4e38
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
@@ -92,6 +94,9 @@ def read_example(row: Any, format: FormatConfig, origin: str) -> Example:
     if format.type == "unpaired":
         columns |= {LABEL: [_label(row, format, origin)], WEIGHT: weight}
         return replace(example, comparisons=(), columns=columns)
+    if format.type == "supervised":
+        columns |= {WEIGHT: weight} if format.weight_field is not None else {}
+        return replace(example, comparisons=(), columns=columns)
     if format.type == "ranked":
         shares = _comparisons(row, format, count, origin)
         weights = tuple(weight * share for share in shares.values())
@@ -152,7 +157,7 @@ def _string_example(prompt: str | None, answers: _Answers, origin: str) -> Examp
 def _chat_example(
     prompt: _Prompt | None, answers: _Answers, options: dict[str, Any], format: FormatConfig, origin: str
 ) -> Example:
-    messages, responses = _split_prompt(prompt, answers, origin)
+    messages, responses = _split_prompt(prompt, answers, format, origin)
     system = options.pop("system", None)
     if system is not None:
         if messages[0]["role"] not in ("system", "developer"):
@@ -175,13 +180,16 @@ def _chat_example(
     return Example(messages, tuple(responses), origin, answers.names, **options)
 
 
-def _split_prompt(prompt: _Prompt | None, answers: _Answers, origin: str) -> tuple[list[Message], list[list[Message]]]:
+def _split_prompt(
+    prompt: _Prompt | None, answers: _Answers, format: FormatConfig, origin: str
+) -> tuple[list[Message], list[list[Message]]]:
     """Prompt and responses as lists that share no message, from full conversations or from responses alone."""
     responses = answers.messages
     text = prompt.value if prompt is not None else None
+    bare = [[*map(without_weight, response)] for response in responses]
     if isinstance(text, list):
-        size = len(text)
-        if all(len(response) > size and response[:size] == text for response in responses):
+        size, start = len(text), [*map(without_weight, text)]
+        if all(len(response) > size and response[:size] == start for response in bare):
             return text, [response[size:] for response in responses]
         return text, responses
     first_roles = {response[0]["role"] for response in responses}
@@ -189,7 +197,7 @@ def _split_prompt(prompt: _Prompt | None, answers: _Answers, origin: str) -> tup
         if not text.strip():
             raise RowError("empty", origin, f"{prompt.column!r} is empty")
         return [{"role": "user", "content": text}], responses
-    shared = _shared_prefix(responses)
+    shared = _before_first_answer(bare[0], origin) if format.type == "supervised" else _shared_prefix(bare)
     names = " and ".join(answers.names)
     if shared == 0:
         raise RowError("malformed", origin, f"has no prompt, and {names} share no first message")
@@ -202,6 +210,14 @@ def _split_prompt(prompt: _Prompt | None, answers: _Answers, origin: str) -> tup
             "Set format.prompt_field to null to take the prompt from the messages",
         )
     return responses[0][:shared], [response[shared:] for response in responses]
+
+
+def _before_first_answer(conversation: list[Message], origin: str) -> int:
+    """How many messages come before the first of the assistant: the prompt of a supervised row."""
+    for number, message in enumerate(conversation):
+        if message["role"] not in INPUT_ROLES:
+            return number
+    raise RowError("malformed", origin, "has a conversation without a message of the assistant")
 
 
 def _shared_prefix(texts: Sequence[Text]) -> int:
@@ -229,7 +245,11 @@ def _answers(row: Mapping, format: FormatConfig, origin: str) -> _Answers:
 
 def _answer_values(row: Mapping, format: FormatConfig, origin: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     """(the names of the responses in messages, the responses by their columns)."""
-    if format.type == "unpaired":
+    if format.type == "supervised" and row.get(format.completion_field) is None:
+        given = [column for column in CONVERSATION_COLUMNS if row.get(column) is not None]
+        if given:
+            return ("completion",), {given[0]: row[given[0]]}
+    if format.type in ("unpaired", "supervised"):
         return ("completion",), {format.completion_field: row.get(format.completion_field)}
     if format.type == "ranked":
         column, responses = format.responses_field, row.get(format.responses_field)

@@ -86,7 +86,7 @@ class PackingConfig:
 
     def tokens(self, sizes: ExampleSizes) -> np.ndarray:
         """Tokens that each example takes in its row."""
-        return sizes.tokens if self.share_prefix else sizes.prompt * sizes.responses + sizes.targets
+        return sizes.tokens if self.share_prefix else sizes.tokens + sizes.prompt * (sizes.responses - 1)
 
     def shortest_row(self, sizes: ExampleSizes) -> int:
         """Tokens of the shortest row that can hold any of the examples."""
@@ -147,7 +147,8 @@ def choose_shapes(
     the length of a row, and so the memory of a step. A row is always long enough for the longest example.
     """
     chosen = _choose_rows(batches, sizes, row_multiple, longest_row, packing, max_shapes)
-    used: list[_Extent] = [_Extent() for _ in chosen]
+    # A loss of comparisons finds some, or none, in all parts alike.
+    used = [_Extent(comparisons=int(sizes.comparisons.any())) for _ in chosen]
     for ids in batches:
         for extent, shape, rows in zip(used, chosen, _lay_out(sizes[ids], chosen, packing), strict=True):
             extent.include(shape, rows, sizes[ids])

@@ -19,8 +19,8 @@ from haliax import NamedArray
 
 from lora_dpo_jax.axes import EXAMPLE, RESPONSE
 
-# Columns that formats of the data make. LABEL is of each response of a single answer, and WEIGHT of its example. MARGIN
-# is the difference of rewards that a pair should have.
+# Columns that formats of the data make. LABEL is of each response of a single answer. WEIGHT is of an example without
+# comparisons. MARGIN is the difference of rewards that a pair should have.
 LABEL, WEIGHT, MARGIN = "label", "example_weight", "target_margin"
 DESIRABLE, UNDESIRABLE, MISMATCHED = 1.0, 0.0, -1.0  # labels. MISMATCHED: the answer to another prompt
 
@@ -61,6 +61,20 @@ class Examples(eqx.Module):
     def is_comparison(self) -> NamedArray:
         """bool {..., comparison}."""
         return self.example_of_comparison >= 0
+
+    @property
+    def is_imitated(self) -> NamedArray:
+        """bool {..., response}: responses without a comparison that are to be imitated.
+
+        If the batch has labels, these are desirable answers; if it has weights, those whose weight is not 0.
+        """
+        comparisons = self.of_responses(self.sum_of_comparisons(self.is_comparison.astype(jnp.float32)))
+        found = self.is_response & (comparisons == 0)
+        if LABEL in self.columns:
+            found = found & (self.column(LABEL) == DESIRABLE)
+        if WEIGHT in self.columns:
+            found = found & (self.of_responses(self.column(WEIGHT)) > 0)
+        return found
 
     @property
     def share(self) -> NamedArray:

@@ -1,6 +1,7 @@
 """The interface of all losses."""
 
 import abc
+import dataclasses
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from haliax import Axis, NamedArray
 
 from lora_dpo_jax.axes import TARGET
-from lora_dpo_jax.losses.examples import MARGIN, Examples
+from lora_dpo_jax.losses.examples import LABEL, MARGIN, WEIGHT, Examples
 from lora_dpo_jax.losses.scores import Scores, TokenScores
 from lora_dpo_jax.objective import ExampleLosses
 
@@ -57,9 +58,20 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
         """Whether the loss reads the target margins of the data, if they have any."""
         return False
 
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the loss reads the labels and weights of single answers, if the data have any."""
+        return False
+
+    @property
+    def taken_columns(self) -> tuple[str, ...]:
+        """The columns that the loss reads if the data have them."""
+        return (*([MARGIN] if self.takes_margins else []), *([LABEL, WEIGHT] if self.takes_labels else []))
+
     def columns_in(self, columns: Collection[str]) -> tuple[str, ...]:
         """The columns that the loss reads from data that have `columns`."""
-        return (*self.all_columns, *(name for name in (MARGIN,) if self.takes_margins and name in columns))
+        taken = (name for name in self.taken_columns if name in columns)
+        return tuple(dict.fromkeys([*self.all_columns, *taken]))
 
     @property
     def all_statistics(self) -> tuple[str, ...]:
@@ -97,6 +109,12 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
         results are float32: scalars, or {..., slot} with the axes of an array of the arguments.
         """
         return {}
+
+    def knowing_batch(self, policy: Scores, reference: Scores | None, examples: Examples) -> Examples:
+        """The examples with what the loss needs to know of the batch. They are the whole batch if they lack it."""
+        if self.needs_of_batch == "nothing" or examples.of_batch:
+            return examples
+        return dataclasses.replace(examples, of_batch=self.of_batch(policy, reference, examples))
 
     @abc.abstractmethod
     def __call__(

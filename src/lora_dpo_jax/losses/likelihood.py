@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import haliax as hax
+import jax
 import jax.numpy as jnp
 from haliax import NamedArray
 
 from lora_dpo_jax.losses.divergences import power_reward
-from lora_dpo_jax.losses.examples import Examples
+from lora_dpo_jax.losses.examples import WEIGHT, Examples
 from lora_dpo_jax.losses.preference import Compared, ComparisonLoss
 from lora_dpo_jax.losses.scores import Scores
 from lora_dpo_jax.losses.smoothing import check_label_smoothing, smoothed_log_loss
-from lora_dpo_jax.objective import Mean
+from lora_dpo_jax.objective import ExampleLosses, Mean
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,13 @@ class _WithLikelihood(_ReferenceFree):
         return "tokens"
 
     def of_batch(self, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, NamedArray]:
-        tokens, _ = examples.compared(policy.tokens.astype(jnp.float32))
-        mean = Mean.over(tokens, examples.share).value
+        mean = self.tokens_to_imitate(policy, examples).value
         return {"mean_chosen_tokens": hax.named(jnp.maximum(mean, 1.0), ())}
+
+    def tokens_to_imitate(self, policy: Scores, examples: Examples) -> Mean:
+        """The mean number of tokens of a response whose likelihood is a term of the loss."""
+        tokens, _ = examples.compared(policy.tokens.astype(jnp.float32))
+        return Mean.over(tokens, examples.share)
 
     def negative_log_likelihood(self, policy: Compared) -> NamedArray:
         """{..., comparison}. Its mean over the batch is the mean over all tokens of chosen responses."""
@@ -85,16 +90,43 @@ class _WithLikelihood(_ReferenceFree):
 
 @dataclass(frozen=True)
 class Sft(_WithLikelihood):
-    """The negative log-likelihood of the chosen responses, per token: the term of RPO and MPO.
+    """The negative log-likelihood per token, of chosen responses and of those that are compared with none.
 
-    Eq. 1 of https://arxiv.org/abs/2404.19733 has a mean for each response. Here, as in TRL, each token counts the same.
-    `beta` scales the logged rewards alone.
+    Of single responses this is instruction tuning, of pairs the term of RPO and MPO. Of single answers with labels, the
+    desirable ones count alone. Eq. 1 of
+    https://arxiv.org/abs/2404.19733 has a mean for each response. Here, as in TRL, each token counts the same. `beta`
+    scales the logged rewards alone.
     """
 
     name = "nll"
+    needs_comparisons = False
 
     def pair_loss(self, chosen, rejected, policy):
         return self.negative_log_likelihood(policy)
+
+    @property
+    def takes_labels(self) -> bool:
+        return True
+
+    def tokens_to_imitate(self, policy: Scores, examples: Examples) -> Mean:
+        of_single = Mean.over(policy.tokens.astype(jnp.float32), examples.is_imitated.astype(jnp.float32))
+        return jax.tree.map(jnp.add, of_single, super().tokens_to_imitate(policy, examples))
+
+    def __call__(
+        self, policy: Scores, reference: Scores | None, examples: Examples, *, are_equal: jax.Array | bool = False
+    ) -> ExampleLosses:
+        examples = self.knowing_batch(policy, reference, examples)
+        is_imitated = examples.is_imitated
+        values = -policy.log_probs.astype(jnp.float32) / examples.of_batch["mean_chosen_tokens"]
+        nll = Mean.over(values, is_imitated.astype(jnp.float32))
+        if WEIGHT in examples.columns:
+            values = examples.of_responses(examples.column(WEIGHT)) * values
+        loss = examples.sum_of_responses(hax.where(is_imitated, values, 0.0))
+        if not examples.chosen.axes[-1].size:
+            return ExampleLosses(loss, {self.loss_name: nll})
+        of_pairs = super().__call__(policy, reference, examples, are_equal=are_equal)
+        nll = jax.tree.map(jnp.add, nll, of_pairs.metrics[self.loss_name])
+        return ExampleLosses(loss + of_pairs.loss, of_pairs.metrics | {self.loss_name: nll})
 
 
 @dataclass(frozen=True)

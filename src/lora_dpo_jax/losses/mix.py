@@ -66,6 +66,10 @@ class Mix(Loss):
         return any(loss.takes_margins for loss in self.losses)
 
     @property
+    def takes_labels(self) -> bool:
+        return any(loss.takes_labels for loss in self.losses)
+
+    @property
     def parts(self) -> tuple[tuple[float, Loss], ...]:
         """The weights and the losses, with the beta that counts."""
         losses = [dataclasses.replace(loss, beta=self.beta) if self.beta else loss for loss in self.losses]

@@ -1,7 +1,6 @@
 """Losses of comparisons: two responses of one example, one of them preferred."""
 
 import abc
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
@@ -95,8 +94,7 @@ class ComparisonLoss(Loss):
     def __call__(
         self, policy: Scores, reference: Scores | None, examples: Examples, *, are_equal: jax.Array | bool = False
     ) -> ExampleLosses:
-        if self.needs_of_batch != "nothing" and not examples.of_batch:
-            examples = dataclasses.replace(examples, of_batch=self.of_batch(policy, reference, examples))
+        examples = self.knowing_batch(policy, reference, examples)
         chosen, rejected, ours, theirs = self.rewards(policy, reference, examples)
         loss = self.pair_loss(self._less_margin(chosen, examples), rejected, ours)
         per_pair = {}

@@ -12,7 +12,7 @@ class TokenScores(eqx.Module):
 
     log_probs: NamedArray  # float32 {..., target}, in nats; 0 in an empty slot
     response: NamedArray  # int32 {..., target}: which response the token belongs to; -1 in an empty slot
-    index: NamedArray  # int32 {..., target}: the token's index in its response, from 0
+    index: NamedArray  # int32 {..., target}: the token's index among the scored ones of its response, from 0
     statistics: dict[str, NamedArray] = eqx.field(default_factory=dict)  # float32 {..., target}, without gradient
 
     def summed(self, values: NamedArray, examples: Examples) -> NamedArray:

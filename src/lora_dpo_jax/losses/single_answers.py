@@ -1,7 +1,6 @@
 """Losses of single answers, each of which has a label: desirable or not."""
 
 import abc
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,8 +44,7 @@ class _SingleAnswers(Loss):
     def __call__(
         self, policy: Scores, reference: Scores | None, examples: Examples, *, are_equal: jax.Array | bool = False
     ) -> ExampleLosses:
-        if self.needs_of_batch != "nothing" and not examples.of_batch:
-            examples = dataclasses.replace(examples, of_batch=self.of_batch(policy, reference, examples))
+        examples = self.knowing_batch(policy, reference, examples)
         log_ratio, point = log_ratios(policy, reference), self.reference_point(examples)
         is_desirable: Any = examples.column(LABEL) == DESIRABLE
         counts = _has_weight(examples) & (examples.column(LABEL) != MISMATCHED)

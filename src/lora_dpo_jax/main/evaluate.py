@@ -24,7 +24,6 @@ from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.output_file import check_output, write_output
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.places import refuse_impossible_paths
-from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.processes.exchange import is_first_process
 from lora_dpo_jax.runs.assembly import Data, load_data, pair_scorer, placement_of, reference_log_probs
@@ -41,8 +40,10 @@ logger = logging.getLogger("lora_dpo_jax")
 SCORES = ("logp_chosen", "logp_rejected", "ref_logp_chosen", "ref_logp_rejected", "chosen_tokens", "rejected_tokens")
 LISTS = ("logps", "ref_logps", "response_tokens")
 OF_ANSWER = ("logp", "ref_logp", "completion_tokens")
-# The keys of a line: of pairs, of other examples, and of single answers.
-LINES = tuple(("index", "origin", *names, "prompt_tokens") for names in (SCORES, LISTS, ("label", *OF_ANSWER)))
+OF_ONE_MODEL = ("logp", "completion_tokens")  # where the loss needs no reference and nothing is compared
+# The keys of a line: of pairs, of other comparisons, and of single answers with a label or without one.
+NUMBERS = (SCORES, LISTS, *((*label, *names) for label in (("label",), ()) for names in (OF_ANSWER, OF_ONE_MODEL)))
+LINES = tuple(("index", "origin", *names, "prompt_tokens") for names in NUMBERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,20 +97,23 @@ def _pairs(config: EvaluateConfig, data: Data) -> ExampleTable:
 
 def _score(
     config: EvaluateConfig, base: Base, pairs: ExampleTable, placement: Placement
-) -> tuple[Scores, Scores, dict[str, float]]:
-    """(log-probs of the policy, log-probs of the reference, means of the loss and its metrics)."""
+) -> tuple[Scores, Scores | None, dict[str, float]]:
+    """(log-probs of the policy; of the reference, if anything reads them; means of the loss and its metrics)."""
 
     def progress(batches, total: int):
         return tqdm(batches, "policy", total=total, unit=" batches", disable=not is_first_process())
 
     score, loss = pair_scorer(pairs, trainer=config.trainer, placement=placement), config.preference_loss
     policy_model, reference_model = _models(config, base, placement)
-    reference = reference_log_probs(config, base, reference_model, placement).of_table(score)
     held_to = None if reference_model is base.model else frozen_copy(reference_model)
-    policy = reference if equals_reference(policy_model, held_to) else score(policy_model, progress)
-    if loss.needs_tokens:
-        objective, columns = PreferenceObjective(loss), loss.columns_in(pairs.arrays.columns)
-        return policy, reference, summarize_by_tokens(objective, columns, score, policy_model, held_to)
+    policy = reference = None
+    if loss.needs_reference or pairs.arrays.comparison_counts.any():
+        reference = reference_log_probs(config, base, reference_model, placement).of_table(score)
+        policy = reference if equals_reference(policy_model, held_to) else None
+    policy = score(policy_model, progress) if policy is None else policy
+    if config.objective.needs_tokens:
+        columns = loss.columns_in(pairs.arrays.columns)
+        return policy, reference, summarize_by_tokens(config.objective, columns, score, policy_model, held_to)
     return policy, reference, summarize(loss, policy, reference, pairs.arrays.examples)
 
 
@@ -137,17 +141,20 @@ def _data_files(config: EvaluateConfig) -> dict[str, list[str]]:
     return files
 
 
-def _lines(policy: Scores, reference: Scores, examples: ExampleTable) -> Iterable[dict]:
+def _lines(policy: Scores, reference: Scores | None, examples: ExampleTable) -> Iterable[dict]:
     """Of pairs and of single answers, each number has its own name. Other examples have lists."""
     labels = examples.arrays.columns.get(LABEL)
-    arrays = [np.asarray(x.array) for x in (policy.log_probs, reference.log_probs, policy.tokens)]
+    are_single = labels is not None or bool((examples.arrays.response_counts == 1).all())
+    scores = [policy.log_probs, *([] if reference is None else [reference.log_probs]), policy.tokens]
+    arrays = [np.asarray(x.array) for x in scores]
+    of_answer = OF_ONE_MODEL if reference is None else OF_ANSWER
     for index in range(len(examples)):
         responses = examples.arrays.responses_of(np.array([index]))
         mine = [array[responses].tolist() for array in arrays]
-        numbers: dict[str, Any] = dict(zip(LISTS, mine, strict=True))
-        if labels is not None:  # a second response is the answer to another prompt
-            numbers = {"label": bool(labels.values[responses[0]] == DESIRABLE)}
-            numbers |= dict(zip(OF_ANSWER, (values[0] for values in mine), strict=True))
+        if are_single:  # a second response is the answer to another prompt
+            numbers: dict[str, Any] = dict(zip(of_answer, (values[0] for values in mine), strict=True))
+            if labels is not None:
+                numbers = {"label": bool(labels.values[responses[0]] == DESIRABLE), **numbers}
         elif examples.arrays.are_pairs:
             numbers = dict(zip(SCORES, (number for pair in mine for number in pair), strict=True))
         prompt_tokens = int(examples.sizes.prompt[index])
@@ -157,11 +164,12 @@ def _lines(policy: Scores, reference: Scores, examples: ExampleTable) -> Iterabl
 def _print(config: EvaluateConfig, summary: dict[str, float], examples: str) -> None:
     print(f"{examples} of the {config.split} split")
     print(f"loss      {summary['loss']:.4f}")
-    print(f"accuracy  {summary['dpo_accuracy']:.1%}   (a tie counts as half)")
-    print(
-        f"margin    {summary['rewards/margins']:.4f}   (chosen {summary['rewards/chosen']:.4f}, "
-        f"rejected {summary['rewards/rejected']:.4f}, scaled by beta)"
-    )
+    if "dpo_accuracy" in summary:
+        print(f"accuracy  {summary['dpo_accuracy']:.1%}   (a tie counts as half)")
+        print(
+            f"margin    {summary['rewards/margins']:.4f}   (chosen {summary['rewards/chosen']:.4f}, "
+            f"rejected {summary['rewards/rejected']:.4f}, scaled by beta)"
+        )
     print(f"scores    {printable(config.output)}")
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import jax
 
-from lora_dpo_jax.losses.examples import LABEL
+from lora_dpo_jax.data.examples import ExampleArrays
 from lora_dpo_jax.main.errors import told_in_a_line
 from lora_dpo_jax.printable import printable
-from lora_dpo_jax.runs.capacity import Capacity, capacity_of
+from lora_dpo_jax.runs.capacity import Capacity, capacity_of, expected_example
 from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.settings.arguments import parse_arguments
 
@@ -48,7 +48,7 @@ def report(config: PlanConfig, found: Capacity) -> str:
     bound = max(seconds, key=lambda name: seconds[name])
     slowest = seconds[bound]
     rest = found.peak - found.weights - found.adapters - found.optimizer
-    noun = "answers" if LABEL in config.loss.all_columns else "pairs"
+    noun = ExampleArrays.of([expected_example(config, config.pair_tokens)], str).noun
     lines = [
         f"{config.initialize_from_hf} on {config.topology} ({found.num_devices} devices)",
         f"parameters         {found.parameters:,}, and {found.trainable:,} of adapters "

@@ -67,7 +67,7 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState:
     with _tracking(config, run, run_id, settings, first_step) as (tracker, earlier):
         reference = _reference(config, run)
         scorer = pair_scorer(run.data.held_out, trainer=config.trainer, placement=placement)
-        scores = HeldOutScores(scorer, config.preference_loss, reference, tracker, earlier)
+        scores = HeldOutScores(scorer, config.objective, reference, tracker, earlier)
         stop_ids = read_stop_ids(run.base.folder)
         samples = Samples(config.sample_prompts, run.base.tokenizer, config.generation, stop_ids=stop_ids)
         exports = _exports(config, run, run_id, first_step)

@@ -77,6 +77,7 @@ def assemble(config: TrainConfig, placement: Placement) -> Run:
         key=k_dropout,
         reference=frozen_copy(policy) if config.reference_adapter is not None else None,
         schedule=config.optimizer.schedule(num_steps),
+        token_metrics=trainer.token_metrics,
     )
     return Run(data, base, lora, order, steps, learner)
 

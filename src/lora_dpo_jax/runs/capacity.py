@@ -24,7 +24,7 @@ from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.data.shapes import LENGTH_MULTIPLE, round_up
 from lora_dpo_jax.huggingface.weights import read_config
 from lora_dpo_jax.lora import trainable_filter
-from lora_dpo_jax.losses.examples import LABEL
+from lora_dpo_jax.losses.examples import LABEL, WEIGHT
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import parameter_count
 from lora_dpo_jax.runs.base import folder_of
@@ -107,7 +107,7 @@ def expected_batch(
 ) -> PreferenceBatch:
     """The examples of a step, all of the mean lengths, in rows that would hold the longest one.
 
-    They are pairs or, for a loss of single answers, answers. A second response is then the answer to another prompt.
+    They are pairs or, for a loss of single answers, answers. KTO's second response is the answer to another prompt.
     """
     prompt, chosen, rejected = pair_tokens
     if prompt + max(chosen, rejected) > config.train_seq_len:
@@ -117,7 +117,7 @@ def expected_batch(
         )
     longest_pair = round_up(2 * config.train_seq_len, LENGTH_MULTIPLE)
     at_once = row_bound(parallelism, longest_pair)
-    example = _expected_example(config, pair_tokens)
+    example = expected_example(config, pair_tokens)
     examples, responses = [example] * config.trainer.train_batch_size, len(example.responses)
     a_shard = round_up(math.ceil(len(examples) * example.size / row_shards * 1.05), LENGTH_MULTIPLE)
     row_length = max(longest_pair, min(at_once, a_shard))
@@ -137,16 +137,18 @@ def expected_batch(
     return pack(examples, rows, shape, known, columns=per_response)
 
 
-def _expected_example(config: TrainConfig, pair_tokens: Sequence[int]) -> TokenizedExample:
+def expected_example(config: TrainConfig, pair_tokens: Sequence[int]) -> TokenizedExample:
     """An example of the kind that the loss takes, with these numbers of tokens and the columns that it reads."""
     loss, formats = config.preference_loss, [component.format for component in config.data.components.values()]
     prompt, *responses = (np.zeros(count, np.int32) for count in pair_tokens)
-    is_single = LABEL in loss.all_columns
+    types = {format.type for format in formats}
+    columns = loss.columns_in([LABEL, WEIGHT] if types == {"unpaired"} else [])
+    is_single = LABEL in columns or types <= {"unpaired", "supervised"} and not loss.needs_comparisons
     if is_single and not loss.needs_mismatched:
         del responses[1:]
     per_response = {LABEL, *(name for format in formats for name in format.response_columns)}
-    columns = {name: [0.0] * len(responses) if name in per_response else 0.0 for name in loss.all_columns}
-    return TokenizedExample(prompt, tuple(responses), () if is_single else PAIR, columns=columns)
+    values = {name: [0.0] * len(responses) if name in per_response else 0.0 for name in columns}
+    return TokenizedExample(prompt, tuple(responses), () if is_single else PAIR, columns=values)
 
 
 def bytes_of_a_device(tree: Any) -> int:
@@ -170,6 +172,7 @@ def _learner(config: TrainConfig, placement: Placement) -> Learner:
         model=config.model,
         precision=config.trainer.precision_on(placement.mesh.devices.flat[0].platform),
         has_reference_adapters=config.reference_adapter is not None,
+        token_metrics=config.trainer.token_metrics,
     )
 
 

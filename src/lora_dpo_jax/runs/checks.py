@@ -22,7 +22,7 @@ NAMED_PAIRS = 8
 
 def refuse_unfit_data(loss: Loss, examples: ExampleTable) -> None:
     """Raises ValueError with the component's name unless the examples have all data that the loss needs."""
-    has_margins = [MARGIN in source.arrays.columns for source, _ in examples.components]
+    of_some = {name for source, _ in examples.components for name in source.arrays.columns}
     for name, (source, indices) in zip(examples.names, examples.components, strict=True):
         arrays = source.arrays
         if MARGIN in arrays.columns and not loss.takes_margins:
@@ -30,11 +30,16 @@ def refuse_unfit_data(loss: Loss, examples: ExampleTable) -> None:
                 f"loss.type={loss.get_choice_name(type(loss))} has no target margin between two rewards, but "
                 f"data.components.{name} sets format.margin_field. Leave it out, or choose a loss of the margin"
             )
-        if MARGIN not in arrays.columns and any(has_margins):
+        if MARGIN not in arrays.columns and MARGIN in of_some:
             raise ValueError(
                 f"data.components.{name} has no format.margin_field, and other components have: set it for all of them"
             )
         missing = [column for column in loss.all_columns if column not in arrays.columns]
+        if lacking := [column for column in loss.taken_columns if column in of_some and column not in arrays.columns]:
+            raise ValueError(
+                f"data.components.{name} has no {' and no '.join(lacking)}, and other components have: labels "
+                "(format.type=unpaired) and weights of single answers (format.weight_field) are for all or for none"
+            )
         if LABEL in missing:
             raise ValueError(
                 f"loss.type={loss.get_choice_name(type(loss))} trains on single answers with labels; "
@@ -49,8 +54,8 @@ def refuse_unfit_data(loss: Loss, examples: ExampleTable) -> None:
         if loss.needs_comparisons and not arrays.comparison_counts[indices].all():
             raise ValueError(
                 f"loss.type={loss.get_choice_name(type(loss))} compares responses; data.components.{name} has single "
-                "ones (format.type=unpaired). Set loss.type to kto or apo_zero_unpaired, or give rows with chosen and "
-                "rejected"
+                "ones (format.type=unpaired or supervised). Set loss.type to kto, apo_zero_unpaired or sft, or give "
+                "rows with chosen and rejected"
             )
 
 

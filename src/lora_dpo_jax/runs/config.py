@@ -16,6 +16,7 @@ from lora_dpo_jax.losses import Dpo, Loss
 from lora_dpo_jax.models import ComputeConfig
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
 from lora_dpo_jax.places import refuse_impossible_paths, same_place
+from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.redaction import redacted
 from lora_dpo_jax.settings.choices import check_choice, check_choices
 from lora_dpo_jax.settings.decoding import config_of
@@ -136,6 +137,10 @@ class TrainConfig:
     @property
     def preference_loss(self) -> Loss:
         return self.loss if self.beta is None else dataclasses.replace(self.loss, beta=self.beta)
+
+    @property
+    def objective(self) -> PreferenceObjective:
+        return PreferenceObjective(self.preference_loss, self.trainer.token_metrics)
 
     @property
     def reference_adapter(self) -> str | None:

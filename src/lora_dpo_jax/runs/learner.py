@@ -45,10 +45,14 @@ def real_learner(
     key,
     reference: Any = None,
     schedule: optax.Schedule | None = None,
+    token_metrics: bool = False,
 ) -> Learner:
-    """`model` has adapters, `key` is for dropout. For `reference` and `schedule` see TrainState and TrainStep."""
+    """`model` has adapters, `key` is for dropout. For `reference` and `schedule` see TrainState and TrainStep.
+
+    `token_metrics`: see PreferenceObjective.
+    """
     state = placement.put_parameters(TrainState.init(model, optimizer, key=key, reference=reference))
-    return _learner(loss, optimizer, placement, state, schedule)
+    return _learner(PreferenceObjective(loss, token_metrics), optimizer, placement, state, schedule)
 
 
 def abstract_learner(
@@ -61,6 +65,7 @@ def abstract_learner(
     model: ModelConfig,
     precision: jmp.Policy,
     has_reference_adapters: bool = False,
+    token_metrics: bool = False,
 ) -> Learner:
     """A learner of shapes alone: it compiles without weights, and for devices that are not here."""
 
@@ -75,15 +80,15 @@ def abstract_learner(
         return TrainState.init(policy, optimizer, key=jax.random.key(1), reference=reference)
 
     state = placement.abstract_parameters(eqx.filter_eval_shape(make))
-    return _learner(loss, optimizer, placement, state, None)
+    return _learner(PreferenceObjective(loss, token_metrics), optimizer, placement, state, None)
 
 
 def _learner(
-    loss: Loss,
+    objective: PreferenceObjective,
     optimizer: optax.GradientTransformation,
     placement: Placement,
     state: TrainState,
     schedule: optax.Schedule | None,
 ) -> Learner:
-    step = TrainStep(PreferenceObjective(loss), optimizer, schedule=schedule, scope=placement.scope)
+    step = TrainStep(objective, optimizer, schedule=schedule, scope=placement.scope)
     return Learner(placement, step, state)

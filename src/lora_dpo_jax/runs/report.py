@@ -9,7 +9,7 @@ from typing import Any
 from lora_dpo_jax.evaluation import Scorer, summarize, summarize_by_tokens
 from lora_dpo_jax.generation import GenerationConfig, complete
 from lora_dpo_jax.lora import equals_reference
-from lora_dpo_jax.losses import Loss, Scores
+from lora_dpo_jax.losses import Scores
 from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.runs.reference_scores import ReferenceLogProbs
@@ -26,20 +26,20 @@ class HeldOutScores:
     def __init__(
         self,
         score: Scorer,
-        loss: Loss,
+        objective: PreferenceObjective,
         reference: ReferenceLogProbs | None,
         tracker: Tracker,
         earlier: Sequence[Mapping[str, Any]],
     ):
         """`earlier`: the lines of metrics.jsonl that a resumed run has logged so far."""
-        self.score, self.loss, self.reference, self.tracker = score, loss, reference, tracker
+        self.score, self.objective, self.reference, self.tracker = score, objective, reference, tracker
         self.reference_scores: Scores | None = None
         self.scores = [(line["step"], _scores(line)) for line in earlier if "eval/loss" in line]
 
     def __call__(self, info: StepInfo[TrainState]) -> None:
         if not len(self.score.examples):
             return
-        scores = self._scores_by_tokens(info.state) if self.loss.needs_tokens else self._scores_by_sums(info.state)
+        scores = self._scores_by_tokens(info.state) if self.objective.needs_tokens else self._scores_by_sums(info.state)
         self.scores.append((info.step, scores))
         self.tracker.log({f"eval/{name}": value for name, value in scores.items()}, step=info.step)
         texts = {"loss": "loss {:.4f}", "dpo_accuracy": "accuracy {:.3f}", "rewards/margins": "margin {:.3f}"}
@@ -47,8 +47,8 @@ class HeldOutScores:
         logger.info("held-out after %d steps: %s", info.step, shown)
 
     def _scores_by_tokens(self, state: TrainState) -> dict[str, float]:
-        objective, columns = PreferenceObjective(self.loss), self.loss.columns_in(self.score.examples.arrays.columns)
-        return summarize_by_tokens(objective, columns, self.score, state.model, state.reference)
+        columns = self.objective.loss.columns_in(self.score.examples.arrays.columns)
+        return summarize_by_tokens(self.objective, columns, self.score, state.model, state.reference)
 
     def _scores_by_sums(self, state: TrainState) -> dict[str, float]:
         if self.reference_scores is None and self.reference is not None:
@@ -59,7 +59,7 @@ class HeldOutScores:
             policy_scores = reference_scores
         else:
             policy_scores = self.score(model)
-        return summarize(self.loss, policy_scores, reference_scores, self.score.examples.arrays.examples)
+        return summarize(self.objective.loss, policy_scores, reference_scores, self.score.examples.arrays.examples)
 
     def print(self) -> None:
         """Prints a table of the first scores and the last ones."""
@@ -67,13 +67,13 @@ class HeldOutScores:
         if not ends:
             return
         title = f"held-out {self.score.examples.arrays.noun}"
-        print(f"\n{title:<16}" + "".join(f"{'after step ' + str(step):>18}" for step, _ in ends))
+        print(f"\n{title:<18}" + "".join(f"{'after step ' + str(step):>18}" for step, _ in ends))
         rows = {"accuracy": "dpo_accuracy", "reward margin": "rewards/margins", "loss": "loss"}
         for title, name in rows.items():
             if name not in ends[0][1]:
                 continue
             cells = [f"{v[name]:.1%}" if title == "accuracy" else f"{v[name]:.4f}" for _, v in ends]
-            print(f"{title:<16}" + "".join(f"{cell:>18}" for cell in cells))
+            print(f"{title:<18}" + "".join(f"{cell:>18}" for cell in cells))
 
 
 class Samples:

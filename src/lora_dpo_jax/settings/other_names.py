@@ -25,6 +25,9 @@ _NAMES_ELSEWHERE = {
         "max_target_length sequence_len seq_len cutoff_len sequence_length"
     ),
     ("data.components.NAME.format.slice_strategy", ""): "truncation_mode",
+    ("data.components.NAME.format.train_on", ": response, all_turns or last_turn"): (
+        "assistant_only_loss completion_only_loss train_on_inputs roles_to_train mask_history"
+    ),
     ("lora.r", ""): "rank lora_r lora_rank",
     ("lora.alpha", ""): "lora_alpha",
     ("lora.dropout", ""): "lora_dropout",

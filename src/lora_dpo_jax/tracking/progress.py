@@ -68,6 +68,7 @@ _HEADLINE = {
     "train/dpo_accuracy": "accuracy {:.2f}",
     "train/pairs_per_second": "{:.1f} pairs/s",
     "train/answers_per_second": "{:.1f} answers/s",
+    "train/examples_per_second": "{:.1f} examples/s",
 }
 
 

@@ -29,7 +29,8 @@ from lora_dpo_jax.training.precision import precision_of
 logger = logging.getLogger("lora_dpo_jax")
 
 S = TypeVar("S")
-COUNTS = ("pairs", "answers", "tokens", "flops")  # metrics of a step that are logged as rates, if it has them
+# Metrics of a step that are logged as rates, if it has them.
+COUNTS = ("pairs", "answers", "examples", "tokens", "flops")
 MOST_STEPS = 2**31 - 1  # the optimizer counts them in int32
 LONGEST_ID = 200  # bytes; a file name may have 255, and the writers of checkpoints append to the id
 METRICS_LAG = 1  # later steps dispatched before a step's metrics are fetched: the device never waits for the host
@@ -52,6 +53,7 @@ class TrainerConfig:
     steps_per_eval: int | None = None  # null: evaluate before the first and after the last step only
     eval_at_start: bool = True  # evaluate before the first step
     log_every: int = 1  # steps
+    token_metrics: bool = False  # also log entropy, mean_token_accuracy and logps per token
     seed: int = 0  # of adapters, order, split and dropout
     mp: str | None = None  # "f32", "bf16", "p=f32,c=bfloat16", ...; null computes in bfloat16 on accelerators
     mesh: MeshConfig = field(default_factory=MeshConfig)

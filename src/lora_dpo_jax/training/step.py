@@ -262,8 +262,8 @@ def _mesh_sharding(array: Any) -> NamedSharding | None:
 def _counts(parts: tuple[PreferenceBatch, ...]) -> dict[str, jax.Array]:
     """Counts of a batch. `tokens` counts a prompt once for each response; `padding_fraction` is of the computed rows.
 
-    `pairs` counts comparisons; of a batch without any, there are `answers` instead. If some examples are not pairs,
-    `examples` counts the examples too.
+    `pairs` counts comparisons, if the batch has any. Examples that are no pairs are counted too: as `answers` if they
+    have labels, else as `examples`.
     """
     num_tokens: Any = 0
     in_sequences: Any = 0
@@ -277,7 +277,7 @@ def _counts(parts: tuple[PreferenceBatch, ...]) -> dict[str, jax.Array]:
         num_examples += hax.sum(part.examples.is_example).scalar()
         num_pairs += hax.sum(part.examples.is_comparison).scalar()
     padding = 1.0 - num_tokens / jnp.maximum(computed, 1)
-    has_pairs = any(part.examples.chosen.size for part in parts)
-    of_kind = {"pairs": num_pairs} if has_pairs else {"answers": num_examples}
-    counts = {"tokens": in_sequences, **of_kind, "padding_fraction": padding}
-    return counts if all(part.holds_pairs for part in parts) else counts | {"examples": num_examples}
+    counts = {"tokens": in_sequences, "padding_fraction": padding}
+    if any(part.examples.chosen.size for part in parts):
+        counts["pairs"] = num_pairs
+    return counts | {noun: num_examples for noun in {part.noun for part in parts} - {"pairs"}}
