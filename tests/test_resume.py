@@ -63,6 +63,7 @@ def config_of(folder: Path, rows: Path, name: str, **settings) -> TrainConfig:
         rows,
         data__shuffle=True,
         lora__dropout=0.3,
+        reference_sync={"mixup_alpha": 0.5, "sync_steps": 2},
         validation_split_fraction=0.25,
         optimizer={"learning_rate": 1e-2, "warmup": 2},
         peft_save_path=str(folder / name),
@@ -170,10 +171,10 @@ def test_a_finished_run_that_is_started_again_trains_no_further(whole):
     assert outcome(whole) == before
 
 
-def test_a_checkpoint_holds_the_adapters_twice_more_for_adam_and_no_weights(whole):
+def test_a_checkpoint_holds_the_adapters_twice_more_for_adam_once_for_the_reference_and_no_weights(whole):
     run_dir = whole.trainer.run_dir(whole.trainer.run_id())
     description = read_description(epath.Path(run_dir / "checkpoints" / "step-8"))
-    assert description["notes"] == {"reference_log_probs": "cached"}
+    assert description["notes"] == {"reference_log_probs": "live"}, "as it moves"
     sizes = {
         name: math.prod(json.loads(shape[shape.index("[") :]))
         for name, shape in description["identity"]["arrays"].items()
@@ -181,7 +182,7 @@ def test_a_checkpoint_holds_the_adapters_twice_more_for_adam_and_no_weights(whol
     scalars = [name for name, size in sizes.items() if size == 1]
     assert all(name in ("step", "skipped") or name.endswith("count") for name in scalars)
     adapter = load_file(Path(whole.peft_save_path or "") / "adapter_model.safetensors")
-    assert sum(sizes.values()) - len(scalars) == 3 * sum(tensor.size for tensor in adapter.values())
+    assert sum(sizes.values()) - len(scalars) == 4 * sum(tensor.size for tensor in adapter.values())
 
 
 def other_model(folder: Path) -> str:

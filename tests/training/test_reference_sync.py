@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from tiny_pairs import moved, new_adapters, random_pairs, table_of
+from tiny_runs import run_config
 
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.data.shapes import PartShape
@@ -91,3 +92,16 @@ def test_a_state_whose_reference_rests_is_no_state_for_a_step_that_moves_it(stat
     step = TrainStep(OBJECTIVE, DESCENT, reference_sync=ReferenceSync())
     with pytest.raises(ValueError, match="reference_moves=False"):
         step(dataclasses.replace(states[0], reference_moves=False), batch)
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"loss": {"type": "simpo"}}, "reference_sync .* loss.type=simpo has none"),
+        ({"reference_log_probs": "cached"}, "reference_log_probs=cached .* reference_sync"),
+        ({"initialize_from_peft": "adapter", "peft_reference": "base"}, "peft_reference=base"),
+    ],
+)
+def test_what_has_no_reference_that_could_move_is_refused(settings, named, tmp_path):
+    with pytest.raises(Exception, match=named):
+        run_config(tmp_path, tmp_path / "rows.jsonl", reference_sync={"sync_steps": 4}, **settings)

@@ -75,7 +75,8 @@ def assemble(config: TrainConfig, placement: Placement) -> Run:
         policy,
         placement,
         key=k_dropout,
-        reference=frozen_copy(policy) if config.reference_adapter is not None else None,
+        reference=frozen_copy(policy) if config.reference_has_adapters else None,
+        reference_sync=config.reference_sync,
         schedule=config.optimizer.schedule(num_steps),
         token_metrics=trainer.token_metrics,
     )
@@ -130,6 +131,8 @@ def reference_log_probs(
     cache, setting = None, config.reference_log_probs
     if config.preference_loss.needs_tokens_of_reference:
         setting = "live"  # the cache holds sums over whole responses
+    if config.reference_sync is not None:
+        setting = "live"  # what is cached would not hold after the first sync
     if setting != "live":
         identity = reference_identity(config, base, reference) if is_first_process() else {}
         cache = ReferenceCache(cache_folder(config.data.cache_dir) / "reference", identity)

@@ -171,7 +171,8 @@ def _learner(config: TrainConfig, placement: Placement) -> Learner:
         lora=config.lora,
         model=config.model,
         precision=config.trainer.precision_on(placement.mesh.devices.flat[0].platform),
-        has_reference_adapters=config.reference_adapter is not None,
+        has_reference_adapters=config.reference_has_adapters,
+        reference_sync=config.reference_sync,
         token_metrics=config.trainer.token_metrics,
     )
 

@@ -23,6 +23,7 @@ from lora_dpo_jax.settings.decoding import config_of
 from lora_dpo_jax.training.loop import TrainerConfig
 from lora_dpo_jax.training.optimizer import OptimizerConfig
 from lora_dpo_jax.training.precision import precision_of
+from lora_dpo_jax.training.reference_sync import ReferenceSync
 
 logger = logging.getLogger("lora_dpo_jax")
 
@@ -77,6 +78,9 @@ class TrainConfig:
     # The reference in that case: the adapter as it was given, as in TRL, or the bare base.
     peft_reference: Literal["adapter", "base"] = "adapter"
 
+    # A reference that follows the policy (TR-DPO); null: it stays what it is.
+    reference_sync: ReferenceSync | None = None
+
     # live: in each step. cached: on disk, each pair computed once for all runs. auto: the one with less computation.
     reference_log_probs: Literal["auto", "live", "cached"] = "auto"
 
@@ -123,6 +127,8 @@ class TrainConfig:
                 f"reference_log_probs=cached keeps sums over whole responses, and loss.type="
                 f"{self.loss.get_choice_name(type(self.loss))} needs those of each token. Set it to auto or live"
             )
+        if self.reference_sync is not None:
+            self._check_sync()
         if self.beta is not None:
             if not 0 < self.beta < math.inf:
                 raise ValueError(f"beta={self.beta} must be positive and finite")
@@ -148,12 +154,33 @@ class TrainConfig:
         return self.initialize_from_peft if self.peft_reference == "adapter" else None
 
     @property
+    def reference_has_adapters(self) -> bool:
+        return self.reference_adapter is not None or self.reference_sync is not None
+
+    @property
     def starts_equal(self) -> bool:
         """Whether policy and reference compute the same in step 0."""
         if self.initialize_from_peft is None:
             return True
         # Dropout moves the policy away from an adapter that is not zero.
         return self.reference_adapter is not None and self.lora.dropout == 0.0
+
+    def _check_sync(self) -> None:
+        if not self.preference_loss.needs_reference:
+            raise ValueError(
+                f"reference_sync moves the reference, and loss.type={self.loss.get_choice_name(type(self.loss))} has "
+                "none. Leave reference_sync out, or choose another loss"
+            )
+        if self.reference_log_probs == "cached":
+            raise ValueError(
+                "reference_log_probs=cached is for a reference that never changes, and reference_sync moves it. Set it "
+                "to auto or live"
+            )
+        if self.initialize_from_peft is not None and self.peft_reference == "base":
+            raise ValueError(
+                "reference_sync mixes the adapters of policy and reference, and with peft_reference=base the reference "
+                "has none. Set peft_reference=adapter"
+            )
 
     def _check_paths(self) -> None:
         refuse_impossible_paths(

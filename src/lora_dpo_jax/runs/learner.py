@@ -15,6 +15,7 @@ from lora_dpo_jax.models.quantization import quantize
 from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.runs.config import ModelConfig
 from lora_dpo_jax.sharding import Placement
+from lora_dpo_jax.training.reference_sync import ReferenceSync
 from lora_dpo_jax.training.step import StepMetrics, TrainState, TrainStep
 
 
@@ -44,15 +45,15 @@ def real_learner(
     *,
     key,
     reference: Any = None,
+    reference_sync: ReferenceSync | None = None,
     schedule: optax.Schedule | None = None,
     token_metrics: bool = False,
 ) -> Learner:
-    """`model` has adapters, `key` is for dropout. For `reference` and `schedule` see TrainState and TrainStep.
-
-    `token_metrics`: see PreferenceObjective.
-    """
-    state = placement.put_parameters(TrainState.init(model, optimizer, key=key, reference=reference))
-    return _learner(PreferenceObjective(loss, token_metrics), optimizer, placement, state, schedule)
+    """`model` has adapters, `key` is for dropout. For the rest see TrainState, TrainStep and PreferenceObjective."""
+    moves = reference_sync is not None
+    state = TrainState.init(model, optimizer, key=key, reference=reference, reference_moves=moves)
+    state = placement.put_parameters(state)
+    return _learner(PreferenceObjective(loss, token_metrics), optimizer, placement, state, schedule, reference_sync)
 
 
 def abstract_learner(
@@ -65,6 +66,7 @@ def abstract_learner(
     model: ModelConfig,
     precision: jmp.Policy,
     has_reference_adapters: bool = False,
+    reference_sync: ReferenceSync | None = None,
     token_metrics: bool = False,
 ) -> Learner:
     """A learner of shapes alone: it compiles without weights, and for devices that are not here."""
@@ -77,10 +79,11 @@ def abstract_learner(
         adapters, weights = eqx.partition(policy, trainable_filter(policy))
         policy = eqx.combine(jax.tree.map(lambda x: x.astype(precision.param_dtype), adapters), weights)
         reference = frozen_copy(policy) if has_reference_adapters else None
-        return TrainState.init(policy, optimizer, key=jax.random.key(1), reference=reference)
+        moves = reference_sync is not None
+        return TrainState.init(policy, optimizer, key=jax.random.key(1), reference=reference, reference_moves=moves)
 
     state = placement.abstract_parameters(eqx.filter_eval_shape(make))
-    return _learner(PreferenceObjective(loss, token_metrics), optimizer, placement, state, None)
+    return _learner(PreferenceObjective(loss, token_metrics), optimizer, placement, state, None, reference_sync)
 
 
 def _learner(
@@ -89,6 +92,7 @@ def _learner(
     placement: Placement,
     state: TrainState,
     schedule: optax.Schedule | None,
+    reference_sync: ReferenceSync | None,
 ) -> Learner:
-    step = TrainStep(objective, optimizer, schedule=schedule, scope=placement.scope)
+    step = TrainStep(objective, optimizer, schedule=schedule, reference_sync=reference_sync, scope=placement.scope)
     return Learner(placement, step, state)

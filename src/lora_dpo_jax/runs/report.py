@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_dpo_jax.evaluation import Scorer, summarize, summarize_by_tokens
 from lora_dpo_jax.generation import GenerationConfig, complete
-from lora_dpo_jax.lora import equals_reference
+from lora_dpo_jax.lora import equals_reference, reference_model
 from lora_dpo_jax.losses import Scores
 from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.printable import printable
@@ -51,15 +51,20 @@ class HeldOutScores:
         return summarize_by_tokens(self.objective, columns, self.score, state.model, state.reference)
 
     def _scores_by_sums(self, state: TrainState) -> dict[str, float]:
-        if self.reference_scores is None and self.reference is not None:
-            # The reference never changes: its scores serve every evaluation of the run.
-            self.reference_scores = self.reference.of_table(self.score)
-        model, reference_scores = state.model, self.reference_scores
+        model, reference_scores = state.model, self._of_reference(state)
         if reference_scores is not None and equals_reference(model, state.reference):
             policy_scores = reference_scores
         else:
             policy_scores = self.score(model)
         return summarize(self.objective.loss, policy_scores, reference_scores, self.score.examples.arrays.examples)
+
+    def _of_reference(self, state: TrainState) -> Scores | None:
+        if self.reference is not None and state.reference_moves:
+            return self.score(reference_model(state.model, state.reference))
+        if self.reference is not None and self.reference_scores is None:
+            # The reference never changes: its scores serve every evaluation of the run.
+            self.reference_scores = self.reference.of_table(self.score)
+        return self.reference_scores
 
     def print(self) -> None:
         """Prints a table of the first scores and the last ones."""
