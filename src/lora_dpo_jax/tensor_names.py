@@ -8,7 +8,7 @@ numbered; so does any module with `numbers`. In nested stacks, the names are in 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
@@ -31,6 +31,16 @@ class Numbered(Protocol):
 
         `path` leads from this module to the array.
         """
+        ...
+
+
+@runtime_checkable
+class Renamed(Protocol):
+    """A module whose attributes have other names in tensor names than in the tree."""
+
+    @property
+    def tensor_parts(self) -> Mapping[str, str]:
+        """The part of a tensor name for an attribute; attributes that are not here are called by their own names."""
         ...
 
 
@@ -87,8 +97,10 @@ def tensor_names(path: tuple, model: Any) -> list[str]:
             names = [f"{name}.{number}" for name in names for number in numbers]
             continue
         entry = path[at]
+        renamed = node.tensor_parts if isinstance(node, Renamed) else {}
         node, at = _step(node, entry), at + 1
         part = entry.name if isinstance(entry, jax.tree_util.GetAttrKey) else str(getattr(entry, "idx", entry))
+        part = renamed.get(part, part)
         if part == "stacked":
             continue
         names = [f"{name}.{part}".lstrip(".") for name in names]

@@ -74,13 +74,13 @@ def plain(holding: str) -> CausalLM:
     """A decoder with experts in the place of its Mlps, and weights that follow from their names."""
     compute = ComputeConfig(attention="dense")
 
-    def make_layer(window, *, key) -> DecoderLayer:
-        layer = DecoderLayer.init(LLAMA, compute, window, key=key)
+    def make_layer(kind, *, key) -> DecoderLayer:
+        layer = DecoderLayer.init(LLAMA, compute, kind, key=key)
         return eqx.tree_at(lambda layer: layer.mlp, layer, make_experts(holding, key=key))
 
     def make() -> CausalLM:
         model = CausalLM.init(LLAMA, compute, key=jax.random.key(0))
-        layers = LayerStack.init(make_layer, LLAMA.windows, compute, key=jax.random.key(0))
+        layers = LayerStack.init(make_layer, LLAMA.layers, compute, key=jax.random.key(0))
         return eqx.tree_at(lambda model: model.model.layers, model, layers)
 
     def fill(parameter: Parameter) -> hax.NamedArray:

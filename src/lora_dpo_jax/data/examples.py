@@ -29,6 +29,7 @@ class TokenizedExample:
     comparisons: tuple[tuple[int, int], ...] = ()  # (chosen, rejected), numbers of responses
     weights: tuple[float, ...] | None = None  # one for each comparison; None: equal, with sum 1
     columns: Mapping[str, float | Sequence[float]] = field(default_factory=dict)  # a number, or one for each response
+    shares_prompt: bool = True  # false: the responses cannot share one computation of the prompt
 
     @classmethod
     def pair(cls, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, **columns) -> "TokenizedExample":
@@ -74,6 +75,7 @@ class ExampleSizes:
     targets: np.ndarray  # tokens of all responses
     responses: np.ndarray  # how many
     comparisons: np.ndarray  # how many
+    shares_prompt: np.ndarray | None = None  # bool: see TokenizedExample; None = all true
 
     @staticmethod
     def of_pairs(lengths: np.ndarray) -> "ExampleSizes":
@@ -86,12 +88,20 @@ class ExampleSizes:
         return len(self.prompt)
 
     def __getitem__(self, ids: np.ndarray) -> "ExampleSizes":
-        return ExampleSizes(self.prompt[ids], self.targets[ids], self.responses[ids], self.comparisons[ids])
+        shares = None if self.shares_prompt is None else self.shares_prompt[ids]
+        return ExampleSizes(self.prompt[ids], self.targets[ids], self.responses[ids], self.comparisons[ids], shares)
 
     @property
     def tokens(self) -> np.ndarray:
-        """Tokens of each example. The prompt counts once."""
-        return self.prompt + self.targets
+        """Tokens that each example takes in a row. The prompt counts once, unless the responses cannot share it."""
+        if self.shares_prompt is None:
+            return self.prompt + self.targets
+        return np.where(self.shares_prompt, self.prompt + self.targets, self.tokens_apart)
+
+    @property
+    def tokens_apart(self) -> np.ndarray:
+        """Tokens of each example if the prompt is repeated before each response."""
+        return self.prompt * self.responses + self.targets
 
 
 @dataclass(frozen=True)
@@ -162,6 +172,15 @@ class ExampleArrays:
         return ExampleSizes(
             self.prompt_tokens, np.asarray(targets, np.int32), self.response_counts, self.comparison_counts
         )
+
+    def on_one_side_of(self, length: int) -> np.ndarray:
+        """bool [example]: whether all sequences, of the prompt and one response, or none are longer than `length`."""
+        starts, counts = self.response_starts[:-1], np.maximum(self.response_counts, 1)
+        if not len(self):
+            return np.ones(0, bool)
+        is_long = np.repeat(self.prompt_tokens, self.response_counts) + self.response_tokens > length
+        number = np.add.reduceat(np.append(is_long, False).astype(np.int64), starts)
+        return (number == 0) | (number == counts)
 
     @functools.cached_property
     def response_starts(self) -> np.ndarray:

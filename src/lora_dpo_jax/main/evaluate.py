@@ -71,6 +71,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     data = load_data(config)
     pairs = _pairs(config, data)
     base = load_base(config, data.tokenizer, placement)
+    pairs = pairs.switching_at(base.config.switch_length)
     refuse_unfit_data(config.preference_loss, pairs)
     policy, reference, summary = _score(config, base, pairs, placement)
     if is_first_process():

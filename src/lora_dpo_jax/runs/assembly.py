@@ -36,6 +36,10 @@ class Data:
     pairs: ExampleTable  # to train on
     held_out: ExampleTable
 
+    def switching_at(self, length: int | None) -> "Data":
+        """The same data, for a model whose sequences are computed otherwise beyond `length` tokens."""
+        return Data(self.tokenizer, self.pairs.switching_at(length), self.held_out.switching_at(length))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -58,6 +62,7 @@ def assemble(config: TrainConfig, placement: Placement) -> Run:
     for table in (data.pairs, data.held_out):
         refuse_unfit_data(config.preference_loss, table)
     base = load_base(config, with_trained_template(config.data, data.tokenizer), placement)
+    data = data.switching_at(base.config.switch_length)
     k_adapters, k_dropout = jax.random.split(jax.random.key(trainer.seed))
     policy = load_policy(config, lora, base, placement, key=k_adapters)
 

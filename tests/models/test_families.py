@@ -1,0 +1,182 @@
+"""Every family of models is what transformers, PEFT and its own files say, whatever it is asked for.
+
+One tiny model a family, and two programs: generation, and a forward pass whose tokens and mask are arguments.
+"""
+
+import functools
+import json
+import logging
+import warnings
+from typing import Any
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from haliax import Axis
+from tiny_models import (
+    FAMILIES,
+    LENGTH,
+    VOCAB,
+    in_the_words_of_transformers_4,
+    load,
+    random_tokens,
+    summed_log_probs,
+    tiny_folder,
+    torch_logits,
+    with_random_adapters,
+)
+
+from lora_dpo_jax.data.batches import packed_rows
+from lora_dpo_jax.data.examples import TokenizedExample
+from lora_dpo_jax.data.memory import MemoryExamples
+from lora_dpo_jax.data.table import whole_table
+from lora_dpo_jax.generation import GenerationConfig, generate
+from lora_dpo_jax.huggingface.adapters import save_adapter
+from lora_dpo_jax.huggingface.weights import read_config, save_merged
+from lora_dpo_jax.log_probs import score_responses
+from lora_dpo_jax.lora import LoraConfig, trainable_filter
+from lora_dpo_jax.models import CausalLM, PackedMask, config_from_hf
+
+families = pytest.mark.parametrize("family", FAMILIES)
+RENAMED = "`is_gradient_checkpointing` is deprecated"
+pytestmark = pytest.mark.filterwarnings(f"ignore:{RENAMED}:FutureWarning")
+
+LORA = LoraConfig(r=4, alpha=4.0)
+TOKENS = random_tokens(2, LENGTH)
+AXES = Axis("row", 2), Axis("position", LENGTH)
+
+
+@functools.cache
+def theirs(family: str) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(tiny_folder(family), dtype="float32").eval()
+
+
+@functools.cache
+def unadapted(family: str) -> CausalLM:
+    return load(tiny_folder(family))
+
+
+@functools.cache
+def adapted(family: str) -> CausalLM:
+    """With adapters on every linear layer but the head."""
+    return with_random_adapters(unadapted(family), LORA)
+
+
+def plain(family: str) -> CausalLM:
+    """Of the same structure, so that it is not compiled again; its adapters add nothing."""
+    model = adapted(family)
+    adapters, weights = eqx.partition(model, trainable_filter(model))
+    return eqx.combine(jax.tree.map(jnp.zeros_like, adapters), weights)
+
+
+@eqx.filter_jit
+def forward(model: CausalLM, tokens: np.ndarray, mask: PackedMask) -> jax.Array:
+    return model(hax.named(tokens, AXES), mask.position_ids, mask).array
+
+
+def logits(model: CausalLM) -> np.ndarray:
+    return np.asarray(forward(model, TOKENS, PackedMask.causal(*AXES)))
+
+
+@families
+def test_logits_match_transformers(family):
+    np.testing.assert_allclose(logits(plain(family)), torch_logits(theirs(family), TOKENS), rtol=0, atol=1e-4)
+
+
+# Rows of (prompt, first response, second response), by their lengths. The prompt is shared in the first row, and comes
+# twice in the second, where one sequence is longer than the original lengths of FAMILIES and the other is not.
+SHARED, APART = (6, 8, 10), (3, 4, 14)
+
+
+@families
+def test_packed_responses_match_transformers_one_sequence_at_a_time(family):
+    ids = np.zeros((2, 2, LENGTH), np.int32)
+    prompt, first, second = SHARED
+    ids[:, 0] = [
+        np.repeat([0, 1, 2], SHARED),
+        [*range(prompt + first), *range(prompt, prompt + second)],
+    ]
+    sequences = [(0, [*range(prompt + first)]), (0, [*range(prompt), *range(prompt + first, LENGTH)])]
+    prompt, first, second = APART
+    ids[:, 1] = [
+        np.repeat([1, 2], [prompt + first, prompt + second]),
+        [*range(prompt + first), *range(prompt + second)],
+    ]
+    sequences += [(1, [*range(prompt + first)]), (1, [*range(prompt + first, LENGTH)])]
+    branch, position = (hax.named(x, AXES) for x in ids)
+    packed = np.asarray(forward(plain(family), TOKENS, PackedMask(hax.ones(AXES, jnp.int32), branch, position)))
+    for row, at in sequences:
+        expected = torch_logits(theirs(family), TOKENS[row : row + 1, at])
+        np.testing.assert_allclose(packed[row, at], expected[0], rtol=0, atol=1e-4)
+
+
+def test_each_response_is_scored_by_its_own_length_whatever_shares_its_row():
+    """longrope chooses its factors by the length of a sequence, not of a row: 16 tokens are the last short one."""
+    family, (prompt, lengths) = "phi3_longrope", (9, [(7, 8), (3, 9), (2, 7), (10, 12)])
+    rng = np.random.default_rng(0)
+    pairs = [
+        TokenizedExample.pair(*(rng.integers(0, VOCAB, n, dtype=np.int32) for n in (prompt, *of_pair)))
+        for of_pair in lengths
+    ]
+    table = whole_table({"pairs": MemoryExamples(pairs)}).switching_at(unadapted(family).config.switch_length)
+    assert [pair.shares_prompt for pair in table] == [False, False, True, True]
+    _, batches = packed_rows(table, rows=1, place=lambda batch: jax.tree.map(jnp.asarray, batch))
+    score = eqx.filter_jit(score_responses)
+    found = {}
+    for batch in batches:
+        scores = score(unadapted(family), batch.micro_batch(0)).log_probs.array.reshape(-1)
+        of_responses = batch.examples.ids.array.reshape(-1)[batch.examples.example_of_response.array.reshape(-1)]
+        for example, value in zip(of_responses.tolist(), scores.tolist(), strict=True):
+            found.setdefault(example, []).append(value)
+    for number, pair in enumerate(pairs):
+        expected = [
+            summed_log_probs(theirs(family), pair.prompt.tolist(), response.tolist()) for response in pair.responses
+        ]
+        np.testing.assert_allclose(found[number], expected, rtol=0, atol=1e-3)  # sums over up to 12 tokens
+
+
+@families
+def test_our_adapter_in_peft_and_merged_gives_our_logits(family, tmp_path, caplog):
+    source, ours = tiny_folder(family), logits(adapted(family))
+    assert np.abs(ours - logits(plain(family))).max() > 0.05
+    save_adapter(adapted(family), tmp_path / "adapter", base_model=str(source), config=LORA)
+    save_merged(adapted(family), source, tmp_path / "merged")
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=RENAMED)
+        base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="float32").eval()
+        in_peft = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        merged, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "merged", output_loading_info=True, dtype="float32"
+        )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")) and not caplog.records
+    np.testing.assert_allclose(ours, torch_logits(in_peft, TOKENS), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(ours, torch_logits(merged.eval(), TOKENS), rtol=0, atol=1e-4)
+
+
+@families
+def test_greedy_completions_are_those_of_transformers(family):
+    prompts, count = [TOKENS[0, :5].tolist(), TOKENS[1, :9].tolist()], 16
+    ours = generate(unadapted(family), prompts, GenerationConfig(max_new_tokens=count), stop_ids=[])
+    for prompt, completion in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt])
+        settings = dict(max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0, temperature=None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = theirs(family).generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        assert completion == expected[0, len(prompt) :].tolist()
+
+
+@families
+def test_both_dialects_of_config_json_and_its_defaults_say_the_same(family, tmp_path):
+    older = in_the_words_of_transformers_4(tiny_folder(family), tmp_path / "model")
+    expected = read_config(tiny_folder(family))
+    assert read_config(older) == expected
+    short = json.loads(json.dumps(FAMILIES[family].to_diff_dict()))
+    assert config_from_hf(short) == expected
