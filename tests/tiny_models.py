@@ -56,6 +56,7 @@ LONG_ROPE = dict(rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.5
 LONG_ROPE |= dict(short_factor=[1.0, 1.5], long_factor=[2.0, 6.0])
 MIXED = dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"], sliding_window=7)
 PAD = dict(pad_token_id=0)
+EXPERTS = dict(num_experts=6, num_experts_per_tok=3)
 ARCHITECTURES: dict[str, transformers.PreTrainedConfig] = {
     "llama2": transformers.LlamaConfig(**COMMON | dict(num_key_value_heads=4)),
     "llama3.1": transformers.LlamaConfig(**COMMON, rope_parameters=LLAMA3_ROPE),
@@ -128,6 +129,14 @@ FAMILIES: dict[str, transformers.PreTrainedConfig] = {
         head_dim=8,
         rope_parameters=YARN_ROPE | dict(mscale=1.0, mscale_all_dim=0.5, llama_4_scaling_beta=0.5),
     ),
+    "mixtral": transformers.MixtralConfig(**COMMON, num_local_experts=4),
+    "qwen3_moe": transformers.Qwen3MoeConfig(
+        **COMMON, **EXPERTS, moe_intermediate_size=16, head_dim=8, norm_topk_prob=True, tie_word_embeddings=True
+    ),
+    "qwen3_moe_dense": transformers.Qwen3MoeConfig(
+        **COMMON, **EXPERTS, moe_intermediate_size=16, head_dim=8, mlp_only_layers=[0]
+    ),
+    "olmoe": transformers.OlmoeConfig(**COMMON, **PAD, **EXPERTS),
 }
 
 

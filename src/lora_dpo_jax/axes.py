@@ -13,6 +13,7 @@ COMPARISON = "comparison"
 VOCAB = "vocab"
 EMBED = "embed"
 MLP = "mlp"
+EXPERT = "expert"
 KV_HEAD = "kv_head"
 Q_HEADS_PER_GROUP = "q_heads_per_group"  # query heads that share a key-value head
 QKV_HEAD = "qkv_head"  # heads of queries, keys and values in one matrix

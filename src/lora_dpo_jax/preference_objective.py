@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from haliax import NamedArray
 
-from lora_dpo_jax.axes import MICRO
+from lora_dpo_jax.axes import EXAMPLE, MICRO
 from lora_dpo_jax.cost.flops import useful_flops
 from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.log_probs import score_responses, score_with_reference
@@ -24,7 +24,8 @@ from lora_dpo_jax.lora import equals_reference
 from lora_dpo_jax.losses import Loss, Scores
 from lora_dpo_jax.losses.whole_batch import of_whole_batch
 from lora_dpo_jax.models import CausalLM
-from lora_dpo_jax.objective import ExampleLosses
+from lora_dpo_jax.models.experts import BALANCE, SEGMENT
+from lora_dpo_jax.objective import ExampleLosses, Mean
 from lora_dpo_jax.sharding import on_host
 
 
@@ -33,13 +34,24 @@ class PreferenceObjective:
     """An `objective.Objective` of `PreferenceBatch`es."""
 
     loss: Loss
+    router_aux_loss_coef: float = 0.0  # the weight of how unevenly routers treat an example; 0 leaves it out
 
     def __call__(self, model: CausalLM, reference: Any, micro: PreferenceBatch, /, *, key=None) -> ExampleLosses:
         policy, theirs = self.scores(model, reference, micro, key=key)
         are_equal: Any = False
         if theirs is not None:
             are_equal = equals_reference(model, reference, training=True)
-        return self.loss(policy, theirs, micro.examples, are_equal=are_equal)
+        losses = self.loss(policy, theirs, micro.examples, are_equal=are_equal)
+        return self._with_router_loss(losses, policy, micro) if self.router_aux_loss_coef else losses
+
+    def _with_router_loss(self, losses: ExampleLosses, policy: Scores, micro: PreferenceBatch) -> ExampleLosses:
+        """Adds the auxiliary loss of each example to its own, so that neither depends on what shares a batch."""
+        Example = losses.loss.resolve_axis(EXAMPLE)
+        of_examples = policy.auxiliary[BALANCE][SEGMENT, : Example.size].rename({SEGMENT: EXAMPLE})
+        weight = micro.examples.is_example.astype(jnp.float32)
+        loss = losses.loss + self.router_aux_loss_coef * weight * of_examples
+        mean = Mean.over(of_examples, weight)
+        return ExampleLosses(loss.rearrange(losses.loss.axes), losses.metrics | {"router_aux_loss": mean})
 
     def prepare(
         self, model: CausalLM, reference: Any, parts: tuple[PreferenceBatch, ...], *, key=None

@@ -49,13 +49,13 @@ class Experts(eqx.Module):
 
     experts: Any
 
-    def __call__(self, x, *, key=None):
+    def __call__(self, x, segments, *, key=None):
         if isinstance(self.experts, hnn.Stacked):
-            outs = self.experts.vmap_via(lambda mlp, x: mlp(x)[0])(x)
+            outs = self.experts.vmap_via(lambda mlp, x: mlp(x, segments)[0])(x)
         elif isinstance(self.experts, Bank):
-            outs, _ = self.experts.mlp(x)
+            outs, _ = self.experts.mlp(x, segments)
         else:
-            outs = hax.stack(Expert, [mlp(x)[0] for mlp in self.experts])
+            outs = hax.stack(Expert, [mlp(x, segments)[0] for mlp in self.experts])
         return hax.mean(outs, Expert), {}
 
 

@@ -129,8 +129,8 @@ class Telling(eqx.Module):
 
     mlp: Mlp
 
-    def __call__(self, x, *, key=None):
-        out, _ = self.mlp(x, key=key)
+    def __call__(self, x, segments, *, key=None):
+        out, _ = self.mlp(x, segments, key=key)
         return out, {"size": hax.sum(x * x, axis=("position", "embed"))}
 
 

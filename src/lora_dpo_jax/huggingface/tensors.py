@@ -97,6 +97,12 @@ class LazyTensor:
             part[first - start : first - start + len(block)] = block[(slice(None), *cuts)]
         return part
 
+    def rows_of(self, matrix: int, start: int, stop: int) -> "LazyTensor":
+        """Some rows of one matrix of a tensor {matrix, row, column}: these follow each other in the file."""
+        _, rows, columns = self.info.shape
+        before = (matrix * rows + start) * columns * self.info.item_bytes
+        return LazyTensor(self.path, TensorInfo(self.info.dtype, (stop - start, columns)), self.offset + before)
+
     def _rows(self, start: int, stop: int) -> np.ndarray:
         inner = self.info.shape[1:]
         num_bytes = self.info.item_bytes * math.prod(inner)
@@ -121,7 +127,7 @@ class TensorFiles:
         if file_of is None:
             raise FileNotFoundError(f"{folder}: neither {self._single} nor {self._index} {instead(folder, stem)}")
         self._file_of = file_of
-        self._name_in_file: dict[str, str] = {}  # of renamed tensors
+        self._part_of: dict[str, tuple[str, Callable[[LazyTensor], LazyTensor]]] = {}  # of renamed tensors
 
     @property
     def names(self) -> list[str]:
@@ -133,11 +139,11 @@ class TensorFiles:
         index = [self._index] if self._is_sharded else []
         return [self.folder / name for name in [*index, *sorted(set(self._file_of.values()))]]
 
-    def renamed(self, former: str, name: str) -> "TensorFiles":
-        """The same files, with the tensor `former` renamed to `name`."""
+    def named(self, parameters: Mapping[str, tuple[str, Callable[[LazyTensor], LazyTensor]]]) -> "TensorFiles":
+        """The same files, with these tensors under other names: (name in the file, which part of it) by name."""
         other = copy.copy(self)
-        other._file_of = {name if known == former else known: file for known, file in self._file_of.items()}
-        other._name_in_file = {**self._name_in_file, name: former}
+        other._file_of = {name: self._file_of[in_file] for name, (in_file, _) in parameters.items()}
+        other._part_of = dict(parameters)
         return other
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -147,11 +153,11 @@ class TensorFiles:
         return self.view(name).info
 
     def view(self, name: str) -> LazyTensor:
-        file, name = self._file_of[name], self._name_in_file.get(name, name)
+        file, (name, part) = self._file_of[name], self._part_of.get(name, (name, lambda tensor: tensor))
         tensors = self._tensors_of(file)
         if name not in tensors:
             raise ValueError(f"{self.folder / file}: tensor {name} is missing, though {self._index} names it")
-        return tensors[name]
+        return part(tensors[name])
 
     def read(self, name: str) -> np.ndarray:
         """The whole tensor, in the file's dtype."""

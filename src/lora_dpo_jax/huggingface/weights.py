@@ -16,6 +16,7 @@ from haliax import NamedArray
 
 from lora_dpo_jax.huggingface.adapters import CONFIG as ADAPTER_CONFIG
 from lora_dpo_jax.huggingface.adapters import LayerAdapter, layer_adapters, read_base_model
+from lora_dpo_jax.huggingface.dialects import parameters_of
 from lora_dpo_jax.huggingface.folders import export_folder
 from lora_dpo_jax.huggingface.tensors import (
     TensorFiles,
@@ -118,16 +119,19 @@ def save_merged(
     if jax.process_index() != 0:
         return
     tensors = TensorFiles(source)
-    _check_source(adapters, tensors)
+    parts = {name: parameters_of(name, tensors.shape(name), model.config) for name in tensors.names}
+    _check_source(adapters, _weights_in(source, model.config))
     if errors := _quantization_errors(model):
         logger.info("%s: merged into the weights of %s, not into the quantized ones; %s", folder, source, errors)
 
     def merged(name: str) -> np.ndarray:
         tensor = tensors.read(name)
-        if name not in adapters:
-            return tensor
-        # In float32 and rounded once, as Adapter.merged and PEFT do.
-        return adapters[name].merge(tensor.astype(np.float32)).astype(tensor.dtype)
+        for parameter, part in parts[name].items():
+            if parameter in adapters:
+                matrix = part.of_array(tensor)
+                # In float32 and rounded once, as Adapter.merged and PEFT do.
+                matrix[...] = adapters[parameter].merge(matrix.astype(np.float32)).astype(tensor.dtype)
+        return tensor
 
     with export_folder(folder, run=run, overwrite=overwrite) as exported:
         _copy_files(source, exported, OTHER_FILES if tokenizer is not None else OTHER_FILES + TOKENIZER_FILES)
@@ -141,9 +145,13 @@ def save_merged(
 def _weights_in(folder: Path, config: DecoderConfig) -> TensorFiles:
     """The tensors under the names of the model's parameters. A tied matrix may have either name in the file."""
     tensors = TensorFiles(folder)
-    if config.tie_word_embeddings and HEAD in tensors.names and EMBEDDING not in tensors.names:
-        return tensors.renamed(HEAD, EMBEDDING)
-    return tensors
+    found = {}
+    for name in tensors.names:
+        for parameter, part in parameters_of(name, tensors.shape(name), config).items():
+            found[parameter] = name, part.of
+    if config.tie_word_embeddings and HEAD in found and EMBEDDING not in found:
+        found[EMBEDDING] = found.pop(HEAD)
+    return tensors.named(found)
 
 
 def _check_tensors(tensors: TensorFiles, template: CausalLM) -> None:

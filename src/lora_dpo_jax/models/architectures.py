@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lora_dpo_jax.json_objects import JsonObject
-from lora_dpo_jax.models.config import LayerNorms
+from lora_dpo_jax.models.config import ExpertsConfig, LayerNorms
 from lora_dpo_jax.models.mlp import ACTIVATIONS
 
 
@@ -71,6 +71,7 @@ class Architecture:
     has_partial_rope: bool = False  # partial_rotary_factor counts
     has_interleaved_rope: bool = False  # rotates neighbouring dimensions, not those half a head apart
     has_query_scale: bool = False  # llama_4_scaling_beta counts
+    experts: Callable[[Any], ExpertsConfig] | None = None  # from transformers' config object
     needs_whole_heads: bool = False  # hidden_size must be a multiple of num_attention_heads
     scales_embeddings: bool = False  # by the square root of hidden_size
 
@@ -86,6 +87,9 @@ _AROUND_OF_GLM = LayerNorms(
 _OLMO = {"qk_norm": "projection", "norm": "rms_float32", "norms": _AFTER}
 _GEMMA = {"norm": "rms_plus_one", "norms": _AROUND}
 _GEMMA_KEYS = ("hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping")
+
+_EXPERTS = ("num_local_experts", "num_experts", "num_experts_per_tok", "norm_topk_prob", "router_aux_loss_coef")
+_LAYERS_OF_EXPERTS = ("moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers")
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(keys=("mlp_bias",), needs_whole_heads=True),
@@ -144,5 +148,33 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "phi3": Architecture(
         {"fused_qkv": True, "fused_gate_up": True}, biases="none", windows="every layer", has_partial_rope=True
+    ),
+    "mixtral": Architecture(
+        other_keys=_EXPERTS,
+        biases="none",
+        windows="every layer",
+        experts=lambda theirs: ExpertsConfig(
+            theirs.num_local_experts,
+            theirs.num_experts_per_tok,
+            theirs.intermediate_size,
+            normalizes=True,
+            block_name="block_sparse_moe",
+            matrix_names=("w1", "w3", "w2"),
+        ),
+    ),
+    "qwen3_moe": Architecture(
+        {"qk_norm": "head"},
+        other_keys=(*_EXPERTS, *_LAYERS_OF_EXPERTS),
+        windows="every layer",
+        experts=lambda theirs: ExpertsConfig(
+            theirs.num_experts, theirs.num_experts_per_tok, theirs.moe_intermediate_size, theirs.norm_topk_prob
+        ),
+    ),
+    "olmoe": Architecture(
+        {"qk_norm": "projection"},
+        other_keys=_EXPERTS,
+        experts=lambda theirs: ExpertsConfig(
+            theirs.num_experts, theirs.num_experts_per_tok, theirs.intermediate_size, theirs.norm_topk_prob
+        ),
     ),
 }

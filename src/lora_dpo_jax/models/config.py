@@ -5,7 +5,7 @@ from typing import Literal
 
 from haliax import Axis
 
-from lora_dpo_jax.axes import EMBED, HEAD_SIZE, KV_HEAD, MLP, Q_HEADS_PER_GROUP, QKV_HEAD, VOCAB
+from lora_dpo_jax.axes import EMBED, EXPERT, HEAD_SIZE, KV_HEAD, MLP, Q_HEADS_PER_GROUP, QKV_HEAD, VOCAB
 from lora_dpo_jax.models.norms import NormKind
 from lora_dpo_jax.models.rope import RopeConfig
 
@@ -21,11 +21,37 @@ class LayerNorms:
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """Experts in the place of the MLP: their number and size, how a router chooses, their names in tensor names."""
+
+    num_experts: int
+    per_token: int
+    intermediate_size: int
+    normalizes: bool = False  # the weights of a token's experts sum to one
+    reports_balance: bool = False  # layers report BALANCE, for the auxiliary loss of a run
+    block_name: str = "mlp"
+    matrix_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+    def __post_init__(self):
+        if self.per_token > self.num_experts:
+            raise ValueError(f"num_experts_per_tok={self.per_token} is more than the {self.num_experts} experts")
+
+    @property
+    def Expert(self) -> Axis:
+        return Axis(EXPERT, self.num_experts)
+
+    @property
+    def Mlp(self) -> Axis:
+        return Axis(MLP, self.intermediate_size)
+
+
+@dataclass(frozen=True)
 class LayerKind:
     """The features in which the layers of one decoder may differ. Layers of equal kinds share a compiled program."""
 
     window: int | None = None  # tokens; None = full attention
     rope: RopeConfig | None = RopeConfig()  # None = no rotary positions
+    has_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +81,8 @@ class DecoderConfig:
     qk_norm: Literal["head", "projection"] | None = None  # over each head, or over all heads together
     parallel: bool = False  # the MLP reads what attention reads, and both are added at once
     sliding_windows: tuple[int | None, ...] | None = None  # one per layer, None = full attention
+    experts: ExpertsConfig | None = None
+    expert_layers: tuple[bool, ...] | None = None  # one per layer; None = experts in every layer, if there are any
     attention_scale: float | None = None  # of products q.k; None = 1 / sqrt(head_dim)
     attention_softcap: float | None = None  # see ScoreRule
     embedding_scale: float = 1.0
@@ -69,17 +97,22 @@ class DecoderConfig:
             )
         for rope in self.ropes:
             rope.check(self.head_dim)
-        for name in ("sliding_windows", "layer_ropes"):
+        for name in ("sliding_windows", "layer_ropes", "expert_layers"):
             of_layers = getattr(self, name)
             if of_layers is not None and len(of_layers) != self.num_layers:
                 raise ValueError(f"{len(of_layers)} {name.replace('_', ' ')} for {self.num_layers} layers")
+
+    @property
+    def num_expert_layers(self) -> int:
+        return sum(kind.has_experts for kind in self.layers)
 
     @property
     def layers(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""
         windows = self.sliding_windows or (None,) * self.num_layers
         ropes = (self.rope,) * self.num_layers if self.layer_ropes is None else self.layer_ropes
-        return tuple(LayerKind(window, rope) for window, rope in zip(windows, ropes, strict=True))
+        experts = (self.experts is not None,) * self.num_layers if self.expert_layers is None else self.expert_layers
+        return tuple(map(LayerKind, windows, ropes, experts))
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:

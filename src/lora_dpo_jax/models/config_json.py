@@ -49,7 +49,9 @@ HARMLESS = {
     "pretraining_tp",
     "problem_type",
     "return_dict",
+    "output_router_logits",
     "rope_interleaved",
+    "router_jitter_noise",
     "torch_dtype",
     "transformers.js_config",
     "transformers_version",
@@ -109,6 +111,7 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
             sliding_windows=windows if any(windows) else None,
             **_ropes(architecture, theirs, windows, head_dim),
             **_biases(architecture, theirs),
+            **_experts(architecture, theirs),
             **_other_features(architecture, theirs),
         )
     except ValueError as error:
@@ -184,10 +187,25 @@ def _check_values(given: JsonObject, architecture: Architecture) -> None:
         needed = f"a list of 0 and 1, one for each of num_hidden_layers={least}"
         given.taken("no_rope_layers", None, lambda x: _are_switches(x) and len(x) >= least, needed)
         given.whole("no_rope_layer_interval", 1)
+    if architecture.experts is not None:
+        _check_experts(given)
     check_rope(given, architecture)
     hidden_size, num_heads = given.values["hidden_size"], given.values["num_attention_heads"]
     if architecture.needs_whole_heads and hidden_size % num_heads:
         raise given.error("hidden_size", f"is not a multiple of num_attention_heads={num_heads}")
+
+
+def _check_experts(given: JsonObject) -> None:
+    for key in ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"):
+        given.whole(key, 1)
+    given.whole("decoder_sparse_step", 1)
+    given.flag("norm_topk_prob", False)
+    given.number("router_aux_loss_coef", 0.0, least=0.0)
+    given.taken("mlp_only_layers", None, _are_layers, "a list of numbers of layers")
+
+
+def _are_layers(values: Any) -> bool:
+    return isinstance(values, list) and all(is_whole(value, 0) for value in values)
 
 
 def _are_switches(values: Any) -> bool:
@@ -248,6 +266,17 @@ def _ropes(
         return {"rope": rope}
     of_layers = windows if architecture.rope == "layers with windows" else theirs.no_rope_layers[: len(windows)]
     return {"rope": rope, "layer_ropes": tuple(rope if has_rope else None for has_rope in of_layers)}
+
+
+def _experts(architecture: Architecture, theirs: Any) -> dict[str, Any]:
+    """The fields of a DecoderConfig about experts."""
+    if architecture.experts is None:
+        return {}
+    step, dense = getattr(theirs, "decoder_sparse_step", 1), getattr(theirs, "mlp_only_layers", ())
+    of_layers = tuple(
+        number % step == 0 and number - 1 not in dense for number in range(1, theirs.num_hidden_layers + 1)
+    )
+    return {"experts": architecture.experts(theirs), "expert_layers": of_layers}
 
 
 def _biases(architecture: Architecture, theirs: Any) -> dict[str, bool]:

@@ -14,14 +14,15 @@ from lora_dpo_jax.lora import split_key
 from lora_dpo_jax.models.attention import AttentionMask, ScoreRule, as_keys, attend
 from lora_dpo_jax.models.compute import ComputeConfig
 from lora_dpo_jax.models.config import DecoderConfig, LayerKind
+from lora_dpo_jax.models.experts import Experts
 from lora_dpo_jax.models.kv_cache import KeyValueCache
 from lora_dpo_jax.models.linear import linear, product, scaled
 from lora_dpo_jax.models.mlp import Mlp
 from lora_dpo_jax.models.norms import norm
 from lora_dpo_jax.models.rope import RotaryAngles
 
-# By name, float32 {row}: values that layers pass to the objective besides hidden states, such as how evenly a router
-# distributes tokens. A decoder passes the sum over its layers.
+# By name, float32 {row, ...}: values that layers pass to the objective besides hidden states, such as how evenly a
+# router distributes tokens. A decoder passes the sum over its layers.
 Auxiliary = Mapping[str, NamedArray]
 
 
@@ -116,8 +117,11 @@ class Attention(eqx.Module):
 class FeedForward(Protocol):
     """The part of a layer after attention: an `Mlp`, or experts."""
 
-    def __call__(self, x: NamedArray, *, key=None) -> tuple[NamedArray, Auxiliary]:
-        """x {row, position, embed} -> the same axes, and values that an objective may add to its loss."""
+    def __call__(self, x: NamedArray, segments: NamedArray, *, key=None) -> tuple[NamedArray, Auxiliary]:
+        """x {row, position, embed} -> the same axes, and values that an objective may add to its loss.
+
+        `segments` int32 {row, position}: see `AttentionMask.segments`.
+        """
         ...
 
 
@@ -148,12 +152,14 @@ class DecoderLayer(eqx.Module):
             for place, name in dataclasses.asdict(config.norms).items()
         }
         attention = Attention.init(config, compute, kind, key=k_attention)
-        return DecoderLayer(self_attn=attention, mlp=Mlp.init(config, key=k_mlp), config=config, **norms)
+        mlp = Experts.init(config, key=k_mlp) if kind.has_experts else Mlp.init(config, key=k_mlp)
+        return DecoderLayer(self_attn=attention, mlp=mlp, config=config, **norms)
 
     @property
     def tensor_parts(self) -> Mapping[str, str]:
         """See `tensor_names.Renamed`."""
-        return {place: name for place, name in dataclasses.asdict(self.config.norms).items() if name is not None}
+        names = {place: name for place, name in dataclasses.asdict(self.config.norms).items() if name is not None}
+        return names | {"mlp": self.mlp.gate.config.block_name} if isinstance(self.mlp, Experts) else names
 
     def __call__(
         self, x: NamedArray, tokens: TokenContext, cache: KeyValueCache | None = None, *, key=None
@@ -165,7 +171,7 @@ class DecoderLayer(eqx.Module):
         after_attention = x + scaled(_normalized(self.after_attention, attended), scale)
         if not self.config.parallel:
             read = _normalized(self.before_mlp, after_attention)
-        transformed, auxiliary = self.mlp(read, key=k_mlp)
+        transformed, auxiliary = self.mlp(read, tokens.mask.segments(), key=k_mlp)
         x = after_attention + scaled(_normalized(self.after_mlp, transformed), scale)
         return LayerOutput(x, cache, auxiliary)
 

@@ -42,7 +42,7 @@ class Mlp(eqx.Module):
             down_proj=linear(Inner, Embed, key=keys[2], use_bias=bias),
         )
 
-    def __call__(self, x: NamedArray, *, key=None) -> tuple[NamedArray, dict[str, NamedArray]]:
+    def __call__(self, x: NamedArray, segments: NamedArray, *, key=None) -> tuple[NamedArray, dict[str, NamedArray]]:
         """See `layers.FeedForward`."""
         k_gate, k_up, k_down = split_key(key, 3)
         if self.gate_up_proj is not None:

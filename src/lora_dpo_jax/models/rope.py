@@ -62,7 +62,8 @@ class RopeConfig:
             for name in ("short_factor", "long_factor"):
                 if len(factors := getattr(self, name)) != dims // 2:
                     raise ValueError(
-                        f"{name} in rope_parameters or rope_scaling has {len(factors)} numbers; needed: {dims // 2}, one for each pair of dimensions"
+                        f"{name} in rope_parameters or rope_scaling has {len(factors)} numbers; needed: {dims // 2}, "
+                        "one for each pair of dimensions"
                     )
 
     def inverse_frequencies(self, dims: int, length: jnp.ndarray) -> jnp.ndarray:

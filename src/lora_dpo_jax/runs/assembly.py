@@ -76,6 +76,7 @@ def assemble(config: TrainConfig, placement: Placement) -> Run:
         key=k_dropout,
         reference=frozen_copy(policy) if config.reference_adapter is not None else None,
         schedule=config.optimizer.schedule(num_steps),
+        router_aux_loss_coef=config.model.router_aux_loss_coef,
     )
     ids = StepIds(order, trainer.train_batch_size, num_steps, trainer.has_short_batches)
     parallelism, row_shards = trainer.per_device_parallelism, placement.row_shards

@@ -21,11 +21,10 @@ from lora_dpo_jax.cost.traffic import collective_bytes
 from lora_dpo_jax.data import PartShape, PreferenceBatch, TokenizedExample, fill_rows
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.data.shapes import LENGTH_MULTIPLE, round_up
-from lora_dpo_jax.huggingface.weights import read_config
 from lora_dpo_jax.lora import trainable_filter
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import parameter_count
-from lora_dpo_jax.runs.base import folder_of
+from lora_dpo_jax.runs.base import folder_of, read_decoder
 from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.runs.learner import Learner, abstract_learner
 from lora_dpo_jax.runs.steps import row_bound
@@ -143,7 +142,7 @@ def _learner(config: TrainConfig, placement: Placement) -> Learner:
     return abstract_learner(
         config.preference_loss,
         config.optimizer.build(config.trainer.num_train_steps or STEPS),
-        read_config(folder),
+        read_decoder(folder, config.model),
         placement,
         lora=config.lora,
         model=config.model,

@@ -25,7 +25,7 @@ from lora_dpo_jax.runs.steps import Steps
 # Settings of `lora` without which the adapters of a checkpoint mean nothing.
 SHAPE_ADAPTERS = ("r", "alpha", "use_rslora", "target_modules", "exclude_modules")
 # Settings of `model` that change how log-probs are computed, not their values; the dtype is taken from the arrays.
-CHANGE_NO_NUMBERS = ("gradient_checkpointing", "attention", "dtype")
+CHANGE_NO_NUMBERS = ("gradient_checkpointing", "attention", "dtype", "router_aux_loss_coef")
 
 
 def weights_identity(config: TrainConfig, base: Base) -> dict[str, Any]:

@@ -45,10 +45,11 @@ def real_learner(
     key,
     reference: Any = None,
     schedule: optax.Schedule | None = None,
+    router_aux_loss_coef: float = 0.0,
 ) -> Learner:
     """`model` has adapters, `key` is for dropout. For `reference` and `schedule` see TrainState and TrainStep."""
     state = placement.put_parameters(TrainState.init(model, optimizer, key=key, reference=reference))
-    return _learner(loss, optimizer, placement, state, schedule)
+    return _learner(PreferenceObjective(loss, router_aux_loss_coef), optimizer, placement, state, schedule)
 
 
 def abstract_learner(
@@ -75,15 +76,15 @@ def abstract_learner(
         return TrainState.init(policy, optimizer, key=jax.random.key(1), reference=reference)
 
     state = placement.abstract_parameters(eqx.filter_eval_shape(make))
-    return _learner(loss, optimizer, placement, state, None)
+    return _learner(PreferenceObjective(loss, model.router_aux_loss_coef), optimizer, placement, state, None)
 
 
 def _learner(
-    loss: Loss,
+    objective: PreferenceObjective,
     optimizer: optax.GradientTransformation,
     placement: Placement,
     state: TrainState,
     schedule: optax.Schedule | None,
 ) -> Learner:
-    step = TrainStep(PreferenceObjective(loss), optimizer, schedule=schedule, scope=placement.scope)
+    step = TrainStep(objective, optimizer, schedule=schedule, scope=placement.scope)
     return Learner(placement, step, state)

@@ -25,6 +25,10 @@ class AttentionMask(eqx.Module):
         """bool {row, position, key_position}. `window` (tokens): keys must be closer than this."""
 
     @abc.abstractmethod
+    def segments(self) -> NamedArray:
+        """int32 {row, position}: the number, from 1, of each token's example in its row; 0 for padding, if known."""
+
+    @abc.abstractmethod
     def sequence_lengths(self) -> NamedArray:
         """int32 {row, position}: the number of tokens, so far, of the sequence that a token belongs to."""
 
@@ -52,6 +56,9 @@ class PackedMask(AttentionMask):
         if window is not None:
             mask = mask & (position - key_position < window)
         return mask
+
+    def segments(self) -> NamedArray:
+        return self.segment_ids
 
     def sequence_lengths(self) -> NamedArray:
         """See `AttentionMask`. A token of a shared prompt gets the length of the sequence with the first response."""
@@ -92,6 +99,9 @@ class CachedMask(AttentionMask):
         if window is not None:
             mask = mask & (position - key < window)
         return mask
+
+    def segments(self) -> NamedArray:
+        return hax.ones_like(self.position_ids)  # padding computes what nobody reads
 
     def sequence_lengths(self) -> NamedArray:
         return (hax.max(self.position_ids, axis=POSITION) + 1).broadcast_to(self.position_ids.axes)
