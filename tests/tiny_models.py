@@ -140,6 +140,19 @@ FAMILIES: dict[str, transformers.PreTrainedConfig] = {
 }
 
 
+IMAGES = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+IMAGES |= dict(patch_size=14)
+# Models of text and images.
+WRAPPERS: dict[str, transformers.PreTrainedConfig] = {
+    "gemma3": transformers.Gemma3Config(text_config=FAMILIES["gemma3_text"].to_dict(), vision_config=IMAGES),
+    "mistral3": transformers.Mistral3Config(
+        text_config=FAMILIES["ministral3"].to_dict(),
+        vision_config=IMAGES | dict(head_dim=8, model_type="pixtral"),
+        tie_word_embeddings=False,
+    ),
+}
+
+
 @functools.cache
 def tiny_folder(architecture: str) -> Path:
     """The model saved as users find it: float32, with tokenizer, chat template and generation config. Do not write."""
@@ -155,8 +168,10 @@ def tiny_folder(architecture: str) -> Path:
 def tiny_model(architecture: str, *, seed: int = 0) -> transformers.PreTrainedModel:
     """The random model itself, float32, for evaluation."""
     torch.manual_seed(seed)
-    config = copy.deepcopy((ARCHITECTURES | FAMILIES)[architecture])  # models write to theirs
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    config = copy.deepcopy((ARCHITECTURES | FAMILIES | WRAPPERS)[architecture])  # models write to theirs
+    of_images = architecture in WRAPPERS
+    kind = transformers.AutoModelForImageTextToText if of_images else transformers.AutoModelForCausalLM
+    model = kind.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

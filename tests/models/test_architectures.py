@@ -140,7 +140,7 @@ def test_logits_match_transformers_whatever_says_the_rotary_settings(case, tmp_p
 
 
 # Keys that are refused unless they are off, and keys of the images that a module reads as well.
-FOR_OTHERS = {"use_bidirectional_attention", "attn_logit_softcapping"}
+FOR_OTHERS = {"use_bidirectional_attention", "attn_logit_softcapping", "clip_qkv"}
 FOR_OTHERS |= {"vision_config", "text_config", "get_text_config", "mm_tokens_per_image"}
 
 

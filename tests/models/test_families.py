@@ -6,7 +6,9 @@ One tiny model a family, and two programs: generation, and a forward pass whose 
 import functools
 import json
 import logging
+import shutil
 import warnings
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -19,10 +21,12 @@ import pytest
 import torch
 import transformers
 from haliax import Axis
+from safetensors.numpy import load_file
 from tiny_models import (
     FAMILIES,
     LENGTH,
     VOCAB,
+    WRAPPERS,
     in_the_words_of_transformers_4,
     load,
     random_tokens,
@@ -43,9 +47,9 @@ from lora_dpo_jax.log_probs import score_responses
 from lora_dpo_jax.lora import LoraConfig, trainable_filter
 from lora_dpo_jax.models import CausalLM, PackedMask, config_from_hf
 
-families = pytest.mark.parametrize("family", FAMILIES)
+families = pytest.mark.parametrize("family", [*FAMILIES, *WRAPPERS])
 # PEFT 0.21 takes gate_proj, where a model has experts, for the experts' alone: adapters of its dense layers get lost.
-in_peft = pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_moe_dense"])
+IN_PEFT = [family for family in (*FAMILIES, *WRAPPERS) if family != "qwen3_moe_dense"]
 # PEFT gives the experts' fused matrices a rank of their own, which it then looks for among modules alone.
 OF_EXPERTS = "The following (rank|alpha)_pattern keys did not match any targeted module"
 RENAMED = "`is_gradient_checkpointing` is deprecated"
@@ -56,9 +60,13 @@ TOKENS = random_tokens(2, LENGTH)
 AXES = Axis("row", 2), Axis("position", LENGTH)
 
 
+def model_class(family: str) -> Any:
+    return transformers.AutoModelForImageTextToText if family in WRAPPERS else transformers.AutoModelForCausalLM
+
+
 @functools.cache
 def theirs(family: str) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(tiny_folder(family), dtype="float32").eval()
+    return model_class(family).from_pretrained(tiny_folder(family), dtype="float32").eval()
 
 
 @functools.cache
@@ -145,7 +153,7 @@ def test_each_response_is_scored_by_its_own_length_whatever_shares_its_row():
         np.testing.assert_allclose(found[number], expected, rtol=0, atol=1e-3)  # sums over up to 12 tokens
 
 
-@in_peft
+@pytest.mark.parametrize("family", IN_PEFT)
 def test_our_adapter_in_peft_and_merged_gives_our_logits(family, tmp_path, caplog):
     source, ours = tiny_folder(family), logits(adapted(family))
     assert np.abs(ours - logits(plain(family))).max() > 0.05
@@ -155,9 +163,9 @@ def test_our_adapter_in_peft_and_merged_gives_our_logits(family, tmp_path, caplo
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=RENAMED)
         warnings.filterwarnings("ignore", message=OF_EXPERTS)
-        base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="float32").eval()
+        base = model_class(family).from_pretrained(source, dtype="float32").eval()
         in_peft = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-        merged, info = transformers.AutoModelForCausalLM.from_pretrained(
+        merged, info = model_class(family).from_pretrained(
             tmp_path / "merged", output_loading_info=True, dtype="float32"
         )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")) and not caplog.records
@@ -178,10 +186,50 @@ def test_greedy_completions_are_those_of_transformers(family):
         assert completion == expected[0, len(prompt) :].tolist()
 
 
-@families
+@pytest.mark.parametrize("family", FAMILIES)
 def test_both_dialects_of_config_json_and_its_defaults_say_the_same(family, tmp_path):
     older = in_the_words_of_transformers_4(tiny_folder(family), tmp_path / "model")
     expected = read_config(tiny_folder(family))
     assert read_config(older) == expected
     short = json.loads(json.dumps(FAMILIES[family].to_diff_dict()))
     assert config_from_hf(short) == expected
+
+
+def written_by_transformers_4(family: str, folder: Path) -> Path:
+    """A model of text and images whose file leaves out what its text model has by default, as those on the hub do."""
+    shutil.copytree(tiny_folder(family), folder)
+    config = json.loads((folder / "config.json").read_text())
+    text = FAMILIES[config["text_config"]["model_type"]]
+    config["text_config"] = json.loads(json.dumps(text.to_diff_dict()))
+    del config["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("family", WRAPPERS)
+def test_a_wrapper_that_says_little_is_the_same_model(family, tmp_path):
+    """Gemma's head is tied, and Mistral's is not, because its files hold one."""
+    folder = written_by_transformers_4(family, tmp_path / "model")
+    assert read_config(folder) == read_config(tiny_folder(family))
+    assert read_config(folder).tie_word_embeddings is (family == "gemma3")
+
+
+@pytest.mark.parametrize("family", WRAPPERS)
+def test_the_tensors_of_images_are_copied_and_their_layers_have_no_adapters(family, tmp_path):
+    save_merged(adapted(family), tiny_folder(family), tmp_path / "merged")
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_folder(family), tmp_path / "merged"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed and all(name.startswith("language_model.model.layers.") for name in changed)
+    save_adapter(adapted(family), tmp_path / "adapter", base_model="base", config=LORA)
+    targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert "model.language_model.layers.1.self_attn.q_proj" in targets
+
+
+def test_settings_of_images_are_no_settings_of_text():
+    given = json.loads(WRAPPERS["gemma3"].to_json_string(use_diff=False))
+    assert config_from_hf(given | {"mm_tokens_per_image": 9}) == config_from_hf(given)
+    with pytest.raises(ValueError, match="config.json: text_config: .*clip_qkv"):
+        config_from_hf(given | {"text_config": given["text_config"] | {"clip_qkv": 8.0}})
+    with pytest.raises(ValueError, match="config.json: .*logit_scale"):
+        config_from_hf(given | {"logit_scale": 2.0})

@@ -109,6 +109,8 @@ def save_adapter(
         return
     # PEFT may be able to adapt layers that we cannot adapt.
     names = [*_layer_names(model), *unadaptable_layers(model)]
+    if model.config.has_wrapper:  # its images' layers may have the same names at the end
+        names += [f"model.vision_tower.{name.rpartition('.')[2]}" for name in names]
     targets = explicit_targets([adapter.name for adapter in adapters], names)
     tensors = {
         _key(adapter.name, factor): tensor.astype(dtype)

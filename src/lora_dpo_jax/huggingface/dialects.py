@@ -5,6 +5,10 @@
                                                    model.layers.0.mlp.experts.0.up_proj.weight      [0, n:]
                                                    model.layers.0.mlp.experts.1.gate_proj.weight    [1, :n] ...
 
+    language_model.model.layers.0.mlp.up_proj.weight
+                                                   model.language_model.layers.0.mlp.up_proj.weight
+    vision_tower...                                none
+
 transformers 4 wrote a tensor for each matrix of each expert; transformers 5 can write those of all experts as one.
 """
 
@@ -16,6 +20,9 @@ import numpy as np
 from lora_dpo_jax.huggingface.tensors import LazyTensor
 from lora_dpo_jax.models import DecoderConfig
 
+# Of a model of text and images: what transformers 4 called its parts.
+WRAPPED = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+WRAPPED_BEFORE = re.compile("^(" + "|".join(map(re.escape, WRAPPED)) + ")")
 FUSED = re.compile(r"(.*)\.mlp\.experts\.(gate_up_proj|down_proj)")
 
 
@@ -36,7 +43,11 @@ class Part:
 
 
 def parameters_of(name: str, shape: tuple[int, ...], config: DecoderConfig) -> dict[str, Part]:
-    """The parameters that the tensor `name` of a file holds, and the part that is each."""
+    """The parameters that the tensor `name` of a file holds, and the part that is each; none if it is not of text."""
+    if config.has_wrapper:
+        name = WRAPPED_BEFORE.sub(lambda found: WRAPPED[found[0]], name)
+        if not name.startswith(("model.language_model.", "lm_head.")):
+            return {}
     experts = config.experts
     if experts is None:
         return {name: Part()}
@@ -52,3 +63,8 @@ def parameters_of(name: str, shape: tuple[int, ...], config: DecoderConfig) -> d
         for number in range(count)
         for matrix, bounds in parts.items()
     }
+
+
+def embedding_of(config: DecoderConfig) -> str:
+    """The name of the input embedding's parameter."""
+    return "model.language_model.embed_tokens.weight" if config.has_wrapper else "model.embed_tokens.weight"

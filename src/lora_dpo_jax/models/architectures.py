@@ -178,3 +178,28 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
     ),
 }
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A model of text and images (`...ForConditionalGeneration`), whose text model is tuned alone."""
+
+    text_type: str  # the `model_type` of `text_config` if the file leaves it out
+    keys: tuple[str, ...]  # of `config.json`, about images
+
+
+WRAPPERS = {
+    "gemma3": Wrapper(
+        "gemma3_text", ("boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image")
+    ),
+    "mistral3": Wrapper(
+        "mistral",
+        (
+            "image_token_index",
+            "multimodal_projector_bias",
+            "projector_hidden_act",
+            "spatial_merge_size",
+            "vision_feature_layer",
+        ),
+    ),
+}

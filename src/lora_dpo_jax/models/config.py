@@ -89,6 +89,7 @@ class DecoderConfig:
     residual_scale: float = 1.0  # of what a layer adds to the residual stream
     logit_scale: float = 1.0
     logit_softcap: float | None = None  # logits = softcap * tanh(logits / softcap)
+    has_wrapper: bool = False  # it is the text model of a model of text and images
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:

@@ -5,6 +5,7 @@ checks what transformers does not check, such as the types of rotary settings, s
 """
 
 import copy
+import dataclasses
 import functools
 import inspect
 import logging
@@ -14,8 +15,8 @@ from typing import Any
 
 import transformers  # its classes are imported on first use, and import torch if it is installed
 
-from lora_dpo_jax.json_objects import LARGEST, REQUIRED, JsonObject, brief, is_texts, is_whole
-from lora_dpo_jax.models.architectures import ARCHITECTURES, KEYS, Architecture
+from lora_dpo_jax.json_objects import LARGEST, JsonObject, brief, is_texts, is_whole
+from lora_dpo_jax.models.architectures import ARCHITECTURES, KEYS, WRAPPERS, Architecture, Wrapper
 from lora_dpo_jax.models.config import DecoderConfig
 from lora_dpo_jax.models.rope import RopeConfig
 from lora_dpo_jax.models.rope_json import KEYS as ROPE_KEYS
@@ -88,10 +89,12 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
     """
     given = JsonObject(hf, where)
     model_type = given.text("model_type")
+    if model_type in WRAPPERS:
+        return _inside(WRAPPERS[model_type], given)
     if model_type not in ARCHITECTURES:
-        raise given.error("model_type", f"is not supported; known: {sorted(ARCHITECTURES)}")
+        raise given.error("model_type", f"is not supported; known: {sorted(ARCHITECTURES | WRAPPERS)}")
     architecture = ARCHITECTURES[model_type]
-    _check_features(given, architecture)
+    _check_features(given, used_keys(architecture), architecture.constants)
     _check_values(given, architecture)
     theirs = _as_transformers_reads(given, model_type, used_keys(architecture))
     # Qwen2's config class has no head_dim, but its attention uses the value if the file has one.
@@ -118,15 +121,24 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
         raise ValueError(f"{where}: {error}") from error
 
 
+def _inside(wrapper: Wrapper, given: JsonObject) -> DecoderConfig:
+    """The text model of a model of text and images."""
+    _check_features(given, {"model_type", "text_config", "vision_config", "tie_word_embeddings", *wrapper.keys}, {})
+    text = given.object("text_config")
+    values = {"model_type": wrapper.text_type} | (dict(text.values) if text is not None else {})
+    config = config_from_hf(values, f"{given.where}: text_config")
+    # The head is the wrapper's. Its classes tie it unless the file says otherwise, whatever the text model's say.
+    return dataclasses.replace(config, tie_word_embeddings=given.flag("tie_word_embeddings", True), has_wrapper=True)
+
+
 def used_keys(architecture: Architecture) -> set[str]:
     """All keys that the configs of a family are read by."""
     return USED | {*architecture.keys, *architecture.other_keys}
 
 
-def _check_features(given: JsonObject, architecture: Architecture) -> None:
+def _check_features(given: JsonObject, used: set[str], constants: Mapping[str, Any]) -> None:
     """Raises ValueError for unused keys that might change a logit, and logs the other unused keys."""
-    known, constants = used_keys(architecture) | HARMLESS, architecture.constants
-    unused = [key for key in given.values if key not in known and not HARMLESS_KINDS.fullmatch(key)]
+    unused = [key for key in given.values if key not in used | HARMLESS and not HARMLESS_KINDS.fullmatch(key)]
     unused = [key for key in unused if not _is_off(key, given.values[key])]
     unused = [key for key in unused if key not in constants or given.values[key] != constants[key]]
     for key in QUANTIZED:
@@ -172,8 +184,7 @@ def _settings_of_families() -> frozenset[str]:
 def _check_values(given: JsonObject, architecture: Architecture) -> None:
     """Raises ValueError that names the first key whose value is not valid."""
     for key in SIZES:
-        default = REQUIRED if key in SHAPE else None if key in DERIVED else 1
-        given.whole(key, default, most=MOST_LAYERS if key == "num_hidden_layers" else LARGEST)
+        given.whole(key, None if key in DERIVED else 1, most=MOST_LAYERS if key == "num_hidden_layers" else LARGEST)
     for key in FLAGS:
         given.flag(key, False)
     for key in (*EVERY_FAMILY_READS, *architecture.keys):
@@ -183,16 +194,24 @@ def _check_values(given: JsonObject, architecture: Architecture) -> None:
     if "sliding_window_pattern" in architecture.other_keys:
         given.whole("sliding_window_pattern", 1)
     if architecture.rope == "no_rope_layers":
-        least = given.values["num_hidden_layers"]
+        least = _or_default(given, "num_hidden_layers")
         needed = f"a list of 0 and 1, one for each of num_hidden_layers={least}"
         given.taken("no_rope_layers", None, lambda x: _are_switches(x) and len(x) >= least, needed)
         given.whole("no_rope_layer_interval", 1)
     if architecture.experts is not None:
         _check_experts(given)
     check_rope(given, architecture)
-    hidden_size, num_heads = given.values["hidden_size"], given.values["num_attention_heads"]
+    hidden_size, num_heads = _or_default(given, "hidden_size"), _or_default(given, "num_attention_heads")
     if architecture.needs_whole_heads and hidden_size % num_heads:
-        raise given.error("hidden_size", f"is not a multiple of num_attention_heads={num_heads}")
+        raise ValueError(
+            f"{given.where}: hidden_size={hidden_size} is not a multiple of num_attention_heads={num_heads}"
+        )
+
+
+def _or_default(given: JsonObject, key: str) -> Any:
+    """The value, or that of transformers' config class."""
+    default = getattr(transformers.CONFIG_MAPPING[given.values["model_type"]], key)
+    return given.values.get(key, default)
 
 
 def _check_experts(given: JsonObject) -> None:

@@ -1,6 +1,7 @@
 """The decoder: embeddings, layers, a final norm and a head. Modules are named as in Hugging Face."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -127,6 +128,11 @@ class CausalLM(eqx.Module):
     @property
     def config(self) -> DecoderConfig:
         return self.model.config
+
+    @property
+    def tensor_parts(self) -> Mapping[str, str]:
+        """See `tensor_names.Renamed`: names are those of the modules in transformers 5, and so PEFT's."""
+        return {"model": "model.language_model"} if self.config.has_wrapper else {}
 
     @property
     def head(self) -> Head:
