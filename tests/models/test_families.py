@@ -46,6 +46,7 @@ from lora_dpo_jax.huggingface.weights import read_config, save_merged
 from lora_dpo_jax.log_probs import score_responses
 from lora_dpo_jax.lora import LoraConfig, trainable_filter
 from lora_dpo_jax.models import CausalLM, PackedMask, config_from_hf
+from lora_dpo_jax.models.architectures import ARCHITECTURES
 
 families = pytest.mark.parametrize("family", [*FAMILIES, *WRAPPERS])
 # PEFT 0.21 takes gate_proj, where a model has experts, for the experts' alone: adapters of its dense layers get lost.
@@ -193,6 +194,15 @@ def test_both_dialects_of_config_json_and_its_defaults_say_the_same(family, tmp_
     assert read_config(older) == expected
     short = json.loads(json.dumps(FAMILIES[family].to_diff_dict()))
     assert config_from_hf(short) == expected
+
+
+def test_what_a_file_says_of_its_code_must_be_what_the_code_computes():
+    """Keys of the hub's files that no code of transformers reads."""
+    given = json.loads(FAMILIES["cohere2"].to_json_string(use_diff=False))
+    constants = ARCHITECTURES["cohere2"].constants
+    assert config_from_hf(given | constants) == config_from_hf(given)
+    with pytest.raises(ValueError, match="config.json: .*rotary_pct.*0.5"):
+        config_from_hf(given | {"rotary_pct": 0.5})
 
 
 def written_by_transformers_4(family: str, folder: Path) -> Path:

@@ -123,16 +123,29 @@ class RotaryAngles(eqx.Module):
 
     def rotate(self, x: NamedArray, HeadSize: Axis) -> NamedArray:
         """Rotates pairs of dimensions of `x` by the angles of their positions. Returns the axes of `x`."""
-        Half = self.cos.resolve_axis(HALF_HEAD)
-        Turned = HeadSize.resize(2 * Half.size)
-        inner = (Half, PairMember) if self.interleaved else (PairMember, Half)
-        pairs = x[HeadSize, : Turned.size].unflatten_axis(HeadSize.name, inner).astype(jnp.float32)
-        first, second = pairs[PairMember, 0], pairs[PairMember, 1]
-        turned = hax.stack(PairMember, [first * self.cos - second * self.sin, second * self.cos + first * self.sin])
-        turned = turned.rearrange((..., *inner)).flatten_axes(inner, Turned).astype(x.dtype)
-        if Turned != HeadSize:
-            turned = hax.concatenate(HeadSize, [turned, x[HeadSize, Turned.size :]])
-        return turned.rearrange(x.axes)
+        half = self.cos.resolve_axis(HALF_HEAD).size
+        first, second = (part.astype(jnp.float32) for part in self._pairs(x, HeadSize))
+        turned = [first * self.cos - second * self.sin, second * self.cos + first * self.sin]
+        turned = [part.astype(x.dtype) for part in turned]
+        if self.interleaved:
+            neighbours = hax.stack(PairMember, turned).rearrange((..., HALF_HEAD, PairMember))
+            parts = [neighbours.flatten_axes((HALF_HEAD, PairMember), HeadSize.resize(2 * half))]
+        else:
+            parts = [part.rename({HALF_HEAD: HeadSize.name}) for part in turned]
+        if 2 * half < HeadSize.size:
+            parts.append(x[HeadSize, 2 * half :])
+        return hax.concatenate(HeadSize, parts).rearrange(x.axes)
+
+    def _pairs(self, x: NamedArray, HeadSize: Axis) -> tuple[NamedArray, NamedArray]:
+        """The first and the second dimensions of all pairs, {..., half_head}."""
+        half = self.cos.resolve_axis(HALF_HEAD).size
+        if self.interleaved:
+            Half = Axis(HALF_HEAD, half)
+            pairs = x[HeadSize, : 2 * half].unflatten_axis(HeadSize.name, (Half, PairMember))
+            return pairs[PairMember, 0], pairs[PairMember, 1]
+        halves = x[HeadSize, :half], x[HeadSize, half : 2 * half]
+        first, second = (part.rename({HeadSize.name: HALF_HEAD}) for part in halves)
+        return first, second
 
     def rotate_queries(self, x: NamedArray, HeadSize: Axis) -> NamedArray:
         """The same for queries, which a model may scale by their positions as well."""
