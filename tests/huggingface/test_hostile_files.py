@@ -51,7 +51,19 @@ def config_of(architecture: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "architecture",
-    ["llama3.1", "mistral", "qwen2_window", "qwen3", "smollm3", "olmo3", "gemma2", "gemma3_text", "granite", "cohere2"],
+    [
+        "llama3.1",
+        "mistral",
+        "qwen2_window",
+        "qwen3",
+        "smollm3",
+        "olmo3",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "cohere2",
+        "qwen3_moe",
+    ],
 )
 def test_any_value_of_any_key_of_config_json(architecture):
     config = config_of(architecture)

@@ -41,7 +41,7 @@ from lora_dpo_jax.data.examples import TokenizedExample
 from lora_dpo_jax.data.memory import MemoryExamples
 from lora_dpo_jax.data.table import whole_table
 from lora_dpo_jax.generation import GenerationConfig, generate
-from lora_dpo_jax.huggingface.adapters import save_adapter
+from lora_dpo_jax.huggingface.adapters import load_adapter, save_adapter
 from lora_dpo_jax.huggingface.weights import read_config, save_merged
 from lora_dpo_jax.log_probs import score_responses
 from lora_dpo_jax.lora import LoraConfig, trainable_filter
@@ -172,6 +172,14 @@ def test_our_adapter_in_peft_and_merged_gives_our_logits(family, tmp_path, caplo
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")) and not caplog.records
     np.testing.assert_allclose(ours, torch_logits(in_peft, TOKENS), rtol=0, atol=1e-4)
     np.testing.assert_allclose(ours, torch_logits(merged.eval(), TOKENS), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["phi3", "mixtral", "gemma3"])
+def test_an_adapter_of_fused_matrices_experts_or_a_wrapper_is_read_as_it_was_written(family, tmp_path):
+    save_adapter(adapted(family), tmp_path / "adapter", base_model=str(tiny_folder(family)), config=LORA)
+    found = load_adapter(unadapted(family), tmp_path / "adapter")
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(adapted(family)), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 @families

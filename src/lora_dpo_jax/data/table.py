@@ -66,6 +66,8 @@ class ExampleTable(Sequence[TokenizedExample]):
 
     def switching_at(self, length: int | None) -> "ExampleTable":
         """The same examples, for a model with this `switch_length`."""
+        if length == self._switch_length:
+            return self
         return ExampleTable(
             dict(zip(self.names, zip(self._sources, self._indices, strict=True), strict=True)), switch_length=length
         )

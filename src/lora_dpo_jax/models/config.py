@@ -34,7 +34,10 @@ class ExpertsConfig:
 
     def __post_init__(self):
         if self.per_token > self.num_experts:
-            raise ValueError(f"num_experts_per_tok={self.per_token} is more than the {self.num_experts} experts")
+            raise ValueError(
+                f"num_experts_per_tok={self.per_token} is more than the number of experts, num_experts or "
+                f"num_local_experts={self.num_experts}"
+            )
 
     @property
     def Expert(self) -> Axis:
