@@ -28,6 +28,7 @@ from lora_dpo_jax.data import ExampleTable, PreferenceBatch
 from lora_dpo_jax.lora import LoraLinear, map_linear_layers, trainable_filter
 from lora_dpo_jax.losses import Dpo
 from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.runs.learner import real_learner
 from lora_dpo_jax.settings.arguments import parse
 from lora_dpo_jax.sharding import Placement
@@ -154,7 +155,7 @@ def _measure(rung: Rung, options: Options, model: CausalLM, pairs: ExampleTable,
     batch = placement.put_batch(laid_out)
     total = options.warmup + options.steps
     optimizer = optax.chain(_remember_gradients(), options.optimizer.build(total))
-    learner = real_learner(Dpo(), optimizer, _fresh(model), placement, key=jax.random.key(1))
+    learner = real_learner(PreferenceObjective(Dpo()), optimizer, _fresh(model), placement, key=jax.random.key(1))
     temporary = learner.compile(batch).memory_analysis().temp_size_in_bytes
 
     meter = Meter(options.warmup)

@@ -22,6 +22,7 @@ from lora_dpo_jax.cost.memory import ProgramMemory, largest_arrays
 from lora_dpo_jax.data import PartShape, PreferenceBatch
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.losses import Dpo
+from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.runs.config import ModelConfig
 from lora_dpo_jax.runs.learner import Learner, abstract_learner
 from lora_dpo_jax.runs.steps import lay_out_steps
@@ -92,7 +93,7 @@ def measure(options: Options, placement: Placement, parts: tuple[PreferenceBatch
 
 def learner_of(options: Options, placement: Placement) -> Learner:
     return abstract_learner(
-        Dpo(),
+        PreferenceObjective(Dpo()),
         options.optimizer.build(options.warmup + options.steps),
         models.decoder_config(options.shape),
         placement,

@@ -30,6 +30,7 @@ from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter
 from lora_dpo_jax.losses import Dpo
 from lora_dpo_jax.models import CausalLM, ComputeConfig, DecoderConfig
 from lora_dpo_jax.models.quantization import quantize
+from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.runs.learner import Learner, real_learner
 from lora_dpo_jax.runs.steps import lay_out_steps
 from lora_dpo_jax.sharding import MeshConfig, Placement
@@ -110,7 +111,7 @@ def wire(
             batch = jax.tree.map(lambda leaf: leaf[:, row_order], batch)  # [micro-batch, row, ...]
         return placement.put_batch(batch)
 
-    learner = real_learner(Dpo(), optimizer, model, placement, key=jax.random.key(2))
+    learner = real_learner(PreferenceObjective(Dpo()), optimizer, model, placement, key=jax.random.key(2))
     return learner, packed_batches(pairs, ids, shapes, place=place)
 
 

@@ -15,6 +15,7 @@ from lora_dpo_jax.lora import LoraConfig, unwrap_lora
 from lora_dpo_jax.losses import Dpo
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import quantize
+from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.runs.base import load_weights, with_new_adapters
 from lora_dpo_jax.runs.config import ModelConfig
 from lora_dpo_jax.runs.learner import Learner, real_learner
@@ -117,7 +118,7 @@ def wire(options: Options, pairs: ExampleTable, devices: list | None = None) -> 
         reference_seconds = time.perf_counter() - began
     optimizer, schedule = options.optimizer.build(num_steps), options.optimizer.schedule(num_steps)
     settings: Any = {"schedule": schedule, "token_metrics": trainer.token_metrics}
-    learner = real_learner(Dpo(), optimizer, model, placement, key=jax.random.key(1), **settings)
+    learner = real_learner(PreferenceObjective(Dpo()), optimizer, model, placement, key=jax.random.key(1), **settings)
     return Wired(learner, steps, reference, reference_seconds)
 
 

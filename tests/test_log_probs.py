@@ -33,7 +33,7 @@ from lora_dpo_jax.sharding import MeshConfig, Placement
 ROWS, POSITIONS, TARGETS = 3, 150, 192
 LEAST_BLOCK = 64  # targets of a row
 KEY = jax.random.key(0)
-HEADS = ("frozen", "tied", "adapted")
+HEADS = ("frozen", "tied", "adapted", "capped", "adapted and capped")
 
 
 def limit_blocks(monkeypatch, size: int) -> None:
@@ -49,6 +49,8 @@ def small_blocks(monkeypatch):
 
 
 def head_of(kind: str):
+    if "capped" in kind:
+        return dataclasses.replace(head_of("adapted" if "adapted" in kind else "frozen"), scale=3.0, softcap=1.5)
     if kind == "adapted":
         head = moved(new_adapters("llama", "some layers and lm_head")).head
         assert isinstance(head.linear, LoraLinear)
@@ -102,7 +104,7 @@ def test_values_and_gradients_are_those_of_a_whole_softmax(kind, small_blocks):
     np.testing.assert_allclose(ours.array, expected.array, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(d_hidden.rearrange(hidden.axes).array, e_hidden.array, rtol=1e-4, atol=1e-5)
     pairs = list(zip(jax.tree.leaves(d_adapters), jax.tree.leaves(e_adapters), strict=True))
-    assert len(pairs) == (2 if kind == "adapted" else 0)
+    assert len(pairs) == (2 if "adapted" in kind else 0)
     for mine, theirs in pairs:
         assert np.abs(theirs).max() > 1.0
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)

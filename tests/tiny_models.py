@@ -52,6 +52,12 @@ LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )
+YARN_ROPE = dict(rope_type="yarn", rope_theta=5e5, factor=4.0, original_max_position_embeddings=16)
+LONG_ROPE = dict(rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.5)
+LONG_ROPE |= dict(short_factor=[1.0, 1.5], long_factor=[2.0, 6.0])
+MIXED = dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"], sliding_window=7)
+PAD = dict(pad_token_id=0)
+EXPERTS = dict(num_experts=6, num_experts_per_tok=3)
 ARCHITECTURES: dict[str, transformers.PreTrainedConfig] = {
     "llama2": transformers.LlamaConfig(**COMMON | dict(num_key_value_heads=4)),
     "llama3.1": transformers.LlamaConfig(**COMMON, rope_parameters=LLAMA3_ROPE),
@@ -72,6 +78,80 @@ ARCHITECTURES: dict[str, transformers.PreTrainedConfig] = {
     ),
     "qwen3": transformers.Qwen3Config(**COMMON, head_dim=16),
 }
+# One of each further family or, where a family's models differ, a few.
+FAMILIES: dict[str, transformers.PreTrainedConfig] = {
+    "qwen2_yarn": transformers.Qwen2Config(**COMMON, rope_parameters=YARN_ROPE),
+    "smollm3": transformers.SmolLM3Config(**COMMON, **PAD, no_rope_layer_interval=3),
+    "smollm3_window": transformers.SmolLM3Config(
+        **COMMON,
+        **PAD,
+        no_rope_layers=[1, 1, 0],
+        use_sliding_window=True,
+        sliding_window=7,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    ),
+    "olmo2": transformers.Olmo2Config(**COMMON, **PAD),
+    "olmo3": transformers.Olmo3Config(
+        **COMMON,
+        **PAD,
+        **MIXED,
+        rope_parameters=dict(sliding_attention=dict(rope_type="default", rope_theta=5e5), full_attention=YARN_ROPE),
+    ),
+    "gemma2": transformers.Gemma2Config(
+        **COMMON,
+        **PAD,
+        **MIXED,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3_text": transformers.Gemma3TextConfig(
+        **COMMON, **PAD, sliding_window=7, sliding_window_pattern=3, head_dim=16, query_pre_attn_scalar=24
+    ),
+    "granite": transformers.GraniteConfig(
+        **COMMON,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+        attention_multiplier=0.2,
+        logits_scaling=4.0,
+        tie_word_embeddings=True,
+    ),
+    "glm4": transformers.Glm4Config(**COMMON, **PAD, head_dim=8),
+    "cohere2": transformers.Cohere2Config(**COMMON, **PAD, **MIXED, logit_scale=0.25),
+    "phi3": transformers.Phi3Config(**COMMON, **PAD, sliding_window=7),
+    "phi3_longrope": transformers.Phi3Config(
+        **COMMON, **PAD, original_max_position_embeddings=16, rope_parameters=LONG_ROPE, tie_word_embeddings=True
+    ),
+    "ministral3": transformers.Ministral3Config(
+        **COMMON,
+        **PAD,
+        head_dim=8,
+        rope_parameters=YARN_ROPE | dict(mscale=1.0, mscale_all_dim=0.5, llama_4_scaling_beta=0.5),
+    ),
+    "mixtral": transformers.MixtralConfig(**COMMON, num_local_experts=4),
+    "qwen3_moe": transformers.Qwen3MoeConfig(
+        **COMMON, **EXPERTS, moe_intermediate_size=16, head_dim=8, norm_topk_prob=True, tie_word_embeddings=True
+    ),
+    "qwen3_moe_dense": transformers.Qwen3MoeConfig(
+        **COMMON, **EXPERTS, moe_intermediate_size=16, head_dim=8, mlp_only_layers=[0]
+    ),
+    "olmoe": transformers.OlmoeConfig(**COMMON, **PAD, **EXPERTS),
+}
+
+
+IMAGES = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+IMAGES |= dict(patch_size=14)
+# Models of text and images.
+WRAPPERS: dict[str, transformers.PreTrainedConfig] = {
+    "gemma3": transformers.Gemma3Config(text_config=FAMILIES["gemma3_text"].to_dict(), vision_config=IMAGES),
+    "mistral3": transformers.Mistral3Config(
+        text_config=FAMILIES["ministral3"].to_dict(),
+        vision_config=IMAGES | dict(head_dim=8, model_type="pixtral"),
+        tie_word_embeddings=False,
+    ),
+}
 
 
 @functools.cache
@@ -89,11 +169,13 @@ def tiny_folder(architecture: str) -> Path:
 def tiny_model(architecture: str, *, seed: int = 0) -> transformers.PreTrainedModel:
     """The random model itself, float32, for evaluation."""
     torch.manual_seed(seed)
-    config = copy.deepcopy(ARCHITECTURES[architecture])  # models write to theirs
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    config = copy.deepcopy((ARCHITECTURES | FAMILIES | WRAPPERS)[architecture])  # models write to theirs
+    of_images = architecture in WRAPPERS
+    kind = transformers.AutoModelForImageTextToText if of_images else transformers.AutoModelForCausalLM
+    model = kind.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=1.5 * HIDDEN**-0.5)
             elif name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.3)
@@ -126,6 +208,10 @@ def in_the_words_of_transformers_4(source: Path, target: Path) -> Path:
     shutil.copytree(source, target)
     config = json.loads((target / "config.json").read_text())
     rope = config.pop("rope_parameters")
+    if "full_attention" in rope:  # then a second theta was a key of its own
+        rope, local_theta = rope["full_attention"], rope["sliding_attention"]["rope_theta"]
+        if local_theta != rope["rope_theta"]:
+            config["rope_local_base_freq"] = local_theta
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
     config["torch_dtype"] = config.pop("dtype")

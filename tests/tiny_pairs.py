@@ -33,7 +33,7 @@ LLAMA = DecoderConfig(
 )
 # What the other families have: norms of queries and keys, biases, a tied head, windows in some layers alone.
 QWEN = dataclasses.replace(
-    LLAMA, head_dim=16, qk_norm=True, qkv_bias=True, tie_word_embeddings=True, sliding_windows=(None, 5)
+    LLAMA, head_dim=16, qk_norm="head", qkv_bias=True, tie_word_embeddings=True, sliding_windows=(None, 5)
 )
 CONFIGS = {
     "llama": LLAMA,

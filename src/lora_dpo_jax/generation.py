@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,38 +164,74 @@ def generate(
     stop_array = np.array(sorted(stop_ids), dtype=np.int32)
     # The seed is an input of the compiled program, so that another seed does not compile it again.
     program, seed = replace(config, seed=0), np.array(config.seed, dtype=np.uint32)
-    # `dynamic` rotary scaling depends on the longest sequence of a batch, so each prompt then needs its own batch.
-    batch_size = 1 if model.config.rope.type == "dynamic" else config.batch_size
-    completions: list[list[int]] = []
-    for batch in _batches(prompts, batch_size):
-        new_ids = _generate_batch(model, batch, seed, stop_array, program)
-        completions += [_until(row, stop_ids) for row in on_host(new_ids).tolist()]
-    return completions[: len(prompts)]
+    requests = [_Request(index, prompt) for index, prompt in enumerate(prompts)]
+    # Beyond a length, `longrope` rotates all keys otherwise, so those in the cache are computed again, as transformers
+    # does.
+    for length in (model.config.switch_length, None):
+        for request in requests:
+            request.extend_to(length, config.max_new_tokens)
+        for batch, of_batch in _batches([request for request in requests if request.budget], config.batch_size):
+            new_ids = on_host(_generate_batch(model, batch, seed, stop_array, program))
+            for request, row in zip(of_batch, new_ids.tolist(), strict=False):
+                request.take(row, stop_ids)
+    return [request.completion for request in requests]
+
+
+@dataclass
+class _Request:
+    """A prompt and its completion so far."""
+
+    index: int  # among all prompts
+    prompt: Sequence[int]
+    completion: list[int] = field(default_factory=list)
+    budget: int = 0  # how many more tokens to generate from the present cache
+    is_complete: bool = False
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.prompt, *self.completion]
+
+    def extend_to(self, length: int | None, max_new_tokens: int) -> None:
+        """Asks for the tokens whose logits come from sequences of up to `length` tokens; None = all that are left."""
+        left = max_new_tokens - len(self.completion)
+        if length is not None:
+            left = max(0, min(left, length + 1 - len(self.ids)))
+        self.budget = 0 if self.is_complete else left
+
+    def take(self, new_ids: list[int], stop_ids: Collection[int]) -> None:
+        new = _until(new_ids[: self.budget], stop_ids)
+        self.is_complete = len(new) < self.budget
+        self.completion += new
 
 
 class _PromptBatch(eqx.Module):
     """Prompts padded on the right, as NumPy arrays: each process of a run passes its own copy.
 
-    Filler rows may complete the last batch, so that its shape is already compiled. They stop at once.
+    Rows with a budget of 0 may complete the last batch, so that its shape is already compiled. They stop at once.
     """
 
     ids: Any  # int32[row, position]
     lengths: Any  # int32[row]
     indices: Any  # int32[row], among all prompts
-    is_filler: Any  # bool[row]
+    num_before: Any  # int32[row]: tokens at the end of `ids` that were generated before
+    budgets: Any  # int32[row]: how many tokens to generate
 
 
-def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[_PromptBatch]:
-    num_rows = min(batch_size, len(prompts))
-    for first in range(0, len(prompts), batch_size):
-        rows = prompts[first : first + batch_size]
-        padded_length = -(-max(map(len, rows)) // PROMPT_BLOCK) * PROMPT_BLOCK
-        ids = np.zeros((num_rows, padded_length), dtype=np.int32)
-        lengths = np.ones(num_rows, dtype=np.int32)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], lengths[i] = row, len(row)
-        indices = np.arange(first, first + num_rows, dtype=np.int32)
-        yield _PromptBatch(ids, lengths, indices, indices >= len(prompts))
+def _batches(requests: Sequence[_Request], batch_size: int) -> Iterator[tuple[_PromptBatch, Sequence[_Request]]]:
+    num_rows = min(batch_size, len(requests))
+    for first in range(0, len(requests), batch_size):
+        of_batch = requests[first : first + batch_size]
+        padded_length = -(-max(len(request.ids) for request in of_batch) // PROMPT_BLOCK) * PROMPT_BLOCK
+        batch = _PromptBatch(
+            np.zeros((num_rows, padded_length), np.int32),
+            np.ones(num_rows, np.int32),
+            *(np.zeros(num_rows, np.int32) for _ in range(3)),
+        )
+        for i, request in enumerate(of_batch):
+            batch.ids[i, : len(request.ids)], batch.lengths[i] = request.ids, len(request.ids)
+            batch.indices[i], batch.num_before[i] = request.index, len(request.completion)
+            batch.budgets[i] = request.budget
+        yield batch, of_batch
 
 
 class _Decoding(eqx.Module):
@@ -225,10 +261,10 @@ def _generate_batch(model: CausalLM, batch: _PromptBatch, seed: Any, stop_ids: A
         return model.head(last).rearrange((Row, model.config.Vocab)).array, output.cache
 
     def step(state: _Decoding, logits: Array, cache: Any) -> _Decoding:
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.num_new)
+        step_keys = jax.vmap(jax.random.fold_in)(row_keys, batch.num_before + state.num_new)
         ids = choose(logits, step_keys, config)
         new_ids = jax.lax.dynamic_update_slice(state.new_ids, ids[:, None], (jnp.int32(0), state.num_new))
-        stopped = (ids[:, None] == stop_ids[None, :]).any(axis=1)
+        stopped = (ids[:, None] == stop_ids[None, :]).any(axis=1) | (state.num_new + 1 >= batch.budgets)
         return _Decoding(state.num_new + 1, new_ids, state.done | stopped, cache)
 
     def must_continue(state: _Decoding) -> Array:
@@ -243,10 +279,10 @@ def _generate_batch(model: CausalLM, batch: _PromptBatch, seed: Any, stop_ids: A
 
     new_ids = jnp.zeros((num_rows, config.max_new_tokens), dtype=jnp.int32)
     cache = model.model.empty_cache(Row, Slots.size)
-    # Padding must not look like a longer prompt: `dynamic` rotary scaling depends on the largest position.
+    # Padding must not look like a longer prompt: some rotary settings depend on a sequence's length.
     positions = jnp.minimum(jnp.arange(prompt_slots)[None, :], batch.lengths[:, None] - 1)
     logits, cache = forward(batch.ids, positions, jnp.int32(0), cache, batch.lengths - 1)
-    state = step(_Decoding(jnp.int32(0), new_ids, batch.is_filler, cache), logits, cache)
+    state = step(_Decoding(jnp.int32(0), new_ids, batch.budgets < 1, cache), logits, cache)
     return jax.lax.while_loop(must_continue, decode, state).new_ids
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from haliax import NamedArray
 
-from lora_dpo_jax.axes import MICRO
+from lora_dpo_jax.axes import EXAMPLE, MICRO
 from lora_dpo_jax.cost.flops import useful_flops
 from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.log_probs import score_responses, score_with_reference
@@ -26,7 +26,8 @@ from lora_dpo_jax.losses.token_metrics import STATISTICS as TOKEN_STATISTICS
 from lora_dpo_jax.losses.token_metrics import token_metrics
 from lora_dpo_jax.losses.whole_batch import ScoredPart, of_whole_batch
 from lora_dpo_jax.models import CausalLM
-from lora_dpo_jax.objective import ExampleLosses
+from lora_dpo_jax.models.experts import BALANCE, SEGMENT
+from lora_dpo_jax.objective import ExampleLosses, Mean
 from lora_dpo_jax.sharding import on_host
 
 
@@ -36,6 +37,7 @@ class PreferenceObjective:
 
     loss: Loss
     token_metrics: bool = False  # also the metrics of losses.token_metrics, from the same pass over the head
+    router_aux_loss_coef: float = 0.0  # the weight of how unevenly routers treat an example; 0 leaves it out
 
     @property
     def needs_tokens(self) -> bool:
@@ -48,9 +50,20 @@ class PreferenceObjective:
         if theirs is not None:
             are_equal = equals_reference(model, reference, training=True)
         losses = self.loss(policy, theirs, micro.examples, are_equal=are_equal)
-        if not self.token_metrics:
-            return losses
-        return ExampleLosses(losses.loss, losses.metrics | token_metrics(policy, micro.examples))
+        if self.router_aux_loss_coef:
+            losses = self._with_router_loss(losses, policy, micro)
+        if self.token_metrics:
+            losses = ExampleLosses(losses.loss, losses.metrics | token_metrics(policy, micro.examples))
+        return losses
+
+    def _with_router_loss(self, losses: ExampleLosses, policy: Scores, micro: PreferenceBatch) -> ExampleLosses:
+        """Adds the auxiliary loss of each example to its own, so that neither depends on what shares a batch."""
+        Example = losses.loss.resolve_axis(EXAMPLE)
+        of_examples = policy.auxiliary[BALANCE][SEGMENT, : Example.size].rename({SEGMENT: EXAMPLE})
+        weight = micro.examples.is_example.astype(jnp.float32)
+        loss = losses.loss + self.router_aux_loss_coef * weight * of_examples
+        mean = Mean.over(of_examples, weight)
+        return ExampleLosses(loss.rearrange(losses.loss.axes), losses.metrics | {"router_aux_loss": mean})
 
     def prepare(
         self, model: CausalLM, reference: Any, parts: tuple[PreferenceBatch, ...], *, key=None

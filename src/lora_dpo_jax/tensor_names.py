@@ -8,7 +8,7 @@ numbered; so does any module with `numbers`. In nested stacks, the names are in 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
@@ -34,6 +34,28 @@ class Numbered(Protocol):
         ...
 
 
+@runtime_checkable
+class Renamed(Protocol):
+    """A module whose attributes have other names in tensor names than in the tree."""
+
+    @property
+    def tensor_parts(self) -> Mapping[str, str]:
+        """The part of a tensor name for an attribute; attributes that are not here are called by their own names."""
+        ...
+
+
+@runtime_checkable
+class Sided(Protocol):
+    """A module with a `weight` that is no layer of haliax's."""
+
+    weight: Any
+
+    @property
+    def tensor_sides(self) -> tuple[str, ...]:
+        """The names of the axes of the weight's tensor, one for each of its dimensions."""
+        ...
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One array of the model and its tensors: one for each slice of its stacks, or one if it has no stack."""
@@ -41,6 +63,7 @@ class Parameter:
     names: tuple[str, ...]
     axes: tuple[Axis, ...]  # the axes of stacks come first
     sides: tuple[tuple[Axis, ...], ...]  # axes of each tensor dimension on disk: (out, in) for a matrix
+    is_linear: bool = True  # of a linear layer
 
     @property
     def stack_axes(self) -> tuple[Axis, ...]:
@@ -48,7 +71,7 @@ class Parameter:
 
     @property
     def is_layer_matrix(self) -> bool:
-        return bool(self.stack_axes) and len(self.sides) == 2
+        return self.is_linear and bool(self.stack_axes) and len(self.sides) == 2
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -59,17 +82,20 @@ def map_parameters(fn: Callable[[Parameter], Any], model: M) -> M:
     """Replaces each array of a model without adapters by `fn(its parameter)`."""
 
     def is_layer(node: Any) -> bool:
-        return isinstance(node, hnn.Linear | hnn.Embedding | hnn.RmsNorm)
+        return isinstance(node, hnn.Linear | hnn.Embedding | hnn.RmsNorm | Sided)
 
     def visit(path: tuple, layer: Any) -> Any:
         if not is_layer(layer):
             return layer
         fields = [field for field in ("weight", "bias") if getattr(layer, field, None) is not None]
         names = tensor_names(path, model)
-        arrays = [
-            fn(Parameter(tuple(f"{name}.{field}" for name in names), getattr(layer, field).axes, _sides(layer, field)))
-            for field in fields
-        ]
+
+        def parameter(field: str) -> Parameter:
+            tensors = tuple(f"{name}.{field}" for name in names)
+            sides = _sides(layer, field)
+            return Parameter(tensors, getattr(layer, field).axes, sides, isinstance(layer, hnn.Linear))
+
+        arrays = [fn(parameter(field)) for field in fields]
         return eqx.tree_at(lambda node: [getattr(node, field) for field in fields], layer, arrays)
 
     return jax.tree_util.tree_map_with_path(visit, model, is_leaf=is_layer)
@@ -87,8 +113,10 @@ def tensor_names(path: tuple, model: Any) -> list[str]:
             names = [f"{name}.{number}" for name in names for number in numbers]
             continue
         entry = path[at]
+        renamed = node.tensor_parts if isinstance(node, Renamed) else {}
         node, at = _step(node, entry), at + 1
         part = entry.name if isinstance(entry, jax.tree_util.GetAttrKey) else str(getattr(entry, "idx", entry))
+        part = renamed.get(part, part)
         if part == "stacked":
             continue
         names = [f"{name}.{part}".lstrip(".") for name in names]
@@ -103,7 +131,9 @@ def axes_of(side: AxisSpec) -> tuple[Axis, ...]:
 
 
 def _sides(layer: Any, field: str) -> tuple[tuple[Axis, ...], ...]:
-    if isinstance(layer, hnn.Linear):
+    if isinstance(layer, Sided):
+        sides = tuple(layer.weight.resolve_axis(name) for name in layer.tensor_sides)
+    elif isinstance(layer, hnn.Linear):
         sides = (layer.Out,) if field == "bias" else (layer.Out, layer.In)
     elif isinstance(layer, hnn.Embedding):
         sides = (layer.Vocab, layer.Embed)

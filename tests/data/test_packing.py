@@ -72,6 +72,19 @@ def test_without_a_shared_prefix_each_branch_begins_with_the_prompt():
     assert batch.source.array[0, 0].tolist() == [1, 4, 5, 0]
 
 
+def test_responses_on_either_side_of_a_models_switch_do_not_share_their_prompt():
+    lengths = [(2, 1, 2), (2, 1, 3), (2, 3, 1), (4, 1, 2), (3, 1, 1)]
+    pairs = [TokenizedExample.pair(*(np.ones(n, np.int32) for n in of_pair)) for of_pair in lengths]
+    table = table_of(MemoryExamples(pairs)).switching_at(4)
+    assert table.sizes.tokens.tolist() == [5, 8, 8, 7, 5]
+    assert [pair.shares_prompt for pair in table] == [True, False, False, True, True]
+    subset = table.subset(np.array([1, 3]))
+    assert subset.sizes.tokens.tolist() == [8, 7] and table_of(MemoryExamples(pairs)).sizes.tokens[1] == 6
+    layout = PartShape.of_pairs(micro_batches=1, rows=1, row_length=16, targets=8, pairs=2)
+    batch = pack(subset, [np.array([0, 1])], layout)
+    assert batch.branch_ids.array[0, 0].tolist() == [1, 1, 1, 2, 2, 2, 2, 2, 0, 0, 0, 0, 1, 2, 2, 0]
+
+
 def test_more_rows_than_the_layout_has_are_an_error():
     pairs = random_pairs(3)
     with pytest.raises(ValueError, match="3 rows do not fit the 2 of PartShape"):

@@ -10,7 +10,7 @@ import pytest
 import transformers
 from hostile_values import hostile_values, how_it_ends
 from safetensors.numpy import save_file
-from tiny_models import ARCHITECTURES, load, tiny_folder, tiny_tokenizer, with_random_adapters
+from tiny_models import ARCHITECTURES, FAMILIES, load, tiny_folder, tiny_tokenizer, with_random_adapters
 
 from lora_dpo_jax.generation import encode_prompt, read_stop_ids
 from lora_dpo_jax.huggingface.adapter_config import read_base_model
@@ -47,10 +47,25 @@ def parsed(values: Any) -> Any:
 
 
 def config_of(architecture: str) -> dict[str, Any]:
-    return json.loads(ARCHITECTURES[architecture].to_json_string(use_diff=False)) | BESIDE
+    return json.loads((ARCHITECTURES | FAMILIES)[architecture].to_json_string(use_diff=False)) | BESIDE
 
 
-@pytest.mark.parametrize("architecture", ["llama3.1", "mistral", "qwen2_window", "qwen3"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "llama3.1",
+        "mistral",
+        "qwen2_window",
+        "qwen3",
+        "smollm3",
+        "olmo3",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "cohere2",
+        "qwen3_moe",
+    ],
+)
 def test_any_value_of_any_key_of_config_json(architecture):
     config = config_of(architecture)
     assert ends("", config, "", lambda: config_from_hf(parsed(config)))
@@ -63,11 +78,13 @@ def test_any_value_of_any_key_of_config_json(architecture):
     assert tried > 1500 and 0 < ended_right < tried
 
 
-@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "llama3"])
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "llama3", "yarn", "longrope"])
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_any_value_of_any_key_of_the_rotary_settings(kind, name):
     rope = {"rope_type": kind, "type": kind, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope |= {"original_max_position_embeddings": 16, "rope_theta": 500.0, "partial_rotary_factor": 1.0}
+    rope |= {"beta_fast": 32.0, "mscale": 1.0, "truncate": True} if kind == "yarn" else {}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
     config = config_of("llama2") | {name: rope}
     assert ends("", config, "", lambda: config_from_hf(parsed(config)))
     for key, right in rope.items():

@@ -93,7 +93,7 @@ def test_under_a_mesh_each_device_holds_its_part():
         sharded = load(tiny_folder("qwen2"), mapping=mapping)
     assert_same_weights(jax.device_get(sharded), jax.device_get(load(tiny_folder("qwen2"))))
     (layer,) = sharded.model.layers.segments[0].stacked.layers
-    parts_of = [(layer.mlp.up_proj, 8), (layer.self_attn.q_proj, 8), (layer.input_layernorm, 4)]
+    parts_of = [(layer.mlp.up_proj, 8), (layer.self_attn.q_proj, 8), (layer.before_attention, 4)]
     for weight, parts in ((module.weight, parts) for module, parts in parts_of):
         assert weight.array.addressable_shards[0].data.size * parts == weight.array.size
 

@@ -49,13 +49,13 @@ class Experts(eqx.Module):
 
     experts: Any
 
-    def __call__(self, x, *, key=None):
+    def __call__(self, x, segments, *, key=None):
         if isinstance(self.experts, hnn.Stacked):
-            outs = self.experts.vmap_via(lambda mlp, x: mlp(x)[0])(x)
+            outs = self.experts.vmap_via(lambda mlp, x: mlp(x, segments)[0])(x)
         elif isinstance(self.experts, Bank):
-            outs, _ = self.experts.mlp(x)
+            outs, _ = self.experts.mlp(x, segments)
         else:
-            outs = hax.stack(Expert, [mlp(x)[0] for mlp in self.experts])
+            outs = hax.stack(Expert, [mlp(x, segments)[0] for mlp in self.experts])
         return hax.mean(outs, Expert), {}
 
 
@@ -74,13 +74,13 @@ def plain(holding: str) -> CausalLM:
     """A decoder with experts in the place of its Mlps, and weights that follow from their names."""
     compute = ComputeConfig(attention="dense")
 
-    def make_layer(window, *, key) -> DecoderLayer:
-        layer = DecoderLayer.init(LLAMA, compute, window, key=key)
+    def make_layer(kind, *, key) -> DecoderLayer:
+        layer = DecoderLayer.init(LLAMA, compute, kind, key=key)
         return eqx.tree_at(lambda layer: layer.mlp, layer, make_experts(holding, key=key))
 
     def make() -> CausalLM:
         model = CausalLM.init(LLAMA, compute, key=jax.random.key(0))
-        layers = LayerStack.init(make_layer, LLAMA.windows, compute, key=jax.random.key(0))
+        layers = LayerStack.init(make_layer, LLAMA.layers, compute, key=jax.random.key(0))
         return eqx.tree_at(lambda model: model.model.layers, model, layers)
 
     def fill(parameter: Parameter) -> hax.NamedArray:

@@ -25,7 +25,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lora_dpo_jax.huggingface.weights import read_config
 from lora_dpo_jax.models import config_from_hf
-from lora_dpo_jax.models.architectures import HARMLESS, HARMLESS_KINDS, USED
+from lora_dpo_jax.models.architectures import ARCHITECTURES as ROWS
+from lora_dpo_jax.models.config_json import HARMLESS, HARMLESS_KINDS, used_keys
 
 
 def assert_logits_match(folder, tokens):
@@ -64,6 +65,9 @@ def test_a_config_that_leaves_out_what_is_default_says_the_same(architecture):
 LLAMA = json.loads(ARCHITECTURES["llama2"].to_json_string(use_diff=False))
 LINEAR = {"rope_type": "linear", "factor": 3.0}
 LLAMA3 = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 16}
+LONGROPE |= {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 3.0, 4.0, 5.0]}
 ROPES: dict[str, dict[str, Any]] = {
     "rope_scaling replaces rope_parameters": {
         "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 100.0},
@@ -96,6 +100,14 @@ ROPES: dict[str, dict[str, Any]] = {
     "default with all that other types have": {
         "rope_scaling": {**LLAMA3_ROPE, "rope_type": "default", "attention_factor": 2.0, "beta_fast": 32, "mscale": 0.7}
     },
+    "yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    "yarn with all that it may have": {
+        "rope_parameters": YARN | {"beta_fast": 4.0, "beta_slow": 0.5, "truncate": False, "attention_factor": 1.5}
+    },
+    "yarn with two scales of its logarithm": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.3}},
+    "yarn whose factor is that of its lengths": {"rope_parameters": YARN | {"factor": None}},
+    "longrope": {"rope_parameters": LONGROPE},
+    "longrope with a factor": {"rope_parameters": LONGROPE | {"factor": 3.0}},
     "all dimensions are turned": {
         "rope_parameters": {**LINEAR, "rope_theta": 100.0, "partial_rotary_factor": 1.0},
         "partial_rotary_factor": 1.0,
@@ -115,11 +127,11 @@ def with_config(architecture: str, folder: Path, changes: dict[str, Any]) -> Pat
 def test_rotary_settings_are_read_as_transformers_reads_them(case, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | ROPES[case]))
     theirs = LlamaRotaryEmbedding(transformers.AutoConfig.from_pretrained(tmp_path))
-    assert theirs.attention_scaling == 1.0
     ours, plain = (config_from_hf(config) for config in (LLAMA | ROPES[case], LLAMA))
     frequencies = [config.rope.inverse_frequencies(config.head_dim, jnp.int32(1)) for config in (ours, plain)]
     np.testing.assert_allclose(frequencies[0], theirs.inv_freq.numpy(), rtol=1e-6)
     assert np.abs(frequencies[0] - frequencies[1]).max() > 1e-3  # the case is one
+    assert ours.rope.magnitude == pytest.approx(theirs.attention_scaling, rel=1e-12)
 
 
 @pytest.mark.parametrize("case", ["rope_scaling replaces rope_parameters", "default with a factor"])
@@ -127,14 +139,20 @@ def test_logits_match_transformers_whatever_says_the_rotary_settings(case, tmp_p
     assert_logits_match(with_config("llama2", tmp_path / "model", ROPES[case]), random_tokens(1, LENGTH))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+# Keys that are refused unless they are off, and keys of the images that a module reads as well.
+FOR_OTHERS = {"use_bidirectional_attention", "attn_logit_softcapping", "clip_qkv"}
+FOR_OTHERS |= {"vision_config", "text_config", "get_text_config", "mm_tokens_per_image"}
+
+
+@pytest.mark.parametrize("model_type", ROWS)
 def test_all_that_the_model_of_transformers_reads_is_used_or_changes_no_logit(model_type):
-    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    folder = model_type.removesuffix("_text")
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     source = inspect.getsource(module)
     read = {*re.findall(r"config\.([a-z]\w+)", source), *re.findall(r"attr\([\w.]*config, \"(\w+)\"", source)}
     assert {"hidden_size", "rope_parameters", "head_dim"} <= read
-    unknown = {key for key in read if key not in USED | HARMLESS and not HARMLESS_KINDS.fullmatch(key)}
-    assert not unknown
+    known = used_keys(ROWS[model_type]) | HARMLESS | FOR_OTHERS
+    assert {key for key in read if key not in known and not HARMLESS_KINDS.fullmatch(key)} == set()
 
 
 NOTES_OF_OTHERS = {
@@ -193,10 +211,10 @@ def test_every_generation_setting_is_ignored():
         {"quantization_config": {"quant_method": "gptq"}},
         {"quantization": {"group_size": 64, "bits": 4}},
         {"hidden_act": "relu2"},
-        {"model_type": "gemma2"},
+        {"model_type": "gpt2"},
         {"partial_rotary_factor": 0.5},
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-        {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+        {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 4.0}},
+        {"rope_scaling": {"type": "longrope", "short_factor": 1.0}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
         {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     ],

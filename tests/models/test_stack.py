@@ -129,8 +129,8 @@ class Telling(eqx.Module):
 
     mlp: Mlp
 
-    def __call__(self, x, *, key=None):
-        out, _ = self.mlp(x, key=key)
+    def __call__(self, x, segments, *, key=None):
+        out, _ = self.mlp(x, segments, key=key)
         return out, {"size": hax.sum(x * x, axis=("position", "embed"))}
 
 
@@ -163,8 +163,8 @@ def test_what_layers_tell_beside_hidden_states_is_summed_over_layers():
         x, total = model.model.embed(TOKENS), 0.0
         context = model.model._context(MASK.position_ids, MASK)
         for layer in layers:
-            attended, _ = layer.self_attn(layer.input_layernorm(x), context, None)
-            inputs = layer.post_attention_layernorm(x + attended)
+            attended, _ = layer.self_attn(layer.before_attention(x), context, None)
+            inputs = layer.before_mlp(x + attended)
             total = total + hax.sum(inputs * inputs, axis=("position", "embed"))
             x = layer(x, context).x
         return total

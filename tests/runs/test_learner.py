@@ -12,6 +12,7 @@ from lora_dpo_jax.data import PackingConfig, whole_table
 from lora_dpo_jax.lora import LoraConfig, loraize
 from lora_dpo_jax.losses import Dpo
 from lora_dpo_jax.models import ComputeConfig
+from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.runs.capacity import bytes_of_a_device
 from lora_dpo_jax.runs.config import ModelConfig
 from lora_dpo_jax.runs.learner import abstract_learner, real_learner
@@ -31,9 +32,11 @@ def test_abstract_arrays_take_what_real_ones_do(axes):
     placement = Placement(MeshConfig(axes), devices)
     optimizer, lora = OptimizerConfig().build(10), LoraConfig(r=3, alpha=6.0)
     settings, precision = ModelConfig(**dataclasses.asdict(ComputeConfig())), TrainerConfig().precision_on("cpu")
-    abstract = abstract_learner(Dpo(), optimizer, LLAMA, placement, lora=lora, model=settings, precision=precision)
+    abstract = abstract_learner(
+        PreferenceObjective(Dpo()), optimizer, LLAMA, placement, lora=lora, model=settings, precision=precision
+    )
     policy = loraize(tiny_decoder(attention="auto"), lora, key=jax.random.key(0))
-    real = real_learner(Dpo(), optimizer, policy, placement, key=jax.random.key(1))
+    real = real_learner(PreferenceObjective(Dpo()), optimizer, policy, placement, key=jax.random.key(1))
     assert bytes_of_a_device(abstract.state) == bytes_of_a_device(real.state)
 
     ids, row_shards = [np.arange(16)], placement.row_shards
@@ -46,7 +49,7 @@ def test_abstract_arrays_take_what_real_ones_do(axes):
 def test_a_learner_takes_step_after_step():
     placement, optimizer = Placement(MeshConfig({"data": 1}), jax.devices()[:1]), OptimizerConfig().build(2)
     policy = loraize(tiny_decoder(), LoraConfig(r=3), key=jax.random.key(0))
-    learner = real_learner(Dpo(), optimizer, policy, placement, key=jax.random.key(1))
+    learner = real_learner(PreferenceObjective(Dpo()), optimizer, policy, placement, key=jax.random.key(1))
     steps = lay_out_steps(PAIRS, [np.arange(4)] * 2, PackingConfig(), parallelism=-1, row_shards=1)
     losses = [float(learner(batch).values["loss"]) for batch in steps.batches(placement)]
     assert int(learner.state.step) == 2
@@ -59,7 +62,7 @@ def test_reference_adapters_and_dtypes_are_those_of_the_settings(quantization):
 
     def state(*, mp: str, dtype: str | None = None, has_reference_adapters: bool = False) -> TrainState:
         return abstract_learner(
-            Dpo(),
+            PreferenceObjective(Dpo()),
             optimizer,
             LLAMA,
             placement,

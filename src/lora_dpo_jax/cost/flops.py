@@ -19,8 +19,12 @@ def useful_flops(model: CausalLM, batch: PreferenceBatch, *, with_reference: boo
     config = model.config
     weights = adapters = 0
     for layer, _ in linear_layers(model.model):
-        weights += unwrapped(layer).weight.size
-        adapters += layer.flops_per_token if isinstance(layer, Adapter) else 0
+        weight = unwrapped(layer).weight
+        # A token passes through some of the experts alone.
+        of_experts = config.experts is not None and config.experts.Expert in weight.axes
+        share = config.experts.per_token / config.experts.num_experts if config.experts and of_experts else 1.0
+        weights += share * weight.size
+        adapters += share * layer.flops_per_token if isinstance(layer, Adapter) else 0
     passes = 3.0 if with_reference else 2.0
     is_token = batch.segment_ids > 0
     tokens = hax.sum(is_token).scalar().astype(jnp.float32)

@@ -32,6 +32,7 @@ class TokenizedExample:
     columns: Mapping[str, float | Sequence[float]] = field(default_factory=dict)  # a number, or one for each response
     # bool arrays, one for each response, as long as it. The other tokens are context. None: all tokens are scored.
     scored: tuple[np.ndarray, ...] | None = None
+    shares_prompt: bool = True  # false: the responses cannot share one computation of the prompt
 
     @classmethod
     def pair(cls, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, **columns) -> "TokenizedExample":
@@ -78,6 +79,7 @@ class ExampleSizes:
     unscored: np.ndarray  # tokens of all responses that are not
     responses: np.ndarray  # how many
     comparisons: np.ndarray  # how many
+    shares_prompt: np.ndarray | None = None  # bool: see TokenizedExample; None = all true
 
     @staticmethod
     def of_pairs(lengths: np.ndarray) -> "ExampleSizes":
@@ -90,12 +92,19 @@ class ExampleSizes:
         return len(self.prompt)
 
     def __getitem__(self, ids: np.ndarray) -> "ExampleSizes":
-        return ExampleSizes(*(getattr(self, field.name)[ids] for field in dataclasses.fields(self)))
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return ExampleSizes(**{name: None if array is None else array[ids] for name, array in arrays.items()})
 
     @property
     def tokens(self) -> np.ndarray:
-        """Tokens of each example. The prompt counts once."""
-        return self.prompt + self.targets + self.unscored
+        """Tokens that each example takes in a row. The prompt counts once, unless the responses cannot share it."""
+        together = self.prompt + self.targets + self.unscored
+        return together if self.shares_prompt is None else np.where(self.shares_prompt, together, self.tokens_apart)
+
+    @property
+    def tokens_apart(self) -> np.ndarray:
+        """Tokens of each example if the prompt is repeated before each response."""
+        return self.prompt * self.responses + self.targets + self.unscored
 
 
 @dataclass(frozen=True)
@@ -181,6 +190,15 @@ class ExampleArrays:
     def _unscored_starts(self) -> np.ndarray:
         """int64 [response + 1]: where the stretches of each response begin in `unscored`."""
         return np.concatenate([[0], np.cumsum(self.unscored_counts, dtype=np.int64)])
+
+    def on_one_side_of(self, length: int) -> np.ndarray:
+        """bool [example]: whether all sequences, of the prompt and one response, or none are longer than `length`."""
+        starts, counts = self.response_starts[:-1], np.maximum(self.response_counts, 1)
+        if not len(self):
+            return np.ones(0, bool)
+        is_long = np.repeat(self.prompt_tokens, self.response_counts) + self.response_tokens > length
+        number = np.add.reduceat(np.append(is_long, False).astype(np.int64), starts)
+        return (number == 0) | (number == counts)
 
     @functools.cached_property
     def response_starts(self) -> np.ndarray:

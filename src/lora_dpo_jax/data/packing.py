@@ -6,6 +6,8 @@
     branch_ids    0 0 0 1 1 2 2 2 0 0 1 2 2 0 0      prompt, first response, second response
     position_ids  0 1 2 3 4 3 4 5 0 1 2 2 3 0 0      each response begins where the prompt ended
 
+Where responses do not share their prompt, it is repeated before each of them, in the response's branch.
+
 The targets are a list beside the rows. For each scored response token it has the position of its logits (`source`), the
 token (`target_ids`) and the number of its response in the row (`target_response`). `source` is the token before it in
 its own sequence, so the last prompt token serves all responses. Tokens that are not scored are in the rows alone.
@@ -153,12 +155,12 @@ class _Filling:
     def add(self, number: int, example: TokenizedExample, reference: np.ndarray | None) -> None:
         """`number` is the example's number in the data."""
         arrays, row, slot, first = self.arrays, self.row, self.examples, self.responses
-        prompt = example.prompt
-        if self.share_prefix:
+        prompt, shares = example.prompt, self.share_prefix and example.shares_prompt
+        if shares:
             self._lay(prompt, branch=0, first_position=0)
         prompt_end = self.tokens
         for branch, response in enumerate(example.responses, start=1):
-            if not self.share_prefix:
+            if not shares:
                 self._lay(prompt, branch, first_position=0)
                 prompt_end = self.tokens
             start = self.tokens

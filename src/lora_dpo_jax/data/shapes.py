@@ -86,7 +86,7 @@ class PackingConfig:
 
     def tokens(self, sizes: ExampleSizes) -> np.ndarray:
         """Tokens that each example takes in its row."""
-        return sizes.tokens if self.share_prefix else sizes.tokens + sizes.prompt * (sizes.responses - 1)
+        return sizes.tokens if self.share_prefix else sizes.tokens_apart
 
     def shortest_row(self, sizes: ExampleSizes) -> int:
         """Tokens of the shortest row that can hold any of the examples."""

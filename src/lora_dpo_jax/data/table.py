@@ -1,5 +1,7 @@
 """Tables of examples from several components, numbered consecutively, and how a part of them is held out."""
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -28,8 +30,13 @@ class ExampleSource(Protocol):
 class ExampleTable(Sequence[TokenizedExample]):
     """Selected examples of one or more components, numbered consecutively."""
 
-    def __init__(self, components: Mapping[str, tuple[ExampleSource, np.ndarray]]):
-        """Each component comes with the indices of its examples that belong to this table."""
+    def __init__(self, components: Mapping[str, tuple[ExampleSource, np.ndarray]], *, switch_length: int | None = None):
+        """Each component comes with the indices of its examples that belong to this table.
+
+        `switch_length` (tokens): a sequence that is longer is computed otherwise, from its first token on. Responses
+        on either side of this length cannot share their prompt.
+        """
+        self._switch_length = switch_length
         self.names = list(components)
         self._sources = [source for source, _ in components.values()]
         self._indices = [indices for _, indices in components.values()]
@@ -42,7 +49,9 @@ class ExampleTable(Sequence[TokenizedExample]):
 
     def __getitem__(self, index: int) -> TokenizedExample:
         source, inner = self._locate(index)
-        return source[inner]
+        example = source[inner]
+        shares = self.sizes.shares_prompt
+        return example if shares is None or shares[index] else dataclasses.replace(example, shares_prompt=False)
 
     def origin(self, index: int) -> str:
         """Where the example comes from: its file and row."""
@@ -54,9 +63,19 @@ class ExampleTable(Sequence[TokenizedExample]):
         source, inner = self._locate(index)
         return source.fingerprint, inner
 
-    @property
+    @functools.cached_property
     def sizes(self) -> ExampleSizes:
-        return self.arrays.sizes
+        if self._switch_length is None:
+            return self.arrays.sizes
+        return dataclasses.replace(self.arrays.sizes, shares_prompt=self.arrays.on_one_side_of(self._switch_length))
+
+    def switching_at(self, length: int | None) -> "ExampleTable":
+        """The same examples, for a model with this `switch_length`."""
+        if length == self._switch_length:
+            return self
+        return ExampleTable(
+            dict(zip(self.names, zip(self._sources, self._indices, strict=True), strict=True)), switch_length=length
+        )
 
     @property
     def components(self) -> list[tuple[ExampleSource, np.ndarray]]:
@@ -70,7 +89,10 @@ class ExampleTable(Sequence[TokenizedExample]):
             indices[ids[first:last] - start]
             for indices, start, first, last in zip(self._indices, self._starts, bounds, bounds[1:], strict=False)
         ]
-        return ExampleTable(dict(zip(self.names, zip(self._sources, inner, strict=True), strict=True)))
+        return ExampleTable(
+            dict(zip(self.names, zip(self._sources, inner, strict=True), strict=True)),
+            switch_length=self._switch_length,
+        )
 
     def _locate(self, index: int) -> tuple[ExampleSource, int]:
         component = int(np.searchsorted(self._starts, index, side="right")) - 1

@@ -116,6 +116,8 @@ def save_adapter(
         adapters = [_at(adapter, config.r, config.scaling) for adapter in adapters]
     # PEFT may be able to adapt layers that we cannot adapt.
     names = [*_layer_names(model), *unadaptable_layers(model)]
+    if model.config.has_wrapper:  # its images' layers may have the same names at the end
+        names += [f"model.vision_tower.{name.rpartition('.')[2]}" for name in names]
     targets = explicit_targets([adapter.name for adapter in adapters], names)
     tensors = {
         key_of(adapter.name, factor): tensor.astype(dtype)

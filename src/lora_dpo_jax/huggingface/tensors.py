@@ -97,6 +97,12 @@ class LazyTensor:
             part[first - start : first - start + len(block)] = block[(slice(None), *cuts)]
         return part
 
+    def rows_of(self, matrix: int, start: int, stop: int) -> "LazyTensor":
+        """Some rows of one matrix of a tensor {matrix, row, column}: these follow each other in the file."""
+        _, rows, columns = self.info.shape
+        before = (matrix * rows + start) * columns * self.info.item_bytes
+        return LazyTensor(self.path, TensorInfo(self.info.dtype, (stop - start, columns)), self.offset + before)
+
     def _rows(self, start: int, stop: int) -> np.ndarray:
         inner = self.info.shape[1:]
         num_bytes = self.info.item_bytes * math.prod(inner)
@@ -138,7 +144,8 @@ class TensorFiles:
         if file_of is None:
             raise FileNotFoundError(f"{folder}: neither {self._single} nor {self._index} {instead(folder, stem)}")
         self._file_of = file_of
-        self._name_in_file: dict[str, str] = {}  # of renamed tensors
+        # Of renamed tensors: the name in the file, and which part of that tensor.
+        self._source: dict[str, tuple[str, Callable[[LazyTensor], LazyTensor]]] = {}
         self._elsewhere: Mapping[str, LazyTensor] = {}
 
     @property
@@ -155,7 +162,14 @@ class TensorFiles:
         """The same files, with each tensor in `names` under its new name."""
         other = copy.copy(self)
         other._file_of = {names.get(name, name): file for name, file in self._file_of.items()}
-        other._name_in_file = {names.get(name, name): self._name_in_file.get(name, name) for name in self._file_of}
+        other._source = {names.get(name, name): self._source.get(name, (name, _whole)) for name in self._file_of}
+        return other
+
+    def named(self, parameters: Mapping[str, tuple[str, Callable[[LazyTensor], LazyTensor]]]) -> "TensorFiles":
+        """The same files, with these tensors under other names: (name in the file, which part of it) by name."""
+        other = copy.copy(self)
+        other._file_of = {name: self._file_of[in_file] for name, (in_file, _) in parameters.items()}
+        other._source = dict(parameters)
         return other
 
     def replaced(self, tensors: Mapping[str, LazyTensor]) -> "TensorFiles":
@@ -173,11 +187,11 @@ class TensorFiles:
     def view(self, name: str) -> LazyTensor:
         if name in self._elsewhere:
             return self._elsewhere[name]
-        file, name = self._file_of[name], self._name_in_file.get(name, name)
+        file, (name, part) = self._file_of[name], self._source.get(name, (name, _whole))
         tensors = self._tensors_of(file)
         if name not in tensors:
             raise ValueError(f"{self.folder / file}: tensor {name} is missing, though {self._index} names it")
-        return tensors[name]
+        return part(tensors[name])
 
     def read(self, name: str) -> np.ndarray:
         """The whole tensor, in the file's dtype."""
@@ -194,6 +208,10 @@ class TensorFiles:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} is no safetensors file, or only part of one: {error}") from error
         return self._opened[name]
+
+
+def _whole(tensor: LazyTensor) -> LazyTensor:
+    return tensor
 
 
 def instead(folder: Path, stem: str = "model") -> str:

@@ -67,6 +67,11 @@ def read_enlargement(adapter: Path, base: Path, config: DecoderConfig) -> Enlarg
     matrices = {NAMES[name]: files.view(key) for key, name in larger.items() if name in needed}
     if not matrices:
         return Enlargement()
+    if config.has_wrapper:
+        raise ValueError(
+            f"{adapter}: holds {', '.join(larger)} of an enlarged vocabulary, which is not read for models of text and "
+            "images; PEFT's merge_and_unload makes a model of it"
+        )
     rows = {view.info.shape[0] for view in matrices.values()}
     if len(matrices) < len(needed) or len(rows) > 1:
         found = ", ".join(f"{key} {files.shape(key)}" for key in larger)

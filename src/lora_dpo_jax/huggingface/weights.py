@@ -1,5 +1,6 @@
 """Models in Hugging Face's format: `config.json` and safetensors, read straight to their devices and written back."""
 
+import dataclasses
 import logging
 import re
 import shutil
@@ -17,6 +18,7 @@ from haliax import NamedArray
 from lora_dpo_jax.huggingface.adapter_config import CONFIG as ADAPTER_CONFIG
 from lora_dpo_jax.huggingface.adapter_config import read_base_model
 from lora_dpo_jax.huggingface.adapters import LayerAdapter, layer_adapters
+from lora_dpo_jax.huggingface.dialects import embedding_of, parameters_of
 from lora_dpo_jax.huggingface.folders import export_folder
 from lora_dpo_jax.huggingface.tensors import (
     TensorFiles,
@@ -40,7 +42,7 @@ logger = logging.getLogger(__name__)
 # Tensors in old files that are computed from the config.
 COMPUTED = re.compile(r".*rotary_emb\.inv_freq")
 NOT_ENLARGED = Enlargement()
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -53,7 +55,7 @@ TOKENIZER_FILES = (
     "chat_template*",
     "additional_chat_templates/*",
 )
-OTHER_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
+OTHER_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*", "*processor_config.json")
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -67,7 +69,18 @@ def read_config(folder: Path) -> DecoderConfig:
             )
         raise FileNotFoundError(f"{folder / 'config.json'} is missing {instead(folder)}")
     hf = read_json_object(folder / "config.json")
-    return config_from_hf(hf.values, hf.where)
+    config = config_from_hf(hf.values, hf.where)
+    if config.has_wrapper and "tie_word_embeddings" not in hf.values and _has_head(folder):
+        # Files of Mistral 3 leave the key out, whose default ties the head. transformers then obeys the tensors.
+        return dataclasses.replace(config, tie_word_embeddings=False)
+    return config
+
+
+def _has_head(folder: Path) -> bool:
+    try:
+        return any(name.endswith(HEAD) for name in TensorFiles(folder).names)
+    except FileNotFoundError:  # a folder with settings alone
+        return False
 
 
 def load_model(
@@ -124,16 +137,19 @@ def save_merged(
     if jax.process_index() != 0:
         return
     tensors = enlargement.tensors(TensorFiles(source))
-    _check_source(adapters, tensors)
+    parts = {name: parameters_of(name, tensors.shape(name), model.config) for name in tensors.names}
+    _check_source(adapters, enlargement.tensors(_weights_in(source, model.config)))
     if errors := _quantization_errors(model):
         logger.info("%s: merged into the weights of %s, not into the quantized ones; %s", folder, source, errors)
 
     def merged(name: str) -> np.ndarray:
         tensor = tensors.read(name)
-        if name not in adapters:
-            return tensor
-        # In float32 and rounded once, as Adapter.merged and PEFT do.
-        return adapters[name].merge(tensor.astype(np.float32)).astype(tensor.dtype)
+        for parameter, part in parts[name].items():
+            if parameter in adapters:
+                matrix = part.of_array(tensor)
+                # In float32 and rounded once, as Adapter.merged and PEFT do.
+                matrix[...] = adapters[parameter].merge(matrix.astype(np.float32)).astype(tensor.dtype)
+        return tensor
 
     with export_folder(folder, run=run, overwrite=overwrite) as exported:
         _copy_files(source, exported, OTHER_FILES if tokenizer is not None else OTHER_FILES + TOKENIZER_FILES)
@@ -148,9 +164,14 @@ def save_merged(
 def _weights_in(folder: Path, config: DecoderConfig) -> TensorFiles:
     """The tensors under the names of the model's parameters. A tied matrix may have either name in the file."""
     tensors = TensorFiles(folder)
-    if config.tie_word_embeddings and HEAD in tensors.names and EMBEDDING not in tensors.names:
-        return tensors.renamed({HEAD: EMBEDDING})
-    return tensors
+    found = {}
+    for name in tensors.names:
+        for parameter, part in parameters_of(name, tensors.shape(name), config).items():
+            found[parameter] = name, part.of
+    embedding = embedding_of(config)
+    if config.tie_word_embeddings and HEAD in found and embedding not in found:
+        found[embedding] = found.pop(HEAD)
+    return tensors.named(found)
 
 
 def _check_tensors(tensors: TensorFiles, template: CausalLM) -> None:
@@ -165,7 +186,7 @@ def _check_tensors(tensors: TensorFiles, template: CausalLM) -> None:
     found = [name for name in tensors.names if not COMPUTED.fullmatch(name)]
     if template.config.tie_word_embeddings and HEAD in found:
         found.remove(HEAD)
-        _check_tied_head(tensors)
+        _check_tied_head(tensors, embedding_of(template.config))
     if missing := [name for name in needed if name not in found]:
         raise ValueError(f"{tensors.folder}: tensors are missing: {abridged(missing)}")
     if surplus := [name for name in found if name not in needed]:
@@ -185,10 +206,10 @@ def _check_tensors(tensors: TensorFiles, template: CausalLM) -> None:
             )
 
 
-def _check_tied_head(tensors: TensorFiles) -> None:
-    if not np.array_equal(tensors.read(HEAD), tensors.read(EMBEDDING)):
+def _check_tied_head(tensors: TensorFiles, embedding: str) -> None:
+    if not np.array_equal(tensors.read(HEAD), tensors.read(embedding)):
         raise ValueError(
-            f"{tensors.folder}: config.json ties the head to the input embedding, but {HEAD} differs from {EMBEDDING}; "
+            f"{tensors.folder}: config.json ties the head to the input embedding, but {HEAD} differs from {embedding}; "
             "set tie_word_embeddings to false there to use the head"
         )
 

@@ -74,6 +74,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     data = load_data(config)
     pairs = _pairs(config, data)
     base = load_base(config, data.tokenizer, placement, adapter=config.adapter)
+    pairs = pairs.switching_at(base.config.switch_length)
     policy, reference, summary = _score(config, base, pairs, placement)
     if is_first_process():
         write_output(config.output, _lines(policy, reference, pairs))

@@ -1,9 +1,9 @@
 """One haliax decoder for every supported architecture; see `architectures.py` for the table of families."""
 
-from lora_dpo_jax.models.architectures import config_from_hf
 from lora_dpo_jax.models.attention import AttentionMask, CachedMask, PackedMask
 from lora_dpo_jax.models.compute import ComputeConfig
 from lora_dpo_jax.models.config import DecoderConfig
+from lora_dpo_jax.models.config_json import config_from_hf
 from lora_dpo_jax.models.decoder import CausalLM
 from lora_dpo_jax.models.head import Head
 from lora_dpo_jax.models.kv_cache import KeyValueCache

@@ -1,6 +1,7 @@
 """The decoder: embeddings, layers, a final norm and a head. Modules are named as in Hugging Face."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -18,7 +19,8 @@ from lora_dpo_jax.models.config import DecoderConfig
 from lora_dpo_jax.models.head import Head
 from lora_dpo_jax.models.kv_cache import KeyValueCache
 from lora_dpo_jax.models.layers import Auxiliary, DecoderLayer, TokenContext
-from lora_dpo_jax.models.linear import Float32Accumulation, Linear, linear, rms_norm
+from lora_dpo_jax.models.linear import Float32Accumulation, Linear, linear
+from lora_dpo_jax.models.norms import norm
 from lora_dpo_jax.models.rope import rotary_angles
 from lora_dpo_jax.models.stack import LayerStack
 
@@ -48,8 +50,8 @@ class Decoder(eqx.Module):
         return Decoder(
             config,
             embed_tokens=hnn.Embedding.init(config.Vocab, config.Embed, key=k_embed),
-            layers=LayerStack.init(make_layer, config.windows, compute, key=k_layers),
-            norm=rms_norm(config.Embed, config.rms_norm_eps),
+            layers=LayerStack.init(make_layer, config.layers, compute, key=k_layers),
+            norm=norm(config.norm, config.Embed, config.norm_eps),
         )
 
     def __call__(
@@ -103,15 +105,18 @@ class Decoder(eqx.Module):
 
     def embed(self, token_ids: NamedArray) -> NamedArray:
         """{row, position} -> {row, position, embed}"""
-        return self.embed_tokens(token_ids)
+        # The scale is rounded to the dtype of the embeddings, as Gemma's is in transformers.
+        return self.embed_tokens(token_ids) * self.config.embedding_scale
 
     def empty_cache(self, Row: Axis, slots: int) -> Cache:
         dtype = self.embed_tokens.weight.dtype
         return self.layers.of_layers(lambda Layers, _: KeyValueCache.empty(self.config, (Layers,), Row, slots, dtype))
 
     def _context(self, position_ids: NamedArray, mask: AttentionMask, slot: jnp.ndarray | None = None) -> TokenContext:
-        cos, sin = rotary_angles(self.config.rope, position_ids, self.config.HeadSize)
-        return TokenContext(cos, sin, mask, slot)
+        ropes = self.config.ropes
+        lengths = mask.sequence_lengths() if any(rope.depends_on_length for rope in ropes) else None
+        angles = tuple(rotary_angles(rope, position_ids, lengths, self.config.HeadSize) for rope in ropes)
+        return TokenContext(angles, mask, slot)
 
 
 class CausalLM(eqx.Module):
@@ -125,12 +130,17 @@ class CausalLM(eqx.Module):
         return self.model.config
 
     @property
+    def tensor_parts(self) -> Mapping[str, str]:
+        """See `tensor_names.Renamed`: names are those of the modules in transformers 5, and so PEFT's."""
+        return {"model": "model.language_model"} if self.config.has_wrapper else {}
+
+    @property
     def head(self) -> Head:
-        if self.lm_head is not None:
-            return Head(self.lm_head)
-        weight = self.model.embed_tokens.weight
-        dot_general: Any = Float32Accumulation()
-        return Head(Linear(weight, None, self.config.Embed, self.config.Vocab, dot_general=dot_general))
+        layer = self.lm_head
+        if layer is None:
+            weight, dot_general = self.model.embed_tokens.weight, Float32Accumulation()
+            layer = Linear(weight, None, self.config.Embed, self.config.Vocab, dot_general=dot_general)  # pyright: ignore
+        return Head(layer, self.config.logit_scale, self.config.logit_softcap)
 
     @staticmethod
     def init(config: DecoderConfig, compute: ComputeConfig = DEFAULT_COMPUTE, *, key) -> "CausalLM":

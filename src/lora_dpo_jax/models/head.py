@@ -3,6 +3,7 @@
 from typing import Any
 
 import equinox as eqx
+import haliax as hax
 import jax.numpy as jnp
 from haliax import Axis, NamedArray
 
@@ -13,9 +14,14 @@ class Head(eqx.Module):
     """Maps hidden states {..., embed} to float32 logits {..., vocab}."""
 
     linear: Any  # a Linear or its adapter; the weight of a tied head is that of the embedding
+    scale: float = eqx.field(static=True, default=1.0)  # of the logits, before the softcap
+    softcap: float | None = eqx.field(static=True, default=None)  # logits = softcap * tanh(logits / softcap)
 
     def __call__(self, hidden: NamedArray, *, key=None) -> NamedArray:
-        return self.linear(hidden, key=key).astype(jnp.float32)
+        logits = self.linear(hidden, key=key).astype(jnp.float32)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else hax.tanh(logits / self.softcap) * self.softcap
 
     @property
     def Embed(self) -> Axis:

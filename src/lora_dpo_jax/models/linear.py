@@ -1,4 +1,4 @@
-"""Linear layers and norms for a decoder with frozen weights."""
+"""Linear layers for a decoder with frozen weights."""
 
 import functools
 from typing import Any, ClassVar
@@ -8,7 +8,7 @@ import haliax as hax
 import haliax.nn as hnn
 import jax
 import jax.numpy as jnp
-from haliax import Axis, NamedArray
+from haliax import NamedArray
 from haliax.axis import AxisSpec
 
 from lora_dpo_jax.models.quantization import QuantizedWeight, quantized_product
@@ -47,6 +47,11 @@ def product(linear: Any, x: NamedArray, *, key=None) -> NamedArray:
     return hax.tree_checkpoint_name(linear(x, key=key), PRODUCT)
 
 
+def scaled(x: NamedArray, scale: float) -> NamedArray:
+    """x * scale, rounded once to the dtype of `x`; Python's number would be rounded to it first."""
+    return x if scale == 1.0 else (x.astype(jnp.float32) * scale).astype(x.dtype)
+
+
 class Float32Accumulation(eqx.Module):
     """A product of low-precision factors that returns its float32 sums, as logits need.
 
@@ -74,8 +79,3 @@ class Float32Accumulation(eqx.Module):
 
         float32_product.defvjp(forward, backward)
         return float32_product(lhs, rhs)
-
-
-def rms_norm(axis: Axis, eps: float) -> hnn.RmsNorm:
-    """An RMS norm that computes in float32, whatever the dtype of its input."""
-    return hnn.RmsNorm.init(axis, eps=eps, use_bias=False, dtype=jnp.float32)

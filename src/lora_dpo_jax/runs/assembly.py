@@ -37,6 +37,10 @@ class Data:
     pairs: ExampleTable  # to train on
     held_out: ExampleTable
 
+    def switching_at(self, length: int | None) -> "Data":
+        """The same data, for a model whose sequences are computed otherwise beyond `length` tokens."""
+        return Data(self.tokenizer, self.pairs.switching_at(length), self.held_out.switching_at(length))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -57,6 +61,7 @@ def assemble(config: TrainConfig, placement: Placement) -> Run:
     if not len(data.pairs):
         raise ValueError("data.components: no training pair is left; see the counts above")
     base = load_base(config, with_trained_template(config.data, data.tokenizer), placement)
+    data = data.switching_at(base.config.switch_length)
     k_adapters, k_dropout = jax.random.split(jax.random.key(trainer.seed))
     policy = load_policy(config, lora, base, placement, key=k_adapters)
     order = pair_order(data.pairs, seed=trainer.seed, shuffle=config.data.shuffle, weights=config.data.train_weights)
@@ -70,7 +75,7 @@ def assemble(config: TrainConfig, placement: Placement) -> Run:
         policy = with_eva(policy, base.model, lora, steps, placement, batch_size=size, key=k_adapters)
         policy = placed_adapters(policy, placement, trainer.precision.param_dtype)
     learner = real_learner(
-        config.preference_loss,
+        config.objective,
         config.optimizer.build(num_steps),
         policy,
         placement,
@@ -78,7 +83,6 @@ def assemble(config: TrainConfig, placement: Placement) -> Run:
         reference=frozen_copy(policy) if config.reference_has_adapters else None,
         reference_sync=config.reference_sync,
         schedule=config.optimizer.schedule(num_steps),
-        token_metrics=trainer.token_metrics,
     )
     return Run(data, base, lora, order, steps, learner)
 

@@ -44,7 +44,7 @@ def check_models(config: TrainConfig) -> None:
     settings = ["*config.json"]
     name, revision = config.initialize_from_hf, config.hf_revision
     folder = folder_of("initialize_from_hf", name, revision=revision, patterns=settings)
-    read_config(folder)
+    read_decoder(folder, config.model)
     read_stop_ids(folder)
     if config.initialize_from_peft is not None:
         read_adapter_config(adapter_of("initialize_from_peft", config.initialize_from_peft, patterns=settings))
@@ -69,7 +69,7 @@ def load_base(config: TrainConfig, tokenizer: Any, placement: Placement, *, adap
     Its vocabulary is that of initialize_from_peft, or else of `adapter`, if that was enlarged.
     """
     folder = folder_of("initialize_from_hf", config.initialize_from_hf, revision=config.hf_revision)
-    decoder = read_config(folder)
+    decoder = read_decoder(folder, config.model)
     enlargement = NOT_ENLARGED
     for setting, name in (("adapter", adapter), ("initialize_from_peft", config.initialize_from_peft)):
         if name is not None:
@@ -84,6 +84,19 @@ def load_base(config: TrainConfig, tokenizer: Any, placement: Placement, *, adap
     compute_dtype = config.trainer.precision.compute_dtype
     model = load_weights(folder, decoder, config.model, placement, compute_dtype=compute_dtype, enlargement=enlargement)
     return Base(config.initialize_from_hf, config.hf_revision, folder, decoder, model, tokenizer, enlargement)
+
+
+def read_decoder(folder: Path, settings: ModelConfig) -> DecoderConfig:
+    """The architecture in a folder, for a run with these settings."""
+    decoder = read_config(folder)
+    if not settings.router_aux_loss_coef:
+        return decoder
+    if decoder.experts is None:
+        raise ValueError(
+            f"model.router_aux_loss_coef={settings.router_aux_loss_coef} is for models with experts, and {folder} has "
+            "none: leave it out"
+        )
+    return dataclasses.replace(decoder, experts=dataclasses.replace(decoder.experts, reports_balance=True))
 
 
 def load_weights(

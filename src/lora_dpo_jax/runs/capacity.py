@@ -22,12 +22,11 @@ from lora_dpo_jax.data import PartShape, PreferenceBatch, TokenizedExample, fill
 from lora_dpo_jax.data.examples import PAIR
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.data.shapes import LENGTH_MULTIPLE, round_up
-from lora_dpo_jax.huggingface.weights import read_config
 from lora_dpo_jax.lora import trainable_filter
 from lora_dpo_jax.losses.examples import LABEL, WEIGHT
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import parameter_count
-from lora_dpo_jax.runs.base import folder_of
+from lora_dpo_jax.runs.base import folder_of, read_decoder
 from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.runs.learner import Learner, abstract_learner
 from lora_dpo_jax.runs.steps import row_bound
@@ -164,16 +163,15 @@ def _learner(config: TrainConfig, placement: Placement) -> Learner:
     name, revision = config.initialize_from_hf, config.hf_revision
     folder = folder_of("initialize_from_hf", name, revision=revision, patterns=["config.json"])
     return abstract_learner(
-        config.preference_loss,
+        config.objective,
         config.optimizer.build(config.trainer.num_train_steps or STEPS),
-        read_config(folder),
+        read_decoder(folder, config.model),
         placement,
         lora=config.lora,
         model=config.model,
         precision=config.trainer.precision_on(placement.mesh.devices.flat[0].platform),
         has_reference_adapters=config.reference_has_adapters,
         reference_sync=config.reference_sync,
-        token_metrics=config.trainer.token_metrics,
     )
 
 

@@ -36,6 +36,7 @@ class ModelConfig:
     gradient_checkpointing: str = "full"  # none, products, full or nested: see models/compute.py for what each costs
     attention: str = "auto"  # auto, blocked, pallas_tpu, pallas_gpu or dense: see models/attention
     quantization: str = "none"  # of the frozen matrices of the layers: nf4, int8 or none
+    router_aux_loss_coef: float = 0.0  # of models with experts: the weight of the loss for uneven routing; 0: none
 
     def __post_init__(self):
         _ = self.compute  # checks its settings
@@ -43,6 +44,8 @@ class ModelConfig:
         if "=" in (self.dtype or ""):
             raise ValueError(f"model.dtype={self.dtype!r} must be one dtype; for example f32 or bf16")
         self.weights_dtype(None)  # raises if it cannot be parsed
+        if not 0.0 <= self.router_aux_loss_coef < math.inf:
+            raise ValueError(f"model.router_aux_loss_coef={self.router_aux_loss_coef} must be 0 or a positive number")
 
     @property
     def compute(self) -> ComputeConfig:
@@ -146,7 +149,9 @@ class TrainConfig:
 
     @property
     def objective(self) -> PreferenceObjective:
-        return PreferenceObjective(self.preference_loss, self.trainer.token_metrics)
+        return PreferenceObjective(
+            self.preference_loss, self.trainer.token_metrics, router_aux_loss_coef=self.model.router_aux_loss_coef
+        )
 
     @property
     def reference_adapter(self) -> str | None:

@@ -9,7 +9,6 @@ import jmp
 import optax
 
 from lora_dpo_jax.lora import LoraConfig, frozen_copy, loraize, trainable_filter
-from lora_dpo_jax.losses import Loss
 from lora_dpo_jax.models import CausalLM, DecoderConfig
 from lora_dpo_jax.models.quantization import quantize
 from lora_dpo_jax.preference_objective import PreferenceObjective
@@ -38,7 +37,7 @@ class Learner:
 
 
 def real_learner(
-    loss: Loss,
+    objective: PreferenceObjective,
     optimizer: optax.GradientTransformation,
     model: CausalLM,
     placement: Placement,
@@ -47,17 +46,15 @@ def real_learner(
     reference: Any = None,
     reference_sync: ReferenceSync | None = None,
     schedule: optax.Schedule | None = None,
-    token_metrics: bool = False,
 ) -> Learner:
-    """`model` has adapters, `key` is for dropout. For the rest see TrainState, TrainStep and PreferenceObjective."""
+    """`model` has adapters, `key` is for dropout. For the rest see TrainState and TrainStep."""
     moves = reference_sync is not None
     state = TrainState.init(model, optimizer, key=key, reference=reference, reference_moves=moves)
-    state = placement.put_parameters(state)
-    return _learner(PreferenceObjective(loss, token_metrics), optimizer, placement, state, schedule, reference_sync)
+    return _learner(objective, optimizer, placement, placement.put_parameters(state), schedule, reference_sync)
 
 
 def abstract_learner(
-    loss: Loss,
+    objective: PreferenceObjective,
     optimizer: optax.GradientTransformation,
     decoder: DecoderConfig,
     placement: Placement,
@@ -67,7 +64,6 @@ def abstract_learner(
     precision: jmp.Policy,
     has_reference_adapters: bool = False,
     reference_sync: ReferenceSync | None = None,
-    token_metrics: bool = False,
 ) -> Learner:
     """A learner of shapes alone: it compiles without weights, and for devices that are not here."""
 
@@ -83,7 +79,7 @@ def abstract_learner(
         return TrainState.init(policy, optimizer, key=jax.random.key(1), reference=reference, reference_moves=moves)
 
     state = placement.abstract_parameters(eqx.filter_eval_shape(make))
-    return _learner(PreferenceObjective(loss, token_metrics), optimizer, placement, state, None, reference_sync)
+    return _learner(objective, optimizer, placement, state, None, reference_sync)
 
 
 def _learner(

@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import haliax as hax
+import jax
 import jax.numpy as jnp
 from haliax import Axis, NamedArray
 
@@ -22,6 +23,14 @@ class AttentionMask(eqx.Module):
     @abc.abstractmethod
     def allowed(self, window: int | None) -> NamedArray:
         """bool {row, position, key_position}. `window` (tokens): keys must be closer than this."""
+
+    @abc.abstractmethod
+    def segments(self) -> NamedArray:
+        """int32 {row, position}: the number, from 1, of each token's example in its row; 0 for padding, if known."""
+
+    @abc.abstractmethod
+    def sequence_lengths(self) -> NamedArray:
+        """int32 {row, position}: the number of tokens, so far, of the sequence that a token belongs to."""
 
 
 class PackedMask(AttentionMask):
@@ -48,6 +57,25 @@ class PackedMask(AttentionMask):
             mask = mask & (position - key_position < window)
         return mask
 
+    def segments(self) -> NamedArray:
+        return self.segment_ids
+
+    def sequence_lengths(self) -> NamedArray:
+        """See `AttentionMask`. A token of a shared prompt gets the length of the sequence with the first response."""
+        positions = self.position_ids.rearrange((..., POSITION))
+        segment, branch = (x.rearrange(positions.axes).array for x in (self.segment_ids, self.branch_ids))
+        last = segment.shape[-1] - 1
+        index = jnp.broadcast_to(jnp.arange(last + 1, dtype=jnp.int32), segment.shape)
+        new_run = (segment[..., 1:] != segment[..., :-1]) | (branch[..., 1:] != branch[..., :-1])
+        ends = jnp.where(new_run, index[..., :-1], last)
+        ends = jnp.concatenate([ends, index[..., -1:]], axis=-1)
+        end = jax.lax.cummin(ends, axis=ends.ndim - 1, reverse=True)
+        after = jnp.minimum(end + 1, last)
+        goes_on = (branch == 0) & (jnp.take_along_axis(segment, after, axis=-1) == segment)
+        end = jnp.where(goes_on, jnp.take_along_axis(end, after, axis=-1), end)
+        lengths = jnp.take_along_axis(positions.array, end, axis=-1) + 1
+        return NamedArray(lengths, positions.axis_names)
+
     @staticmethod
     def causal(Row: Axis, Pos: Axis) -> "PackedMask":
         """One unbranched sequence a row."""
@@ -71,3 +99,9 @@ class CachedMask(AttentionMask):
         if window is not None:
             mask = mask & (position - key < window)
         return mask
+
+    def segments(self) -> NamedArray:
+        return hax.ones_like(self.position_ids)  # padding computes what nobody reads
+
+    def sequence_lengths(self) -> NamedArray:
+        return (hax.max(self.position_ids, axis=POSITION) + 1).broadcast_to(self.position_ids.axes)
