@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import haliax as hax
 import numpy as np
@@ -92,8 +93,9 @@ class ExampleSizes:
         return len(self.prompt)
 
     def __getitem__(self, ids: np.ndarray) -> "ExampleSizes":
-        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return ExampleSizes(**{name: None if array is None else array[ids] for name, array in arrays.items()})
+        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        chosen: dict[str, Any] = {name: None if array is None else array[ids] for name, array in arrays.items()}
+        return ExampleSizes(**chosen)
 
     @property
     def tokens(self) -> np.ndarray:
