@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from typing import Any
 
-from lora_dpo_jax.cost.program_text import computations_of, num_bytes_of
+from lora_dpo_jax.cost.program_text import branches_of, computations_of, num_bytes_of, trips_of
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -23,23 +23,13 @@ def collective_bytes(program: str, *, unknown_trips: int = 1) -> dict[str, float
             known[name] = {}  # XLA's computations do not call themselves
             total: dict[str, float] = defaultdict(float)
             for line in computations.get(name, ()):
-                times = _trips(line, computations) or unknown_trips
+                times = trips_of(line, computations) or unknown_trips
                 for kind, num_bytes in _of_line(line, of).items():
                     total[kind] += num_bytes * (times if " while(" in line else 1)
             known[name] = dict(total)
         return known[name]
 
     return of(entry)
-
-
-def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
-    """The iterations of the loop in `line`, by XLA's note or the bound in its condition; None if not known."""
-    if noted := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
-        return int(noted[1])
-    condition = re.search(r"condition=%?([\w.-]+)", line)
-    lines = computations.get(condition[1], []) if condition else []
-    bounds = [found[1] for line in lines if (found := re.search(r"= [su]32\[\]\S* constant\((\d+)\)", line))]
-    return int(bounds[0]) if len(bounds) == 1 else None
 
 
 def _of_line(line: str, of: Any) -> dict[str, float]:
@@ -57,9 +47,7 @@ def _of_line(line: str, of: Any) -> dict[str, float]:
     if operation == "while" and (body := re.search(r"body=%?([\w.-]+)", line)):
         return of(body[1])
     if operation == "conditional":
-        names = re.search(r"branch_computations=\{([^}]*)\}", line)
-        branches = names[1].split(", ") if names else re.findall(r"(?:true|false)_computation=(%?[\w.-]+)", line)
-        return max((of(name.lstrip("%")) for name in branches), key=lambda found: sum(found.values()), default={})
+        return max((of(name) for name in branches_of(line)), key=lambda found: sum(found.values()), default={})
     if called := re.search(r"(?:calls|to_apply)=%?([\w.-]+)", line):
         return {} if _continues_an_exchange(line, called[1]) else of(called[1])
     return {}

@@ -1,12 +1,15 @@
 """The cost of a step of a run on devices that are not here: memory, operations, traffic and time.
 
-The step is compiled for the devices by libtpu. Of the model only config.json is read, and of the data nothing.
+The step is compiled for the devices by libtpu, or by JAX's CUDA plugin. Of the model only config.json is read, and of
+the data nothing.
 """
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import equinox as eqx
@@ -34,71 +37,148 @@ from lora_dpo_jax.sharding import Placement
 
 # Forward passes of the policy that the backward pass repeats.
 RECOMPUTED = {"none": 0.0, "products": 0.0, "full": 1.0, "nested": 2.0}
+# XLA's effort to make a program fast, from -1 to 1. Without it, libtpu takes 26 s of processor time for the step of an
+# 8B model in place of 86 s, and finds 0.8% less memory.
+QUICK = {"exec_time_optimization_effort": -1.0}
+UNSURE = 0.03  # a share of the memory
 STEPS = 1000  # used if their number depends on the data; it only affects the schedule
 
 
 @dataclass(frozen=True)
-class Capacity:
-    """Bytes, operations and seconds are of one device and one step."""
+class Sizes:
+    """What is known of a step before it is compiled. Bytes and operations are of one device."""
 
     kind: DeviceKind
+    is_stand_in: bool  # whether TPU chips stand for the GPUs of `kind`
     num_devices: int
     parameters: int
     trainable: int
     weights: int
     adapters: int
     optimizer: int
-    peak: int  # all memory that the step needs while it runs
+    batch: tuple[int, ...]  # micro-batches, rows, tokens
     flops: float
     memory_traffic: float
-    collectives: dict[str, float]
-    rows: str  # micro-batches x rows x tokens
-    parallelism: int | None  # the largest per_device_parallelism that fits; None if not even 1 does
+
+
+class Plan:
+    """The cost of a step of a run on `topology`. Its `sizes` are there at once; the rest is compiled at first use.
+
+    For a TPU, the step is compiled with less effort than a run takes, which is three times as fast. If the peak is then
+    within UNSURE of the device's memory, the step is compiled as a run would compile it.
+    """
+
+    def __init__(self, config: TrainConfig, topology: str, pair_tokens: Sequence[int]):
+        """Both `topology` and `pair_tokens` are settings of main.plan."""
+        described = devices_of_topology(topology)
+        self._config, self._kind = config, described.kind
+        self._placement = Placement(config.trainer.mesh, described.devices)
+        self._learner = _learner(config, self._placement)
+        self._longest_pair = round_up(2 * config.train_seq_len, LENGTH_MULTIPLE)
+        shards, parallelism = self._placement.row_shards, config.trainer.per_device_parallelism
+        self._batch = expected_batch(config, pair_tokens, shards, parallelism)
+        other = 1 if _row_length(self._batch) > self._longest_pair else 2
+        self._other_batch = expected_batch(config, pair_tokens, shards, other)
+        self.sizes = self._sizes(described.is_stand_in)
+
+    @property
+    def peak(self) -> int:
+        """The bytes of a device that the step needs while it runs."""
+        return self._program[0]
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.kind.memory
+        return self.peak <= self._kind.memory
+
+    @cached_property
+    def collectives(self) -> dict[str, float]:
+        """The bytes that a device gets from others, by kind of exchange."""
+        return collective_bytes(self._program[1], unknown_trips=self.sizes.batch[0])
 
     @property
     def seconds(self) -> dict[str, float]:
         """The seconds that each resource alone would take."""
         return {
-            "arithmetic": self.flops / self.kind.flops,
-            "memory": self.memory_traffic / self.kind.memory_bandwidth,
-            "interconnect": sum(self.collectives.values()) / self.kind.interconnect,
+            "arithmetic": self.sizes.flops / self._kind.flops,
+            "memory": self.sizes.memory_traffic / self._kind.memory_bandwidth,
+            "interconnect": sum(self.collectives.values()) / self._kind.interconnect,
         }
 
+    @cached_property
+    def parallelism(self) -> int | None:
+        """The largest per_device_parallelism that fits; None if not even 1 does.
 
-def capacity_of(config: TrainConfig, topology: str, pair_tokens: Sequence[int]) -> Capacity:
-    """The cost of a step on `topology`. Both `topology` and `pair_tokens` are settings of main.plan."""
-    kind, devices = devices_of_topology(topology)
-    placement = Placement(config.trainer.mesh, devices)
-    learner = _learner(config, placement)
-    state = learner.state
+        It lies on a line through the peaks at two row lengths: memory is linear in the row.
+        """
+        length, other_length = _row_length(self._batch), _row_length(self._other_batch)
+        if length == other_length:  # all of a step's pairs are computed at once already
+            return length // self._longest_pair if self.fits else None
+        other_peak = self._compiling[1].result()[0]
+        (short, low), (long, high) = sorted([(length, self.peak), (other_length, other_peak)])
+        if low > self._kind.memory:
+            return None
+        if high <= low:
+            return max(1, long // self._longest_pair)
+        most = short + (self._kind.memory - low) / (high - low) * (long - short)
+        return max(1, int(most) // self._longest_pair)
 
-    def compiled(parallelism: int) -> tuple[PreferenceBatch, int, str]:
-        batch = expected_batch(config, pair_tokens, placement.row_shards, parallelism)
-        return batch, *_compile(learner, placement.abstract_batch(batch))
+    @cached_property
+    def _compiling(self) -> list[Future]:
+        """(peak, text) of the steps at both row lengths, which are compiled together: XLA uses one core for each."""
+        batches = [self._batch]
+        if _row_length(self._other_batch) != _row_length(self._batch):
+            batches.append(self._other_batch)
+        pool = ThreadPoolExecutor(len(batches), "compiling")
+        return [pool.submit(self._compile, batch, self._quick) for batch in batches]
 
-    batch, peak, program = compiled(config.trainer.per_device_parallelism)
-    micro_batches = batch.tokens.axes[0].size
-    adapters, weights = eqx.partition(state.model, trainable_filter(state.model))
-    layers_read = bytes_of_a_device(weights.model.layers) * _gathered_from(placement)
-    return Capacity(
-        kind=kind,
-        num_devices=len(devices),
-        parameters=parameter_count(weights),
-        trainable=parameter_count(adapters),
-        weights=bytes_of_a_device(weights),
-        adapters=bytes_of_a_device((adapters, state.reference)),
-        optimizer=bytes_of_a_device(state.opt_state),
-        peak=peak,
-        flops=_flops(config, state.model, batch) / len(devices),
-        memory_traffic=micro_batches * _passes(config) * layers_read,
-        collectives=collective_bytes(program, unknown_trips=micro_batches),
-        rows=" x ".join(str(axis.size) for axis in batch.tokens.axes),
-        parallelism=_largest_parallelism(config.train_seq_len, kind, compiled, peak, batch),
-    )
+    @cached_property
+    def _program(self) -> tuple[int, str]:
+        peak, text = self._compiling[0].result()
+        if self._quick and abs(peak / self._kind.memory - 1) < UNSURE:
+            peak, text = self._compile(self._batch, {})
+        return peak, text
+
+    @property
+    def _quick(self) -> dict[str, Any]:
+        """XLA's options for compiling with less effort. For a GPU they make no difference."""
+        return QUICK if self._placement.mesh.devices.flat[0].platform == "tpu" else {}
+
+    def _compile(self, batch: PreferenceBatch, options: dict[str, Any]) -> tuple[int, str]:
+        """(bytes that a device needs, the text of the compiled program); the text is empty if it does not fit."""
+        shapes = self._placement.abstract_batch(batch)
+        lowered = self._learner.step.lower(self._learner.state, shapes)
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            # XLA reports the needed memory in one of two forms.
+            everything = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", str(error))
+            temporary = re.search(r"required for HLO temporaries \(([\d.]+)([KMG])\)", str(error))
+            if (needed := everything or temporary) is None:
+                raise
+            num_bytes = int(float(needed[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[needed[2]])
+            arguments = 0 if everything else bytes_of_a_device((self._learner.state, shapes))
+            return num_bytes + arguments, ""
+        return ProgramMemory.of(compiled).total, compiled.as_text()
+
+    def _sizes(self, is_stand_in: bool) -> Sizes:
+        config, state = self._config, self._learner.state
+        num_devices = self._placement.mesh.size
+        adapters, weights = eqx.partition(state.model, trainable_filter(state.model))
+        layers_read = bytes_of_a_device(weights.model.layers) * _gathered_from(self._placement)
+        micro_batches = self._batch.tokens.axes[0].size
+        return Sizes(
+            kind=self._kind,
+            is_stand_in=is_stand_in,
+            num_devices=num_devices,
+            parameters=parameter_count(weights),
+            trainable=parameter_count(adapters),
+            weights=bytes_of_a_device(weights),
+            adapters=bytes_of_a_device((adapters, state.reference)),
+            optimizer=bytes_of_a_device(state.opt_state),
+            batch=tuple(axis.size for axis in self._batch.tokens.axes),
+            flops=_flops(config, state.model, self._batch) / num_devices,
+            memory_traffic=micro_batches * _passes(config) * layers_read,
+        )
 
 
 def expected_batch(
@@ -175,21 +255,6 @@ def _learner(config: TrainConfig, placement: Placement) -> Learner:
     )
 
 
-def _compile(learner: Learner, batch: PreferenceBatch) -> tuple[int, str]:
-    """(bytes that a device needs, the text of the compiled program); the text is empty if it does not fit."""
-    try:
-        compiled = learner.compile(batch)
-    except jax.errors.JaxRuntimeError as error:
-        # XLA reports the needed memory in one of two forms.
-        everything = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", str(error))
-        temporary = re.search(r"required for HLO temporaries \(([\d.]+)([KMG])\)", str(error))
-        if (needed := everything or temporary) is None:
-            raise
-        num_bytes = int(float(needed[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[needed[2]])
-        return num_bytes + (0 if everything else bytes_of_a_device((learner.state, batch))), ""
-    return ProgramMemory.of(compiled).total, compiled.as_text()
-
-
 def _passes(config: TrainConfig) -> float:
     """The passes through the layers in a step: forward, backward, recomputed, and the reference's."""
     return 2.0 + RECOMPUTED[config.model.gradient_checkpointing] + _computes_reference(config)
@@ -213,19 +278,5 @@ def _gathered_from(placement: Placement) -> int:
     return math.prod(placement.mesh.shape[name] for name in names)
 
 
-def _largest_parallelism(
-    train_seq_len: int, kind: DeviceKind, compiled: Callable, peak: int, batch: PreferenceBatch
-) -> int | None:
-    """The largest value that fits, by a line through the peaks at two row lengths: memory is linear in the row."""
-    longest_pair = round_up(2 * train_seq_len, LENGTH_MULTIPLE)
-    length = batch.tokens.axes[-1].size
-    other = 1 if length > longest_pair else 2
-    other_batch, other_peak, _ = compiled(other)
-    other_length = other_batch.tokens.axes[-1].size
-    (short, low), (long, high) = sorted([(length, peak), (other_length, other_peak)])
-    if low > kind.memory:
-        return None
-    if high <= low:  # all of a step's pairs are computed at once already
-        return max(1, long // longest_pair)
-    most = short + (kind.memory - low) / (high - low) * (long - short)
-    return max(1, int(most) // longest_pair)
+def _row_length(batch: PreferenceBatch) -> int:
+    return batch.tokens.axes[-1].size

@@ -1,0 +1,84 @@
+"""What bench.compiled reads in the text of a program is what the program does."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bench.compiled import Options, Traffic, beyond
+from lora_dpo_jax.cost.program_text import computations_of, runs_of
+
+# Two layers with weights [24, 40]: each is sliced and transposed before its product, as XLA does for some layouts.
+PROGRAM = """
+%sliced (p: bf16[2,24,40], i: s32[]) -> bf16[1,40,24] {
+  %p = bf16[2,24,40]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = bf16[1,24,40]{2,1,0} dynamic-slice(%p, %i, %zero, %zero), dynamic_slice_sizes={1,24,40}
+  ROOT %turned = bf16[1,40,24]{2,1,0} transpose(%slice), dimensions={0,2,1}
+}
+
+%product (a: bf16[10,40], b: bf16[1,40,24]) -> bf16[10,24] {
+  %a = bf16[10,40]{1,0} parameter(0)
+  %b = bf16[1,40,24]{2,1,0} parameter(1)
+  %flat = bf16[40,24]{1,0} bitcast(%b)
+  ROOT %dot = bf16[10,24]{1,0} dot(%a, %flat), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%doubled (x: bf16[10,24]) -> bf16[10,24] {
+  %x = bf16[10,24]{1,0} parameter(0)
+  ROOT %sum = bf16[10,24]{1,0} add(%x, %x)
+}
+
+%cleared () -> bf16[2,10,24] {
+  %nothing = bf16[] constant(0)
+  ROOT %filled = bf16[2,10,24]{2,1,0} broadcast(%nothing), dimensions={}
+}
+
+%body (t: (s32[], bf16[2,24,40], bf16[10,40])) -> (s32[], bf16[2,24,40], bf16[10,40]) {
+  %t = (s32[], bf16[2,24,40]{2,1,0}, bf16[10,40]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%t), index=0
+  %stack = bf16[2,24,40]{2,1,0} get-tuple-element(%t), index=1
+  %x = bf16[10,40]{1,0} get-tuple-element(%t), index=2
+  %weight = bf16[1,40,24]{2,1,0} fusion(%stack, %n), kind=kLoop, calls=%sliced
+  %y = bf16[10,24]{1,0} fusion(%x, %weight), kind=kCustom, calls=%product
+  %z = bf16[10,24]{1,0} fusion(%y), kind=kLoop, calls=%doubled
+  ROOT %next = (s32[], bf16[2,24,40]{2,1,0}, bf16[10,40]{1,0}) tuple(%n, %stack, %x)
+}
+
+ENTRY %main (s: bf16[2,24,40], x: bf16[10,40]) -> bf16[2,24,40] {
+  %s = bf16[2,24,40]{2,1,0} parameter(0)
+  %x = bf16[10,40]{1,0} parameter(1)
+  %zeros = bf16[2,10,24]{2,1,0} fusion(), kind=kLoop, calls=%cleared
+  %again = bf16[2,10,24]{2,1,0} copy(%zeros)
+  %logits = bf16[10,97]{1,0} custom-call(%x), custom_call_target="__cublas$lt$matmul"
+  %start = s32[] constant(0)
+  %t = (s32[], bf16[2,24,40]{2,1,0}, bf16[10,40]{1,0}) tuple(%start, %s, %x)
+  %loop = (s32[], bf16[2,24,40]{2,1,0}, /*index=2*/bf16[10,40]{1,0}) while(%t), condition=%c, body=%body, """
+PROGRAM += """backend_config={"known_trip_count":{"n":"2"}}
+  ROOT %out = bf16[2,24,40]{2,1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_traffic_is_told_apart():
+    found = Traffic(PROGRAM, 2, {2 * 24 * 40}, 97).found
+    assert found["weights_copied_mb"] == 2 * 24 * 40 * 2
+    assert found["zeros_mb"] == 2 * (2 * 10 * 24 * 2)  # written, and copied
+    assert found["elementwise_mb"] == 2 * (10 * 24 * 2) * 2
+    assert found["head_block_mb"] == 10 * 40 * 2 + 10 * 97 * 2
+    assert found["products_a_layer"] == 2
+
+
+def test_instructions_run_as_often_as_their_loops():
+    def program(x):
+        return jax.lax.fori_loop(0, 7, lambda _, y: jax.lax.fori_loop(0, 3, lambda _, z: jnp.sin(z @ x), y), x)
+
+    computations, entry = computations_of(jax.jit(program).lower(jnp.zeros((64, 64))).compile().as_text())
+    assert sorted(runs_of(computations, entry).values()) == [1, 7, 7 * 3]
+
+
+@pytest.mark.parametrize("bounds, broken", [({}, 0), ({"most_copied": 1.0}, 1), ({"most_copied": 2.0}, 0)])
+def test_bounds_are_told_if_they_are_broken(bounds, broken):
+    row = {"weights_copied_mb": 1.5, "zeros_mb": 3.0, "layers_mb": 1.0, "temporary_mb": 2.0}
+    assert len(list(beyond(Options(**bounds), row))) == broken
+    assert len(list(beyond(Options(**bounds, most_cleared=1.0), row))) == broken + 1
