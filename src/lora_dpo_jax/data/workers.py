@@ -109,7 +109,7 @@ class Workers:
                 yield self._result_of(task) or tokenize(task.rows)
             else:
                 assert batch is not None
-                tasks.append(_done_here(tokenize(batch), settings))
+                tasks.append(_done_here(tokenize, batch, settings))
                 batch = next(batches, None)
         if errors:
             raise errors[0]
@@ -220,9 +220,13 @@ def _until_error(batches: Iterable[Any], errors: list[Exception]) -> Iterator[An
         errors.append(error)
 
 
-def _done_here(result: TokenizedRows, settings: RowSettings) -> _Task:
-    task = _Task((), settings)
-    task.result.set_result(result)
+def _done_here(tokenize: RowTokenizer, rows: Sequence[NumberedRow], settings: RowSettings) -> _Task:
+    """The task, done. Its error waits for its turn: an earlier task may have one too."""
+    task = _Task(rows, settings)
+    try:
+        task.result.set_result(tokenize(rows))
+    except Exception as error:
+        task.result.set_exception(error)
     return task
 
 
