@@ -190,7 +190,7 @@ class Workers:
         _send(process.stdin, opening)
         answer = _receive(process.stdout)
         if answer != digest:
-            self._do_without(f"the tokenizer is another one there: {answer.decode()}")
+            self._do_without(f"a worker has no such tokenizer: {answer.decode()}")
             return
         with self._lock:
             self._ready += 1
