@@ -329,8 +329,7 @@ def test_each_component_that_has_the_split_is_loaded(write, tokenizer, tmp_path)
         },
         cache_dir=str(tmp_path / "cache"),
     )
-    train = load_examples(config, tokenizer, split="train", train_seq_len=128)
-    validation = load_examples(config, tokenizer, split="validation", train_seq_len=128)
+    train, validation = load_examples(config, tokenizer, train_seq_len=128)
     assert {name: len(pairs) for name, pairs in train.items()} == {"both": 30, "train_only": 10}
     assert {name: len(pairs) for name, pairs in validation.items()} == {"both": 10}
     assert validation["both"].fingerprint == train["train_only"].fingerprint

@@ -74,6 +74,11 @@ def test_weights_that_make_no_sense_are_errors(weights, message):
     assert PreferenceDataConfig(components, train_weights={"a": 2.0, "b": 0.0})
 
 
+def test_at_least_one_process_tokenizes():
+    with pytest.raises(ValueError, match="data.num_proc=0 must be at least 1; null is one process for each core"):
+        PreferenceDataConfig({"a": ComponentConfig(UrlSource(["a"]))}, num_proc=0)
+
+
 def test_the_cache_must_be_a_folder_of_this_machine():
     with pytest.raises(ValueError, match="data.cache_dir='gs://x' must be a folder"):
         PreferenceDataConfig({"a": ComponentConfig(UrlSource(["a"]))}, cache_dir="gs://x")

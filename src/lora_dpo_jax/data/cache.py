@@ -18,33 +18,22 @@ import json
 import logging
 import os
 import sys
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
 import transformers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from lora_dpo_jax.data.chat import ExampleTokenizer, backend_of, fit_to_length
 from lora_dpo_jax.data.config import ComponentConfig, FormatConfig, PreferenceDataConfig
 from lora_dpo_jax.data.examples import Column, ExampleArrays, TokenizedExample
-from lora_dpo_jax.data.messages import holds_fills
-from lora_dpo_jax.data.rows import Example, read_example
-from lora_dpo_jax.data.sources import (
-    RowError,
-    RowTable,
-    SourceError,
-    Split,
-    UnreadableRowError,
-    attempt,
-    read_tables,
-)
+from lora_dpo_jax.data.sources import RowError, RowTable, SourceError, Split, UnreadableRowError, read_tables
+from lora_dpo_jax.data.tokenizing import NumberedRow, RowSettings, TokenizedRows, row_origin
+from lora_dpo_jax.data.workers import Workers
 from lora_dpo_jax.files import cache_folder, new_folder, size_and_crc32
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.redaction import redacted
@@ -69,7 +58,6 @@ NOTES = {
     "template": "whose generation prompt ends in text that the template leaves out of whole conversations",
 }
 WARNED_OF = ("plain", "filled", "template")  # although these rows are kept
-PATHS = ("name_or_path", "vocab_file", "tokenizer_file", "merges_file")
 ARRAYS = tuple(field.name for field in dataclasses.fields(ExampleArrays) if field.name != "columns")
 
 
@@ -117,20 +105,23 @@ class TokenizedExamples:
 
     def origin(self, index: int) -> str:
         table, row = self._origins[index]
-        return _origin(self._tables[table], row)
+        return row_origin(self._tables[table], row)
 
 
 def load_examples(
-    config: PreferenceDataConfig, tokenizer: PreTrainedTokenizerBase, *, split: Split, train_seq_len: int
-) -> dict[str, TokenizedExamples]:
-    """The tokenized examples of the components that have this split, by component name."""
-    return {
-        name: tokenize_component(
-            component, tokenizer, split=split, train_seq_len=train_seq_len, cache_dir=config.cache_dir, name=name
-        )
-        for name, component in config.components.items()
-        if component.source.has_split(split)
-    }
+    config: PreferenceDataConfig, tokenizer: PreTrainedTokenizerBase, *, train_seq_len: int
+) -> tuple[dict[str, TokenizedExamples], dict[str, TokenizedExamples]]:
+    """(train, validation): the tokenized examples of the components that have this split, by component name."""
+
+    def load(split: Split, workers: Workers) -> dict[str, TokenizedExamples]:
+        return {
+            name: _load(component, workers, split, train_seq_len, config.cache_dir, name)
+            for name, component in config.components.items()
+            if component.source.has_split(split)
+        }
+
+    with Workers(tokenizer, config.num_proc) as workers:
+        return load("train", workers), load("validation", workers)
 
 
 def tokenize_component(
@@ -141,22 +132,39 @@ def tokenize_component(
     train_seq_len: int,
     cache_dir: str | os.PathLike | None = None,
     name: str = "data",
+    num_proc: int | None = None,
 ) -> TokenizedExamples:
     """The tokenized examples of a component, from the cache if they are there; else tokenized and cached.
 
-    Raises SourceError for a file that cannot be read, RowError for an invalid row that the format forbids to drop, and
-    ValueError if no example is left.
+    `num_proc` is the number of processes that tokenize; None: one for each core, at most 16. The examples are the same
+    for any number. Raises SourceError for a file that cannot be read, RowError for an invalid row that the format
+    forbids to drop, ValueError if no example is left, and RuntimeError if one of the processes was killed.
     """
+    with Workers(tokenizer, num_proc) as workers:
+        return _load(component, workers, split, train_seq_len, cache_dir, name)
+
+
+def _load(
+    component: ComponentConfig,
+    workers: Workers,
+    split: Split,
+    train_seq_len: int,
+    cache_dir: str | os.PathLike | None,
+    name: str,
+) -> TokenizedExamples:
     with _names_component(name):
         tables = component.source.tables(split)
-        fingerprint = _fingerprint(component, tables, tokenizer, train_seq_len)
+        settings = RowSettings(
+            component.format, component.format.template_text(), train_seq_len, tuple(table.name for table in tables)
+        )
+        fingerprint = _fingerprint(settings, tables, workers.tokenizer_digest)
     folder = cache_folder(cache_dir) / "examples" / fingerprint
     examples = _open(folder)
     if examples is None:
         try:
             with new_folder(folder, is_whole=lambda folder: _open(folder) is not None) as building:
                 with _Writer(building) as writer, _names_component(name):
-                    report = _tokenize(component, tables, tokenizer, train_seq_len, writer, f"{name} ({split})")
+                    report = _tokenize(settings, tables, workers, writer, f"{name} ({split})")
                 writer.finish(fingerprint=fingerprint, tables=redacted([table.name for table in tables]), report=report)
             examples = TokenizedExamples(folder)
         except OSError as error:  # of the cache; OSErrors of sources were turned into SourceErrors
@@ -191,62 +199,26 @@ def describe(report: dict[str, int], name: str) -> str:
 
 
 def _tokenize(
-    component: ComponentConfig,
-    tables: Sequence[RowTable],
-    tokenizer: PreTrainedTokenizerBase,
-    train_seq_len: int,
-    writer: "_Writer",
-    name: str,
+    settings: RowSettings, tables: Sequence[RowTable], workers: Workers, writer: "_Writer", name: str
 ) -> dict[str, int]:
     """Writes the examples of all tables and returns the report."""
-    format = component.format
-    example_tokenizer = ExampleTokenizer(tokenizer, format.template_text(), format)
     counts = Counter(dict.fromkeys(("rows", "kept", "exact", *NOTES), 0))
     columns: set[str] = set()
-    warns_of_strings = format.strings == "auto" and tokenizer.chat_template is not None
-    description = printable(f"tokenizing {name}")
-    progress = iter(tqdm(read_tables(tables), desc=description, unit=" rows", disable=not sys.stderr.isatty()))
-    while batch := list(itertools.islice(progress, ROWS_PER_BATCH)):
-        counts["rows"] += len(batch)
-        origins = [_origin(tables[index].name, number) for index, number, _ in batch]
-        columns.update(*(row for _, _, row in batch if isinstance(row, dict)))
-        examples = [
-            row if isinstance(row, RowError) else attempt(read_example, row, format, origin)
-            for (_, _, row), origin in zip(batch, origins, strict=True)
-        ]
-        results = example_tokenizer.tokenize(examples)
-        for (index, number, _), example, result in zip(batch, examples, results, strict=True):
-            if not isinstance(result, RowError):
-                assert isinstance(example, Example)  # the example of a RowError is one too
-                whole, boundary = result
-                result = attempt(_usable, whole, train_seq_len, format, example, tokenizer.bos_token_id)
-            if isinstance(result, RowError):
-                if format.refuses(result.reason):
-                    raise result
-                counts[result.reason] += 1
-                continue
-            counts.update(kept=1, truncated=int(result.size < whole.size), **{boundary: 1})
-            if isinstance(example, Example):
-                counts["plain"] += warns_of_strings and isinstance(example.prompt, str)
-                counts["filled"] += holds_fills(example.tools or [])
-            writer.add(result, index, number, whole.prompt_hash)
-    _check_columns(format, columns, name)
+    for rows in workers.tokenized(settings, _batches(tables, name)):
+        counts.update(rows.counts)
+        columns |= rows.columns
+        writer.add(rows)
+    _check_columns(settings.format, columns, name)
     if not counts["kept"]:
         raise ValueError(f"No row is left in data.components.{describe(counts, name)}")
     return dict(counts)
 
 
-def _usable(
-    example: TokenizedExample, train_seq_len: int, format: FormatConfig, row: Example, bos_token_id: Any
-) -> TokenizedExample:
-    names, origin = row.names, row.origin
-    example = fit_to_length(example, train_seq_len, format.slice_strategy, origin, bos_token_id, names)
-    for chosen, rejected in example.comparisons:
-        response = example.responses[chosen]
-        if np.array_equal(response, example.responses[rejected]):
-            both = f"{names[chosen]} and {names[rejected]}"
-            raise RowError("identical", origin, f"{both} are the same {len(response)} tokens")
-    return example
+def _batches(tables: Sequence[RowTable], name: str) -> Iterator[list[NumberedRow]]:
+    description = printable(f"tokenizing {name}")
+    progress = iter(tqdm(read_tables(tables), desc=description, unit=" rows", disable=not sys.stderr.isatty()))
+    while batch := list(itertools.islice(progress, ROWS_PER_BATCH)):
+        yield batch
 
 
 def _check_columns(format: FormatConfig, columns: set[str], name: str) -> None:
@@ -260,14 +232,14 @@ def _check_columns(format: FormatConfig, columns: set[str], name: str) -> None:
 
 
 class _Writer:
-    """Writes examples into a folder, one at a time."""
+    """Writes examples into a folder, some rows at a time."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._tokens = open(folder / "tokens.bin", "wb")
         self._parts: list[ExampleArrays] = []
-        self._waiting: list[TokenizedExample] = []
-        self._origins, self._prompt_hashes = array("i"), array("Q")
+        self._origins: list[np.ndarray] = []
+        self._prompt_hashes: list[np.ndarray] = []
 
     def __enter__(self) -> "_Writer":
         return self
@@ -275,28 +247,19 @@ class _Writer:
     def __exit__(self, *exception) -> None:
         self._tokens.close()
 
-    def add(self, example: TokenizedExample, table: int, row: int, prompt_hash: int) -> None:
-        for part in example.parts:
-            self._tokens.write(part.tobytes())
-        self._waiting.append(example)
-        if len(self._waiting) == ROWS_PER_BATCH:
-            self._flush()
-        self._origins.extend((table, row))
-        self._prompt_hashes.append(prompt_hash)
-
-    def _flush(self) -> None:
-        """Keeps the sizes of the waiting examples, and frees their tokens."""
-        if self._waiting:
-            self._parts.append(ExampleArrays.of(self._waiting, str))
-            self._waiting = []
+    def add(self, rows: TokenizedRows) -> None:
+        if rows.arrays is not None:
+            self._tokens.write(rows.tokens)
+            self._parts.append(rows.arrays)
+            self._origins.append(rows.origins)
+            self._prompt_hashes.append(rows.prompt_hashes)
 
     def finish(self, **meta) -> None:
-        self._flush()
         arrays = ExampleArrays.joined(self._parts)
         files = {name: getattr(arrays, name) for name in ARRAYS}
         files |= {f"column-{number}": column.values for number, column in enumerate(arrays.columns.values())}
-        files["origins"] = np.asarray(self._origins, np.int32).reshape(-1, 2)
-        files["prompt_hashes"] = np.asarray(self._prompt_hashes, np.uint64)
+        files["origins"] = np.concatenate(self._origins)
+        files["prompt_hashes"] = np.concatenate(self._prompt_hashes)
         for name, values in files.items():
             np.save(self.folder / f"{name}.npy", values)
         meta["columns"] = [[name, column.per_response] for name, column in arrays.columns.items()]
@@ -316,34 +279,13 @@ def _open(folder: Path) -> TokenizedExamples | None:
         return None
 
 
-def _fingerprint(
-    component: ComponentConfig, tables: Sequence[RowTable], tokenizer: PreTrainedTokenizerBase, train_seq_len: int
-) -> str:
+def _fingerprint(settings: RowSettings, tables: Sequence[RowTable], tokenizer_digest: str) -> str:
     shaped_by = {
         "version": VERSION,
         "libraries": [tokenizers.__version__, transformers.__version__],
         "tables": [[table.name, table.identity()] for table in tables],
-        "format": {**dataclasses.asdict(component.format), "chat_template": component.format.template_text()},
-        "tokenizer": _tokenizer_state(tokenizer),
-        "train_seq_len": train_seq_len,
+        "format": {**dataclasses.asdict(settings.format), "chat_template": settings.template},
+        "tokenizer": tokenizer_digest,
+        "train_seq_len": settings.train_seq_len,
     }
     return hashlib.sha256(json.dumps(shaped_by, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Everything that decides the tokens of a tokenizer. The path that it was loaded from is left out."""
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
-        model = backend_of(tokenizer).to_str()
-    else:
-        model = [tokenizer.get_vocab(), {k: v for k, v in tokenizer.init_kwargs.items() if k not in PATHS}]
-    return {
-        "class": type(tokenizer).__qualname__,
-        "model": model,
-        "special_tokens": tokenizer.special_tokens_map,
-        "split_special_tokens": tokenizer.split_special_tokens,
-        "chat_template": tokenizer.chat_template,
-    }
-
-
-def _origin(table: str, row: int) -> str:
-    return f"{table}, row {row}"

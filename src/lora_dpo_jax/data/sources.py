@@ -38,6 +38,9 @@ class RowError(ValueError):
         super().__init__(f"{origin}: {message}")
         self.reason: Reason = reason
 
+    def __reduce__(self):  # pickle would pass the message alone to __init__
+        return type(self).__new__, (type(self), *self.args), vars(self)
+
 
 class UnreadableRowError(RowError):
     """A row whose text cannot be parsed."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from lora_dpo_jax.data.cache import TokenizedExamples, load_examples
+from lora_dpo_jax.data.cache import load_examples
 from lora_dpo_jax.data.mismatched import with_mismatched_answers
 from lora_dpo_jax.data.order import ExampleOrder, StepIds
 from lora_dpo_jax.data.table import ExampleTable, split_by_prompt, whole_table
@@ -111,11 +111,7 @@ def load_tables(config: TrainConfig, tokenizer: Any) -> tuple[ExampleTable, Exam
     Raises ValueError unless the tables have what the loss needs.
     """
     loss = config.preference_loss
-
-    def load(split) -> dict[str, TokenizedExamples]:
-        return load_examples(config.data, tokenizer, split=split, train_seq_len=config.train_seq_len)
-
-    train, validation = in_turns(lambda: (load("train"), load("validation")))
+    train, validation = in_turns(lambda: load_examples(config.data, tokenizer, train_seq_len=config.train_seq_len))
     if validation or not train:
         tables = whole_table(train), whole_table(validation)
     else:

@@ -16,6 +16,7 @@ _NAMES_ELSEWHERE = {
     ("data.components", ": NAME: {source: {type: url, train_urls: [...]}}"): (
         "dataset datasets dataset_name dataset_path data_path data_files train_dataset train_file"
     ),
+    ("data.num_proc", ""): "dataset_num_proc preprocessing_num_workers dataset_processes",
     ("validation_split_fraction", ""): "val_size val_set_size test_size",
     (
         "train_seq_len",
