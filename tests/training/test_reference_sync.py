@@ -81,7 +81,9 @@ def test_a_checkpoint_holds_the_reference(states):
     assert "reference" not in dataclasses.replace(states[3], reference_moves=False).trained
 
 
-@pytest.mark.parametrize("settings", [{"mixup_alpha": 0.0}, {"mixup_alpha": 1.5}, {"sync_steps": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"mixup_alpha": 0.0}, {"mixup_alpha": 1.5}, {"mixup_alpha": 0.5}, {"sync_steps": 0}]
+)
 def test_values_of_no_sense_are_named(settings):
     ((name, value),) = settings.items()
     with pytest.raises(ValueError, match=f"reference_sync.{name}={value}"):
@@ -89,7 +91,7 @@ def test_values_of_no_sense_are_named(settings):
 
 
 def test_a_state_whose_reference_rests_is_no_state_for_a_step_that_moves_it(states, batch):
-    step = TrainStep(OBJECTIVE, DESCENT, reference_sync=ReferenceSync())
+    step = TrainStep(OBJECTIVE, DESCENT, reference_sync=ReferenceSync(sync_steps=2))
     with pytest.raises(ValueError, match="reference_moves=False"):
         step(dataclasses.replace(states[0], reference_moves=False), batch)
 

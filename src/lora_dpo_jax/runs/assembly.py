@@ -131,7 +131,7 @@ def reference_log_probs(
     cache, setting = None, config.reference_log_probs
     if config.preference_loss.needs_tokens_of_reference:
         setting = "live"  # the cache holds sums over whole responses
-    if config.reference_sync is not None:
+    if config.reference_sync.moves:
         setting = "live"  # what is cached would not hold after the first sync
     if setting != "live":
         identity = reference_identity(config, base, reference) if is_first_process() else {}

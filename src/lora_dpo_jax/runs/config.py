@@ -81,8 +81,7 @@ class TrainConfig:
     # The reference in that case: the adapter as it was given, as in TRL, or the bare base.
     peft_reference: Literal["adapter", "base"] = "adapter"
 
-    # A reference that follows the policy (TR-DPO); null: it stays what it is.
-    reference_sync: ReferenceSync | None = None
+    reference_sync: ReferenceSync = field(default_factory=ReferenceSync)  # a reference that follows the policy (TR-DPO)
 
     # live: in each step. cached: on disk, each pair computed once for all runs. auto: the one with less computation.
     reference_log_probs: Literal["auto", "live", "cached"] = "auto"
@@ -130,7 +129,7 @@ class TrainConfig:
                 f"reference_log_probs=cached keeps sums over whole responses, and loss.type="
                 f"{self.loss.get_choice_name(type(self.loss))} needs those of each token. Set it to auto or live"
             )
-        if self.reference_sync is not None:
+        if self.reference_sync.moves:
             self._check_sync()
         if self.beta is not None:
             if not 0 < self.beta < math.inf:
@@ -160,7 +159,7 @@ class TrainConfig:
 
     @property
     def reference_has_adapters(self) -> bool:
-        return self.reference_adapter is not None or self.reference_sync is not None
+        return self.reference_adapter is not None or self.reference_sync.moves
 
     @property
     def starts_equal(self) -> bool:

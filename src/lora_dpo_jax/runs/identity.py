@@ -83,7 +83,7 @@ def run_identity(
         "initialize_from_peft": adapter,
         "peft_reference": config.peft_reference if config.initialize_from_peft else None,
         # Left out otherwise, because checkpoints of earlier versions lack it. Its settings may change.
-        **({"reference_sync": "moves the reference"} if config.reference_sync is not None else {}),
+        **({"reference_sync": "moves the reference"} if config.reference_sync.moves else {}),
         "model": {"dtype": dtypes_of(base.model), "quantization": config.model.quantization},
         "lora": {
             name: value

@@ -48,7 +48,7 @@ def real_learner(
     schedule: optax.Schedule | None = None,
 ) -> Learner:
     """`model` has adapters, `key` is for dropout. For the rest see TrainState and TrainStep."""
-    moves = reference_sync is not None
+    moves = reference_sync is not None and reference_sync.moves
     state = TrainState.init(model, optimizer, key=key, reference=reference, reference_moves=moves)
     return _learner(objective, optimizer, placement, placement.put_parameters(state), schedule, reference_sync)
 
@@ -75,7 +75,7 @@ def abstract_learner(
         adapters, weights = eqx.partition(policy, trainable_filter(policy))
         policy = eqx.combine(jax.tree.map(lambda x: x.astype(precision.param_dtype), adapters), weights)
         reference = frozen_copy(policy) if has_reference_adapters else None
-        moves = reference_sync is not None
+        moves = reference_sync is not None and reference_sync.moves
         return TrainState.init(policy, optimizer, key=jax.random.key(1), reference=reference, reference_moves=moves)
 
     state = placement.abstract_parameters(eqx.filter_eval_shape(make))

@@ -117,7 +117,7 @@ class TrainStep:
         With `reference_sync`, the reference moves; see `TrainState.init`.
         """
         self.objective, self.optimizer, self.schedule, self.scope = objective, optimizer, schedule, scope
-        self.reference_sync = reference_sync
+        self.reference_sync = reference_sync if reference_sync is not None and reference_sync.moves else None
         self._compiled: Any = None  # compiled at the first call, which shows the sharding of the state
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
