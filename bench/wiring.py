@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -117,8 +117,8 @@ def wire(options: Options, pairs: ExampleTable, devices: list | None = None) -> 
         reference = reference_log_probs(model, pairs, placement)
         reference_seconds = time.perf_counter() - began
     optimizer, schedule = options.optimizer.build(num_steps), options.optimizer.schedule(num_steps)
-    settings: Any = {"schedule": schedule, "token_metrics": trainer.token_metrics}
-    learner = real_learner(PreferenceObjective(Dpo()), optimizer, model, placement, key=jax.random.key(1), **settings)
+    objective, key = PreferenceObjective(Dpo(), trainer.token_metrics), jax.random.key(1)
+    learner = real_learner(objective, optimizer, model, placement, key=key, schedule=schedule)
     return Wired(learner, steps, reference, reference_seconds)
 
 

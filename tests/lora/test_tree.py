@@ -9,9 +9,11 @@ import haliax as hax
 import haliax.nn as hnn
 import jax
 import pytest
+from tiny_pairs import LLAMA
 
 from lora_dpo_jax.huggingface.adapters import save_adapter
 from lora_dpo_jax.lora import LoraConfig, LoraLinear, linear_layers, loraize
+from lora_dpo_jax.models import DecoderConfig
 
 Embed, Inner, Expert, Layers = hax.make_axes(embed=8, mlp=12, experts=3, layers=2)
 
@@ -32,6 +34,7 @@ class Layer(eqx.Module):
 
 class Model(eqx.Module):
     layers: hnn.Stacked[Layer]
+    config: DecoderConfig = eqx.field(static=True, default=LLAMA)
 
 
 def moe_linear(key):

@@ -217,7 +217,9 @@ def test_the_auxiliary_loss_is_added_by_its_weight():
     pairs = table_of(random_pairs(4))
     batch = packed(pairs, PartShape.of_pairs(1, 1, row_length=160, targets=128, pairs=4)).micro_batch(0)
     lone, both = (
-        eqx.filter_jit(PreferenceObjective(Dpo(reference_free=True), coefficient))(model, None, batch)
+        eqx.filter_jit(PreferenceObjective(Dpo(reference_free=True), router_aux_loss_coef=coefficient))(
+            model, None, batch
+        )
         for coefficient in (0.0, 0.5)
     )
     added = (both.loss - lone.loss).array

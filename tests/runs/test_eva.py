@@ -26,9 +26,9 @@ def test_factors_are_the_components_of_the_inputs_of_responses():
     # The inputs of the first layer's q_proj are its norm of the embedded tokens.
     tokens = np.concatenate([answer for pair in random_pairs(12) for answer in pair.responses])
     embedded = np.asarray(base.model.embed_tokens.weight.array)[tokens]
-    scale = np.sqrt((embedded**2).mean(1, keepdims=True) + LLAMA.rms_norm_eps)
+    scale = np.sqrt((embedded**2).mean(1, keepdims=True) + LLAMA.norm_eps)
     inputs = (
-        embedded / scale * np.asarray(base.model.layers.segments[0].stacked.layers[0].input_layernorm.weight.array)[0]
+        embedded / scale * np.asarray(base.model.layers.segments[0].stacked.layers[0].before_attention.weight.array)[0]
     )
     _, _, components = np.linalg.svd(inputs - inputs.mean(0), full_matrices=False)
     # In the span of the components: they may be close to each other.

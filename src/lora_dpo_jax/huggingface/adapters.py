@@ -23,6 +23,7 @@ from lora_dpo_jax.axes import RANK
 from lora_dpo_jax.huggingface.adapter_config import (
     CONFIG,
     STEM,
+    WRAPPER,
     adapter_folder,
     base_from_anywhere,
     model_card,
@@ -153,7 +154,9 @@ def load_adapter(model: CausalLM, folder: Path, *, mapping: Any = None, base_mod
             raise MisfitError(
                 f"{folder}: adapts lm_head, which this model ties to the input embedding; that is not supported"
             )
-        targets = set(matching_names(_layer_names(model), config))
+        # The config's targets are read without the part of a path that only models of text and images have.
+        layers = {name.replace(f".{WRAPPER}.", "."): name for name in _layer_names(model)}
+        targets = {layers[name] for name in matching_names([*layers], config)}
         empty = adapt(model, targets, lambda layer, chosen: empty_adapter(layer, chosen, config))
         _check_tensors(tensors, empty, targets, config, copies)
         _check_copies(tensors, copies, peft, model)
