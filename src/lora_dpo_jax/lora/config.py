@@ -32,10 +32,10 @@ class LoraConfig:
     # linear layer of the decoder (not lm_head). Paths are those of Hugging Face: model.layers.0.self_attn.q_proj
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None  # the same syntax
-    # The rank, and the alpha, of layers whose path ends in a key: {q_proj: 16, "layers.[0-3].mlp.up_proj": 4}. A key is
-    # a regular expression for whole parts of a path. The first one that matches counts.
+    # The rank of layers whose path ends in a key: {q_proj: 16, "layers.[0-3].mlp.up_proj": 4}. A key is a regular
+    # expression for whole parts of a path. The first one that matches counts.
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # the alpha of layers, by such keys
     # Only layers of these numbers are targets; null or empty means all. It does not restrict whole paths in a list of
     # target_modules.
     layers_to_transform: list[int] | int | None = None
