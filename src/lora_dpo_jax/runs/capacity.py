@@ -38,8 +38,8 @@ from lora_dpo_jax.sharding import Placement
 # Forward passes of the policy that the backward pass repeats.
 RECOMPUTED = {"none": 0.0, "products": 0.0, "full": 1.0, "nested": 2.0}
 # XLA's effort to make a program fast, from -1 to 1. Without it, libtpu takes 26 s of processor time for the step of an
-# 8B model in place of 86 s, and finds 0.8% less memory.
-QUICK = {"exec_time_optimization_effort": -1.0}
+# 8B model in place of 86 s, and finds 0.8% less memory. JAX 0.12 has no such option.
+QUICK = {"exec_time_optimization_effort": -1.0} if hasattr(jax.config, "jax_exec_time_optimization_effort") else {}
 UNSURE = 0.03  # a share of the memory
 STEPS = 1000  # used if their number depends on the data; it only affects the schedule
 
