@@ -224,7 +224,7 @@ def test_a_tokenizer_is_serialized_once_for_all_components(tokenizer, write, tmp
 
 def test_the_automatic_number_of_processes_is_that_of_usable_cores(tokenizer, monkeypatch):
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
-    for cores, processes in ((1, 1), (3, 3), (200, 16)):
+    for cores, processes in ((1, 1), (3, 1), (4, 4), (200, 16)):
         monkeypatch.setattr(workers, "usable_cores", lambda cores=cores: cores)
         assert Workers(tokenizer).num_proc == processes
     assert Workers(tokenizer, 40).num_proc == 40

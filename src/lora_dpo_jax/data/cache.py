@@ -136,7 +136,7 @@ def tokenize_component(
 ) -> TokenizedExamples:
     """The tokenized examples of a component, from the cache if they are there; else tokenized and cached.
 
-    `num_proc` is the number of processes that tokenize; None: one for each core, at most 16. The examples are the same
+    `num_proc` is the number of processes that tokenize; None: see `Workers`. The examples are the same
     for any number. Raises SourceError for a file that cannot be read, RowError for an invalid row that the format
     forbids to drop, ValueError if no example is left, and RuntimeError if one of the processes was killed.
     """

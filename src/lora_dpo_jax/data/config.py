@@ -135,7 +135,7 @@ class PreferenceDataConfig:
     shuffle: bool = True  # a new seeded order in each epoch; false keeps the order of the files
     train_weights: dict[str, float] | None = None  # how often each component is drawn; null: in proportion to its pairs
     cache_dir: str | None = None  # null: $LORA_DPO_JAX_CACHE, or lora_dpo_jax in the user's cache folder
-    num_proc: int | None = None  # processes that tokenize; null: one for each core of this process, at most 16
+    num_proc: int | None = None  # processes that tokenize; null: a core each, at most 16; 1 on fewer than 4 cores
 
     def __post_init__(self):
         if not self.components:
@@ -143,7 +143,7 @@ class PreferenceDataConfig:
         if self.cache_dir is not None and is_url(self.cache_dir):
             raise ValueError(f"data.cache_dir={self.cache_dir!r} must be a folder of this machine")
         if self.num_proc is not None and self.num_proc < 1:
-            raise ValueError(f"data.num_proc={self.num_proc} must be at least 1; null is one process for each core")
+            raise ValueError(f"data.num_proc={self.num_proc} must be at least 1; null chooses by the number of cores")
         if self.train_weights is not None:
             self._check_weights(self.train_weights)
 

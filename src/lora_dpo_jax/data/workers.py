@@ -35,6 +35,7 @@ from lora_dpo_jax.data.tokenizing import NumberedRow, RowSettings, RowTokenizer,
 logger = logging.getLogger(__name__)
 
 ENOUGH_ROWS = 2048  # about two seconds of one core, which is what the start of a worker takes
+FEWEST_CORES = 4  # for more than one process by default
 MOST_PROCESSES = 16  # of an automatic number; more are fed too slowly
 BATCHES_OF_WORKER = 2
 MOST_WAITING = 64  # batches that are done, while an earlier one is not
@@ -53,14 +54,16 @@ class _Task:
 
 
 class Workers:
-    """Tokenizes rows with up to `num_proc` processes, of which this is one. None: one for each core, at most 16.
+    """Tokenizes rows with up to `num_proc` processes, of which this is one. None: one for each core, at most 16, or one alone on fewer than 4.
 
     A context, which ends the workers.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None):
         self.tokenizer = tokenizer
-        self.num_proc = num_proc or min(usable_cores(), MOST_PROCESSES)
+        cores = usable_cores()
+        # One process uses several cores too, through the tokenizer's own threads: on two cores it is the faster way.
+        self.num_proc = num_proc or (1 if cores < FEWEST_CORES else min(cores, MOST_PROCESSES))
         self._rows = 0  # read so far
         self._ready = 0  # workers that wait for rows
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
