@@ -54,9 +54,9 @@ class _Task:
 
 
 class Workers:
-    """Tokenizes rows with up to `num_proc` processes, of which this is one. None: one for each core, at most 16, or one alone on fewer than 4.
+    """Tokenizes rows with up to `num_proc` processes, of which this is one.
 
-    A context, which ends the workers.
+    None: one for each core, at most 16, and this one alone on fewer than 4 cores. A context, which ends the workers.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None):
