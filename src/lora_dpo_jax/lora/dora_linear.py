@@ -16,7 +16,7 @@ from lora_dpo_jax.lora.adapter import Adapter, ByLayer, Factor, names_of, stack_
 from lora_dpo_jax.lora.config import LoraConfig
 from lora_dpo_jax.lora.dropout import dropout
 from lora_dpo_jax.lora.initialization import new_factors
-from lora_dpo_jax.lora.lora_linear import low_rank_product, with_low_rank
+from lora_dpo_jax.lora.lora_linear import low_rank_factors, low_rank_product, with_low_rank
 from lora_dpo_jax.lora.matrices import of_matrices
 from lora_dpo_jax.tensor_names import axes_of
 
@@ -54,11 +54,8 @@ class DoraLinear(Adapter):
 
     @property
     def factors(self) -> dict[str, Factor]:
-        return {
-            "lora_A.weight": Factor(self.lora_A, ((RANK,), names_of(self.wrapped.In))),
-            "lora_B.weight": Factor(self.lora_B, (names_of(self.wrapped.Out), (RANK,))),
-            "lora_magnitude_vector": Factor(self.lora_magnitude_vector, (names_of(self.wrapped.Out),)),
-        }
+        magnitude = Factor(self.lora_magnitude_vector, (names_of(self.wrapped.Out),))
+        return low_rank_factors(self) | {"lora_magnitude_vector": magnitude}
 
     @property
     def constants(self) -> dict[str, NamedArray]:

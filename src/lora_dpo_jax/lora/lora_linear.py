@@ -39,10 +39,7 @@ class LoraLinear(Adapter):
 
     @property
     def factors(self) -> dict[str, Factor]:
-        return {
-            "lora_A.weight": Factor(self.lora_A, ((RANK,), names_of(self.wrapped.In))),
-            "lora_B.weight": Factor(self.lora_B, (names_of(self.wrapped.Out), (RANK,))),
-        }
+        return low_rank_factors(self)
 
     @property
     def rank(self) -> int:
@@ -66,6 +63,15 @@ class LoraLinear(Adapter):
 
     def adds_nothing(self) -> jax.Array:
         return ~(jnp.any(self.lora_A.array != 0) & jnp.any(self.lora_B.array != 0))
+
+
+def low_rank_factors(adapter: Any) -> dict[str, Factor]:
+    """The factors A and B of an adapter that has them as `lora_A` and `lora_B`, by PEFT's names."""
+    In, Out = names_of(adapter.wrapped.In), names_of(adapter.wrapped.Out)
+    return {
+        "lora_A.weight": Factor(adapter.lora_A, ((RANK,), In)),
+        "lora_B.weight": Factor(adapter.lora_B, (Out, (RANK,))),
+    }
 
 
 def with_low_rank(weight: Any, tensors: Mapping[str, Any], scaling: Any) -> Any:

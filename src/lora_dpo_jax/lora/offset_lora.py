@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from haliax import Axis, NamedArray
 
 from lora_dpo_jax.axes import RANK
-from lora_dpo_jax.lora.adapter import Adapter, ByLayer, Factor, names_of
+from lora_dpo_jax.lora.adapter import Adapter, ByLayer, Factor
 from lora_dpo_jax.lora.config import LoraConfig
 from lora_dpo_jax.lora.dropout import dropout
 from lora_dpo_jax.lora.initialization import OF_WEIGHTS, new_factors
-from lora_dpo_jax.lora.lora_linear import LoraLinear, low_rank_product, with_low_rank
+from lora_dpo_jax.lora.lora_linear import LoraLinear, low_rank_factors, low_rank_product, with_low_rank
 
 
 class OffsetLora(Adapter):
@@ -55,10 +55,7 @@ class OffsetLora(Adapter):
 
     @property
     def factors(self) -> dict[str, Factor]:
-        return {
-            "lora_A.weight": Factor(self.lora_A, ((RANK,), names_of(self.wrapped.In))),
-            "lora_B.weight": Factor(self.lora_B, (names_of(self.wrapped.Out), (RANK,))),
-        }
+        return low_rank_factors(self)
 
     @property
     def constants(self) -> dict[str, NamedArray]:
