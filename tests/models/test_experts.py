@@ -233,3 +233,13 @@ def test_a_mixture_of_dense_layers_and_experts_is_read():
     assert config["mlp_only_layers"] == [0]
     model = load(tiny_folder("qwen3_moe_dense"))
     assert model.config.expert_layers == (False, True, True)
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [({"use_dora": True}, "lora.use_dora=true"), *(({"a_init": a}, f"lora.a_init={a}") for a in ("pissa", "eva"))],
+)
+def test_experts_with_an_adapter_that_they_cannot_compute_are_refused_before_anything_is_traced(settings, named):
+    model = CausalLM.init(CONFIG, ComputeConfig(attention="dense"), key=jax.random.key(0))
+    with pytest.raises(ValueError, match=f"{named} is not there for experts, such as model.layers"):
+        loraize(model, LoraConfig(r=2, **settings), key=jax.random.key(1))

@@ -8,7 +8,8 @@ import equinox as eqx
 import haliax.nn as hnn
 import jax
 
-from lora_dpo_jax.lora.adapter import Adapter, ByLayer
+from lora_dpo_jax.axes import EXPERT
+from lora_dpo_jax.lora.adapter import Adapter, ByLayer, stack_axes
 from lora_dpo_jax.lora.config import LoraConfig
 from lora_dpo_jax.lora.dora_linear import DoraLinear
 from lora_dpo_jax.lora.lora_linear import LoraLinear
@@ -31,6 +32,7 @@ def adapter_type(layer: Any, config: LoraConfig) -> type[Adapter]:
 
 def new_adapter(layer: Any, targets: Mapping[str, bool], config: LoraConfig, *, key) -> Adapter:
     """A new adapter of `layer`. `targets`: by the name of each layer of the stack, whether it is a target."""
+    _check_experts(layer, next(iter(targets)), config)
     config, by_layer = _of_layers(layer, targets, config)
     return adapter_type(layer, config).init(layer, config, by_layer, key=key)
 
@@ -41,6 +43,17 @@ def empty_adapter(layer: Any, targets: Mapping[str, bool], config: LoraConfig) -
     init = adapter_type(layer, config).init
     shapes = eqx.filter_eval_shape(init, layer, config, by_layer, key=jax.random.key(0))
     return dataclasses.replace(shapes, wrapped=layer, by_layer=by_layer)
+
+
+def _check_experts(layer: Any, name: str, config: LoraConfig) -> None:
+    """Raises ValueError if the layer is one of experts and `config` asks for more than plain LoRA."""
+    has_other_adapter = config.a_init == "eva" or adapter_type(layer, config) is not LoraLinear
+    if has_other_adapter and any(axis.name == EXPERT for axis in stack_axes(layer)):
+        asked = "lora.use_dora=true" if config.use_dora else f"lora.a_init={config.a_init}"
+        raise ValueError(
+            f"{asked} is not there for experts, such as {name}. Leave it out, or leave the experts out by "
+            "lora.exclude_modules"
+        )
 
 
 def _of_layers(layer: Any, targets: Mapping[str, bool], config: LoraConfig) -> tuple[LoraConfig, ByLayer | None]:
