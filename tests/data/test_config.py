@@ -75,7 +75,7 @@ def test_weights_that_make_no_sense_are_errors(weights, message):
 
 
 def test_at_least_one_process_tokenizes():
-    with pytest.raises(ValueError, match="data.num_proc=0 must be at least 1; null is one process for each core"):
+    with pytest.raises(ValueError, match="data.num_proc=0 must be at least 1; null chooses by the number of cores"):
         PreferenceDataConfig({"a": ComponentConfig(UrlSource(["a"]))}, num_proc=0)
 
 
