@@ -13,7 +13,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,10 +160,6 @@ def _our_command(a: argparse.Namespace, shape: str, pairs_file: Path) -> list[st
 
 
 def _peer_command(peer: Peer, a: argparse.Namespace, shape: str, pairs_file: Path) -> list[str]:
-    # Not resolved: the environment's python is a link, and what it is called tells it where it belongs.
-    python = Path(a.environments).absolute() / peer.environment / "bin" / "python"
-    if not python.exists():
-        raise SystemExit(f"{python} is missing: bench/peers/environments.sh {a.environments} {peer.environment}")
     settings = {
         "model": shape,
         "pairs-file": pairs_file,
@@ -175,6 +171,15 @@ def _peer_command(peer: Peer, a: argparse.Namespace, shape: str, pairs_file: Pat
         "alpha": a.alpha,
         "dtype": a.dtype,
     }
+    return peer_command(peer, a.environments, settings)
+
+
+def peer_command(peer: Peer, environments: str, settings: Mapping[str, Any]) -> list[str]:
+    """`environments`: the folder that peers/environments.sh filled. Exits if the peer's is not there."""
+    # Not resolved: the environment's python is a link, and what it is called tells it where it belongs.
+    python = Path(environments).absolute() / peer.environment / "bin" / "python"
+    if not python.exists():
+        raise SystemExit(f"{python} is missing: bench/peers/environments.sh {environments} {peer.environment}")
     options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     module, *more = peer.command
     return [str(python), "-m", module, *options, *more]

@@ -1,7 +1,9 @@
 """The pairs that are measured: drawn by a length profile, or read from a file of preferences."""
 
+import itertools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +29,27 @@ PARTS = ("prompt", "chosen", "rejected")
 
 
 def load(
-    data: str, count: int, *, vocab_size: int, tokenizer: str | None = None, cap: int | None = None
+    data: str,
+    count: int,
+    *,
+    vocab_size: int,
+    tokenizer: str | None = None,
+    cap: int | None = None,
+    responses: int = 2,
+    apart: bool = False,
 ) -> ExampleTable:
     """`count` pairs of a profile, or the first ones of a file (jsonl or parquet, tokenized with `tokenizer`'s folder).
 
-    `cap` (tokens of prompt + one response) drops longer rows of a file. Raises ValueError if the file has too few.
+    `cap` (tokens of prompt + one response) drops longer rows of a file. More than two `responses` are ranked lists of a
+    profile; `apart`, `count` of their comparisons. Raises ValueError if the file has too few.
     """
-    if data in PROFILES:
+    if responses > 2 and data in PROFILES:
+        lists = -(-count // math.comb(responses, 2)) if apart else count
+        pairs = ranked(PROFILES[data], lists, responses, vocab_size=vocab_size)
+        pairs = as_pairs(pairs)[:count] if apart else pairs
+    elif responses > 2:
+        raise ValueError(f"data={data!r} is a file, of which pairs are read; responses={responses} needs a profile")
+    elif data in PROFILES:
         pairs = synthetic(PROFILES[data], count, vocab_size=vocab_size)
     elif not Path(data).is_file():
         raise ValueError(f"data={data!r} is neither a file nor one of the profiles {[*PROFILES]}")
@@ -51,6 +67,35 @@ def synthetic(profile: LengthProfile, count: int, *, vocab_size: int, seed: int 
 
     More pairs begin with the same ones, and lengths do not depend on the vocabulary.
     """
+    return [
+        TokenizedExample.pair(prompt, *responses)
+        for prompt, responses in _drawn(profile, [profile.chosen, profile.rejected], count, vocab_size, seed)
+    ]
+
+
+def ranked(
+    profile: LengthProfile, count: int, responses: int, *, vocab_size: int, seed: int = 0
+) -> list[TokenizedExample]:
+    """Lists of `responses` with all their comparisons. Their lengths are, in turns, those of the profile's two."""
+    lengths = list(itertools.islice(itertools.cycle([profile.chosen, profile.rejected]), responses))
+    comparisons = tuple(itertools.combinations(range(responses), 2))
+    drawn = _drawn(profile, lengths, count, vocab_size, seed)
+    return [TokenizedExample(prompt, answers, comparisons) for prompt, answers in drawn]
+
+
+def as_pairs(examples: Iterable[TokenizedExample]) -> list[TokenizedExample]:
+    """Each comparison as a pair of its own."""
+    return [
+        TokenizedExample.pair(example.prompt, example.responses[chosen], example.responses[rejected])
+        for example in examples
+        for chosen, rejected in example.comparisons
+    ]
+
+
+def _drawn(
+    profile: LengthProfile, lengths: Sequence[Length], count: int, vocab_size: int, seed: int
+) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+    """`count` prompts, each with a response for each of `lengths`."""
     rng = np.random.default_rng(seed)
 
     def length(of: Length, shortest: int, longest: int) -> int:
@@ -60,13 +105,11 @@ def synthetic(profile: LengthProfile, count: int, *, vocab_size: int, seed: int 
         drawn = rng.integers(FIRST_ID, LAST_ID, number)
         return (FIRST_ID + (drawn - FIRST_ID) % (min(vocab_size, LAST_ID) - FIRST_ID)).tolist()
 
-    pairs = []
     for _ in range(count):
         prompt = length(profile.prompt, profile.shortest_prompt, profile.longest_prompt)
-        chosen, rejected = (length(of, 4, profile.cap - prompt) for of in (profile.chosen, profile.rejected))
-        parts = [BOS, *ids(prompt - 1)], [*ids(chosen - 1), EOS], [*ids(rejected - 1), EOS]
-        pairs.append(TokenizedExample.pair(*(np.array(part, np.int32) for part in parts)))
-    return pairs
+        sizes = [length(of, 4, profile.cap - prompt) for of in lengths]
+        first = np.array([BOS, *ids(prompt - 1)], np.int32)
+        yield first, tuple(np.array([*ids(size - 1), EOS], np.int32) for size in sizes)
 
 
 def from_file(path: str, count: int, tokenizer: str, cap: int) -> list[TokenizedExample]:

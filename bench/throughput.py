@@ -20,6 +20,7 @@ from bench.models import decoder_config
 from bench.wiring import Options, Wired, wire
 from lora_dpo_jax.cost.devices import peak_flops
 from lora_dpo_jax.data import ExampleTable, PreferenceBatch
+from lora_dpo_jax.losses import Loss
 from lora_dpo_jax.settings.arguments import parse
 
 
@@ -37,7 +38,7 @@ def measure(options: Options, devices: list | None = None) -> dict[str, Any]:
 
     timed = run.steps.ids[options.warmup :]
     tokens = [benchmark_pairs.real_tokens(pairs.sizes[ids]) for ids in timed]
-    result = meter.report(tokens, options.trainer.train_batch_size)
+    result = meter.report(tokens, options.trainer.train_batch_size * options.comparisons)
     if (peak_bytes := _device_peak_bytes()) is not None:
         result["peak_memory_mb"] = round(peak_bytes / 2**20, 1)
     values = [jax.device_get(step.values) for step in metrics]
@@ -48,7 +49,7 @@ def measure(options: Options, devices: list | None = None) -> dict[str, Any]:
         "shape": options.shape,
         "data": options.pairs_file or options.data,
         "pairs": len(pairs),
-        "pairs_per_step": options.trainer.train_batch_size,
+        "pairs_per_step": options.trainer.train_batch_size * options.comparisons,
         **result,
         "mfu": None if peak is None else round(flops_per_second / peak, 4),
         "gflops_per_second": round(flops_per_second / 1e9, 2),
@@ -74,6 +75,8 @@ def load_examples(options: Options) -> ExampleTable:
         vocab_size=decoder_config(options.shape).vocab_size,
         tokenizer=options.tokenizer,
         cap=options.train_seq_len,
+        responses=options.responses,
+        apart=options.apart,
     )
 
 
@@ -143,6 +146,9 @@ def _settings(options: Options) -> dict[str, Any]:
     trainer = options.trainer
     return {
         "reference": options.reference,
+        "loss": draccus.encode(options.loss, Loss),
+        "responses": options.responses,
+        "apart": options.apart,
         "layout": draccus.encode(options.layout),
         "model": draccus.encode(options.model),
         "lora": draccus.encode(options.lora),

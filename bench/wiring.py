@@ -1,5 +1,6 @@
 """A run assembled by the functions of `lora_dpo_jax.runs`, around pairs and weights made for measuring."""
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from bench import models
 from lora_dpo_jax.data import ExampleOrder, ExampleTable, PackingConfig
 from lora_dpo_jax.evaluation import Scorer
 from lora_dpo_jax.lora import LoraConfig, unwrap_lora
-from lora_dpo_jax.losses import Dpo
+from lora_dpo_jax.losses import Dpo, Loss
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import quantize
 from lora_dpo_jax.preference_objective import PreferenceObjective
@@ -81,6 +82,9 @@ class Options(Subject):
     model: FastModel = field(default_factory=FastModel)
     pairs: int = 16  # the first ones of the data, in its order, over and over
     pairs_file: str | None = None  # token ids instead of `data`: what bench/compare.py gives every system
+    responses: int = 2  # to a prompt of a profile; more are ranked lists, of which each comparison counts as a pair
+    apart: bool = False  # the comparisons of a ranked list as pairs of their own, with its prompt in each
+    loss: Loss = field(default_factory=Dpo)
     reference: Literal["live", "cached"] = "cached"  # in every step, or computed once before the first
 
     def __post_init__(self):
@@ -89,6 +93,13 @@ class Options(Subject):
             raise ValueError(f"reference={self.reference!r} must be live or cached")
         if self.pairs < 1:
             raise ValueError(f"pairs={self.pairs} must be positive")
+        if self.responses < 2:
+            raise ValueError(f"responses={self.responses} must be at least 2")
+
+    @property
+    def comparisons(self) -> int:
+        """Of one example."""
+        return 1 if self.apart else math.comb(self.responses, 2)
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ class Wired:
 
     learner: Learner
     steps: Steps  # warm-up and all
-    reference: np.ndarray | None  # the reference's log-probs, float32 [pair, chosen / rejected]; None: each step's own
+    reference: np.ndarray | None  # the reference's log-probs, float32 [response]; None: none, or each step's own
     reference_seconds: float | None  # what computing them took
 
 
@@ -112,12 +123,12 @@ def wire(options: Options, pairs: ExampleTable, devices: list | None = None) -> 
     parallelism, row_shards = trainer.per_device_parallelism, placement.row_shards
     steps = lay_out_steps(pairs, ids, options.layout, parallelism=parallelism, row_shards=row_shards)
     reference, reference_seconds = None, None
-    if options.reference == "cached":
+    if options.reference == "cached" and options.loss.needs_reference and not options.loss.needs_tokens_of_reference:
         began = time.perf_counter()
         reference = reference_log_probs(model, pairs, placement)
         reference_seconds = time.perf_counter() - began
     optimizer, schedule = options.optimizer.build(num_steps), options.optimizer.schedule(num_steps)
-    objective, key = PreferenceObjective(Dpo(), trainer.token_metrics), jax.random.key(1)
+    objective, key = PreferenceObjective(options.loss, trainer.token_metrics), jax.random.key(1)
     learner = real_learner(objective, optimizer, model, placement, key=key, schedule=schedule)
     return Wired(learner, steps, reference, reference_seconds)
 

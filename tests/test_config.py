@@ -5,7 +5,8 @@ from pathlib import Path
 import draccus
 import pytest
 
-CONFIG_FILES = sorted((Path(__file__).parents[1] / "config").glob("**/*.yaml"))
+OBJECTIVES = Path(__file__).parents[1] / "config" / "objectives.yaml"  # changes of config files
+CONFIG_FILES = sorted(path for path in OBJECTIVES.parent.glob("**/*.yaml") if path != OBJECTIVES)
 
 # From Levanter's guide to LoRA-DPO; it must run as it stands but for its paths.
 LEVANTER_CONFIG = """
@@ -45,6 +46,18 @@ def test_a_shipped_config_parses_and_begins_with_how_to_run_it(path):
     first_line = path.read_text().splitlines()[0]
     assert first_line.startswith("# python -m lora_dpo_jax.main --config_path config/")
     assert path.name in first_line
+
+
+def test_every_objective_has_settings_for_the_quickstarts_data():
+    from bench import objectives
+    from lora_dpo_jax.losses import LOSSES
+    from lora_dpo_jax.runs.config import TrainConfig
+    from lora_dpo_jax.settings import arguments
+
+    chosen = objectives.settings()
+    assert list(chosen) and set(chosen) == set(LOSSES)
+    for name, different in chosen.items():
+        assert isinstance(arguments.parse(TrainConfig, objectives.words(name, different)).loss, LOSSES[name])
 
 
 @pytest.fixture
