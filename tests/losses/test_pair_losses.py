@@ -97,6 +97,20 @@ def test_the_loss_where_policy_and_reference_agree_is_known(name):
         np.testing.assert_allclose(expected, known, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("tau", "warns"), [(0.05, True), (0.1, True), (0.105, False), (0.5, False)])
+def test_discopop_warns_where_it_begins_by_lowering_margins(tau, warns):
+    numbers = random_numbers()
+    for side in "wl":
+        numbers[f"reference_{side}"] = numbers[f"policy_{side}"]
+    higher = numbers | {"policy_w": numbers["policy_w"] + 1e-2}
+    loss = loss_of("discopop", discopop_tau=tau, beta=0.1)
+    rises = float(np.mean(losses_of(loss, higher)) - np.mean(losses_of(loss, numbers))) > 0
+    assert rises == warns
+    for each in (loss, LOSSES["mix"](losses=[loss_of("sigmoid"), loss])):
+        assert ("loss.discopop_tau=" in (each.warning or "")) == warns
+    assert loss_of("sigmoid").warning is None
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_losses_and_gradients_are_finite(name, dtype):

@@ -95,6 +95,11 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
         return None
 
     @property
+    def warning(self) -> str | None:
+        """What one should know of these settings before a run starts: a sentence that names the setting, or None."""
+        return None
+
+    @property
     def needs_of_batch(self) -> Literal["nothing", "tokens", "scores"]:
         """What `of_batch` is made of: numbers of tokens, or scores.
 

@@ -89,6 +89,17 @@ class DiscoPop(PreferenceLoss):
                 "the margin of a wrong pair"
             )
 
+    @property
+    def warning(self) -> str | None:
+        # The slope at 0 is (1 - log 2) / (4 tau) - 3/4.
+        if self.discopop_tau > (least := (1 - math.log(2)) / 3):
+            return None
+        return (
+            f"loss.discopop_tau={self.discopop_tau}: where policy and reference are equal, the loss falls as the rejected "
+            f"response becomes likelier, so a run may learn the opposite of its labels. Above {least:.4f} it "
+            "falls as the chosen one does."
+        )
+
     def pair_loss(self, chosen, rejected, policy):
         logits = self.beta * (chosen - rejected)
         modulation = logits / self.discopop_tau

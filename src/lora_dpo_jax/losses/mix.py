@@ -104,6 +104,10 @@ class Mix(Loss):
         return total
 
     @property
+    def warning(self) -> str | None:
+        return " ".join(filter(None, (loss.warning for loss in self.losses))) or None
+
+    @property
     def needs_of_batch(self) -> Literal["nothing", "tokens", "scores"]:
         needs = {loss.needs_of_batch for loss in self.losses}
         return "scores" if "scores" in needs else "tokens" if "tokens" in needs else "nothing"

@@ -186,7 +186,7 @@ def _tracking(
             (run_dir / "config.yaml").write_text(str(dump(settings, sort_keys=False)))
         if first_step == 0:
             tracker.log_summary(parameter_counts(run.learner.state.model))
-        announce(run, config.trainer, config.held_out_fraction, run_dir)
+        announce(run, config.loss, config.trainer, config.held_out_fraction, run_dir)
         yield tracker, earlier
 
 

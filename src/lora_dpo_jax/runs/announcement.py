@@ -8,6 +8,7 @@ import jax
 
 from lora_dpo_jax.data.table import why_none_is_held_out
 from lora_dpo_jax.lora import constant_filter, trainable_filter
+from lora_dpo_jax.losses import Loss
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import parameter_count
 from lora_dpo_jax.runs.assembly import Run
@@ -16,8 +17,8 @@ from lora_dpo_jax.training.loop import TrainerConfig
 logger = logging.getLogger("lora_dpo_jax")
 
 
-def announce(run: Run, trainer: TrainerConfig, held_out_fraction: float, run_dir: Path) -> None:
-    """Logs three lines. `held_out_fraction` is validation_split_fraction."""
+def announce(run: Run, loss: Loss, trainer: TrainerConfig, held_out_fraction: float, run_dir: Path) -> None:
+    """Logs three lines, and the loss's warning. `held_out_fraction` is validation_split_fraction."""
     counts = parameter_counts(run.learner.state.model)
     logger.info(
         "%s: %s parameters, %s of them trainable (%.2f%%)",
@@ -36,6 +37,8 @@ def announce(run: Run, trainer: TrainerConfig, held_out_fraction: float, run_dir
         " or ".join(f"{part.rows} x {part.row_length}" for part in run.steps.shapes.parts),
         run_dir,
     )
+    if loss.warning is not None:
+        logger.warning(loss.warning)
 
 
 def parameter_counts(model: CausalLM) -> dict[str, float]:
