@@ -95,8 +95,8 @@ class DiscoPop(PreferenceLoss):
         if self.discopop_tau > (least := (1 - math.log(2)) / 3):
             return None
         return (
-            f"loss.discopop_tau={self.discopop_tau}: where policy and reference are equal, the loss falls as the rejected "
-            f"response becomes likelier, so a run may learn the opposite of its labels. Above {least:.4f} it "
+            f"loss.discopop_tau={self.discopop_tau}: where policy and reference are equal, the loss falls as the "
+            f"rejected response becomes likelier, so a run may learn the opposite of its labels. Above {least:.4f} it "
             "falls as the chosen one does."
         )
 
