@@ -47,12 +47,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What is imported stays: the garbage collector need not look through it again and again.
+    """What is imported stays, and much of what tracing makes: the garbage collector need not look through it so often.
 
     From here on, processes that are started find no torch. Workers of xdist, which need it, have been started.
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
     paths = [str(Path(__file__).with_name("without_torch")), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
