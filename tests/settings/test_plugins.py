@@ -91,6 +91,25 @@ def test_plain_values_that_draccus_decodes_import_plugins_too(here):
     assert draccus.decode(TrainConfig, tree) == config
 
 
+def test_what_a_plugin_registers_is_helped_with_like_the_rest(here, capsys):
+    with pytest.raises(ValueError, match=r"^--loss\.marg_in is no setting\. The nearest: loss\.margin"):
+        from_words("--plugins", "[my_losses]", "--loss.type", "my_hinge", "--loss.marg_in", "2")
+    with pytest.raises(ValueError, match=r"^--loss\.q is no setting\. loss has .*beta.*, margin"):
+        from_words("--plugins", "[my_losses]", "--loss.type", "my_hinge", "--loss.q", "2")
+    with pytest.raises(SystemExit):
+        from_words("--plugins", "[my_losses]", "--help")
+    assert "--loss.margin" in capsys.readouterr().out
+
+
+def test_a_class_without_its_method_is_named_with_it(here):
+    lacking = (
+        LOSS.replace("def pair_loss", "def pair_los").replace("Hinge", "Forgetful").replace("my_hinge", "forgetful")
+    )
+    (here / "my_losses.py").write_text(lacking)
+    with pytest.raises(ValueError, match=r"^loss is a Forgetful, a class that does not define the method pair_loss$"):
+        from_words("--plugins", "[my_losses]", "--loss.type", "forgetful")
+
+
 def test_a_plugin_on_the_path_is_imported_from_anywhere(here, tmp_path_factory, monkeypatch):
     monkeypatch.chdir(elsewhere := tmp_path_factory.mktemp("elsewhere"))
     (elsewhere / "run.yaml").write_text(CONFIG)

@@ -6,6 +6,7 @@ A value is YAML, but a setting that takes text takes it literally. A mapping for
 settings that it names. A mapping for a setting that is a mapping itself, such as `data.components`, replaces it.
 """
 
+import contextlib
 import itertools
 import logging
 import os
@@ -62,7 +63,9 @@ def parse(
     setting, for everything that can be checked without data and weights.
     """
     words = list(sys.argv[1:] if args is None else args)
-    if "-h" in words or "--help" in words:
+    if asked := {"-h", "--help"} & set(words):
+        with contextlib.suppress(ValueError, OSError):  # what plugins register is listed too, if the rest can be read
+            parse(config_class, [word for word in words if word not in asked], config_path=config_path)
         print(help_text(config_class))
         raise SystemExit(0)
     changes = list(_given(config_class, words))

@@ -160,6 +160,9 @@ class _Decoder:
                 arguments[field.name] = made = self.value(hints[field.name], value[field.name], where, before)
                 if isinstance(made, str) and not made.strip() and not field.metadata.get("may_be_empty"):
                     raise SettingError(where, f"={shown(made)} says nothing; leave it out, or give it a value")
+        if lacking := sorted(getattr(section, "__abstractmethods__", ())):
+            methods = " and ".join(lacking)
+            raise SettingError(path, f" is a {section.__name__}, a class that does not define the method {methods}")
         if needed := [name for name, given in arguments.items() if given is MISSING]:
             raise self._missing([_innermost(hints[name], joined(path, name)) for name in needed])
         try:

@@ -134,6 +134,10 @@ def unknown_setting(config_class: type, path: str) -> tuple[str, str]:
     near = _nearest(path, name, settings)
     if near:
         return readable, f" is no setting. The nearest: {', '.join(near)}"
+    section = path.rpartition(".")[0]
+    of_it = [setting for setting in settings if _filled(setting.section, section) == section]
+    if any(setting.types for setting in of_it):  # a choice, of which a plugin may have types
+        return readable, f" is no setting. {section} has {', '.join(setting.name for setting in of_it)}"
     return readable, " is no setting; --help lists them"
 
 
