@@ -70,8 +70,7 @@ def test_attention_is_measured_next_to_a_dense_one():
 
 def test_memory_is_that_of_the_devices_asked_for():
     """Sixteen chips hold a sixteenth of the weights; and memory grows with the row, not with its square."""
-    model = memory.LargeModel(quantization="nf4")  # which adds dequantized layers to what may grow
-    options = memory.Options(shape="tiny", topology="v5e:4x4", row_lengths=[1024, 2048], model=model)
+    options = memory.Options(shape="tiny", topology="v5e:4x4", row_lengths=[1024, 2048])
     placement = memory.placement(options)
     short, long = (memory.measure(options, placement, parts) for parts in memory.batches(options, placement))
     assert short["rows"] == "2 x 16 x 1024"
