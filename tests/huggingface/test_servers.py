@@ -39,6 +39,7 @@ def outcomes(files: AdapterFiles) -> dict[str, str]:
 ONE = np.ones((8, 8), np.float32)
 DELTA = {"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": np.ones(8, np.float32)}
 EMBEDDING = {"base_model.model.model.embed_tokens.weight": ONE}
+TOKEN_ROWS = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": ONE}
 BIAS = {"base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias": np.ones(8, np.float32)}
 EVERY = dict.fromkeys(SERVERS, NOTHING)
 CASES = {
@@ -61,6 +62,9 @@ CASES = {
     "another alpha": (dict(alpha_pattern={"q_proj": 16}), {SGLANG: OTHERWISE, LLAMA: OTHERWISE}),
     "another rank": (dict(r=2, rank_pattern={"q_proj": 4}), {SGLANG: OTHERWISE}),
     "dora": (dict(use_dora=True, tensors=DELTA), {VLLM: REFUSED, SGLANG: OTHERWISE, LLAMA: REFUSED}),
+    "rows of tokens": (
+        dict(trainable_token_indices=[1], tensors=TOKEN_ROWS), {VLLM: REFUSED, SGLANG: OTHERWISE, LLAMA: REFUSED},
+    ),
     "lora_bias": (dict(lora_bias=True, tensors=BIAS), {VLLM: REFUSED, LLAMA: REFUSED, MERGED: REFUSED}),
     "bias": (dict(bias="all"), {VLLM: REFUSED, MERGED: REFUSED}),
     "alora": (dict(alora_invocation_tokens=[1]), {VLLM: REFUSED, MERGED: REFUSED}),

@@ -18,7 +18,7 @@ from lora_dpo_jax.huggingface.adapter_config import CONFIG, STEM, WRAPPER, adapt
 from lora_dpo_jax.huggingface.adapter_names import MAGNITUDE, PREFIX, matrix_copies
 from lora_dpo_jax.huggingface.tensors import TensorFiles, abridged
 from lora_dpo_jax.json_objects import read_json_object
-from lora_dpo_jax.lora import LoraConfig, matching_names
+from lora_dpo_jax.lora import ROWS, LoraConfig, matching_names
 
 Outcome = Literal["acts", "acts differently", "loads and does nothing", "does not load"]
 WORST: tuple[Outcome, ...] = ("acts", "acts differently", "loads and does nothing", "does not load")
@@ -123,7 +123,7 @@ def _config_of(folder: Path) -> Mapping[str, Any] | None:
 
 
 def _zero(files: AdapterFiles) -> str | None:
-    if any(MAGNITUDE in key for key in files.others):
+    if any(MAGNITUDE in key or ROWS in key for key in files.others):
         return None
     if any(np.any(files.tensors.read(A)) and np.any(files.tensors.read(B)) for A, B in files.pairs.values()):
         return None
@@ -303,6 +303,7 @@ RULES = (
     Rule(VLLM, "vllm/config/lora.py: max_lora_rank", "does not load", _rank),
     Rule(SGLANG, "sglang/srt/lora/lora.py:71", "acts differently", _scaled_otherwise(_by_settings)),
     Rule(SGLANG, "sglang/srt/lora: no lora_magnitude_vector", "acts differently", _set("use_dora")),
+    Rule(SGLANG, "sglang/srt/lora/lora.py: _process_weight", "acts differently", _set("trainable_token_indices")),
     Rule(SGLANG, "the base is not changed", "acts differently", _init("pissa", "olora", "corda", "loftq")),
     Rule(LLAMA, _LLAMA, "does not load", _adapter_name),
     Rule(LLAMA, _LLAMA, "does not load", _tensors_beside),
