@@ -14,6 +14,7 @@ from tiny_models import LENGTH, VOCAB, load, logits, random_tokens, tiny_folder,
 from lora_dpo_jax.huggingface.adapters import load_adapter, read_adapter_config, save_adapter
 from lora_dpo_jax.huggingface.vocabulary import Enlargement, read_enlargement
 from lora_dpo_jax.huggingface.weights import load_model, read_config, save_merged
+from lora_dpo_jax.main import generate
 from lora_dpo_jax.models import ComputeConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -72,6 +73,13 @@ def test_added_tokens_come_with_the_adapter(case, tmp_path):
     save_adapter(ours, tmp_path / "ours", base_model="base", config=config, enlargement=enlargement)
     again = peft.PeftModel.from_pretrained(resized(architecture), tmp_path / "ours").eval()
     np.testing.assert_allclose(torch_logits(again, TOKENS), theirs, rtol=0, atol=1e-4)
+
+
+def test_an_enlarged_vocabulary_is_not_shared_with_other_adapters(tmp_path):
+    saved_by_peft(tmp_path, "llama2")
+    adapters: dict[str, str | None] = {"before": None, "after": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"adapters\.after brings the rows of an enlarged vocabulary, .* set it alone"):
+        generate.main(generate.GenerateConfig(model=str(tiny_folder("llama2")), adapters=adapters, prompts=["Hi"]))
 
 
 def test_a_base_stays_as_it_is_without_enlarged_matrices(tmp_path):

@@ -130,6 +130,10 @@ class Adapter(eqx.Module):
         """The adapter as files hold it, whose `factors` are PEFT's tensors. It computes the same."""
         return self
 
+    def for_inference(self) -> "Adapter":
+        """The adapter without what only training needs, in the form in which most adapters share compiled programs."""
+        return self
+
     @property
     def parameter_count(self) -> int:
         return sum(factor.array.size for factor in self.factors.values())

@@ -70,6 +70,11 @@ def merge_lora(model: M) -> M:
     return _map_adapters(lambda adapter: adapter.merged(), model)
 
 
+def for_inference(model: M) -> M:
+    """The model with its adapters as inference needs them: those of equal targets and ranks share compiled programs."""
+    return _map_adapters(lambda adapter: adapter.for_inference(), model)
+
+
 def with_dropout(model: M, rate: float) -> M:
     """The model with dropout `rate` in all its adapters."""
     return _map_adapters(lambda adapter: adapter.with_dropout(rate), model)
