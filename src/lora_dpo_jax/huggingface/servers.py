@@ -23,6 +23,8 @@ from lora_dpo_jax.lora import ROWS, LoraConfig, matching_names
 Outcome = Literal["acts", "acts differently", "loads and does nothing", "does not load"]
 WORST: tuple[Outcome, ...] = ("acts", "acts differently", "loads and does nothing", "does not load")
 MOST_RANK = 512  # of vLLM
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # by SGLang
+STARTS_OF_VLLM = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # texts of init_lora_weights that it takes
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,12 @@ class AdapterFiles:
     def is_wrapped(self) -> bool:
         """Whether the base is a multimodal model, whose decoder is a part of it."""
         return self.base is not None and isinstance(self.base.get("text_config"), dict)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The number of tokens of the base, if it is known."""
+        base = self.base or {}
+        return base.get("vocab_size", (base.get("text_config") or {}).get("vocab_size"))
 
     @property
     def decoder(self) -> str:
@@ -191,7 +199,12 @@ def _set(*options: str) -> Callable[[AdapterFiles], str | None]:
 
 def _bias(files: AdapterFiles) -> str | None:
     bias = files.config.get("bias", "none")
-    return f"bias={bias!r}" if bias not in ("none", None) else None
+    return f"bias={bias!r}" if bias != "none" else None
+
+
+def _modules_to_save(files: AdapterFiles) -> str | None:
+    others = [name for name in files.config.get("modules_to_save") or () if name not in ("classifier", "score")]
+    return f"modules_to_save={others!r}" if others else None
 
 
 def _init(*starts: str) -> Callable[[AdapterFiles], str | None]:
@@ -202,19 +215,27 @@ def _init(*starts: str) -> Callable[[AdapterFiles], str | None]:
     return finds
 
 
+def _other_init(files: AdapterFiles) -> str | None:
+    init = files.config.get("init_lora_weights")
+    is_other = isinstance(init, str) and init.lower() not in STARTS_OF_VLLM
+    return f"init_lora_weights={init!r} is none of {', '.join(STARTS_OF_VLLM)}" if is_other else None
+
+
 def _tensors_beside(files: AdapterFiles) -> str | None:
     others = [key for key in files.others if not key.endswith(".base_layer.weight")]
     return f"tensors that are neither lora_A nor lora_B: {abridged(others)}" if others else None
 
 
 def _unknown_tensors(files: AdapterFiles) -> str | None:
-    """The same, but whole embeddings and heads are left out."""
-    others = [key for key in files.others if key not in matrix_copies(files.others)]
+    """The same, but what vLLM leaves out or takes for LoRA of an embedding is no such tensor."""
+    known = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight", ".lora_embedding_A", ".lora_embedding_B")
+    others = [key for key in files.others if not key.endswith(known)]
     return f"tensors that are neither lora_A nor lora_B: {abridged(others)}" if others else None
 
 
 def _rank(files: AdapterFiles) -> str | None:
-    largest = max(files.ranks.values(), default=0)
+    named = (files.config.get("rank_pattern") or {}).values()
+    largest = max(files.number("r"), *named, *files.ranks.values())
     return f"the largest rank is {largest}, above {MOST_RANK}" if largest > MOST_RANK else None
 
 
@@ -224,8 +245,63 @@ def _null_numbers(files: AdapterFiles) -> str | None:
 
 
 def _missing_settings(files: AdapterFiles) -> str | None:
-    missing = [name for name in ("r", "lora_alpha", "target_modules") if files.config.get(name) is None]
+    missing = [name for name in ("r", "lora_alpha", "target_modules") if name not in files.config]
     return f"adapter_config.json lacks {', '.join(missing)}" if missing else None
+
+
+def _no_list(files: AdapterFiles) -> str | None:
+    """SGLang takes the names of modules from a list, and knows two words beside."""
+    targets = files.config.get("target_modules")
+    is_known = isinstance(targets, list) or targets in ("all", "all-linear")
+    return None if is_known else f"target_modules={targets!r} is no list of names"
+
+
+def _unnamed(files: AdapterFiles) -> str | None:
+    """SGLang has buffers for the modules that target_modules names, in any layer, and one for what it joins."""
+    targets = files.config.get("target_modules")
+    if not isinstance(targets, list):
+        return None
+    named = {_joined(target.rpartition(".")[2]) for target in targets}
+    others = [path for path in files.pairs if path != "lm_head" and _joined(path.rpartition(".")[2]) not in named]
+    return f"target_modules={targets!r} does not name the module of {others[0]}" if others else None
+
+
+def _joined(module: str) -> str:
+    return next((whole for whole, parts in JOINED.items() if module in parts), module)
+
+
+def _other_ranks(files: AdapterFiles) -> str | None:
+    """SGLang gives every layer a buffer of the rank r."""
+    other = {path: rank for path, rank in files.ranks.items() if rank != files.number("r")}
+    if not other:
+        return None
+    path, rank = next(iter(other.items()))
+    return f"r={files.number('r')}, and {path} has {rank}; peft_scaling: plain writes the same adapter at one rank"
+
+
+def _unjoined(files: AdapterFiles) -> str | None:
+    """SGLang joins q, k and v, and gate and up, and asks for some of them wherever it finds another."""
+    for needed, others in (("v_proj", ["q_proj"]), ("q_proj", ["k_proj", "v_proj"]), ("gate_proj", ["up_proj"])):
+        for path in files.pairs:
+            block, _, module = path.rpartition(".")
+            if module in others and f"{block}.{needed}" not in files.pairs:
+                return f"{path} has an adapter and {block}.{needed} has none; give it one (its B may be zero)"
+    return None
+
+
+def _added_tokens(files: AdapterFiles) -> str | None:
+    """Of the vocabulary of the base, if this is known."""
+    path = files.tensors.folder / "added_tokens.json"
+    if files.vocabulary is None or not path.exists():
+        return None
+    added = {token: number for token, number in read_json_object(path).values.items() if number >= files.vocabulary}
+    return f"added_tokens.json has {next(iter(added))!r}, which the base has no row for" if added else None
+
+
+def _enlarged(files: AdapterFiles) -> str | None:
+    copies = matrix_copies(files.others)
+    larger = [key for key in copies if files.vocabulary is not None and files.tensors.shape(key)[0] > files.vocabulary]
+    return f"{larger[0]} has more rows than the base, and is left out" if larger else None
 
 
 def _scaled_otherwise(scaling: Callable[[AdapterFiles, str], float]) -> Callable[[AdapterFiles], str | None]:
@@ -273,6 +349,8 @@ LLAMA, MERGED = "llama.cpp", "merged, in transformers"
 SERVERS = (PEFT, VLLM, SGLANG, LLAMA, MERGED)
 _NAMES = "vllm issues 39369, 48019, 48022, 34186, 49354"
 _HELPER = "vllm/lora/peft_helper.py"
+_BUFFERS = "sglang/srt/lora/mem_pool.py: load_lora_weight_to_buffer"
+_LEFT_OUT = "sglang/srt/lora/lora.py: _process_weight"
 _LLAMA = "convert_lora_to_gguf.py of 0b03ada"
 RULES = (
     Rule(EVERYWHERE, "B A", "loads and does nothing", _zero),
@@ -297,13 +375,26 @@ RULES = (
         "does not load",
         _set("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora"),
     ),
-    Rule(VLLM, _HELPER, "does not load", _set("modules_to_save")),
+    Rule(VLLM, _HELPER, "does not load", _modules_to_save),
     Rule(VLLM, _HELPER, "does not load", _bias),
-    Rule(VLLM, _HELPER, "does not load", _init("pissa", "olora", "corda", "loftq")),
+    Rule(VLLM, _HELPER, "does not load", _other_init),
     Rule(VLLM, "vllm/config/lora.py: max_lora_rank", "does not load", _rank),
-    Rule(SGLANG, "sglang/srt/lora/lora.py:71", "acts differently", _scaled_otherwise(_by_settings)),
-    Rule(SGLANG, "sglang/srt/lora: no lora_magnitude_vector", "acts differently", _set("use_dora")),
-    Rule(SGLANG, "sglang/srt/lora/lora.py: _process_weight", "acts differently", _set("trainable_token_indices")),
+    Rule(SGLANG, "sglang/srt/lora/lora_config.py", "does not load", _missing_settings),
+    Rule(SGLANG, "sglang/srt/lora/utils.py: get_normalized_target_modules", "does not load", _no_list),
+    Rule(SGLANG, "sglang/srt/lora/lora_manager.py: validate_new_adapter", "does not load", _set("use_dora")),
+    Rule(SGLANG, "sglang/srt/lora/lora_manager.py: validate_new_adapter", "does not load", _added_tokens),
+    Rule(SGLANG, "sglang/srt/lora/lora.py: normalize_qkv_proj, normalize_gate_up_proj", "does not load", _unjoined),
+    Rule(SGLANG, _BUFFERS, "does not load", _unnamed),
+    Rule(SGLANG, _BUFFERS, "does not load", _other_ranks),
+    Rule(SGLANG, "sglang/srt/lora/lora.py: LoRAAdapter.scaling", "acts differently", _scaled_otherwise(_by_settings)),
+    Rule(SGLANG, _LEFT_OUT, "acts differently", _set("trainable_token_indices", "modules_to_save")),
+    Rule(SGLANG, _LEFT_OUT, "acts differently", _enlarged),
+    Rule(
+        SGLANG,
+        "sglang/srt/lora/lora_config.py: read by none",
+        "acts differently",
+        _set("lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora"),
+    ),
     Rule(SGLANG, "the base is not changed", "acts differently", _init("pissa", "olora", "corda", "loftq")),
     Rule(LLAMA, _LLAMA, "does not load", _adapter_name),
     Rule(LLAMA, _LLAMA, "does not load", _tensors_beside),
