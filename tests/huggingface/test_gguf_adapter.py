@@ -31,6 +31,14 @@ CASES = {
     "phi3": (FUSED, "phi3", ["blk.0.attn_qkv.weight.lora_a", "blk.0.ffn_up.weight.lora_a"]),
     "mixtral": (ATTENTION, "llama", ["blk.0.attn_q.weight.lora_a"]),
 }
+# Every matrix of the experts; and some of them, at two ranks and two scalings.
+OF_EXPERTS = {
+    "mixtral": LoraConfig(r=2, alpha=6.0, target_modules=["w1", "w2", "w3"]),
+    "qwen3_moe": LoraConfig(
+        r=2, alpha=6.0, target_modules=["experts.1.up_proj", "experts.4.up_proj"],
+        rank_pattern={"4.up_proj": 3}, alpha_pattern={"1.up_proj": 2.0},
+    ),
+}  # fmt: skip
 
 
 class Reversed(LlamaTensorProcessor):
@@ -78,6 +86,31 @@ def test_llama_cpp_adds_what_the_adapter_adds(architecture, tmp_path):
     assert all(key.endswith(".lora_b") for key in theirs)
 
 
+@pytest.mark.parametrize("architecture", OF_EXPERTS)
+def test_experts_are_one_tensor(architecture, tmp_path):
+    source = tiny_folder(architecture)
+    model = with_random_adapters(load(source), OF_EXPERTS[architecture])
+    check_gguf_layers(model, source)
+    save_gguf(model, tmp_path, source=source)
+    fields, tensors = read(tmp_path / FILE)
+    matrices = {"w1": "gate", "w2": "down", "w3": "up", "up_proj": "up"}
+    seen = set()
+    for adapter in layer_adapters(model):
+        *_, number, matrix = adapter.name.split(".")
+        layer = adapter.name.split(".")[2]
+        name = f"blk.{layer}.ffn_{matrices[matrix]}_exps"
+        lora_a, lora_b = (tensors[f"{name}.weight.lora_{side}"] for side in "ab")
+        seen |= {f"{name}.weight.lora_a", f"{name}.weight.lora_b"}
+        scale = fields["adapter.lora.alpha"] / lora_b.shape[-1]
+        delta = scale * lora_b[int(number)] @ lora_a[int(number)]
+        own = adapter.scaling * adapter.tensors["lora_B.weight"] @ adapter.tensors["lora_A.weight"]
+        np.testing.assert_allclose(delta, own, rtol=1e-5, atol=1e-6)
+    assert seen == set(tensors)
+    if architecture == "qwen3_moe":
+        up = tensors["blk.0.ffn_up_exps.weight.lora_b"]
+        assert up.shape == (6, 16, 3) and not up[[0, 2, 3, 5]].any()
+
+
 def test_a_plain_adapter_keeps_its_alpha_and_its_factors(tmp_path):
     model = with_random_adapters(load(tiny_folder("qwen3")), PLAIN)
     save_gguf(model, tmp_path / "f32", source=tiny_folder("qwen3"))
@@ -118,10 +151,12 @@ def test_what_llama_cpp_has_no_form_for_is_refused_before_anything_is_trained(se
     assert not (tmp_path / "out").exists()
 
 
-def test_experts_and_other_families_are_refused(tmp_path):
-    config = LoraConfig(r=2, target_modules=["w1"])
-    with pytest.raises(ValueError, match=r"experts\.0\.w1 has no form in a GGUF adapter.* only other layers in lora"):
-        check_gguf_layers(with_random_adapters(load(tiny_folder("mixtral")), config), tiny_folder("mixtral"))
+def test_layers_and_families_that_llama_cpp_does_not_know_are_refused(tmp_path):
+    config = LoraConfig(r=2, target_modules=["qkv_proj"])
+    model = with_random_adapters(load(tiny_folder("phi3")), config)
+    (tmp_path / "config.json").write_text('{"model_type": "gemma2"}')
+    with pytest.raises(ValueError, match=r"0\.self_attn\.qkv_proj has no form in a GGUF adapter.* only other layers"):
+        check_gguf_layers(model, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(ValueError, match=r"config.json: model_type='mamba' has no form"):
         check_gguf(config, tmp_path)
