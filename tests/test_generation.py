@@ -16,6 +16,7 @@ from tiny_models import VOCAB, random_tokens, tiny_folder, tiny_model, tiny_toke
 from tokenizers.processors import TemplateProcessing
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
+from lora_dpo_jax import generation
 from lora_dpo_jax.generation import (
     GenerationConfig,
     choose,
@@ -313,6 +314,38 @@ def test_the_command_completes_with_an_adapter_as_peft_does(adapter_folder, name
     assert command.main(config) == [TOKENIZER.decode(expected, skip_special_tokens=True)]
 
 
+def test_several_adapters_share_the_base_and_the_program(adapter_folder, tmp_path, monkeypatch, capsys):
+    """Of adapters that differ in their factors and their scaling, by rsLoRA too."""
+    other = shutil.copytree(adapter_folder, tmp_path / "other")
+    settings = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 3, "use_rslora": True}))
+    reads, traces = [], []
+    load_model, choose = command.load_model, generation.choose
+    monkeypatch.setattr(command, "load_model", lambda *args, **kw: reads.append(args) or load_model(*args, **kw))
+    monkeypatch.setattr(generation, "choose", lambda *args: traces.append(args) or choose(*args))
+    shared: dict = dict(model=str(FOLDER), prompts=["Hi", "Why?"], dtype="f32", max_new_tokens=17)
+    alone = [command.main(command.GenerateConfig(adapter=path and str(path), **shared))
+             for path in (None, adapter_folder, other)]  # fmt: skip
+    assert len({tuple(completions) for completions in alone}) == 3
+    reads.clear(), traces.clear(), capsys.readouterr()
+
+    named = {"before": None, "loud": str(adapter_folder), "quiet": str(other)}
+    jax.clear_caches()
+    words = ["--model", str(FOLDER), "--adapters", json.dumps(named), "--output", str(tmp_path / "out.jsonl")]
+    words += ["--prompt", "Hi", "--prompt", "Why?", "--dtype", "f32", "--max_new_tokens", "17"]
+    completions = command.main(command.parse(words))
+    assert completions == [of_adapter[prompt] for prompt in range(2) for of_adapter in alone]
+    assert len(reads) == 1
+    assert len(traces) == 4, "the first token and the next ones, of the bare base and of both adapters"
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"prompt": prompt, "adapter": name, "completion": completions[3 * i + j]}
+        for i, prompt in enumerate(("Hi", "Why?"))
+        for j, name in enumerate(named)
+    ]
+    assert f"--- completion of quiet\n{completions[2]}" in capsys.readouterr().out
+
+
 def test_an_adapter_without_its_base_says_what_to_set(adapter_folder, tmp_path):
     settings = json.loads((adapter_folder / "adapter_config.json").read_text())
     for base in ("./gone", None):
@@ -328,6 +361,10 @@ def test_an_adapter_without_its_base_says_what_to_set(adapter_folder, tmp_path):
         ({"adapter": "./gone"}, "adapter: ./gone"),
         ({"adapter": "MODEL"}, "adapter=.*no adapter_config.json"),
         ({"model": "ADAPTER", "adapter": "ADAPTER"}, "model=.*is an adapter itself"),
+        ({"adapters": {"a": "./gone"}}, r"adapters\.a: ./gone"),
+        ({"adapters": {"a": None, "b": "MODEL"}}, r"adapters\.b=.*no adapter_config.json"),
+        ({"model": "ADAPTER", "adapters": {"a": None}}, r"model=.*is an adapter itself, and adapters\.a=None"),
+        ({"adapter": "ADAPTER", "adapters": {"a": None}}, "adapter and adapters set the same"),
         ({"tokenizer": "ADAPTER"}, "set tokenizer"),
         ({"prompts_file": "./gone.txt"}, "prompts_file='./gone.txt'"),
         ({"prompts": [], "prompts_file": None}, "prompts"),
@@ -338,6 +375,8 @@ def test_an_adapter_without_its_base_says_what_to_set(adapter_folder, tmp_path):
 def test_the_command_names_the_setting_that_is_wrong(adapter_folder, settings, says):
     paths = {"MODEL": str(FOLDER), "ADAPTER": str(adapter_folder)}
     settings = {key: paths.get(value, value) if isinstance(value, str) else value for key, value in settings.items()}
+    if "adapters" in settings:
+        settings["adapters"] = {name: paths.get(path, path) for name, path in settings["adapters"].items()}
     with pytest.raises((FileNotFoundError, ValueError), match=says):
         command.main(command.GenerateConfig(**{"model": str(FOLDER), "prompts": ["Hi"], **settings}))
 

@@ -23,6 +23,7 @@ HALF_HEAD = "half_head"  # the pairs of dimensions that rotary embeddings turn
 KEY_POSITION = "key_position"  # what POSITION is called for keys and values
 LAYERS = "layers"  # of one segment of a stack
 RANK = "lora_rank"
+TRAINED_TOKEN = "trained_token"  # tokens whose rows of the embedding are trained
 
 # Of generation. A completion is no ROW, which a mesh would split: there may be fewer completions than devices.
 COMPLETION = "completion"

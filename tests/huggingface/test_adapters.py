@@ -32,7 +32,7 @@ from lora_dpo_jax.huggingface.adapters import (
 )
 from lora_dpo_jax.huggingface.servers import PEFT, AdapterFiles, verdicts
 from lora_dpo_jax.huggingface.weights import save_merged
-from lora_dpo_jax.lora import LoraConfig, LoraLinear, linear_layers, merge_lora
+from lora_dpo_jax.lora import ROWS, LoraConfig, LoraLinear, linear_layers, merge_lora
 from lora_dpo_jax.models import CausalLM
 
 # PEFT asks transformers for what transformers has renamed.
@@ -63,6 +63,13 @@ CASES = {
         "llama_biases",
         LoraConfig(r=4, alpha=6.0, a_init="pissa", use_rslora=True, target_modules=["q_proj"], rank_pattern={"1.*": 2}),
     ),
+    "token_rows": ("smollm2", LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[103, 5, 9])),
+    "token_rows_of_two_matrices": (
+        "qwen2",
+        LoraConfig(
+            r=4, target_modules=["o_proj"], trainable_token_indices={"embed_tokens": [103, 5], "lm_head": [9, 5, 7]}
+        ),
+    ),
     "all_but_excluded": ("qwen2", LoraConfig(r=4, alpha=8.0, exclude_modules=["down_proj", "1.self_attn.k_proj"])),
 }
 
@@ -89,7 +96,7 @@ def saved_by_peft(architecture: str, folder: Path, *, seed: int = 0, **settings)
     model = peft.get_peft_model(transformers_model(tiny_folder(architecture)), config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "trainable_tokens" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
     with warnings.catch_warnings():  # PEFT says that it stores the whole lm_head too
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
@@ -182,7 +189,11 @@ def test_plain_scaling_is_the_same_adapter_for_readers_of_lora_alpha_and_r_alone
     )
 
 
-@pytest.mark.parametrize("case", [case for case, (_, config) in CASES.items() if not config.use_dora])
+def is_plain_lora(config: LoraConfig) -> bool:
+    return not config.use_dora and config.trainable_token_indices is None
+
+
+@pytest.mark.parametrize("case", [case for case, (_, config) in CASES.items() if is_plain_lora(config)])
 def test_our_adapter_obeys_the_rules_of_vllm(case, tmp_path):
     architecture, config = CASES[case]
     save_adapter(
@@ -220,13 +231,14 @@ def test_saving_then_loading_is_the_identity(case, tmp_path):
 
     for ours, theirs in zip(layer_adapters(model), layer_adapters(loaded), strict=True):
         assert (ours.name, ours.adapter.scaling) == (theirs.name, theirs.adapter.scaling)
-        magnitude = {"lora_magnitude_vector"} if config.use_dora else set()
-        assert ours.tensors.keys() == theirs.tensors.keys() == {"lora_A.weight", "lora_B.weight"} | magnitude
+        names = {"lora_A.weight", "lora_B.weight"} | ({"lora_magnitude_vector"} if config.use_dora else set())
+        assert ours.tensors.keys() == theirs.tensors.keys() == (names if ours.adapter.is_target else {ROWS})
         for name, tensor in ours.tensors.items():
             np.testing.assert_array_equal(tensor, theirs.tensors[name])
     np.testing.assert_array_equal(logits(model, TOKENS), logits(loaded, TOKENS))
     read = read_adapter_config(tmp_path / "adapter")
-    for layer in layer_adapters(loaded):
+    assert read.trainable_token_indices == config.trainable_token_indices
+    for layer in (layer for layer in layer_adapters(loaded) if layer.adapter.is_target):
         theirs, asked = read.for_layer(layer.name), config.as_written().for_layer(layer.name)
         assert (theirs.r, theirs.alpha, theirs.use_rslora) == (asked.r, asked.alpha, asked.use_rslora)
 
@@ -338,6 +350,10 @@ PEFT_CASES = {
     ),
     "pissa": ("qwen2", dict(r=4, init_lora_weights="pissa", target_modules=["o_proj"], rank_pattern={"1.*": 2})),
     "gaussian": ("llama2", dict(r=4, init_lora_weights="gaussian", target_modules=["k_proj"])),
+    # Of an untied model, a list means the embedding alone; Gemma scales what is looked up and caps its logits.
+    "rows_of_an_embedding": ("llama2", dict(r=4, trainable_token_indices=[103, 5])),
+    "rows_of_both": ("qwen3", dict(r=4, trainable_token_indices={"embed_tokens": [103, 5], "lm_head": [5]})),
+    "rows_of_a_scaled_tied_matrix": ("gemma2", dict(r=4, trainable_token_indices={"model.embed_tokens": [103, 5]})),
     "olora": ("mistral", dict(r=4, init_lora_weights="olora", target_modules=["q_proj"], use_rslora=True)),
 }
 
@@ -436,7 +452,8 @@ def test_tensors_that_do_not_fit_are_errors_that_name_them(saved, change, says):
         {"fan_in_fan_out": True},
         {"layer_replication": [[0, 2]]},
         {"target_parameters": ["mlp.experts"]},
-        {"trainable_token_indices": [1]},
+        {"trainable_token_indices": {"wte": [1]}},
+        {"trainable_token_indices": [1, 1]},
         {"init_lora_weights": "pissa_niter_4"},
         {"init_lora_weights": "loftq"},
         {"alora_invocation_tokens": [1, 2]},
@@ -632,11 +649,39 @@ def test_other_embeddings_are_refused_with_their_names_and_the_reason(tmp_path):
 
 
 def test_what_is_refused_names_its_tensors(tmp_path):
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[4, 5])
-    peft.get_peft_model(transformers_model(tiny_folder("llama2")), config).save_pretrained(tmp_path)
-    delta = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
-    with pytest.raises(ValueError, match=rf"trainable_token_indices=\[4, 5\] .*: rows of the embedding .*{delta}"):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* LoRA tensor.* have invalid shape")  # PEFT 0.21: of its own biases
+        peft.get_peft_model(transformers_model(tiny_folder("llama_biases")), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lora_bias=True .*: its adapters have biases.*q_proj\.lora_B\.bias"):
         read_adapter_config(tmp_path)
+
+
+def test_rows_that_the_model_does_not_have_or_that_are_not_its_own_are_refused(tmp_path):
+    rows = tmp_path / "rows"
+    saved_by_peft("smollm2", rows, r=4, trainable_token_indices=[5, 103])
+    of_head = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
+    ours = of_head.replace("lm_head", "model.embed_tokens")
+    # As PEFT writes the rows of a tied head that was enlarged.
+    change_tensors(rows, lambda t: t.update({of_head: t[ours]}))
+    load_adapter(plain_model("smollm2"), rows)
+    change_tensors(rows, lambda t: t.update({of_head: t[ours] + 1}))
+    with pytest.raises(ValueError, match=f"{of_head} differs from {ours}, and this model's head is its embedding"):
+        load_adapter(plain_model("smollm2"), rows)
+    change_tensors(rows, lambda t: t.pop(of_head))
+    change_config(rows, trainable_token_indices=[5, 104])
+    with pytest.raises(ValueError, match=r"names 104, and model\.embed_tokens has the rows 0 to 103: .*made for"):
+        load_adapter(plain_model("smollm2"), rows)
+    change_config(rows, trainable_token_indices=[5])
+    with pytest.raises(ValueError, match=rf"{ours} has shape \(2, 32\)"):
+        load_adapter(plain_model("smollm2"), rows)
+
+
+def test_an_adapter_is_written_with_the_rows_that_its_settings_name(tmp_path):
+    architecture, config = CASES["token_rows"]
+    model = with_random_adapters(plain_model(architecture), config)
+    with pytest.raises(ValueError, match=r"trains rows of {'embed_tokens': \(103, 5, 9\)}, but .* names {}"):
+        save_adapter(model, tmp_path, base_model="base", config=LoraConfig(r=4, target_modules=["q_proj"]))
 
 
 def test_settings_of_eva_do_not_matter(tmp_path):

@@ -79,6 +79,9 @@ def test_what_cannot_be_combined_says_why(two, tmp_path):
     dora = saved(tmp_path / "dora", 2, r=2, target_modules=["q_proj"], use_dora=True)
     with pytest.raises(ValueError, match="dora: use_dora=True: magnitudes of DoRA cannot be added"):
         combine_adapters([two[0], dora], [1.0, 1.0], tmp_path / "x")
+    rows = saved(tmp_path / "rows", 2, r=2, target_modules=["q_proj"], trainable_token_indices=[3])
+    with pytest.raises(ValueError, match=r"rows: trainable_token_indices=\[3\]: rows of the embedding cannot be added"):
+        combine_adapters([two[0], rows], [1.0, 1.0], tmp_path / "x")
     settings = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "org/other"}))
     with pytest.raises(ValueError, match="different bases: .*org/other"):

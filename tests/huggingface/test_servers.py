@@ -10,26 +10,35 @@ from safetensors.numpy import save_file
 from lora_dpo_jax.huggingface.servers import LLAMA, MERGED, PEFT, RULES, SERVERS, SGLANG, VLLM, AdapterFiles, verdicts
 from lora_dpo_jax.main.check import CheckConfig, main, report, run
 
-LAYERS = ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"]
 WRAPPED = {"text_config": {"num_hidden_layers": 2}}
 NOTHING, REFUSED, OTHERWISE = "loads and does nothing", "does not load", "acts differently"
 
 
 def write(folder: Path, *, before: str = "base_model.model.model.", after: str = ".weight", rank: int = 4, base=None,
-          tensors=None, zero: bool = False, head: bool = False, **settings) -> AdapterFiles:  # fmt: skip
+          tensors=None, zero: bool = False, head: bool = False, modules=("self_attn.o_proj",), added=None, without=None,
+          **settings) -> AdapterFiles:  # fmt: skip
     """A small adapter, changed in one way, and the config.json of its base."""
     rng = np.random.default_rng(0)
     found = {}
-    for layer in [*(before + layer for layer in LAYERS), *(["base_model.model.lm_head"] if head else [])]:
+    layers = [f"{before}layers.{number}.{module}" for number in range(2) for module in modules]
+    for layer in [*layers, *(["base_model.model.lm_head"] if head else [])]:
         found[f"{layer}.lora_A{after}"] = rng.normal(size=(rank, 8)).astype(np.float32)
         found[f"{layer}.lora_B{after}"] = rng.normal(size=(8, rank)).astype(np.float32) * (not zero)
     folder.mkdir(exist_ok=True)
     save_file(found | (tensors or {}), folder / "adapter_model.safetensors")
-    config = dict(peft_type="LORA", r=rank, lora_alpha=8, target_modules=["q_proj", *(["lm_head"] if head else [])])
-    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
+    targets = [module.rpartition(".")[2] for module in modules] + (["lm_head"] if head else [])
+    config = dict(peft_type="LORA", r=rank, lora_alpha=8, target_modules=targets) | settings
+    config.pop(without, None)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if added is not None:
+        (folder / "added_tokens.json").write_text(json.dumps(added))
     (folder / "base").mkdir(exist_ok=True)
-    (folder / "base" / "config.json").write_text(json.dumps(base or {"num_hidden_layers": 2}))
+    (folder / "base" / "config.json").write_text(json.dumps({"vocab_size": 8} | (base or {"num_hidden_layers": 2})))
     return AdapterFiles.read(folder, folder / "base")
+
+
+def attention(*sides: str) -> list[str]:
+    return [f"self_attn.{side}_proj" for side in sides]
 
 
 def outcomes(files: AdapterFiles) -> dict[str, str]:
@@ -37,9 +46,12 @@ def outcomes(files: AdapterFiles) -> dict[str, str]:
 
 
 ONE = np.ones((8, 8), np.float32)
-DELTA = {"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": np.ones(8, np.float32)}
+DELTA = {"base_model.model.model.layers.0.self_attn.o_proj.lora_magnitude_vector": np.ones(8, np.float32)}
 EMBEDDING = {"base_model.model.model.embed_tokens.weight": ONE}
-BIAS = {"base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias": np.ones(8, np.float32)}
+TOKEN_ROWS = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": ONE}
+BASE_LAYER = {"base_model.model.model.embed_tokens.base_layer.weight": ONE}
+LARGER = {"base_model.model.model.embed_tokens.weight": np.ones((9, 8), np.float32)}
+BIAS = {"base_model.model.model.layers.0.self_attn.o_proj.lora_B.bias": np.ones(8, np.float32)}
 EVERY = dict.fromkeys(SERVERS, NOTHING)
 CASES = {
     "plain": ({}, {}),
@@ -54,24 +66,52 @@ CASES = {
     "no prefix": (dict(before="model."), {PEFT: NOTHING}),
     "the name of the adapter": (dict(after=".default.weight"), {VLLM: REFUSED, LLAMA: REFUSED}),
     "another name of the adapter": (dict(after=".policy.weight"), {PEFT: NOTHING, VLLM: REFUSED, LLAMA: REFUSED}),
-    "targets elsewhere": (dict(target_modules=["k_proj"]), {PEFT: NOTHING}),
-    "a regular expression elsewhere": (dict(target_modules=".*k_proj"), {PEFT: NOTHING}),
-    "some targets elsewhere": (dict(target_modules=["layers.0.self_attn.q_proj"]), {PEFT: OTHERWISE}),
+    "targets elsewhere": (dict(target_modules=["k_proj"]), {PEFT: NOTHING, SGLANG: REFUSED}),
+    "a regular expression elsewhere": (dict(target_modules=".*k_proj"), {PEFT: NOTHING, SGLANG: REFUSED}),
+    "a regular expression": (dict(target_modules=".*o_proj"), {SGLANG: REFUSED}),
+    "no targets": (dict(without="target_modules"), {VLLM: REFUSED, SGLANG: REFUSED}),
+    "null targets": (dict(target_modules=None), {SGLANG: REFUSED}),
+    "all-linear": (dict(target_modules="all-linear"), {}),
+    "some targets elsewhere": (dict(target_modules=["layers.0.self_attn.o_proj"]), {PEFT: OTHERWISE}),
     "rslora": (dict(use_rslora=True), {SGLANG: OTHERWISE, LLAMA: OTHERWISE}),
-    "another alpha": (dict(alpha_pattern={"q_proj": 16}), {SGLANG: OTHERWISE, LLAMA: OTHERWISE}),
-    "another rank": (dict(r=2, rank_pattern={"q_proj": 4}), {SGLANG: OTHERWISE}),
-    "dora": (dict(use_dora=True, tensors=DELTA), {VLLM: REFUSED, SGLANG: OTHERWISE, LLAMA: REFUSED}),
-    "lora_bias": (dict(lora_bias=True, tensors=BIAS), {VLLM: REFUSED, LLAMA: REFUSED, MERGED: REFUSED}),
+    "another alpha": (dict(alpha_pattern={"o_proj": 16}), {SGLANG: OTHERWISE, LLAMA: OTHERWISE}),
+    "another rank": (dict(r=2, rank_pattern={"o_proj": 4}), {SGLANG: REFUSED}),
+    "q, k and v": (dict(modules=attention("q", "k", "v")), {}),
+    "q and v": (dict(modules=attention("q", "v")), {}),
+    "q alone": (dict(modules=attention("q", "o")), {SGLANG: REFUSED}),
+    "q and k": (dict(modules=attention("q", "k")), {SGLANG: REFUSED}),
+    "v alone": (dict(modules=attention("v")), {SGLANG: REFUSED}),
+    "gate alone": (dict(modules=["mlp.gate_proj"]), {}),
+    "up alone": (dict(modules=["mlp.up_proj", "mlp.down_proj"]), {SGLANG: REFUSED}),
+    "gate and up": (dict(modules=["mlp.gate_proj", "mlp.up_proj"]), {}),
+    "dora": (dict(use_dora=True, tensors=DELTA), {VLLM: REFUSED, SGLANG: REFUSED, LLAMA: REFUSED}),
+    "added tokens": (dict(added={"<new>": 8}), {SGLANG: REFUSED}),
+    "tokens of the base": (dict(added={"<old>": 7}), {}),
+    "rows of tokens": (
+        dict(trainable_token_indices=[1], tensors=TOKEN_ROWS), {VLLM: REFUSED, SGLANG: OTHERWISE, LLAMA: REFUSED},
+    ),
+    "lora_bias": (
+        dict(lora_bias=True, tensors=BIAS), {VLLM: REFUSED, SGLANG: OTHERWISE, LLAMA: REFUSED, MERGED: REFUSED},
+    ),
     "bias": (dict(bias="all"), {VLLM: REFUSED, MERGED: REFUSED}),
-    "alora": (dict(alora_invocation_tokens=[1]), {VLLM: REFUSED, MERGED: REFUSED}),
-    "layers repeated": (dict(layer_replication=[[0, 1]]), {VLLM: REFUSED, MERGED: REFUSED}),
-    "modules_to_save": (dict(modules_to_save=["lm_head"]), {VLLM: REFUSED}),
-    "an embedding": (dict(tensors=EMBEDDING), {LLAMA: REFUSED}),
+    "null bias": (dict(bias=None), {VLLM: REFUSED}),
+    "alora": (dict(alora_invocation_tokens=[1]), {VLLM: REFUSED, SGLANG: OTHERWISE, MERGED: REFUSED}),
+    "layers repeated": (dict(layer_replication=[[0, 1]]), {VLLM: REFUSED, SGLANG: OTHERWISE, MERGED: REFUSED}),
+    "modules_to_save": (dict(modules_to_save=["lm_head"]), {VLLM: REFUSED, SGLANG: OTHERWISE}),
+    "a classifier": (dict(modules_to_save=["score"]), {SGLANG: OTHERWISE}),
+    "an embedding": (dict(tensors=EMBEDDING), {VLLM: REFUSED, LLAMA: REFUSED}),
+    "an embedding of a target": (dict(tensors=BASE_LAYER), {}),
+    "a larger embedding": (dict(tensors=LARGER), {VLLM: REFUSED, SGLANG: OTHERWISE, LLAMA: REFUSED}),
+    "gaussian": (dict(init_lora_weights="gaussian"), {}),
+    "another start": (dict(init_lora_weights="pissa_niter_4"), {
+        VLLM: REFUSED, SGLANG: OTHERWISE, LLAMA: OTHERWISE, MERGED: REFUSED,
+    }),
     "pissa": (dict(init_lora_weights="pissa"), {VLLM: REFUSED, SGLANG: OTHERWISE, LLAMA: OTHERWISE}),
     "loftq": (
         dict(init_lora_weights="loftq"), {VLLM: REFUSED, SGLANG: OTHERWISE, LLAMA: OTHERWISE, MERGED: REFUSED},
     ),
     "a rank above all": (dict(rank=513), {VLLM: REFUSED}),
+    "a rank above all of no layer": (dict(rank_pattern={"k_proj": 513}), {VLLM: REFUSED}),
     "no lora_alpha": (dict(lora_alpha=None), dict.fromkeys(SERVERS, REFUSED)),
     "a tied head": (dict(head=True, base={"tie_word_embeddings": True}), {LLAMA: REFUSED, MERGED: REFUSED}),
 }  # fmt: skip
@@ -111,7 +151,7 @@ def test_the_command_exits_with_1_where_an_adapter_would_do_nothing(tmp_path, ca
     said = capsys.readouterr().out
     assert "vLLM 0.33                loads and does nothing" in said
     assert (
-        "layers are named model.layers.0.self_attn.q_proj, and the class that is served has model.language_model."
+        "layers are named model.layers.0.self_attn.o_proj, and the class that is served has model.language_model."
         in said
     )
 

@@ -14,6 +14,7 @@ from tiny_models import LENGTH, VOCAB, load, logits, random_tokens, tiny_folder,
 from lora_dpo_jax.huggingface.adapters import load_adapter, read_adapter_config, save_adapter
 from lora_dpo_jax.huggingface.vocabulary import Enlargement, read_enlargement
 from lora_dpo_jax.huggingface.weights import load_model, read_config, save_merged
+from lora_dpo_jax.main import generate
 from lora_dpo_jax.models import ComputeConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -31,6 +32,10 @@ def resized(architecture: str):
 def saved_by_peft(folder: Path, architecture: str, **settings) -> peft.PeftModel:
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **settings)
     model = peft.get_peft_model(resized(architecture), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder, save_embedding_layers=True)
     return model
 
@@ -41,11 +46,21 @@ def model_of(architecture: str, enlargement: Enlargement):
     return load_model(base, config, dtype="float32", compute=ComputeConfig(attention="dense"), enlargement=enlargement)
 
 
-@pytest.mark.parametrize("architecture", ["llama2", "smollm2"])
-def test_added_tokens_come_with_the_adapter(architecture, tmp_path):
+ADDED = [VOCAB + 2, VOCAB]  # tokens whose rows were trained after they had been added
+CASES = {
+    "untied": ("llama2", {}),
+    "tied": ("smollm2", {}),
+    "rows, untied": ("llama2", dict(trainable_token_indices={"embed_tokens": ADDED, "lm_head": ADDED})),
+    "rows, tied": ("smollm2", dict(trainable_token_indices=ADDED)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_added_tokens_come_with_the_adapter(case, tmp_path):
     """In the model, in the merged one and in the adapter that is written again; of a tied model too."""
+    architecture, settings = CASES[case]
     base = tiny_folder(architecture)
-    theirs = torch_logits(saved_by_peft(tmp_path / "theirs", architecture), TOKENS)
+    theirs = torch_logits(saved_by_peft(tmp_path / "theirs", architecture, **settings), TOKENS)
     enlargement = read_enlargement(tmp_path / "theirs", base, read_config(base))
     ours = load_adapter(model_of(architecture, enlargement), tmp_path / "theirs")
     np.testing.assert_allclose(logits(ours, TOKENS), theirs, rtol=0, atol=1e-4)
@@ -58,6 +73,13 @@ def test_added_tokens_come_with_the_adapter(architecture, tmp_path):
     save_adapter(ours, tmp_path / "ours", base_model="base", config=config, enlargement=enlargement)
     again = peft.PeftModel.from_pretrained(resized(architecture), tmp_path / "ours").eval()
     np.testing.assert_allclose(torch_logits(again, TOKENS), theirs, rtol=0, atol=1e-4)
+
+
+def test_an_enlarged_vocabulary_is_not_shared_with_other_adapters(tmp_path):
+    saved_by_peft(tmp_path, "llama2")
+    adapters: dict[str, str | None] = {"before": None, "after": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"adapters\.after brings the rows of an enlarged vocabulary, .* set it alone"):
+        generate.main(generate.GenerateConfig(model=str(tiny_folder("llama2")), adapters=adapters, prompts=["Hi"]))
 
 
 def test_a_base_stays_as_it_is_without_enlarged_matrices(tmp_path):

@@ -11,9 +11,11 @@ import pytest
 from tiny_pairs import ADAPTERS, CONFIGS, VOCAB, adapters_of, moved, new_adapters, tiny_decoder, weights_of
 
 from lora_dpo_jax.lora import (
+    LoraConfig,
     LoraLinear,
     TokenKey,
     equals_reference,
+    for_inference,
     frozen_copy,
     linear_layers,
     loraize,
@@ -159,3 +161,16 @@ def test_every_tiny_decoder_can_be_adapted():
     for name in CONFIGS:
         shapes = eqx.filter_eval_shape(loraize, tiny_decoder(name), LORA, key=jax.random.key(0))
         assert len(adapted_names(shapes)) == 7 * CONFIGS[name].num_layers
+
+
+PATTERNS = dict(rank_pattern={"1.*q_proj": 2}, layers_to_transform=[1], target_modules=["q_proj", "o_proj"])
+
+
+@pytest.mark.parametrize("settings", [dict(use_rslora=True, **PATTERNS), dict(a_init="pissa")], ids=str)
+def test_for_inference_computes_the_same_with_the_scaling_in_the_factors(settings):
+    config = LoraConfig(r=4, alpha=3.0, **settings)
+    model = moved(loraize(tiny_decoder(), config, key=jax.random.key(2)))
+    ready = for_inference(model)
+    np.testing.assert_allclose(logits(ready), logits(model), rtol=0, atol=1e-5)
+    layers = [layer for layer, _ in linear_layers(ready) if isinstance(layer, LoraLinear)]
+    assert layers and {(layer.scaling, layer.by_layer) for layer in layers} == {(1.0, None)}

@@ -4,7 +4,10 @@ import json
 import logging
 import os
 
+import gguf
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from tiny_runs import instruct_folder, preference_rows, run_config, write_rows
 from transformers import AutoTokenizer
 
@@ -36,6 +39,7 @@ def run(tmp_path_factory):
             generation={"max_new_tokens": 1},
             peft_save_path="adapter",
             merged_hf_save_path="merged",
+            gguf_save_path="gguf",
         )
         patch.setattr("lora_dpo_jax.generation.generate", lambda model, ids, *_, **__: prompts.extend(ids) or [[0]])
         main(config)
@@ -52,6 +56,16 @@ def test_an_export_has_the_template_and_the_tokens_of_training(run, export):
     text = "the owl<|im_end|> Grüße\n"
     assert tokenizer(text)["input_ids"] == base(text)["input_ids"]
     assert tokenizer.special_tokens_map == base.special_tokens_map
+
+
+def test_the_gguf_adapter_of_a_run_is_its_peft_adapter(run):
+    _, folder, _ = run
+    factors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(folder / "gguf" / "adapter.gguf").tensors}
+    assert len(tensors) == len(factors)
+    for factor in ("a", "b"):
+        key = f"base_model.model.model.layers.1.mlp.up_proj.lora_{factor.upper()}.weight"
+        np.testing.assert_array_equal(tensors[f"blk.1.ffn_up.weight.lora_{factor}"], factors[key])
 
 
 def test_samples_are_rendered_with_the_template_of_training(run):

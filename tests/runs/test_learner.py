@@ -23,6 +23,7 @@ from lora_dpo_jax.training.optimizer import OptimizerConfig
 from lora_dpo_jax.training.step import TrainState
 
 PAIRS = whole_table({"prefs": random_pairs(16)})
+ROWS = {"embed_tokens": [3, 5], "lm_head": [5]}
 
 
 @pytest.mark.parametrize("axes", [{"data": 1}, {"data": 4, "model": 2}], ids=str)
@@ -30,7 +31,7 @@ def test_abstract_arrays_take_what_real_ones_do(axes):
     """And so does the step that is compiled for them."""
     devices = jax.devices()[:1] if axes == {"data": 1} else None
     placement = Placement(MeshConfig(axes), devices)
-    optimizer, lora = OptimizerConfig().build(10), LoraConfig(r=3, alpha=6.0)
+    optimizer, lora = OptimizerConfig().build(10), LoraConfig(r=3, alpha=6.0, trainable_token_indices=ROWS)
     settings, precision = ModelConfig(**dataclasses.asdict(ComputeConfig())), TrainerConfig().precision_on("cpu")
     abstract = abstract_learner(
         PreferenceObjective(Dpo()), optimizer, LLAMA, placement, lora=lora, model=settings, precision=precision
@@ -48,7 +49,7 @@ def test_abstract_arrays_take_what_real_ones_do(axes):
 
 def test_a_learner_takes_step_after_step():
     placement, optimizer = Placement(MeshConfig({"data": 1}), jax.devices()[:1]), OptimizerConfig().build(2)
-    policy = loraize(tiny_decoder(), LoraConfig(r=3), key=jax.random.key(0))
+    policy = loraize(tiny_decoder(), LoraConfig(r=3, trainable_token_indices=ROWS), key=jax.random.key(0))
     learner = real_learner(PreferenceObjective(Dpo()), optimizer, policy, placement, key=jax.random.key(1))
     steps = lay_out_steps(PAIRS, [np.arange(4)] * 2, PackingConfig(), parallelism=-1, row_shards=1)
     losses = [float(learner(batch).values["loss"]) for batch in steps.batches(placement)]

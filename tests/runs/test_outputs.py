@@ -22,8 +22,9 @@ SETTINGS = {
     "trainer.checkpointer.base_path": "trainer__checkpointer__base_path",
     "peft_save_path": "peft_save_path",
     "merged_hf_save_path": "merged_hf_save_path",
+    "gguf_save_path": "gguf_save_path",
 }
-EXPORTS = ["peft_save_path", "merged_hf_save_path"]
+EXPORTS = ["peft_save_path", "merged_hf_save_path", "gguf_save_path"]
 
 
 @pytest.fixture

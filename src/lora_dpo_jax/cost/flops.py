@@ -18,7 +18,7 @@ def useful_flops(model: CausalLM, batch: PreferenceBatch, *, with_reference: boo
     """
     config = model.config
     weights = adapters = 0
-    for layer, _ in linear_layers(model.model):
+    for layer, _ in linear_layers(model.model.layers):
         weight = unwrapped(layer).weight
         # A token passes through some of the experts alone.
         of_experts = config.experts is not None and config.experts.Expert in weight.axes

@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lora_dpo_jax.huggingface.folders import is_url
 from lora_dpo_jax.huggingface.tensors import TensorFiles, abridged
 from lora_dpo_jax.json_objects import REQUIRED, JsonObject, is_number, is_texts, is_whole, read_json_object
-from lora_dpo_jax.lora import PEFT_SWITCHES, LoraConfig
+from lora_dpo_jax.lora import EMBEDDING, HEAD, PEFT_SWITCHES, LoraConfig
 from lora_dpo_jax.redaction import without_secrets
 
 LOCAL_URLS = ("file://", "local://")
@@ -30,6 +30,7 @@ USED |= {
     "layers_pattern",
     "rank_pattern",
     "alpha_pattern",
+    "trainable_token_indices",
     "base_model_name_or_path",
 }
 # Options that do not change what an adapter computes.
@@ -53,7 +54,6 @@ REASONS = {
     "lora_bias": "its adapters have biases",
     "modules_to_save": "whole layers were trained; PEFT's merge_and_unload makes a model of them",
     "target_parameters": "parameters that are no linear layers are adapted",
-    "trainable_token_indices": "rows of the embedding were trained; PEFT's merge_and_unload makes a model of them",
 }
 ALL_LINEAR = "all-linear"
 PEFT_DEFAULT_TARGETS = ["q_proj", "v_proj"]  # the same for every family that is supported here
@@ -87,6 +87,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         layers_pattern=None if layers is None else peft.taken("layers_pattern", None, _is_targets, TARGETS),
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
+        trainable_token_indices=_token_indices(peft),
         a_init=start if (start := peft.values.get("init_lora_weights")) in CHANGED_BASES else "random",
         **{switch: peft.flag(switch, False) for switch in PEFT_SWITCHES},
     )
@@ -139,6 +140,7 @@ def peft_config(
         "revision": revision,
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
+        "trainable_token_indices": config.trainable_token_indices,
         **{switch: getattr(config, switch) for switch in PEFT_SWITCHES},
     }
 
@@ -238,6 +240,22 @@ def _is_targets(value: Any) -> bool:
 def _is_layers(value: Any) -> bool:
     numbers = value if isinstance(value, list) else [value]
     return all(is_whole(number, 0) for number in numbers)
+
+
+def _token_indices(peft: JsonObject) -> list[int] | dict[str, list[int]] | None:
+    """trainable_token_indices, with the names that this package has for matrices of tokens."""
+    needed = f"a list of token ids, or such lists for {EMBEDDING} and {HEAD}"
+    found = peft.taken("trainable_token_indices", None, lambda x: isinstance(x, dict) or _is_ids(x), needed)
+    if not isinstance(found, dict):
+        return found or None
+    rows = {name.rpartition(".")[2]: ids for name, ids in found.items()}
+    if len(rows) < len(found) or not set(rows) <= {EMBEDDING, HEAD} or not all(map(_is_ids, rows.values())):
+        raise peft.error("trainable_token_indices", f"must be {needed}")
+    return {name: ids for name, ids in rows.items() if ids} or None
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(is_whole(token, 0) for token in value) and len(set(value)) == len(value)
 
 
 def _pattern_in(peft: JsonObject, name: str, value: Callable[[JsonObject, str], Any]) -> dict[str, Any]:

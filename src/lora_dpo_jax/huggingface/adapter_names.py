@@ -10,11 +10,16 @@ import re
 from collections.abc import Iterable, Sequence
 
 from lora_dpo_jax.huggingface.adapter_config import WRAPPER
+from lora_dpo_jax.lora import ROWS
 
 PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(?P<layer>.+)\.(?P<factor>lora_\w+?)(\.(?!weight$|bias$)\w+)?(?P<kind>\.weight|\.bias)?")
+_FACTOR = re.compile(
+    rf"(?P<layer>.+)\.(?P<factor>lora_\w+?|{re.escape(ROWS)})(\.(?!weight$|bias$)\w+)?(?P<kind>\.weight|\.bias)?"
+)
 # PEFT stores the frozen matrix beside an adapter of it, and both of them where modules_to_save replaces it.
-_COPY = re.compile(r"(?P<layer>.+?)(\.base_layer|\.original_module|\.modules_to_save(\.\w+)?)?\.weight")
+_COPY = re.compile(
+    r"(?P<layer>.+?)((\.token_adapter)?\.base_layer|\.original_module|\.modules_to_save(\.\w+)?)?\.weight"
+)
 MAGNITUDE = "lora_magnitude_vector"  # of DoRA: PEFT writes it without .weight
 
 

@@ -33,6 +33,7 @@ from lora_dpo_jax.huggingface.adapter_config import (
     refused_modules,
 )
 from lora_dpo_jax.huggingface.adapter_names import PREFIX, key_of, matrix_copies, written_names
+from lora_dpo_jax.huggingface.dialects import embedding_of
 from lora_dpo_jax.huggingface.folders import export_folder
 from lora_dpo_jax.huggingface.tensors import (
     LazyTensor,
@@ -46,10 +47,13 @@ from lora_dpo_jax.huggingface.tokenizers import save_tokenizer
 from lora_dpo_jax.huggingface.vocabulary import Enlargement
 from lora_dpo_jax.json_objects import JsonObject, is_texts
 from lora_dpo_jax.lora import (
+    HEAD,
     PEFT_SWITCHES,
+    ROWS,
     Adapter,
     Factor,
     LoraConfig,
+    TokenRows,
     adapt,
     adapter_type,
     empty_adapter,
@@ -57,6 +61,7 @@ from lora_dpo_jax.lora import (
     map_linear_layers,
     matching_names,
     unadaptable_layers,
+    with_token_rows,
 )
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.printable import printable
@@ -74,12 +79,6 @@ class LayerAdapter:
     rank: int
     scaling: float
     tensors: dict[str, np.ndarray]  # float32, by PEFT's names
-
-    @property
-    def weight_shape(self) -> tuple[int, int]:
-        """(out, in)"""
-        wrapped = self.adapter.wrapped
-        return hax.axis_size(wrapped.Out), hax.axis_size(wrapped.In)
 
     def merge(self, weight: np.ndarray) -> np.ndarray:
         """The layer's weight {out, in} with the adapter merged in, both float32."""
@@ -109,9 +108,10 @@ def save_adapter(
     rest of it in B. Every process of a run must call this; only the first one writes.
     """
     _check_config(model, config)
-    adapters, config = layer_adapters(model), config.as_written()
+    found, config = layer_adapters(model), config.as_written()
     if jax.process_index() != 0:
         return
+    adapters = [adapter for adapter in found if adapter.adapter.is_target]
     if peft_scaling == "plain":
         config = config.with_plain_scaling(max(adapter.rank for adapter in adapters))
         adapters = [_at(adapter, config.r, config.scaling) for adapter in adapters]
@@ -122,11 +122,11 @@ def save_adapter(
     targets = explicit_targets([adapter.name for adapter in adapters], names)
     tensors = {
         key_of(adapter.name, factor): tensor.astype(dtype)
-        for adapter in adapters
+        for adapter in (*adapters, *(adapter for adapter in found if not adapter.adapter.is_target))
         for factor, tensor in adapter.tensors.items()
     }
     if enlargement is not None:
-        tensors |= {f"{PREFIX}{name}": matrix[()] for name, matrix in enlargement.matrices.items()}
+        tensors |= {_key_of_matrix(name, found): matrix[()] for name, matrix in enlargement.matrices.items()}
     base = base_from_anywhere(base_model)
     with export_folder(folder, run=run, overwrite=overwrite) as exported:
         write_tensors(exported / f"{STEM}.safetensors", tensors)
@@ -158,7 +158,9 @@ def load_adapter(model: CausalLM, folder: Path, *, mapping: Any = None, base_mod
         layers = {name.replace(f".{WRAPPER}.", "."): name for name in _layer_names(model)}
         targets = {layers[name] for name in matching_names([*layers], config)}
         empty = adapt(model, targets, lambda layer, chosen: empty_adapter(layer, chosen, config))
-        _check_tensors(tensors, empty, targets, config, copies)
+        empty = _with_token_rows(empty, config, folder)
+        targets |= {name for layer, names in linear_layers(empty) if isinstance(layer, TokenRows) for name in names}
+        _check_tensors(tensors, empty, targets, config, [*copies, *_rows_of_tied_head(tensors, empty)])
         _check_copies(tensors, copies, peft, model)
 
         def fill(layer: Any, names: list[str]) -> Any:
@@ -206,6 +208,20 @@ def _at(adapter: LayerAdapter, rank: int, scaling: float) -> LayerAdapter:
     return dataclasses.replace(adapter, rank=rank, scaling=scaling, tensors=tensors)
 
 
+def _key_of_matrix(name: str, adapters: list[LayerAdapter]) -> str:
+    """PEFT's name of a whole matrix beside an adapter, which may have rows of its own."""
+    layer = name.removesuffix(".weight")
+    has_rows = any(adapter.name == layer for adapter in adapters)
+    return f"{PREFIX}{layer}.token_adapter.base_layer.weight" if has_rows else f"{PREFIX}{name}"
+
+
+def _with_token_rows(model: CausalLM, config: LoraConfig, folder: Path) -> CausalLM:
+    try:
+        return with_token_rows(model, config)
+    except ValueError as error:
+        raise MisfitError(f"{folder}: {error}") from error
+
+
 def explicit_targets(targets: list[str], names: list[str]) -> list[str]:
     """The shortest list that matches `targets` and nothing else among `names`: q_proj, ..., or else full paths."""
     suffixes = sorted({name.rpartition(".")[2] for name in targets})
@@ -229,9 +245,13 @@ def _within(factor: Factor, rank: int) -> tuple[slice, ...]:
 
 
 def _check_config(model: CausalLM, config: LoraConfig) -> None:
-    adapted = [(layer, names) for layer, names in linear_layers(model) if isinstance(layer, Adapter)]
+    found = [(layer, names) for layer, names in linear_layers(model) if isinstance(layer, Adapter)]
+    adapted = [(layer, names) for layer, names in found if layer.is_target]
     if not adapted:
         raise ValueError("the model has no adapters to save")
+    rows = {layer.part: layer.token_ids for layer, _ in found if isinstance(layer, TokenRows)}
+    if rows != (asked := config.token_rows(tied=getattr(model, HEAD, "absent") is None)):
+        raise ValueError(f"the model trains rows of {rows}, but lora.trainable_token_indices names {asked}")
     switches = " and ".join(f"lora.{switch}={getattr(config, switch)}" for switch in PEFT_SWITCHES)
     for adapter, name, index in ((adapter, name, i) for adapter, names in adapted for i, name in enumerate(names)):
         own = config.for_layer(name)
@@ -247,7 +267,8 @@ def _check_config(model: CausalLM, config: LoraConfig) -> None:
 
 def _written_names(tensors: TensorFiles, model: CausalLM) -> dict[str, str]:
     try:
-        return written_names(tensors.names, _layer_names(model))
+        embedding = embedding_of(model.config).removesuffix(".weight")
+        return written_names(tensors.names, [*_layer_names(model), embedding])
     except ValueError as error:
         raise MisfitError(f"{tensors.folder}: {error}") from error
 
@@ -270,6 +291,16 @@ def _check_tensors(
     surplus = [key for key in tensors.names if key not in needed and key not in copies]
     if surplus or not targets:
         raise MisfitError(f"{tensors.folder}: holds tensors that have no place: {abridged(surplus) or 'none'}; {asked}")
+
+
+def _rows_of_tied_head(tensors: TensorFiles, model: CausalLM) -> list[str]:
+    """The rows of a tied head, which PEFT writes beside the same rows of the embedding if that was enlarged."""
+    rows, ours = key_of("lm_head", ROWS), key_of(embedding_of(model.config).removesuffix(".weight"), ROWS)
+    if model.lm_head is not None or rows not in tensors.names or ours not in tensors.names:
+        return []
+    if tensors.shape(rows) != tensors.shape(ours) or not np.array_equal(tensors.read(rows), tensors.read(ours)):
+        raise MisfitError(f"{tensors.folder}: {rows} differs from {ours}, and this model's head is its embedding")
+    return [rows]
 
 
 def _filled(tensors: TensorFiles, empty: Adapter, names: list[str], targets: set[str], mapping: Any) -> Adapter:

@@ -85,6 +85,11 @@ def _check(folder: Path, config: LoraConfig) -> None:
         raise ValueError(
             f"{folder}: use_dora=True: magnitudes of DoRA cannot be added; merge the adapter into its base"
         )
+    if config.trainable_token_indices is not None:
+        raise ValueError(
+            f"{folder}: trainable_token_indices={config.trainable_token_indices}: rows of the embedding cannot be "
+            "added; merge the adapter into its base"
+        )
     if config.starts_at_factors:
         raise ValueError(
             f"{folder}: init_lora_weights={config.a_init}: it fits a changed base alone; PEFT's save_pretrained writes "

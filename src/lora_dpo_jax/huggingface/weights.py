@@ -139,6 +139,8 @@ def save_merged(
     tensors = enlargement.tensors(TensorFiles(source))
     parts = {name: parameters_of(name, tensors.shape(name), model.config) for name in tensors.names}
     _check_source(adapters, enlargement.tensors(_weights_in(source, model.config)))
+    if model.config.tie_word_embeddings and embedding_of(model.config) in adapters:
+        adapters[HEAD] = adapters[embedding_of(model.config)]  # some files hold a tied matrix twice, or as the head
     if errors := _quantization_errors(model):
         logger.info("%s: merged into the weights of %s, not into the quantized ones; %s", folder, source, errors)
 
@@ -251,7 +253,7 @@ def _read_quantized(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapp
 
 def _check_source(adapters: dict[str, LayerAdapter], tensors: TensorFiles) -> None:
     for name, adapter in adapters.items():
-        shape = adapter.weight_shape
+        shape = adapter.adapter.weight_shape
         if name not in tensors.names:
             raise ValueError(f"{tensors.folder}: has no tensor {name}, which has an adapter; is it the model's source?")
         if tensors.shape(name) != shape:

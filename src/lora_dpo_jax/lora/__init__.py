@@ -12,7 +12,7 @@ Nothing is flagged or mutated: the reference is another tree, `unwrap_lora(model
 """
 
 from lora_dpo_jax.lora.adapter import Adapter, ByLayer, Factor, unwrapped
-from lora_dpo_jax.lora.config import PEFT_SWITCHES, LoraConfig
+from lora_dpo_jax.lora.config import EMBEDDING, HEAD, PEFT_SWITCHES, LoraConfig
 from lora_dpo_jax.lora.dora_linear import DoraLinear
 from lora_dpo_jax.lora.dropout import TokenKey, split_key
 from lora_dpo_jax.lora.lora_linear import LOW_RANK, LoraLinear
@@ -21,6 +21,7 @@ from lora_dpo_jax.lora.surgery import (
     adapt,
     constant_filter,
     equals_reference,
+    for_inference,
     frozen_copy,
     loraize,
     merge_lora,
@@ -31,25 +32,33 @@ from lora_dpo_jax.lora.surgery import (
     with_dropout,
 )
 from lora_dpo_jax.lora.targets import matching_names
+from lora_dpo_jax.lora.token_rows import ROWS, EmbeddingRows, TokenRows, check_token_rows, with_token_rows
 from lora_dpo_jax.lora.tree import linear_layers, map_linear_layers, unadaptable_layers
 from lora_dpo_jax.lora.variants import adapter_type, empty_adapter
 
 __all__ = [
+    "EMBEDDING",
+    "HEAD",
     "LOW_RANK",
     "PEFT_SWITCHES",
+    "ROWS",
     "Adapter",
     "ByLayer",
     "DoraLinear",
+    "EmbeddingRows",
     "Factor",
     "LoraConfig",
     "LoraLinear",
     "OffsetLora",
     "TokenKey",
+    "TokenRows",
     "adapt",
     "adapter_type",
+    "check_token_rows",
     "constant_filter",
     "empty_adapter",
     "equals_reference",
+    "for_inference",
     "frozen_copy",
     "linear_layers",
     "loraize",
@@ -64,4 +73,5 @@ __all__ = [
     "unwrap_lora",
     "unwrapped",
     "with_dropout",
+    "with_token_rows",
 ]

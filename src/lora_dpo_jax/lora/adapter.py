@@ -12,7 +12,7 @@ import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import equinox as eqx
 import haliax as hax
@@ -76,6 +76,7 @@ class Adapter(eqx.Module):
     scaling: eqx.AbstractVar[float]  # of all layers, unless `by_layer` has those of each
     dropout: eqx.AbstractVar[float]
     by_layer: eqx.AbstractVar[ByLayer | None]  # None if all layers are targets, with the same rank and scaling
+    is_target: ClassVar[bool] = True  # whether target_modules names the layer
 
     @classmethod
     @abstractmethod
@@ -129,9 +130,18 @@ class Adapter(eqx.Module):
         """The adapter as files hold it, whose `factors` are PEFT's tensors. It computes the same."""
         return self
 
+    def for_inference(self) -> "Adapter":
+        """The adapter without what only training needs, in the form in which most adapters share compiled programs."""
+        return self
+
     @property
     def parameter_count(self) -> int:
         return sum(factor.array.size for factor in self.factors.values())
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """(out, in) of one layer."""
+        return hax.axis_size(self.wrapped.Out), hax.axis_size(self.wrapped.In)
 
     @property
     def scale(self) -> Any:

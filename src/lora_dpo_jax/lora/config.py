@@ -5,18 +5,21 @@ import functools
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Self, TypeVar
 
 import numpy as np
 
+from lora_dpo_jax.json_objects import is_whole
 from lora_dpo_jax.settings.choices import check_choices
 
 _V = TypeVar("_V")
 
 # Boolean settings that have the same names in adapter_config.json.
 PEFT_SWITCHES = ("use_rslora", "use_dora")
+EMBEDDING, HEAD = "embed_tokens", "lm_head"  # the matrices with a row for each token
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class LoraConfig:
     # target_modules.
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None  # the name before a layer's number, such as layers; null means any
+    # Tokens whose rows of the embedding are trained too, such as added ones; of the head too, if the embedding is the
+    # head. If it is not: {embed_tokens: [...], lm_head: [...]}.
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     zero_init_b: bool = True  # with a_init random: B starts at zero. Training always sets it to true
     # What A and B start from: docs/adapters.md. random: A Kaiming-uniform, B zero. zero: A zero, B random.
     a_init: Literal["random", "zero", "gaussian", "orthogonal", "pissa", "olora", "eva"] = "random"
@@ -57,6 +63,7 @@ class LoraConfig:
                 _check_pattern(f"lora.{name}", pattern)
         self._check_patterns()
         self._check_layers()
+        self._check_tokens()
         if self.use_dora and self.starts_at_factors:
             raise ValueError(
                 f"lora.a_init={self.a_init} starts at factors that are not zero, and with lora.use_dora no plain LoRA "
@@ -100,6 +107,38 @@ class LoraConfig:
         r = _first_of(self.rank_pattern, name, self.r)
         alpha = _first_of(self.alpha_pattern, name, self.alpha)
         return dataclasses.replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+    def token_rows(self, *, tied: bool) -> dict[str, tuple[int, ...]]:
+        """The tokens whose rows are trained, by the name of the matrix. `tied`: the embedding is the head.
+
+        Raises ValueError if a tied head would have other rows than the embedding.
+        """
+        named = self.trainable_token_indices
+        if named is None:
+            return {}
+        rows = {name: tuple(ids) for name, ids in (named if isinstance(named, dict) else {EMBEDDING: named}).items()}
+        if tied and rows.pop(HEAD, rows.get(EMBEDDING)) != rows.get(EMBEDDING):
+            raise ValueError(
+                f"lora.trainable_token_indices={named}: the embedding of this model is its head, so both must have the "
+                "same tokens: write one list"
+            )
+        return rows
+
+    def _check_tokens(self) -> None:
+        named = self.trainable_token_indices
+        if named is None:
+            return
+        parts = named if isinstance(named, dict) else {EMBEDDING: named}
+        setting = "lora.trainable_token_indices"
+        if unknown := sorted(set(parts) - {EMBEDDING, HEAD}):
+            raise ValueError(f"{setting}: {unknown} are no matrices of tokens; there are {EMBEDDING} and {HEAD}")
+        for name, ids in parts.items():
+            if not ids or not all(is_whole(token, 0) for token in ids):
+                raise ValueError(f"{setting}: {name}: {ids} must be token ids, at least one; null trains none")
+            if twice := sorted(token for token, count in Counter(ids).items() if count > 1):
+                raise ValueError(f"{setting}: {name} names {twice} twice")
+        if not parts:
+            raise ValueError(f"{setting}={{}} must name a matrix, {EMBEDDING} or {HEAD}; null trains no rows")
 
     def _check_patterns(self) -> None:
         for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):

@@ -58,6 +58,10 @@ class LoraLinear(Adapter):
             x = dropout(x, self.dropout, key)
         return hax.auto_sharded(low_rank_product(x, self.lora_A, self.lora_B * self.scale))
 
+    def for_inference(self) -> "LoraLinear":
+        """With the scaling in B, which is the same to the bit."""
+        return LoraLinear(self.wrapped, lora_A=self.lora_A, lora_B=self.lora_B * self.scale, scaling=1.0)
+
     def merge(self, weight: Any, tensors: Mapping[str, Any], scaling: Any) -> Any:
         return with_low_rank(weight, tensors, scaling)
 

@@ -98,6 +98,9 @@ class OffsetLora(Adapter):
             self.wrapped, lora_A=A, lora_B=B, scaling=self.scaling, dropout=self.dropout, by_layer=by_layer
         )
 
+    def for_inference(self) -> LoraLinear:
+        return self.plain().for_inference()
+
     def with_factors(self, arrays: Mapping[str, NamedArray]) -> Self:
         """A0 and B0 are then those of the weight, as PEFT takes them when it loads such an adapter."""
         a_init: Any = self.a_init

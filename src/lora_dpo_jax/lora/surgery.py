@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from lora_dpo_jax.lora.adapter import Adapter, unwrapped
 from lora_dpo_jax.lora.config import LoraConfig
 from lora_dpo_jax.lora.targets import check_targets, matching_names
+from lora_dpo_jax.lora.token_rows import check_token_rows, with_token_rows
 from lora_dpo_jax.lora.tree import linear_layers, map_linear_layers, unadaptable_layers
 from lora_dpo_jax.lora.variants import new_adapter
 
@@ -31,13 +32,14 @@ def loraize(model: M, config: LoraConfig, *, key) -> M:
     names = [name for of_layer in layers for name in of_layer]
     tied = getattr(model, "lm_head", "absent") is None
     check_targets(names, unadaptable_layers(model), config, tied=tied)
+    check_token_rows(config, tied=tied)
     # One key for each layer of the tree, target or not: a layer's factors do not depend on the other targets.
     keys = {of_layer[0]: key for of_layer, key in zip(layers, jax.random.split(key, len(names)), strict=False)}
 
     def make(layer: Any, targets: dict[str, bool]) -> Adapter:
         return new_adapter(layer, targets, config, key=keys[next(iter(targets))])
 
-    return adapt(model, matching_names(names, config), make)
+    return with_token_rows(adapt(model, matching_names(names, config), make), config)
 
 
 def adapt(model: M, targets: Collection[str], make: Callable[[Any, dict[str, bool]], Adapter]) -> M:
@@ -66,6 +68,11 @@ def unwrap_lora(model: M) -> M:
 def merge_lora(model: M) -> M:
     """The model without adapters whose weights give the same output as the adapted model."""
     return _map_adapters(lambda adapter: adapter.merged(), model)
+
+
+def for_inference(model: M) -> M:
+    """The model with its adapters as inference needs them: those of equal targets and ranks share compiled programs."""
+    return _map_adapters(lambda adapter: adapter.for_inference(), model)
 
 
 def with_dropout(model: M, rate: float) -> M:

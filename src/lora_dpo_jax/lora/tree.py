@@ -51,9 +51,10 @@ def unadaptable_layers(model: Any) -> dict[str, str]:
     found: dict[str, str] = {}
 
     def visit(path: tuple, node: Any) -> None:
-        if not _is_linear(node):
+        layer = unwrapped(node)
+        if not _is_linear(layer):
             return
-        names, layer = tensor_names(path, model), unwrapped(node)
+        names = tensor_names(path, model)
         kind = f"{type(layer).__module__}.{type(layer).__name__}"
         if not is_adaptable(layer):
             found.update(dict.fromkeys(names, f"no adapter knows {kind}"))
@@ -62,12 +63,12 @@ def unadaptable_layers(model: Any) -> dict[str, str]:
             reason = f"{kind} has axes {{{axes}}} but {len(names)} names (see parameters.Numbered)"
             found.update(dict.fromkeys(names, reason))
 
-    jax.tree_util.tree_map_with_path(visit, model, is_leaf=_is_linear)
+    jax.tree_util.tree_map_with_path(visit, model, is_leaf=lambda node: isinstance(node, Adapter) or _is_linear(node))
     return found
 
 
 def _is_linear(node: Any) -> bool:
-    if isinstance(node, Adapter) or is_adaptable(node):
+    if is_adaptable(node):
         return True
     has_weight = isinstance(node, eqx.Module) and getattr(node, "weight", None) is not None
     return has_weight and any(hasattr(node, a) and hasattr(node, b) for a, b in SIDES)

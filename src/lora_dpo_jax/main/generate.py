@@ -1,6 +1,7 @@
-"""Completions of a base model, an adapter or a merged model.
+"""Completions of a base model, an adapter or a merged model, or of several adapters of one base.
 
 python -m lora_dpo_jax.main.generate --model <folder or hub id> [--adapter <PEFT folder>] --prompt Hello [--prompt ...]
+python -m lora_dpo_jax.main.generate --model BASE --adapters '{before: null, helpful: A, safe: B}' --prompt Hello
 """
 
 import inspect
@@ -25,10 +26,12 @@ from lora_dpo_jax.huggingface.adapter_config import adapter_folder, read_base_mo
 from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
-from lora_dpo_jax.huggingface.vocabulary import read_enlargement
+from lora_dpo_jax.huggingface.vocabulary import Enlargement, read_enlargement
 from lora_dpo_jax.huggingface.weights import NOT_ENLARGED, load_model, read_config
+from lora_dpo_jax.lora import for_inference
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.output_file import check_output, write_output
+from lora_dpo_jax.models import CausalLM, DecoderConfig
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
 from lora_dpo_jax.places import refuse_impossible_paths, spelled_alike
 from lora_dpo_jax.printable import printable
@@ -58,6 +61,8 @@ class GenerateConfig(GenerationConfig):
 
     model: str  # folder or hub id of a base or merged model, or of an adapter that names its base
     adapter: str | None = None  # a PEFT folder (or hub id) on top of `model`
+    # Several of them by name, in place of `adapter`; null is `model` alone. The weights are read once.
+    adapters: dict[str, str | None] = field(default_factory=dict)
     tokenizer: str | None = None  # null: the adapter's if it has one, else the model's
     # On the command line also --prompt TEXT, any number of times. Its text is taken literally; this list is YAML.
     prompts: list[str] = field(default_factory=list)
@@ -75,6 +80,9 @@ class GenerateConfig(GenerationConfig):
         super().__post_init__()
         names = ("model", "adapter", "tokenizer", "prompts_file", "output")
         refuse_impossible_paths({name: getattr(self, name) for name in names})
+        refuse_impossible_paths(self.named_adapters)
+        if self.adapter is not None and self.adapters:
+            raise ValueError("adapter and adapters set the same: name the one adapter in adapters too")
         if not self.prompts and self.prompts_file is None:
             raise ValueError("nothing to complete: give prompts (or --prompt), prompts_file or both")
         check_choices(self)
@@ -85,51 +93,84 @@ class GenerateConfig(GenerationConfig):
             raise ValueError("system needs the chat template, which chat=false leaves out; drop one of the two")
 
     @property
+    def named_adapters(self) -> dict[str, str | None]:
+        """The path of each adapter by its setting; null is the model alone."""
+        several: dict[str, str | None] = {f"adapters.{name}": path for name, path in self.adapters.items()}
+        return several or {"adapter": self.adapter}
+
+    @property
     def generation(self) -> GenerationConfig:
         return GenerationConfig(**{f.name: getattr(self, f.name) for f in fields(GenerationConfig)})
 
 
 def main(config: GenerateConfig) -> list[str]:
-    """Prints each prompt with its completion, writes them to `output` if it is set, and returns the completions."""
+    """Prints each prompt with its completion, writes them to `output` if it is set, and returns the completions.
+
+    With several adapters, all completions of a prompt come together, in the order of `adapters`.
+    """
     template_kwargs = config.chat_template_kwargs
     if config.chat_template is not None:
         template_kwargs = {**template_kwargs, "chat_template": read_template("chat_template", config.chat_template)}
     if config.output is not None and is_first_process():
         inputs = {name: [file] for name in ("prompts_file", "chat_template") if (file := getattr(config, name))}
-        check_output(config.output, lines=[("prompt", "completion")], inputs=inputs)
+        lines = [("prompt", "completion"), ("prompt", "adapter", "completion")]
+        check_output(config.output, lines=lines, inputs=inputs)
     origins, prompts = _read_prompts(config)
-    base, adapter = _model_folders(config)
-    tokenizer = _load_tokenizer(config, base, adapter)
+    base, adapters = _model_folders(config)
+    tokenizers = {setting: _load_tokenizer(config, base, adapter) for setting, adapter in adapters.items()}
     # Before the weights are read, so that a prompt that the template rejects is an early error.
-    encode_prompts(tokenizer, prompts, chat=config.chat, origins=origins, **template_kwargs)
-    dtype = config.dtype or ("f32" if jax.default_backend() == "cpu" else "bf16")
-    decoder, enlargement = read_config(base), NOT_ENLARGED
-    if adapter is not None:
-        enlargement = read_enlargement(adapter, base, decoder)
-    settings: Any = {"dtype": DTYPES[dtype], "quantization": config.quantization, "enlargement": enlargement}
-    model = load_model(base, enlargement.config(decoder), **settings)
-    if adapter is not None:
-        model = load_adapter(model, adapter, base_model=config.model if config.adapter else None)
-
-    completions = complete(
-        model,
-        tokenizer,
-        prompts,
-        config.generation,
-        stop_ids=read_stop_ids(base),
-        chat=config.chat,
-        origins=origins,
-        **template_kwargs,
-    )
-    if not is_first_process():  # each process has computed the same, on its own device
-        return completions
-    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
-        shown = printable(f"{_readable(prompt)}\n--- completion\n{completion}")
-        print(f"=== prompt {number}\n{shown}\n", flush=True)
-    if config.output is not None:
-        pairs = zip(prompts, completions, strict=True)
-        write_output(config.output, ({"prompt": prompt, "completion": completion} for prompt, completion in pairs))
+    for tokenizer in tokenizers.values():
+        encode_prompts(tokenizer, prompts, chat=config.chat, origins=origins, **template_kwargs)
+    stop_ids, by_adapter = read_stop_ids(base), []
+    for setting, model in _models(config, base, adapters):
+        options: Any = {"stop_ids": stop_ids, "chat": config.chat, "origins": origins, **template_kwargs}
+        by_adapter.append(complete(model, tokenizers[setting], prompts, config.generation, **options))
+    completions = [completion for of_prompt in zip(*by_adapter, strict=True) for completion in of_prompt]
+    if is_first_process():  # each process has computed the same, on its own device
+        _report(config, prompts, completions)
     return completions
+
+
+def _models(config: GenerateConfig, base: Path, adapters: dict[str, Path | None]) -> Iterator[tuple[str, CausalLM]]:
+    """The base with each adapter. The weights are read once, and one adapter is in memory at a time."""
+    dtype = config.dtype or ("f32" if jax.default_backend() == "cpu" else "bf16")
+    decoder = read_config(base)
+    enlargement = _enlargement(adapters, base, decoder)
+    settings: Any = {"dtype": DTYPES[dtype], "quantization": config.quantization, "enlargement": enlargement}
+    plain = load_model(base, enlargement.config(decoder), **settings)
+    base_model = config.model if config.adapter or config.adapters else None
+    for setting, adapter in adapters.items():
+        adapted = plain if adapter is None else load_adapter(plain, adapter, base_model=base_model)
+        yield setting, for_inference(adapted)
+
+
+def _enlargement(adapters: dict[str, Path | None], base: Path, decoder: DecoderConfig) -> Enlargement:
+    """The vocabulary that an adapter brings along. Raises ValueError if others would have to share it."""
+    for setting, adapter in adapters.items():
+        if adapter is not None and (found := read_enlargement(adapter, base, decoder)):
+            if len(adapters) > 1:
+                raise ValueError(
+                    f"{setting} brings the rows of an enlarged vocabulary, which the others do not have: set it "
+                    "alone, as adapter"
+                )
+            return found
+    return NOT_ENLARGED
+
+
+def _report(config: GenerateConfig, prompts: Sequence[Prompt], completions: list[str]) -> None:
+    """Prints and writes the completions, all those of a prompt together."""
+    names = [*config.adapters] or [None]
+    lines: list[dict[str, Any]] = []
+    for number, prompt in enumerate(prompts):
+        print(f"=== prompt {number + 1}\n{printable(_readable(prompt))}")
+        for name, completion in zip(names, completions[number * len(names) :], strict=False):
+            title = "completion" if name is None else f"completion of {name}"
+            print(printable(f"--- {title}\n{completion}"))
+            of_adapter = {} if name is None else {"adapter": name}
+            lines.append({"prompt": prompt, **of_adapter, "completion": completion})
+        print(flush=True)
+    if config.output is not None:
+        write_output(config.output, lines)
 
 
 def _read_prompts(config: GenerateConfig) -> tuple[list[str], list[Prompt]]:
@@ -183,28 +224,33 @@ def _with_system(prompt: Prompt, system: str | None, origin: str) -> Prompt:
     return [{"role": "system", "content": system}, *messages]
 
 
-def _model_folders(config: GenerateConfig) -> tuple[Path, Path | None]:
-    """The folder of the base (or merged) model, and that of the adapter on top of it."""
+def _model_folders(config: GenerateConfig) -> tuple[Path, dict[str, Path | None]]:
+    """The folder of the base (or merged) model, and those of the adapters on top of it, by their settings."""
     model = _folder("model", config.model)
     if not _is_adapter(model) or any(model.glob("model*.safetensors")):
-        adapter = None if config.adapter is None else _folder("adapter", config.adapter)
-        if adapter is not None and not _is_adapter(adapter):
-            raise ValueError(f"adapter={config.adapter!r} is no PEFT adapter: {adapter} has no adapter_config.json")
-        return model, adapter
-    if config.adapter is not None:
-        raise ValueError(
-            f"model={config.model!r} is an adapter itself, and adapter={config.adapter!r} would be a second one: set "
-            "model to their base"
-        )
+        return model, {setting: _adapter_folder(setting, path) for setting, path in config.named_adapters.items()}
+    for setting, path in config.named_adapters.items():
+        if path is not None or config.adapters:
+            raise ValueError(
+                f"model={config.model!r} is an adapter itself, and {setting}={path!r} would be a second one: set model "
+                "to their base"
+            )
     base, revision = read_base_model(model)
     found = f"model={config.model!r} is an adapter, and its base_model_name_or_path={base!r}"
     advice = "Set model to the base model's folder or hub id, and adapter to this folder"
     if not base:
         raise ValueError(f"{found} names no base model. {advice}")
     try:
-        return local_folder(base, revision=revision), model
+        return local_folder(base, revision=revision), {"adapter": model}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{found} cannot be found: {error}. {advice}") from error
+
+
+def _adapter_folder(setting: str, path: str | None) -> Path | None:
+    adapter = None if path is None else _folder(setting, path)
+    if adapter is not None and not _is_adapter(adapter):
+        raise ValueError(f"{setting}={path!r} is no PEFT adapter: {adapter} has no adapter_config.json")
+    return adapter
 
 
 def _folder(setting: str, name_or_path: str) -> Path:

@@ -219,6 +219,7 @@ def _exports(config: TrainConfig, run: Run, run_id: str, first_step: int) -> Exp
         peft_scaling=config.peft_scaling,
     )
     exports.check_room(first_step, config.hf_save_steps)
+    exports.check_layers(run.learner.state.model)
     return exports
 
 
@@ -227,6 +228,7 @@ def _print_report(config: TrainConfig, run_id: str, samples: Samples, scores: He
     places = {
         "adapter": config.peft_save_path,
         "merged model": config.merged_hf_save_path,
+        "GGUF": config.gguf_save_path,
         "metrics": run_dir / "metrics.jsonl",
         "config": run_dir / "config.yaml",
     }

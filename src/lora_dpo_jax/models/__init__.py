@@ -1,5 +1,6 @@
 """One haliax decoder for every supported architecture; see `architectures.py` for the table of families."""
 
+from lora_dpo_jax.models.architectures import family_in_llama_cpp
 from lora_dpo_jax.models.attention import AttentionMask, CachedMask, PackedMask
 from lora_dpo_jax.models.compute import ComputeConfig
 from lora_dpo_jax.models.config import DecoderConfig
@@ -20,4 +21,5 @@ __all__ = [
     "PackedMask",
     "RopeConfig",
     "config_from_hf",
+    "family_in_llama_cpp",
 ]

@@ -74,6 +74,8 @@ class Architecture:
     experts: Callable[[Any], ExpertsConfig] | None = None  # from transformers' config object
     needs_whole_heads: bool = False  # hidden_size must be a multiple of num_attention_heads
     scales_embeddings: bool = False  # by the square root of hidden_size
+    llama_cpp: str = ""  # the name of the family in GGUF files
+    llama_cpp_rotates_neighbours: bool = False  # llama.cpp does, and this family's files do not: q and k are reordered
 
 
 # Norms that differ from those of Llama.
@@ -92,25 +94,36 @@ _EXPERTS = ("num_local_experts", "num_experts", "num_experts_per_tok", "norm_top
 _LAYERS_OF_EXPERTS = ("moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers")
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(keys=("mlp_bias",), needs_whole_heads=True),
-    "mistral": Architecture(biases="none", windows="every layer"),
-    "ministral3": Architecture(biases="none", windows="every layer", has_query_scale=True),
-    "qwen2": Architecture(biases="qkv", windows="by layer type"),
-    "qwen3": Architecture({"qk_norm": "head"}, windows="by layer type"),
+    "llama": Architecture(
+        keys=("mlp_bias",), needs_whole_heads=True, llama_cpp="llama", llama_cpp_rotates_neighbours=True
+    ),
+    "mistral": Architecture(biases="none", windows="every layer", llama_cpp="llama", llama_cpp_rotates_neighbours=True),
+    "ministral3": Architecture(
+        biases="none",
+        windows="every layer",
+        has_query_scale=True,
+        llama_cpp="mistral3",
+        llama_cpp_rotates_neighbours=True,
+    ),
+    "qwen2": Architecture(biases="qkv", windows="by layer type", llama_cpp="qwen2"),
+    "qwen3": Architecture({"qk_norm": "head"}, windows="by layer type", llama_cpp="qwen3"),
     "smollm3": Architecture(
         keys=("mlp_bias",),
         other_keys=("no_rope_layers", "no_rope_layer_interval"),
         windows="by layer type",
         rope="no_rope_layers",
+        llama_cpp="smollm3",
+        llama_cpp_rotates_neighbours=True,
     ),
-    "olmo2": Architecture(_OLMO),
-    "olmo3": Architecture(_OLMO, windows="by layer type", rope="by layer type"),
+    "olmo2": Architecture(_OLMO, llama_cpp="olmo2"),
+    "olmo3": Architecture(_OLMO, windows="by layer type", rope="by layer type", llama_cpp="olmo2"),
     "gemma2": Architecture(
         _GEMMA,
         (*_GEMMA_KEYS, "attn_logit_softcapping"),
         windows="by layer type",
         needs_whole_heads=True,
         scales_embeddings=True,
+        llama_cpp="gemma2",
     ),
     "gemma3_text": Architecture(
         _GEMMA | {"qk_norm": "head"},
@@ -120,15 +133,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         rope="by layer type",
         needs_whole_heads=True,
         scales_embeddings=True,
+        llama_cpp="gemma3",
     ),
     "granite": Architecture(
-        keys=("mlp_bias", "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+        keys=("mlp_bias", "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+        llama_cpp="granite",
+        llama_cpp_rotates_neighbours=True,
     ),
     "glm4": Architecture(
         {"norms": _AROUND_OF_GLM, "fused_gate_up": True},
         biases="qkv as configured",
         has_partial_rope=True,
         has_interleaved_rope=True,
+        llama_cpp="glm4",
     ),
     "cohere2": Architecture(
         {"norm": "layer", "norms": LayerNorms(before_mlp=None), "parallel": True},
@@ -145,9 +162,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         windows="by layer type",
         rope="layers with windows",
         has_interleaved_rope=True,
+        llama_cpp="cohere2",
     ),
     "phi3": Architecture(
-        {"fused_qkv": True, "fused_gate_up": True}, biases="none", windows="every layer", has_partial_rope=True
+        {"fused_qkv": True, "fused_gate_up": True},
+        biases="none",
+        windows="every layer",
+        has_partial_rope=True,
+        llama_cpp="phi3",
     ),
     "mixtral": Architecture(
         other_keys=_EXPERTS,
@@ -161,6 +183,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             block_name="block_sparse_moe",
             matrix_names=("w1", "w3", "w2"),
         ),
+        llama_cpp="llama",
+        llama_cpp_rotates_neighbours=True,
     ),
     "qwen3_moe": Architecture(
         {"qk_norm": "head"},
@@ -169,6 +193,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         experts=lambda theirs: ExpertsConfig(
             theirs.num_experts, theirs.num_experts_per_tok, theirs.moe_intermediate_size, theirs.norm_topk_prob
         ),
+        llama_cpp="qwen3moe",
     ),
     "olmoe": Architecture(
         {"qk_norm": "projection"},
@@ -176,6 +201,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         experts=lambda theirs: ExpertsConfig(
             theirs.num_experts, theirs.num_experts_per_tok, theirs.intermediate_size, theirs.norm_topk_prob
         ),
+        llama_cpp="olmoe",
     ),
 }
 
@@ -186,11 +212,14 @@ class Wrapper:
 
     text_type: str  # the `model_type` of `text_config` if the file leaves it out
     keys: tuple[str, ...]  # of `config.json`, about images
+    llama_cpp: str = ""  # the name of the text model in GGUF files
 
 
 WRAPPERS = {
     "gemma3": Wrapper(
-        "gemma3_text", ("boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image")
+        "gemma3_text",
+        ("boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image"),
+        llama_cpp="gemma3",
     ),
     "mistral3": Wrapper(
         "mistral",
@@ -201,5 +230,17 @@ WRAPPERS = {
             "spatial_merge_size",
             "vision_feature_layer",
         ),
+        llama_cpp="mistral3",
     ),
 }
+
+
+def family_in_llama_cpp(hf: Mapping[str, Any]) -> tuple[str, bool]:
+    """The name of a family in GGUF files, and whether llama.cpp reorders its queries and keys; "" if it has no name.
+
+    `hf` is the content of `config.json`.
+    """
+    outer = WRAPPERS.get(hf.get("model_type", ""))
+    inner = hf if outer is None else hf.get("text_config") or {}
+    family = ARCHITECTURES.get(inner.get("model_type") or (outer.text_type if outer else ""), Architecture())
+    return (outer.llama_cpp if outer else family.llama_cpp), family.llama_cpp_rotates_neighbours

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from haliax import Axis, NamedArray
 
 from lora_dpo_jax.axes import LAYERS
-from lora_dpo_jax.lora import TokenKey, reference_model
+from lora_dpo_jax.lora import EmbeddingRows, TokenKey, reference_model, unwrapped
 from lora_dpo_jax.models.attention import AttentionMask
 from lora_dpo_jax.models.compute import DEFAULT_COMPUTE, ComputeConfig
 from lora_dpo_jax.models.config import DecoderConfig
@@ -39,7 +39,7 @@ class Decoder(eqx.Module):
     """Maps token ids to normalized hidden states."""
 
     config: DecoderConfig = eqx.field(static=True)
-    embed_tokens: hnn.Embedding
+    embed_tokens: Any  # an Embedding, or EmbeddingRows
     layers: LayerStack
     norm: hnn.RmsNorm
 
@@ -95,21 +95,28 @@ class Decoder(eqx.Module):
             return (output.x, reference_model(layer, adapters)(reference, tokens).x), output.auxiliary
 
         x = self.embed(token_ids)
+        reference = x
+        if isinstance(self.embed_tokens, EmbeddingRows):
+            frozen = None if adapters is None else adapters.embed_tokens
+            reference = self._scaled(reference_model(self.embed_tokens, frozen)(token_ids))
         own = None
         if adapters is not None:
             # As leaves: a scan can slice these, but not a tree with None in place of the weights.
             own = adapters.layers.of_layers(lambda _, layer: tuple(jax.tree.leaves(layer)))
         tokens = self._context(position_ids, mask)
-        (x, reference), auxiliary = self.layers.scan(forward, (x, x), tokens, keys=key, own=own)
+        (x, reference), auxiliary = self.layers.scan(forward, (x, reference), tokens, keys=key, own=own)
         return DecoderOutput(self.norm(x), _summed(auxiliary)), self.norm(reference)
 
     def embed(self, token_ids: NamedArray) -> NamedArray:
         """{row, position} -> {row, position, embed}"""
+        return self._scaled(self.embed_tokens(token_ids))
+
+    def _scaled(self, embeddings: NamedArray) -> NamedArray:
         # The scale is rounded to the dtype of the embeddings, as Gemma's is in transformers.
-        return self.embed_tokens(token_ids) * self.config.embedding_scale
+        return embeddings * self.config.embedding_scale
 
     def empty_cache(self, Row: Axis, slots: int) -> Cache:
-        dtype = self.embed_tokens.weight.dtype
+        dtype = unwrapped(self.embed_tokens).weight.dtype
         return self.layers.of_layers(lambda Layers, _: KeyValueCache.empty(self.config, (Layers,), Row, slots, dtype))
 
     def _context(self, position_ids: NamedArray, mask: AttentionMask, slot: jnp.ndarray | None = None) -> TokenContext:
@@ -138,8 +145,10 @@ class CausalLM(eqx.Module):
     def head(self) -> Head:
         layer = self.lm_head
         if layer is None:
-            weight, dot_general = self.model.embed_tokens.weight, Float32Accumulation()
+            embedding, dot_general = self.model.embed_tokens, Float32Accumulation()
+            weight = unwrapped(embedding).weight
             layer = Linear(weight, None, self.config.Embed, self.config.Vocab, dot_general=dot_general)  # pyright: ignore
+            layer = embedding.head(layer) if isinstance(embedding, EmbeddingRows) else layer
         return Head(layer, self.config.logit_scale, self.config.logit_softcap)
 
     @staticmethod

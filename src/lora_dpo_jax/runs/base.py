@@ -13,10 +13,11 @@ from lora_dpo_jax.generation import read_stop_ids
 from lora_dpo_jax.huggingface.adapter_config import adapter_folder, read_adapter_config
 from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.folders import local_folder
+from lora_dpo_jax.huggingface.gguf_adapter import check_gguf
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
 from lora_dpo_jax.huggingface.vocabulary import Enlargement, read_enlargement
 from lora_dpo_jax.huggingface.weights import NOT_ENLARGED, load_model, read_config
-from lora_dpo_jax.lora import LoraConfig, loraize, trainable_filter, with_dropout
+from lora_dpo_jax.lora import LoraConfig, check_token_rows, loraize, trainable_filter, with_dropout
 from lora_dpo_jax.models import CausalLM, DecoderConfig
 from lora_dpo_jax.runs.config import ModelConfig, TrainConfig
 from lora_dpo_jax.sharding import Placement
@@ -44,10 +45,15 @@ def check_models(config: TrainConfig) -> None:
     settings = ["*config.json"]
     name, revision = config.initialize_from_hf, config.hf_revision
     folder = folder_of("initialize_from_hf", name, revision=revision, patterns=settings)
-    read_decoder(folder, config.model)
+    decoder = read_decoder(folder, config.model)
     read_stop_ids(folder)
-    if config.initialize_from_peft is not None:
-        read_adapter_config(adapter_of("initialize_from_peft", config.initialize_from_peft, patterns=settings))
+    if config.initialize_from_peft is None:
+        lora = config.lora
+        check_token_rows(lora, tied=decoder.tie_word_embeddings, vocab_size=decoder.vocab_size)
+    else:
+        lora = read_adapter_config(adapter_of("initialize_from_peft", config.initialize_from_peft, patterns=settings))
+    if config.gguf_save_path is not None:
+        check_gguf(lora, folder)
 
 
 def load_tokenizer(config: TrainConfig) -> Any:

@@ -1,6 +1,7 @@
 """The settings of a run, and all checks of settings that need neither data nor weights nor devices."""
 
 import dataclasses
+import itertools
 import logging
 import math
 from dataclasses import dataclass, field
@@ -94,6 +95,8 @@ class TrainConfig:
     # for servers that do not read use_rslora or the patterns.
     peft_scaling: Literal["as_is", "plain"] = "as_is"
     merged_hf_save_path: str | None = None  # a folder or a URL; the final merged model
+    # A folder or a URL; the final adapter as adapter.gguf, for llama.cpp. Needs the extra `gguf`.
+    gguf_save_path: str | None = None
     hf_save_steps: int | None = None  # also export to <path>/step-<n> after every so many steps
     overwrite: bool = False  # replace another run's exports at these paths; never any other files
 
@@ -117,9 +120,10 @@ class TrainConfig:
             raise ValueError(f"train_seq_len={self.train_seq_len} must be at least 2 tokens")
         if self.hf_save_steps is not None and self.hf_save_steps < 1:
             raise ValueError(f"hf_save_steps={self.hf_save_steps} must be positive")
-        if self.hf_save_steps is not None and not (self.peft_save_path or self.merged_hf_save_path):
+        if self.hf_save_steps is not None and not self.export_paths:
             raise ValueError(
-                f"hf_save_steps={self.hf_save_steps} exports nothing: set peft_save_path, merged_hf_save_path or both"
+                f"hf_save_steps={self.hf_save_steps} exports nothing: set peft_save_path, merged_hf_save_path or "
+                "gguf_save_path"
             )
         if self.preview < 0:
             raise ValueError(f"preview={self.preview} must be a number of pairs, or 0 to train")
@@ -141,6 +145,12 @@ class TrainConfig:
     @property
     def held_out_fraction(self) -> float:
         return self.validation_split_fraction or 0.0
+
+    @property
+    def export_paths(self) -> dict[str, str]:
+        """The path of each export that is set, by the name of its setting."""
+        names = ("peft_save_path", "merged_hf_save_path", "gguf_save_path")
+        return {name: path for name in names if (path := getattr(self, name)) is not None}
 
     @property
     def preference_loss(self) -> Loss:
@@ -193,6 +203,7 @@ class TrainConfig:
                 "initialize_from_peft": self.initialize_from_peft,
                 "peft_save_path": self.peft_save_path,
                 "merged_hf_save_path": self.merged_hf_save_path,
+                "gguf_save_path": self.gguf_save_path,
                 "data.tokenizer": self.data.tokenizer,
                 "data.cache_dir": self.data.cache_dir,
                 "trainer.log_dir": self.trainer.log_dir,
@@ -200,9 +211,9 @@ class TrainConfig:
                 "trainer.jax_compilation_cache_dir": self.trainer.jax_compilation_cache_dir,
             }
         )
-        adapter, merged = self.peft_save_path, self.merged_hf_save_path
-        if adapter and merged and same_place(adapter, merged):
-            raise ValueError(f"peft_save_path and merged_hf_save_path are both {adapter}; they must differ")
+        for (one, path), (other, same) in itertools.combinations(self.export_paths.items(), 2):
+            if path and same and same_place(path, same):
+                raise ValueError(f"{one} and {other} are both {path}; they must differ")
 
 
 # Decoding plain values by draccus then makes the same checks as the commands.

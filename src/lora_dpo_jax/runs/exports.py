@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_dpo_jax.data.config import PreferenceDataConfig
 from lora_dpo_jax.huggingface.adapters import save_adapter
+from lora_dpo_jax.huggingface.gguf_adapter import check_gguf_layers, save_gguf
 from lora_dpo_jax.huggingface.tensors import TensorFiles
 from lora_dpo_jax.huggingface.weights import save_merged
 from lora_dpo_jax.lora import LoraConfig
@@ -55,8 +56,17 @@ class Exports:
                 intermediate = sum(step % every == 0 for step in left) if every else 0
                 check_free_space(setting, path, needed, intermediate + 1)
 
+    def check_layers(self, model: CausalLM) -> None:
+        """Raises ValueError if an export has no form for a layer with an adapter."""
+        if any(setting == "gguf_save_path" for setting, _ in self.paths):
+            check_gguf_layers(model, self.base.folder)
+
     def __call__(self, info: StepInfo[TrainState]) -> None:
-        write = {"peft_save_path": self._save_adapter, "merged_hf_save_path": self._save_merged}
+        write = {
+            "peft_save_path": self._save_adapter,
+            "merged_hf_save_path": self._save_merged,
+            "gguf_save_path": self._save_gguf,
+        }
         for setting, path in self.paths:
             target = path if info.step == self.num_steps else step_target(path, info.step)
             try:
@@ -86,6 +96,9 @@ class Exports:
         tokenizer = self.base.tokenizer if self.has_own_tokenizer else None
         enlargement = self.base.enlargement
         save_merged(model, self.base.folder, target, tokenizer=tokenizer, enlargement=enlargement, **self.owner)
+
+    def _save_gguf(self, model: CausalLM, target: str) -> None:
+        save_gguf(model, target, source=self.base.folder, **self.owner)
 
 
 def has_own_tokenizer(data: PreferenceDataConfig) -> bool:

@@ -59,8 +59,7 @@ def check_outputs(config: TrainConfig) -> None:
 
 def exports_of(config: TrainConfig) -> list[tuple[str, str]]:
     """(setting, path) of each export that is set."""
-    paths = {"peft_save_path": config.peft_save_path, "merged_hf_save_path": config.merged_hf_save_path}
-    return [(setting, path) for setting, path in paths.items() if path is not None]
+    return [*config.export_paths.items()]
 
 
 def step_target(path: str, step: int) -> str:
