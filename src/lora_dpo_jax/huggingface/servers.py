@@ -23,6 +23,8 @@ from lora_dpo_jax.lora import LoraConfig, matching_names
 Outcome = Literal["acts", "acts differently", "loads and does nothing", "does not load"]
 WORST: tuple[Outcome, ...] = ("acts", "acts differently", "loads and does nothing", "does not load")
 MOST_RANK = 512  # of vLLM
+WRAPPED = ".base_layer"  # the module within a wrapper of PEFT
+PARAMETERS_IN_VLLM = ("gpt_oss", "qwen3_5_moe")  # whose classes have is_3d_moe_weight
 
 
 @dataclass(frozen=True)
@@ -54,21 +56,44 @@ class AdapterFiles:
         return 8 if found is None else found
 
     @cached_property
+    def parameters(self) -> dict[str, str]:
+        """The parameters among the layers, by their paths: PEFT wraps the module of a parameter once for each."""
+        targets = self.config.get("target_parameters") or []
+        found = {}
+        for path in self.pairs:
+            module = path
+            while module.endswith(WRAPPED):
+                module = module.removesuffix(WRAPPED)
+            names = [f"{module}.{target.rpartition('.')[2]}" for target in targets]
+            names = [name for name in dict.fromkeys(names) if any(f".{name}".endswith(f".{t}") for t in targets)]
+            names.sort(key=lambda name: name.endswith(".gate_up_proj"))  # it is wrapped first
+            if (depth := path.count(WRAPPED)) < len(names):
+                found[path] = names[depth]
+        return found
+
+    @cached_property
     def ranks(self) -> dict[str, int]:
-        return {path: self.tensors.shape(A)[0] for path, (A, _) in self.pairs.items()}
+        """Of a parameter, the rank of each expert, which only the settings have."""
+        return {
+            path: self._settings.for_layer(self.parameters[path]).r if path in self.parameters else shape[0]
+            for path, shape in ((path, self.tensors.shape(A)) for path, (A, _) in self.pairs.items())
+        }
 
     @cached_property
     def scalings(self) -> dict[str, float]:
         """The scaling of each layer, as PEFT has it."""
+        return {path: self._settings.for_layer(self.parameters.get(path, path)).scaling for path in self.pairs}
+
+    @property
+    def _settings(self) -> LoraConfig:
         get = self.config.get
-        settings = LoraConfig(
+        return LoraConfig(
             r=self.number("r"),
             alpha=float(self.number("lora_alpha")),
             use_rslora=bool(get("use_rslora")),
             rank_pattern=get("rank_pattern") or {},
             alpha_pattern=get("alpha_pattern") or {},
         )
-        return {path: settings.for_layer(path).scaling for path in self.pairs}
 
     @property
     def is_wrapped(self) -> bool:
@@ -156,7 +181,7 @@ def _untargeted(files: AdapterFiles) -> str | None:
     """PEFT makes adapters where the settings say, and leaves out tensors of other layers."""
     get = files.config.get
     targets = get("target_modules")
-    if targets in (None, "all-linear") or not files.pairs:
+    if targets in (None, "all-linear") or not files.pairs or files.parameters:
         return None
     settings = LoraConfig(
         target_modules=targets,
@@ -175,8 +200,23 @@ def _partly_untargeted(files: AdapterFiles) -> str | None:
     if not isinstance(targets, list):
         return None
     settings = LoraConfig(target_modules=targets, exclude_modules=get("exclude_modules"))
-    left = sorted(set(files.pairs) - set(matching_names([*files.pairs], settings)))
+    left = sorted(set(files.pairs) - set(matching_names([*files.pairs], settings)) - set(files.parameters))
     return f"target_modules leaves out {abridged(left[:3])}" if 0 < len(left) < len(files.pairs) else None
+
+
+def _parameters(files: AdapterFiles) -> str | None:
+    return f"{abridged([*files.parameters.values()][:2])} is a parameter of all experts" if files.parameters else None
+
+
+def _parameters_of_matrices(files: AdapterFiles) -> str | None:
+    """vLLM's class of a model takes adapters of parameters, or of each matrix of each expert."""
+    kind = (files.base or {}).get("model_type")
+    if not files.parameters or kind is None or kind in PARAMETERS_IN_VLLM:
+        return None
+    return (
+        f"target_parameters={files.config['target_parameters']}: its class of {kind} takes an adapter of each matrix "
+        "of each expert, as lora.target_modules makes them"
+    )
 
 
 def _set(*options: str) -> Callable[[AdapterFiles], str | None]:
@@ -301,12 +341,15 @@ RULES = (
     Rule(VLLM, _HELPER, "does not load", _bias),
     Rule(VLLM, _HELPER, "does not load", _init("pissa", "olora", "corda", "loftq")),
     Rule(VLLM, "vllm/config/lora.py: max_lora_rank", "does not load", _rank),
+    Rule(VLLM, "vllm/lora/model_manager.py: is_3d_moe_weight", "acts differently", _parameters_of_matrices),
+    Rule(SGLANG, "sglang/srt/lora/utils.py: get_target_module_name", "does not load", _parameters),
     Rule(SGLANG, "sglang/srt/lora/lora.py:71", "acts differently", _scaled_otherwise(_by_settings)),
     Rule(SGLANG, "sglang/srt/lora: no lora_magnitude_vector", "acts differently", _set("use_dora")),
     Rule(SGLANG, "the base is not changed", "acts differently", _init("pissa", "olora", "corda", "loftq")),
     Rule(LLAMA, _LLAMA, "does not load", _adapter_name),
     Rule(LLAMA, _LLAMA, "does not load", _tensors_beside),
     Rule(LLAMA, _LLAMA, "does not load", _tied_head),
+    Rule(LLAMA, f"{_LLAMA}: no tensor of that name", "does not load", _parameters),
     Rule(LLAMA, "llama.cpp: alpha / rank of the tensor", "acts differently", _scaled_otherwise(_by_tensor)),
     Rule(LLAMA, "the base is not changed", "acts differently", _init("pissa", "olora", "corda", "loftq")),
     Rule(MERGED, "lora_dpo_jax.huggingface.adapter_config", "does not load", _cannot_merge),

@@ -30,8 +30,8 @@ from lora_dpo_jax.lora.surgery import (
     unwrap_lora,
     with_dropout,
 )
-from lora_dpo_jax.lora.targets import matching_names
-from lora_dpo_jax.lora.tree import linear_layers, map_linear_layers, unadaptable_layers
+from lora_dpo_jax.lora.targets import matching_layers, matching_names, matching_parameters
+from lora_dpo_jax.lora.tree import LayerNames, layer_names, linear_layers, map_linear_layers, unadaptable_layers
 from lora_dpo_jax.lora.variants import adapter_type, empty_adapter
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "ByLayer",
     "DoraLinear",
     "Factor",
+    "LayerNames",
     "LoraConfig",
     "LoraLinear",
     "OffsetLora",
@@ -51,10 +52,13 @@ __all__ = [
     "empty_adapter",
     "equals_reference",
     "frozen_copy",
+    "layer_names",
     "linear_layers",
     "loraize",
     "map_linear_layers",
+    "matching_layers",
     "matching_names",
+    "matching_parameters",
     "merge_lora",
     "output_filter",
     "reference_model",

@@ -21,7 +21,7 @@ from lora_dpo_jax.data.messages import read_messages
 from lora_dpo_jax.data.readers import decompress, suffixes
 from lora_dpo_jax.data.sources import RowError, RowFile
 from lora_dpo_jax.generation import GenerationConfig, complete, encode_prompt, encode_prompts, read_stop_ids
-from lora_dpo_jax.huggingface.adapter_config import adapter_folder, read_base_model
+from lora_dpo_jax.huggingface.adapter_config import adapter_folder, read_adapter_config, read_base_model
 from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
@@ -103,7 +103,7 @@ def main(config: GenerateConfig) -> list[str]:
     # Before the weights are read, so that a prompt that the template rejects is an early error.
     encode_prompts(tokenizer, prompts, chat=config.chat, origins=origins, **template_kwargs)
     dtype = config.dtype or ("f32" if jax.default_backend() == "cpu" else "bf16")
-    decoder, enlargement = read_config(base), NOT_ENLARGED
+    decoder, enlargement = read_config(base, adapter and read_adapter_config(adapter)), NOT_ENLARGED
     if adapter is not None:
         enlargement = read_enlargement(adapter, base, decoder)
     settings: Any = {"dtype": DTYPES[dtype], "quantization": config.quantization, "enlargement": enlargement}

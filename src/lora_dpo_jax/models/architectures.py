@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lora_dpo_jax.json_objects import JsonObject
 from lora_dpo_jax.models.config import ExpertsConfig, LayerNorms
-from lora_dpo_jax.models.mlp import ACTIVATIONS
+from lora_dpo_jax.models.gates import ACTIVATIONS, ClampedGate
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         other_keys=_EXPERTS,
         experts=lambda theirs: ExpertsConfig(
             theirs.num_experts, theirs.num_experts_per_tok, theirs.intermediate_size, theirs.norm_topk_prob
+        ),
+    ),
+    "gpt_oss": Architecture(
+        {"norm": "rms_float32", "attention_sinks": True},
+        other_keys=(*_EXPERTS, "swiglu_alpha", "swiglu_limit"),
+        windows="by layer type",
+        experts=lambda theirs: ExpertsConfig(
+            theirs.num_local_experts,
+            theirs.num_experts_per_tok,
+            theirs.intermediate_size,
+            normalizes=True,
+            gathered=True,
+            has_biases=True,
+            is_interleaved=True,
+            is_transposed=True,
+            clamped_gate=ClampedGate(theirs.swiglu_alpha, theirs.swiglu_limit),
+            router_name="router",
         ),
     ),
 }

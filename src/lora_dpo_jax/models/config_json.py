@@ -221,6 +221,8 @@ def _check_experts(given: JsonObject) -> None:
     given.flag("norm_topk_prob", False)
     given.number("router_aux_loss_coef", 0.0, least=0.0)
     given.taken("mlp_only_layers", None, _are_layers, "a list of numbers of layers")
+    for key in ("swiglu_alpha", "swiglu_limit"):
+        given.number(key, 1.0, above=0.0)
 
 
 def _are_layers(values: Any) -> bool:
