@@ -1,6 +1,7 @@
 """Models in Hugging Face's format: `config.json` and safetensors, read straight to their devices and written back."""
 
 import dataclasses
+import json
 import logging
 import re
 import shutil
@@ -20,6 +21,7 @@ from lora_dpo_jax.huggingface.adapter_config import read_base_model
 from lora_dpo_jax.huggingface.adapters import LayerAdapter, layer_adapters
 from lora_dpo_jax.huggingface.dialects import embedding_of, pieces_of
 from lora_dpo_jax.huggingface.folders import export_folder
+from lora_dpo_jax.huggingface.mxfp4 import METHOD, unpacked
 from lora_dpo_jax.huggingface.tensors import (
     TensorFiles,
     abridged,
@@ -35,6 +37,7 @@ from lora_dpo_jax.json_objects import read_json_object
 from lora_dpo_jax.lora import LoraConfig, linear_layers, unwrapped
 from lora_dpo_jax.models import CausalLM, ComputeConfig, DecoderConfig, config_from_hf
 from lora_dpo_jax.models.compute import DEFAULT_COMPUTE
+from lora_dpo_jax.models.config_json import is_quantized_by
 from lora_dpo_jax.models.quantization import QuantizedWeight, quantize_weight
 from lora_dpo_jax.tensor_names import Parameter, map_parameters
 
@@ -152,7 +155,7 @@ def save_merged(
     adapters = {f"{adapter.name}.weight": adapter for adapter in layer_adapters(model)}
     if jax.process_index() != 0:
         return
-    tensors = enlargement.tensors(TensorFiles(source))
+    tensors = enlargement.tensors(unpacked(TensorFiles(source)))
     pieces = {name: pieces_of(name, tensors.shape(name), model.config) for name in tensors.names}
     _check_source(adapters, enlargement.tensors(_weights_in(source, model.config)))
     if errors := _quantization_errors(model):
@@ -170,14 +173,24 @@ def save_merged(
         if tokenizer is not None:
             save_tokenizer(tokenizer, exported)
         enlargement.write_config(exported)
+        _drop_quantization(exported)
         drop_code(exported)
         infos = {name: tensors.info(name) for name in tensors.names}
         write_shards(exported, infos, merged, max_shard_bytes=max_shard_bytes)
 
 
+def _drop_quantization(folder: Path) -> None:
+    """Takes quantization_config from `folder`/config.json if it is of weights that are exported as their values."""
+    path = folder / "config.json"
+    values = dict(read_json_object(path).values)
+    if is_quantized_by(values, [METHOD]):
+        del values["quantization_config"]
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
 def _weights_in(folder: Path, config: DecoderConfig) -> TensorFiles:
     """The tensors under the names of the model's parameters. A tied matrix may have either name in the file."""
-    tensors = TensorFiles(folder)
+    tensors = unpacked(TensorFiles(folder))
     found: dict[str, Any] = {}
     parts: dict[str, dict[tuple[int, int], Any]] = {}
     for name in tensors.names:

@@ -74,6 +74,8 @@ class Architecture:
     experts: Callable[[Any], ExpertsConfig] | None = None  # from transformers' config object
     needs_whole_heads: bool = False  # hidden_size must be a multiple of num_attention_heads
     scales_embeddings: bool = False  # by the square root of hidden_size
+    # Values of quantization_config's quant_method whose tensors are read.
+    quant_methods: tuple[str, ...] = ()
 
 
 # Norms that differ from those of Llama.
@@ -193,6 +195,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             clamped_gate=ClampedGate(theirs.swiglu_alpha, theirs.swiglu_limit),
             router_name="router",
         ),
+        quant_methods=("mxfp4",),
     ),
 }
 
