@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 from tiny_models import load, logits, random_tokens, tiny_folder, torch_logits, with_random_adapters
+from tiny_runs import plain_rows, run_config, training_metrics, write_rows
 
 from lora_dpo_jax.huggingface.adapter_config import read_adapter_config
 from lora_dpo_jax.huggingface.adapters import load_adapter, save_adapter
 from lora_dpo_jax.huggingface.weights import read_config, save_merged
 from lora_dpo_jax.lora import LoraConfig, loraize, merge_lora, trainable_filter
+from lora_dpo_jax.main import generate, train
 from lora_dpo_jax.models import CausalLM
 
 # transformers has given it another name, and PEFT 0.21 looks for the patterns of parameters among modules alone.
@@ -141,6 +144,18 @@ def test_peft_writes_an_adapter_of_each_matrix_as_one_of_parameters_at_twice_the
     assert held["base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"].shape == (4 * 2 * 2, 32)
 
 
+def test_experts_trained_with_dropout_load_in_peft(tmp_path):
+    """PEFT makes parameters of them, for which it refuses lora_dropout."""
+    config = LoraConfig(r=2, alpha=4.0, dropout=0.1)
+    model = loraize(load(tiny_folder("mixtral")), config, key=jax.random.key(0))
+    save_adapter(model, tmp_path, base_model="base", config=config)
+    in_peft("mixtral", tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"lora_dropout": 0.1}))
+    with pytest.raises(ValueError, match="does not work with lora_dropout"):
+        in_peft("mixtral", tmp_path)
+
+
 def test_two_steps_of_training_are_those_of_peft(tmp_path):
     """By gradient descent on the squares of logits, from PEFT's adapter."""
     made = made_by_peft("gpt_oss", tmp_path / "start")
@@ -210,3 +225,23 @@ def test_parameters_that_are_not_there_are_errors_that_name_those_that_are(tmp_p
     save_adapter(adapted("mixtral"), tmp_path, base_model="base", config=LORA)
     with pytest.raises(ValueError, match=r"names no parameter of the model; each matrix of its experts is apart"):
         load_adapter(load(tiny_folder("mixtral")), tmp_path)
+
+
+def test_a_run_trains_parameters_of_experts_and_goes_on_from_its_export(tmp_path):
+    """With evaluation of the export, and completions of it."""
+    rows = write_rows(tmp_path / "rows.jsonl", plain_rows(4))
+    settings = dict(initialize_from_hf=str(tiny_folder("mixtral")), optimizer={"learning_rate": 1e-2})
+    lora = {"r": 2, "target_modules": ["q_proj"], "target_parameters": PARAMETERS}
+    config = run_config(tmp_path, rows, **settings, lora=lora, peft_save_path=str(tmp_path / "first"))
+    train.main(config)
+    assert training_metrics(config)[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+    tensors = load_file(tmp_path / "first" / "adapter_model.safetensors")
+    trained = [key for key, tensor in tensors.items() if "lora_B" in key and tensor.any()]
+    assert sum(".experts." in key for key in trained) == 2 * 3 and len(trained) == 3 * 3
+
+    more = dict(initialize_from_peft=str(tmp_path / "first"), trainer__id="second", trainer__num_train_steps=1)
+    config = run_config(tmp_path, rows, **settings, **more, peft_save_path=str(tmp_path / "second"))
+    train.main(config)
+    assert load_file(tmp_path / "second" / "adapter_model.safetensors").keys() == tensors.keys()
+    model = dict(model=str(tiny_folder("mixtral")), adapter=str(tmp_path / "second"))
+    assert generate.main(generate.GenerateConfig(**model, prompts=["a"], chat=False, max_new_tokens=2))

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from haliax import NamedArray
 
-from lora_dpo_jax.axes import RANK
+from lora_dpo_jax.axes import EXPERT, RANK
 from lora_dpo_jax.huggingface.adapter_config import (
     CONFIG,
     STEM,
@@ -140,6 +140,9 @@ def save_adapter(
     """
     _check_config(model, config)
     adapters, config = layer_adapters(model), config.as_written()
+    if any(axis.name == EXPERT for adapter in adapters for axis in stack_axes(adapter.adapter.wrapped)):
+        # PEFT puts the matrices of all experts together as parameters, for which it refuses any dropout.
+        config = dataclasses.replace(config, dropout=0.0)
     if jax.process_index() != 0:
         return
     if peft_scaling == "plain":
