@@ -138,6 +138,16 @@ FAMILIES: dict[str, transformers.PreTrainedConfig] = {
         **COMMON, **EXPERTS, moe_intermediate_size=16, head_dim=8, mlp_only_layers=[0]
     ),
     "olmoe": transformers.OlmoeConfig(**COMMON, **PAD, **EXPERTS),
+    "gpt_oss": transformers.GptOssConfig(
+        **COMMON,
+        **PAD,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=7,
+        swiglu_limit=1.5,  # low enough that some gates are clamped
+        rope_parameters=YARN_ROPE | dict(truncate=False),
+    ),
 }
 
 
@@ -238,9 +248,12 @@ def summed_log_probs(model: Any, prompt: list[int], response: list[int]) -> floa
     return float(log_probs[at, response].double().sum())
 
 
-def load(folder: Path, dtype: Any = jnp.float32, attention: str = "dense", **kwargs: Any) -> CausalLM:
-    """The model in a folder, as ours. Dense attention is compiled soonest."""
-    return load_model(folder, read_config(folder), dtype=dtype, compute=ComputeConfig(attention=attention), **kwargs)
+def load(
+    folder: Path, dtype: Any = jnp.float32, attention: str = "dense", lora: LoraConfig | None = None, **kwargs: Any
+) -> CausalLM:
+    """The model in a folder, as ours, fit for adapters with these settings. Dense attention is compiled soonest."""
+    config = read_config(folder, lora)
+    return load_model(folder, config, dtype=dtype, compute=ComputeConfig(attention=attention), **kwargs)
 
 
 def with_random_adapters(model: CausalLM, config: LoraConfig, *, seed: int = 0) -> CausalLM:

@@ -51,9 +51,24 @@ class Sided(Protocol):
     weight: Any
 
     @property
-    def tensor_sides(self) -> tuple[str, ...]:
-        """The names of the axes of the weight's tensor, one for each of its dimensions."""
+    def tensor_sides(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the axes that make up each dimension of the weight's tensor.
+
+        A bias has the first of these dimensions.
+        """
         ...
+
+
+@runtime_checkable
+class Gathered(Protocol):
+    """A linear layer of a stack whose tensors hold the matrices of several layers, as those of all experts."""
+
+    gathered: tuple[str, ...]  # names of axes of the stack, which lead in the tensors
+
+
+def gathered_axes(layer: Any) -> tuple[str, ...]:
+    """The names of the axes of a linear layer's stack that its tensors have too."""
+    return layer.gathered if isinstance(layer, Gathered) else ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ class Parameter:
     names: tuple[str, ...]
     axes: tuple[Axis, ...]  # the axes of stacks come first
     sides: tuple[tuple[Axis, ...], ...]  # axes of each tensor dimension on disk: (out, in) for a matrix
-    is_linear: bool = True  # of a linear layer
+    matrix: tuple[tuple[Axis, ...], tuple[Axis, ...]] | None = None  # (Out, In) of the weight of a linear layer
 
     @property
     def stack_axes(self) -> tuple[Axis, ...]:
@@ -71,7 +86,7 @@ class Parameter:
 
     @property
     def is_layer_matrix(self) -> bool:
-        return self.is_linear and bool(self.stack_axes) and len(self.sides) == 2
+        return bool(self.stack_axes) and self.matrix is not None
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -92,8 +107,9 @@ def map_parameters(fn: Callable[[Parameter], Any], model: M) -> M:
 
         def parameter(field: str) -> Parameter:
             tensors = tuple(f"{name}.{field}" for name in names)
-            sides = _sides(layer, field)
-            return Parameter(tensors, getattr(layer, field).axes, sides, isinstance(layer, hnn.Linear))
+            is_matrix = isinstance(layer, hnn.Linear) and field == "weight"
+            matrix = (axes_of(layer.Out), axes_of(layer.In)) if is_matrix else None
+            return Parameter(tensors, getattr(layer, field).axes, _sides(layer, field), matrix)
 
         arrays = [fn(parameter(field)) for field in fields]
         return eqx.tree_at(lambda node: [getattr(node, field) for field in fields], layer, arrays)
@@ -132,9 +148,11 @@ def axes_of(side: AxisSpec) -> tuple[Axis, ...]:
 
 def _sides(layer: Any, field: str) -> tuple[tuple[Axis, ...], ...]:
     if isinstance(layer, Sided):
-        sides = tuple(layer.weight.resolve_axis(name) for name in layer.tensor_sides)
+        names = layer.tensor_sides[:1] if field == "bias" else layer.tensor_sides
+        sides = tuple(layer.weight.resolve_axis(of_side) for of_side in names)
     elif isinstance(layer, hnn.Linear):
-        sides = (layer.Out,) if field == "bias" else (layer.Out, layer.In)
+        gathered = tuple(axis for axis in layer.weight.axes if axis.name in gathered_axes(layer))
+        sides = (*gathered, layer.Out) if field == "bias" else (*gathered, layer.Out, layer.In)
     elif isinstance(layer, hnn.Embedding):
         sides = (layer.Vocab, layer.Embed)
     else:

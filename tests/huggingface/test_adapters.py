@@ -451,7 +451,6 @@ def test_tensors_that_do_not_fit_are_errors_that_name_them(saved, change, says):
         {"modules_to_save": ["lm_head"]},
         {"fan_in_fan_out": True},
         {"layer_replication": [[0, 2]]},
-        {"target_parameters": ["mlp.experts"]},
         {"trainable_token_indices": {"wte": [1]}},
         {"trainable_token_indices": [1, 1]},
         {"init_lora_weights": "pissa_niter_4"},

@@ -83,6 +83,10 @@ def test_what_cannot_be_combined_says_why(two, tmp_path):
     with pytest.raises(ValueError, match=r"rows: trainable_token_indices=\[3\]: rows of the embedding cannot be added"):
         combine_adapters([two[0], rows], [1.0, 1.0], tmp_path / "x")
     settings = json.loads((other / "adapter_config.json").read_text())
+    of_experts = settings | {"target_parameters": ["mlp.experts.down_proj"]}
+    (other / "adapter_config.json").write_text(json.dumps(of_experts))
+    with pytest.raises(ValueError, match=r"other: target_parameters=.* of parameters are not combined"):
+        combine_adapters([two[0], other], [1.0, 1.0], tmp_path / "x")
     (other / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "org/other"}))
     with pytest.raises(ValueError, match="different bases: .*org/other"):
         combine_adapters([two[0], other], [1.0, 1.0], tmp_path / "x")

@@ -53,6 +53,13 @@ BASE_LAYER = {"base_model.model.model.embed_tokens.base_layer.weight": ONE}
 LARGER = {"base_model.model.model.embed_tokens.weight": np.ones((9, 8), np.float32)}
 BIAS = {"base_model.model.model.layers.0.self_attn.o_proj.lora_B.bias": np.ones(8, np.float32)}
 EVERY = dict.fromkeys(SERVERS, NOTHING)
+EXPERTS = "base_model.model.model.layers.0.mlp.experts"
+PARAMETERS = {
+    f"{EXPERTS}{module}.lora_{side}.weight": np.ones(shape, np.float32)
+    for module in (".base_layer", "")
+    for side, shape in (("A", (600, 8)), ("B", (8, 600)))
+}
+OF_EXPERTS = dict(tensors=PARAMETERS, target_parameters=["mlp.experts.down_proj", "mlp.experts.gate_up_proj"])
 CASES = {
     "plain": ({}, {}),
     "patterns that change nothing": (dict(rank_pattern={"k_proj": 2}, alpha_pattern={"v_proj": 3}), {}),
@@ -110,6 +117,10 @@ CASES = {
     "loftq": (
         dict(init_lora_weights="loftq"), {VLLM: REFUSED, SGLANG: OTHERWISE, LLAMA: OTHERWISE, MERGED: REFUSED},
     ),
+    "parameters of gpt-oss": (dict(OF_EXPERTS, base={"model_type": "gpt_oss"}), {SGLANG: REFUSED, LLAMA: REFUSED}),
+    "parameters of Mixtral": (
+        dict(OF_EXPERTS, base={"model_type": "mixtral"}), {VLLM: OTHERWISE, SGLANG: REFUSED, LLAMA: REFUSED},
+    ),
     "a rank above all": (dict(rank=513), {VLLM: REFUSED}),
     "a rank above all of no layer": (dict(rank_pattern={"k_proj": 513}), {VLLM: REFUSED}),
     "no lora_alpha": (dict(lora_alpha=None), dict.fromkeys(SERVERS, REFUSED)),
@@ -159,3 +170,12 @@ def test_the_command_exits_with_1_where_an_adapter_would_do_nothing(tmp_path, ca
 def test_a_high_rank_needs_a_flag_of_vllm(tmp_path):
     files = write(tmp_path / "adapter", rank=32)
     assert "--max-lora-rank 32" in report("it", files, main(CheckConfig(adapter=str(tmp_path / "adapter"))))
+
+
+def test_the_rank_and_the_scaling_of_a_parameter_are_those_of_its_own_name(tmp_path):
+    """gate_up_proj is the inner wrapper, whatever the order in the settings."""
+    files = write(tmp_path / "adapter", **OF_EXPERTS, rank_pattern={"gate_up_proj": 2}, alpha_pattern={"down_proj": 2})
+    inner, outer = (f"model.layers.0.mlp.experts{module}" for module in (".base_layer", ""))
+    assert files.parameters == {inner: f"{outer}.gate_up_proj", outer: f"{outer}.down_proj"}
+    assert (files.ranks[inner], files.ranks[outer]) == (2, 4)
+    assert (files.scalings[inner], files.scalings[outer]) == (4.0, 0.5)

@@ -126,7 +126,7 @@ class CountingView:
     """A lazy tensor that notes how many numbers are read of it at a time."""
 
     def __init__(self, view, reads: list[int]):
-        self.view, self.reads = view, reads
+        self.view, self.reads = getattr(view, "view", view), reads  # a view of a view counts once
 
     def __getitem__(self, index) -> np.ndarray:
         part = self.view[index]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from typing import Any
 
 import equinox as eqx
@@ -14,6 +15,7 @@ import pytest
 import torch
 import transformers
 from haliax import Axis, NamedArray
+from haliax.axis import ensure_tuple
 from safetensors.numpy import load_file
 from tiny_models import FAMILIES, load, random_tokens, tiny_folder, tiny_model, torch_logits, with_random_adapters
 from tiny_models import logits as logits_of
@@ -27,6 +29,7 @@ from lora_dpo_jax.losses import Dpo
 from lora_dpo_jax.models import CausalLM, ComputeConfig, PackedMask
 from lora_dpo_jax.models.config import ExpertsConfig
 from lora_dpo_jax.models.experts import BALANCE, Experts, Sorting, grouped_product
+from lora_dpo_jax.models.gates import ClampedGate
 from lora_dpo_jax.models.linear import linear
 from lora_dpo_jax.models.quantization import QuantizedWeight, quantize, quantize_weight
 from lora_dpo_jax.preference_objective import PreferenceObjective
@@ -35,6 +38,17 @@ from lora_dpo_jax.sharding import MeshConfig, Placement
 CONFIG = dataclasses.replace(
     LLAMA, experts=ExpertsConfig(num_experts=4, per_token=2, intermediate_size=16), expert_layers=(True, False)
 )
+GATE = ClampedGate(alpha=1.7, limit=0.3)  # low enough that some values are clamped
+LIKE_GPT_OSS = dict(gathered=True, is_interleaved=True, has_biases=True, clamped_gate=GATE, normalizes=True)
+CONFIGS = {
+    "apart": CONFIG,
+    "gathered": dataclasses.replace(CONFIG, experts=dataclasses.replace(CONFIG.experts, **LIKE_GPT_OSS)),
+}
+LORA = {
+    "apart": LoraConfig(r=3, alpha=6.0),
+    "gathered": LoraConfig(r=3, alpha=6.0, target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+}
+kinds = pytest.mark.parametrize("kind", CONFIGS)
 Row, Pos = Axis("row", 4), Axis("position", 16)
 TOKENS = hax.named(np.random.default_rng(1).integers(0, LLAMA.vocab_size, (4, 16), dtype=np.int32), (Row, Pos))
 REAL = hax.named(np.arange(16) < np.array([[16], [9], [13], [1]]), (Row, Pos))  # the rest is padding
@@ -48,26 +62,46 @@ class Plain(eqx.Module):
 
     def __call__(self, x, segments, *, key=None):
         del segments, key
-        tokens, config = x.rearrange(("row", "position", "embed")).array, self.experts.gate.config
-        gate, up, down = (_matrices(getattr(self.experts.experts.stacked, f"{name}_proj")) for name in MATRICES)
-        inner = jax.nn.silu(jnp.einsum("rpi,eoi->rpeo", tokens, gate)) * jnp.einsum("rpi,eoi->rpeo", tokens, up)
-        of_all = jnp.einsum("rpei,eoi->rpeo", inner, down)
-        probabilities = jax.nn.softmax(jnp.einsum("rpi,ei->rpe", tokens, self.experts.gate.weight.array))
-        least = jnp.sort(probabilities, axis=-1)[..., -config.per_token, None]
+        tokens, router = x.rearrange(("row", "position", "embed")).array, self.experts.gate
+        logits = jnp.einsum("rpi,ei->rpe", tokens, router.weight.array)
+        if router.config.gathered:
+            of_all, logits = _clamped(self.experts.experts, tokens), logits + router.bias.array
+        else:
+            of_all = _silu(self.experts.experts.stacked, tokens)
+        probabilities = jax.nn.softmax(logits)
+        least = jnp.sort(probabilities, axis=-1)[..., -router.config.per_token, None]
         weights = jnp.where(probabilities >= least, probabilities, 0.0)
+        if router.config.normalizes:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
         return NamedArray(jnp.einsum("rpe,rpeo->rpo", weights, of_all), ("row", "position", "embed")), {}
 
 
-MATRICES = ("gate", "up", "down")
+def _silu(expert: Any, tokens: jax.Array) -> jax.Array:
+    """What each expert makes of each token, [row, position, expert, embed]."""
+    gate, up, down = (_matrices(layer) for layer in (expert.gate_proj, expert.up_proj, expert.down_proj))
+    inner = jax.nn.silu(jnp.einsum("rpi,eoi->rpeo", tokens, gate)) * jnp.einsum("rpi,eoi->rpeo", tokens, up)
+    return jnp.einsum("rpei,eoi->rpeo", inner, down)
+
+
+def _clamped(expert: Any, tokens: jax.Array) -> jax.Array:
+    """The same with biases and a clamped gate, where rows are gate, up, gate, up, ..."""
+    biases = [unwrapped(layer).bias.array for layer in (expert.gate_up_proj, expert.down_proj)]
+    both = jnp.einsum("rpi,eoi->rpeo", tokens, _matrices(expert.gate_up_proj)) + biases[0].reshape(4, -1)
+    gate, up = jnp.minimum(both[..., 0::2], GATE.limit), jnp.clip(both[..., 1::2], -GATE.limit, GATE.limit)
+    inner = gate * jax.nn.sigmoid(GATE.alpha * gate) * (up + 1)
+    return jnp.einsum("rpei,eoi->rpeo", inner, _matrices(expert.down_proj)) + biases[1]
 
 
 def _matrices(layer: Any) -> jax.Array:
     """[expert, out, in], with the adapter folded in."""
-    weight = unwrapped(layer).weight
-    weight = weight.astype(jnp.float32).array
+    plain = unwrapped(layer)
+    order = ("expert", *(axis.name for side in (plain.Out, plain.In) for axis in ensure_tuple(side)))
+    weight = plain.weight.astype(jnp.float32).rearrange(order).array
+    weight = weight.reshape(4, -1, weight.shape[-1])
     if not isinstance(layer, LoraLinear):
         return weight
-    return weight + layer.scaling * jnp.einsum("eor,eri->eoi", layer.lora_B.array, layer.lora_A.array)
+    B = layer.lora_B.rearrange((*order[:-1], "lora_rank")).array.reshape(4, -1, layer.rank)
+    return weight + layer.scaling * jnp.einsum("eor,eri->eoi", B, layer.lora_A.array)
 
 
 def plainly(model: CausalLM) -> CausalLM:
@@ -83,11 +117,11 @@ def _plain_layer(layer: Any) -> Any:
 
 
 @functools.cache
-def adapted() -> CausalLM:
+def adapted(kind: str = "apart") -> CausalLM:
     @eqx.filter_jit
     def make() -> CausalLM:
-        model = CausalLM.init(CONFIG, ComputeConfig(attention="dense"), key=jax.random.key(0))
-        return loraize(model, LoraConfig(r=3, alpha=6.0), key=jax.random.key(1))
+        model = CausalLM.init(CONFIGS[kind], ComputeConfig(attention="dense"), key=jax.random.key(0))
+        return loraize(_with_random_biases(model), LORA[kind], key=jax.random.key(1))
 
     return moved(make())
 
@@ -106,9 +140,17 @@ def logits_and_gradients(model: CausalLM, view) -> tuple[jax.Array, Any]:
     return found, gradients
 
 
+def _with_random_biases(model: CausalLM) -> CausalLM:
+    def randomize(path: tuple, array: jax.Array) -> jax.Array:
+        is_bias = any(getattr(entry, "name", None) == "bias" for entry in path)
+        return jax.random.normal(jax.random.key(2), array.shape) if is_bias else array
+
+    return jax.tree_util.tree_map_with_path(randomize, model)
+
+
 @functools.cache
-def expected() -> Any:
-    return logits_and_gradients(adapted(), plainly)
+def expected(kind: str = "apart") -> Any:
+    return logits_and_gradients(adapted(kind), plainly)
 
 
 def assert_close(found: Any, expected: Any, **tolerance) -> None:
@@ -116,35 +158,46 @@ def assert_close(found: Any, expected: Any, **tolerance) -> None:
         np.testing.assert_allclose(mine, theirs, **tolerance)
 
 
-def test_logits_and_gradients_are_those_of_all_experts_computed_for_all_tokens():
-    assert_close(logits_and_gradients(adapted(), lambda model: model), expected(), rtol=1e-4, atol=1e-5)
-    assert len(jax.tree.leaves(expected()[1])) == 2 * (2 * 4 + 3 + 3)  # every linear layer, but no router
-    assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(expected()[1])) > 1e-4
+@kinds
+def test_logits_and_gradients_are_those_of_all_experts_computed_for_all_tokens(kind):
+    assert_close(logits_and_gradients(adapted(kind), lambda model: model), expected(kind), rtol=1e-4, atol=1e-5)
+    of_experts = {"apart": 3, "gathered": 2}[kind]
+    assert len(jax.tree.leaves(expected(kind)[1])) == 2 * (2 * 4 + of_experts + 3)  # every linear layer, but no router
+    assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(expected(kind)[1])) > 1e-4
 
 
-@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 2, "model": 2}], ids=str)
-def test_a_mesh_changes_nothing(axes):
-    placement = Placement(MeshConfig(axes=axes), jax.devices()[:4])
+@pytest.mark.parametrize(
+    "kind, axes",
+    [("apart", {"data": 4}), ("apart", {"data": 2, "model": 2}), ("gathered", {"data": 4, "model": 2})],
+    ids=str,
+)
+def test_a_mesh_changes_nothing(kind, axes):
+    placement = Placement(MeshConfig(axes=axes), jax.devices()[: math.prod(axes.values())])
     with placement.scope():
-        found = logits_and_gradients(placement.put_parameters(adapted()), lambda model: model)
-    assert_close(found, expected(), rtol=1e-4, atol=1e-5)
+        found = logits_and_gradients(placement.put_parameters(adapted(kind)), lambda model: model)
+    assert_close(found, expected(kind), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantized_experts_compute_with_the_values_that_they_hold(kind):
-    """Forward, and backward to the inputs."""
-    Expert, In, Out = Axis("expert", 4), Axis("embed", 16), Axis("mlp", 8)
+@pytest.mark.parametrize(
+    "kind, Out",
+    [("nf4", (Axis("mlp", 8),)), ("int8", (Axis("mlp", 8),)), ("nf4", (Axis("mlp", 8), Axis("gate_up", 2)))],
+    ids=str,
+)
+def test_quantized_experts_compute_with_the_values_that_they_hold(kind, Out):
+    """Forward, and backward to the inputs. Gates come before up-projections in what is computed."""
+    Expert, In = Axis("expert", 4), Axis("embed", 16)
 
     @jax.jit
     def run(x):
-        weight = hax.random.normal(jax.random.key(0), (Expert, Out, In))
+        weight = hax.random.normal(jax.random.key(0), (Expert, *Out, In))
         layer = dataclasses.replace(linear(In, Out, key=jax.random.key(0), use_bias=False), weight=weight)
         layer = dataclasses.replace(layer, weight=quantize_weight(weight, In, Out, kind))
         sorting = Sorting.by_expert(jnp.arange(24).reshape(3, 4, 2) % 4, Axis("row", 3), 4)
         out, pullback = jax.vjp(lambda x: grouped_product(layer, x, sorting), x)
-        dense = layer.weight.astype(jnp.float32).array
+        values = layer.weight.astype(jnp.float32)
+        dense = values.rearrange((Expert, *reversed(Out), In)).array.reshape(4, -1, 16)
         expected, dense_pullback = jax.vjp(lambda x: jnp.einsum("gpi,goi->gpo", x.reshape(4, 6, 16), dense), x)
-        error = jnp.abs(dense - weight.array).max()
+        error = jnp.abs(values.array - weight.array).max()
         return error, (out, pullback(out)), (expected.reshape(out.shape), dense_pullback(expected))
 
     error, found, expected = run(np.random.default_rng(0).normal(size=(24, 16)).astype(np.float32))

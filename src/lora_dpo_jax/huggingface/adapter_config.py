@@ -32,6 +32,7 @@ USED |= {
     "alpha_pattern",
     "trainable_token_indices",
     "base_model_name_or_path",
+    "target_parameters",
 }
 # Options that do not change what an adapter computes.
 HARMLESS = {"auto_mapping", "inference_mode", "peft_version", "revision", "runtime_config"}
@@ -53,7 +54,6 @@ REASONS = {
     "layer_replication": "layers of the base are repeated",
     "lora_bias": "its adapters have biases",
     "modules_to_save": "whole layers were trained; PEFT's merge_and_unload makes a model of them",
-    "target_parameters": "parameters that are no linear layers are adapted",
 }
 ALL_LINEAR = "all-linear"
 PEFT_DEFAULT_TARGETS = ["q_proj", "v_proj"]  # the same for every family that is supported here
@@ -75,14 +75,18 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     layers = peft.taken("layers_to_transform", None, _is_layers, "the number of a layer, or a list of them")
     if layers is not None and isinstance(targets, str):
         raise peft.error("layers_to_transform", f"needs a list in target_modules; found {targets!r}")
+    parameters = _unwrapped(peft.taken("target_parameters", None, is_texts, "a list of names"))
+    if targets is None and not parameters:
+        targets = PEFT_DEFAULT_TARGETS
     rank_pattern = _pattern_in(peft, "rank_pattern", lambda ranks, key: ranks.whole(key, least=1))
     alpha_pattern = _pattern_in(peft, "alpha_pattern", lambda alphas, key: float(alphas.number(key, above=0.0)))
     return LoraConfig(
         r=peft.whole("r", 8),
         alpha=float(peft.number("lora_alpha", 8, above=0.0)),
         dropout=float(peft.taken("lora_dropout", 0.0, lambda p: is_number(p) and 0 <= p < 1, "a number in [0, 1)")),
-        target_modules=None if targets == ALL_LINEAR else PEFT_DEFAULT_TARGETS if targets is None else targets,
+        target_modules=None if targets == ALL_LINEAR else targets or [],
         exclude_modules=_unwrapped(peft.taken("exclude_modules", None, _is_targets, TARGETS)),
+        target_parameters=parameters or None,
         layers_to_transform=layers,
         layers_pattern=None if layers is None else peft.taken("layers_pattern", None, _is_targets, TARGETS),
         rank_pattern=rank_pattern,
@@ -139,6 +143,7 @@ def peft_config(
         "rank_pattern": _pattern(ranks, r),
         "revision": revision,
         "target_modules": targets,
+        "target_parameters": config.target_parameters,
         "task_type": "CAUSAL_LM",
         "trainable_token_indices": config.trainable_token_indices,
         **{switch: getattr(config, switch) for switch in PEFT_SWITCHES},

@@ -20,6 +20,8 @@ from lora_dpo_jax.json_objects import read_json_object
 from lora_dpo_jax.lora import ROWS, LoraConfig, matching_names
 
 MOST_RANK = 512  # of vLLM
+WRAPPED = ".base_layer"  # the module within a wrapper of PEFT
+PARAMETERS_IN_VLLM = ("gpt_oss", "qwen3_5_moe")  # whose classes have is_3d_moe_weight
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # by SGLang
 STARTS_OF_VLLM = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # texts of init_lora_weights that it takes
 
@@ -53,21 +55,44 @@ class AdapterFiles:
         return 8 if found is None else found
 
     @cached_property
+    def parameters(self) -> dict[str, str]:
+        """The parameters among the layers, by their paths: PEFT wraps the module of a parameter once for each."""
+        targets = self.config.get("target_parameters") or []
+        found = {}
+        for path in self.pairs:
+            module = path
+            while module.endswith(WRAPPED):
+                module = module.removesuffix(WRAPPED)
+            names = [f"{module}.{target.rpartition('.')[2]}" for target in targets]
+            names = [name for name in dict.fromkeys(names) if any(f".{name}".endswith(f".{t}") for t in targets)]
+            names.sort(key=lambda name: name.endswith(".gate_up_proj"))  # it is wrapped first
+            if (depth := path.count(WRAPPED)) < len(names):
+                found[path] = names[depth]
+        return found
+
+    @cached_property
     def ranks(self) -> dict[str, int]:
-        return {path: self.tensors.shape(A)[0] for path, (A, _) in self.pairs.items()}
+        """Of a parameter, the rank of each expert, which only the settings have."""
+        return {
+            path: self._settings.for_layer(self.parameters[path]).r if path in self.parameters else shape[0]
+            for path, shape in ((path, self.tensors.shape(A)) for path, (A, _) in self.pairs.items())
+        }
 
     @cached_property
     def scalings(self) -> dict[str, float]:
         """The scaling of each layer, as PEFT has it."""
+        return {path: self._settings.for_layer(self.parameters.get(path, path)).scaling for path in self.pairs}
+
+    @property
+    def _settings(self) -> LoraConfig:
         get = self.config.get
-        settings = LoraConfig(
+        return LoraConfig(
             r=self.number("r"),
             alpha=float(self.number("lora_alpha")),
             use_rslora=bool(get("use_rslora")),
             rank_pattern=get("rank_pattern") or {},
             alpha_pattern=get("alpha_pattern") or {},
         )
-        return {path: settings.for_layer(path).scaling for path in self.pairs}
 
     @property
     def is_wrapped(self) -> bool:
@@ -130,7 +155,7 @@ def untargeted(files: AdapterFiles) -> str | None:
     """PEFT makes adapters where the settings say, and leaves out tensors of other layers."""
     get = files.config.get
     targets = get("target_modules")
-    if targets in (None, "all-linear") or not files.pairs:
+    if targets in (None, "all-linear") or not files.pairs or files.parameters:
         return None
     settings = LoraConfig(
         target_modules=targets,
@@ -149,8 +174,23 @@ def partly_untargeted(files: AdapterFiles) -> str | None:
     if not isinstance(targets, list):
         return None
     settings = LoraConfig(target_modules=targets, exclude_modules=get("exclude_modules"))
-    left = sorted(set(files.pairs) - set(matching_names([*files.pairs], settings)))
+    left = sorted(set(files.pairs) - set(matching_names([*files.pairs], settings)) - set(files.parameters))
     return f"target_modules leaves out {abridged(left[:3])}" if 0 < len(left) < len(files.pairs) else None
+
+
+def parameters(files: AdapterFiles) -> str | None:
+    return f"{abridged([*files.parameters.values()][:2])} is a parameter of all experts" if files.parameters else None
+
+
+def parameters_of_matrices(files: AdapterFiles) -> str | None:
+    """vLLM's class of a model takes adapters of parameters, or of each matrix of each expert."""
+    kind = (files.base or {}).get("model_type")
+    if not files.parameters or kind is None or kind in PARAMETERS_IN_VLLM:
+        return None
+    return (
+        f"target_parameters={files.config['target_parameters']}: its class of {kind} takes an adapter of each matrix "
+        "of each expert, as lora.target_modules makes them"
+    )
 
 
 def any_of(*options: str) -> Callable[[AdapterFiles], str | None]:
@@ -228,7 +268,8 @@ def unnamed(files: AdapterFiles) -> str | None:
     if not isinstance(targets, list):
         return None
     named = {_joined(target.rpartition(".")[2]) for target in targets}
-    others = [path for path in files.pairs if path != "lm_head" and _joined(path.rpartition(".")[2]) not in named]
+    others = [path for path in files.pairs if path != "lm_head" and path not in files.parameters]
+    others = [path for path in others if _joined(path.rpartition(".")[2]) not in named]
     return f"target_modules={targets!r} does not name the module of {others[0]}" if others else None
 
 

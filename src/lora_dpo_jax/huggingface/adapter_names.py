@@ -4,10 +4,14 @@ base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight                  
 base_model.model.layers.0.self_attn.q_proj.lora_A.weight                        a bare AutoModel
 base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight   the decoder of a multimodal model
 base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight          with the name of the adapter
+base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight            a parameter, here experts.gate_up_proj
+base_model.model.model.layers.0.mlp.experts.lora_A.weight                       another one, experts.down_proj
+
+PEFT wraps the module of a parameter, and each further parameter of it wraps the wrapper.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from lora_dpo_jax.huggingface.adapter_config import WRAPPER
 from lora_dpo_jax.lora import ROWS
@@ -28,18 +32,31 @@ def key_of(layer: str, factor: str) -> str:
     return f"{PREFIX}{layer}.{factor}"
 
 
-def written_names(keys: Iterable[str], layers: Sequence[str]) -> dict[str, str]:
-    """By each key of a file: the name that would be written for it. A key that means no factor of `layers` stays.
+def adapter_paths(modules: Iterable[str], parameters: Iterable[str]) -> dict[str, str]:
+    """The path in a file of each module, and of each target among parameters, which are in the order of the model."""
+    by_module: dict[str, list[str]] = {}
+    for parameter in parameters:
+        by_module.setdefault(parameter.rpartition(".")[0], []).append(parameter)
+    wrapped = {
+        parameter: module + ".base_layer" * (len(targets) - number)
+        for module, targets in by_module.items()
+        for number, parameter in enumerate(targets, start=1)
+    }
+    return {name: name for name in modules} | wrapped
+
+
+def written_names(keys: Iterable[str], paths: Iterable[str]) -> dict[str, str]:
+    """By each key of a file: the name that would be written for it. A key that means no factor at `paths` stays.
 
     Raises ValueError if two keys mean the same factor.
     """
-    by_core = {_core(layer): layer for layer in layers}
+    by_core = {_core(path): path for path in paths}
     found: dict[str, str] = {}
     for key in keys:
         name = key
-        if (parts := _FACTOR.fullmatch(key)) and (layer := by_core.get(_core(parts["layer"]))):
+        if (parts := _FACTOR.fullmatch(key)) and (path := by_core.get(_core(parts["layer"]))):
             kind = "" if parts["factor"] == MAGNITUDE else parts["kind"] or ""
-            name = key_of(layer, parts["factor"] + kind)
+            name = key_of(path, parts["factor"] + kind)
         if name in found.values():
             raise ValueError(f"both {next(k for k, n in found.items() if n == name)} and {key} are {name}")
         found[key] = name

@@ -1,7 +1,8 @@
 """Reads and writes adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
 A tensor is called `base_model.model.<path of the layer>.<factor>`: `lora_A.weight`, {r, in}, or `lora_B.weight`,
-{out, r}. Each kind of `Adapter` defines its factors.
+{out, r}. Each kind of `Adapter` defines its factors. Of a parameter of all experts, {experts * r, in} and
+{out, r * experts}, and the path is that of PEFT's wrapper.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 from haliax import NamedArray
 
-from lora_dpo_jax.axes import RANK
+from lora_dpo_jax.axes import EXPERT, RANK
 from lora_dpo_jax.huggingface.adapter_config import (
     CONFIG,
     STEM,
@@ -32,18 +33,24 @@ from lora_dpo_jax.huggingface.adapter_config import (
     read_peft,
     refused_modules,
 )
-from lora_dpo_jax.huggingface.adapter_names import PREFIX, key_of, matrix_copies, written_names
+from lora_dpo_jax.huggingface.adapter_names import (
+    PREFIX,
+    adapter_paths,
+    key_of,
+    matrix_copies,
+    written_names,
+)
 from lora_dpo_jax.huggingface.dialects import embedding_of
 from lora_dpo_jax.huggingface.folders import export_folder
 from lora_dpo_jax.huggingface.tensors import (
     LazyTensor,
-    PaddedTensor,
     TensorFiles,
     abridged,
     sharded_array,
     write_tensors,
 )
 from lora_dpo_jax.huggingface.tokenizers import save_tokenizer
+from lora_dpo_jax.huggingface.views import PaddedTensor
 from lora_dpo_jax.huggingface.vocabulary import Enlargement
 from lora_dpo_jax.json_objects import JsonObject, is_texts
 from lora_dpo_jax.lora import (
@@ -52,17 +59,21 @@ from lora_dpo_jax.lora import (
     ROWS,
     Adapter,
     Factor,
+    LayerNames,
     LoraConfig,
     TokenRows,
     adapt,
     adapter_type,
     empty_adapter,
+    layer_names,
     linear_layers,
     map_linear_layers,
     matching_names,
+    matching_parameters,
     unadaptable_layers,
     with_token_rows,
 )
+from lora_dpo_jax.lora.adapter import stack_axes
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.sharding import on_host
@@ -72,17 +83,39 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LayerAdapter:
-    """The adapter of one layer, on the host. `adapter` may hold a stack of layers."""
+    """The adapter of one layer, or of one parameter, on the host. `adapter` may hold a stack of them."""
 
     name: str  # the dotted path of the layer
     adapter: Adapter
     rank: int
     scaling: float
-    tensors: dict[str, np.ndarray]  # float32, by PEFT's names
+    matrices: dict[str, np.ndarray]  # by PEFT's names, float32 [*gathered, a dimension for each side]: see `Factor`
 
-    def merge(self, weight: np.ndarray) -> np.ndarray:
-        """The layer's weight {out, in} with the adapter merged in, both float32."""
-        return self.adapter.merge(weight, self.tensors, self.scaling)
+    @property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """As PEFT stores them."""
+        return {key: factor.tensor_of(self.matrices[key]) for key, factor in self.adapter.factors.items()}
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(*gathered, out, in)"""
+        return self.adapter.weight_shape
+
+    def merge_into(self, weight: np.ndarray, place: tuple[int, int] | None = None) -> None:
+        """Merges into the weight [*gathered, out, in], in place; computed in float32 and rounded once, as PEFT does.
+
+        `place`: the weight is only a part of that, as in `Piece`.
+        """
+        matrices = self.matrices
+        if place is not None:
+            number, among = place
+            matrices = {key: values[number] for key, values in matrices.items()}
+            rows = slice(among * len(weight), (among + 1) * len(weight))
+            matrices["lora_B.weight"] = matrices["lora_B.weight"][rows]
+        for at in np.ndindex(weight.shape[:-2]):
+            own = {key: values[at] for key, values in matrices.items()}
+            merged = self.adapter.merge(weight[at].astype(np.float32), own, self.scaling)
+            weight[at] = merged.astype(weight.dtype)
 
 
 def save_adapter(
@@ -109,19 +142,27 @@ def save_adapter(
     """
     _check_config(model, config)
     found, config = layer_adapters(model), config.as_written()
+    adapters = [adapter for adapter in found if adapter.adapter.is_target]
+    if any(axis.name == EXPERT for adapter in adapters for axis in stack_axes(adapter.adapter.wrapped)):
+        # PEFT puts the matrices of all experts together as parameters, for which it refuses any dropout.
+        config = dataclasses.replace(config, dropout=0.0)
     if jax.process_index() != 0:
         return
-    adapters = [adapter for adapter in found if adapter.adapter.is_target]
     if peft_scaling == "plain":
         config = config.with_plain_scaling(max(adapter.rank for adapter in adapters))
         adapters = [_at(adapter, config.r, config.scaling) for adapter in adapters]
+    names = layer_names(model)
     # PEFT may be able to adapt layers that we cannot adapt.
-    names = [*_layer_names(model), *unadaptable_layers(model)]
+    modules = [*names.modules, *unadaptable_layers(model)]
     if model.config.has_wrapper:  # its images' layers may have the same names at the end
-        names += [f"model.vision_tower.{name.rpartition('.')[2]}" for name in names]
-    targets = explicit_targets([adapter.name for adapter in adapters], names)
+        modules += [f"model.vision_tower.{name.rpartition('.')[2]}" for name in modules]
+    adapted = {adapter.name for adapter in adapters}
+    targets = explicit_targets([name for name in names.modules if name in adapted], modules)
+    parameters = [name for name in names.parameters if name in adapted]
+    config = dataclasses.replace(config, target_parameters=_explicit_parameters(parameters, names.parameters))
+    paths = adapter_paths(names.modules, parameters)
     tensors = {
-        key_of(adapter.name, factor): tensor.astype(dtype)
+        key_of(paths.get(adapter.name, adapter.name), factor): tensor.astype(dtype)
         for adapter in (*adapters, *(adapter for adapter in found if not adapter.adapter.is_target))
         for factor, tensor in adapter.tensors.items()
     }
@@ -132,7 +173,8 @@ def save_adapter(
         write_tensors(exported / f"{STEM}.safetensors", tensors)
         if tokenizer is not None:
             save_tokenizer(tokenizer, exported)
-        (exported / "README.md").write_text(model_card(printable(base), config, targets), encoding="utf-8")
+        card = model_card(printable(base), config, targets + (config.target_parameters or []))
+        (exported / "README.md").write_text(card, encoding="utf-8")
         settings = peft_config(base, revision, config, targets, [adapter.name for adapter in adapters])
         (exported / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -149,22 +191,26 @@ def load_adapter(model: CausalLM, folder: Path, *, mapping: Any = None, base_mod
     made_for = peft.text("base_model_name_or_path", None)
     try:
         copies = matrix_copies(tensors.names)
-        tensors = tensors.renamed(_written_names(tensors, model))
+        names = _without_wrapper(layer_names(model))
+        parameters = [names.parameters[name] for name in matching_parameters([*names.parameters], config)]
+        targets = {names.modules[name] for name in matching_names([*names.modules], config)} | {*parameters}
+        paths = adapter_paths(names.modules.values(), parameters)
+        embedding = embedding_of(model.config).removesuffix(".weight")
+        tensors = tensors.renamed(_written_names(tensors, [*paths.values(), embedding]))
         if model.lm_head is None and any(".lm_head.lora_" in key for key in tensors.names):
             raise MisfitError(
                 f"{folder}: adapts lm_head, which this model ties to the input embedding; that is not supported"
             )
-        # The config's targets are read without the part of a path that only models of text and images have.
-        layers = {name.replace(f".{WRAPPER}.", "."): name for name in _layer_names(model)}
-        targets = {layers[name] for name in matching_names([*layers], config)}
+        _check_parameters(folder, config, model, parameters)
         empty = adapt(model, targets, lambda layer, chosen: empty_adapter(layer, chosen, config))
         empty = _with_token_rows(empty, config, folder)
-        targets |= {name for layer, names in linear_layers(empty) if isinstance(layer, TokenRows) for name in names}
-        _check_tensors(tensors, empty, targets, config, [*copies, *_rows_of_tied_head(tensors, empty)])
+        rows = [name for layer, names in linear_layers(empty) if isinstance(layer, TokenRows) for name in names]
+        paths = {name: paths[name] for name in targets} | {name: name for name in rows}
+        _check_tensors(tensors, empty, paths, config, [*copies, *_rows_of_tied_head(tensors, empty)])
         _check_copies(tensors, copies, peft, model)
 
         def fill(layer: Any, names: list[str]) -> Any:
-            return _filled(tensors, layer, names, targets, mapping) if isinstance(layer, Adapter) else layer
+            return _filled(tensors, layer, names, paths, mapping) if isinstance(layer, Adapter) else layer
 
         adapted = map_linear_layers(fill, empty)
     except MisfitError as error:
@@ -188,24 +234,31 @@ def layer_adapters(model: CausalLM) -> list[LayerAdapter]:
             continue
         adapter = adapter.plain()
         factors = adapter.factors
-        tensors = {name: _tensors_on_host(factor, len(names)) for name, factor in factors.items()}
+        matrices = {key: _matrices_on_host(factor, len(names)) for key, factor in factors.items()}
         for index, name in enumerate(names):
             rank, scaling = adapter.settings_of(index)
             if not rank:
                 continue
-            own = {key: of_layers[index][_within(factors[key], rank)] for key, of_layers in tensors.items()}
+            own = {key: of_names[index][_within(factors[key], rank)] for key, of_names in matrices.items()}
             found.append(LayerAdapter(name, adapter, rank, scaling, own))
     return found
 
 
 def _at(adapter: LayerAdapter, rank: int, scaling: float) -> LayerAdapter:
     """The same adapter at another rank, with zeros, and under another scaling: what is left of its own is in B."""
-    A, B = (adapter.tensors[f"lora_{side}.weight"] for side in "AB")
+    A, B = (adapter.matrices[f"lora_{side}.weight"] for side in "AB")
     if not math.isclose(adapter.scaling, scaling, rel_tol=1e-9):
         B = B * np.float32(adapter.scaling / scaling)
-    A, B = np.pad(A, [(0, rank - len(A)), (0, 0)]), np.pad(B, [(0, 0), (0, rank - B.shape[1])])
-    tensors = adapter.tensors | {"lora_A.weight": A, "lora_B.weight": B}
-    return dataclasses.replace(adapter, rank=rank, scaling=scaling, tensors=tensors)
+    before, more = [(0, 0)] * (A.ndim - 2), (0, rank - adapter.rank)
+    A, B = np.pad(A, [*before, more, (0, 0)]), np.pad(B, [*before, (0, 0), more])
+    matrices = adapter.matrices | {"lora_A.weight": A, "lora_B.weight": B}
+    return dataclasses.replace(adapter, rank=rank, scaling=scaling, matrices=matrices)
+
+
+def _within(factor: Factor, rank: int) -> tuple[slice, ...]:
+    """The part of a factor's matrices that a layer of this rank has."""
+    of_sides = (slice(rank if [axis.name for axis in side] == [RANK] else None) for side in factor.matrix_sides)
+    return *[slice(None)] * len(factor.gathered), *of_sides
 
 
 def _key_of_matrix(name: str, adapters: list[LayerAdapter]) -> str:
@@ -230,18 +283,23 @@ def explicit_targets(targets: list[str], names: list[str]) -> list[str]:
     return targets
 
 
-def _layer_names(model: CausalLM) -> list[str]:
-    return [name for _, names in linear_layers(model) for name in names]
+def _explicit_parameters(targets: list[str], names: list[str]) -> list[str] | None:
+    """The same for parameters: mlp.experts.down_proj, or else full paths."""
+    suffixes = list(dict.fromkeys(".".join(name.split(".")[-3:]) for name in targets))
+    whole = set(matching_parameters(names, LoraConfig(target_parameters=suffixes))) == set(targets)
+    return (suffixes if whole else targets) or None
 
 
-def _tensors_on_host(factor: Factor, count: int) -> np.ndarray:
-    """float32 [layer, *tensor_shape]"""
-    return on_host(factor.in_order().array).astype(np.float32).reshape(count, *factor.tensor_shape)
+def _without_wrapper(names: LayerNames) -> Any:
+    """By name without the part that only models of text and images have, as the settings of adapters are read."""
+    return LayerNames(*({name.replace(f".{WRAPPER}.", "."): name for name in of_kind} for of_kind in names))  # pyright: ignore
 
 
-def _within(factor: Factor, rank: int) -> tuple[slice, ...]:
-    """The part of a factor's tensor that a layer of this rank has."""
-    return tuple(slice(rank if names == (RANK,) else None) for names in factor.side_names)
+def _matrices_on_host(factor: Factor, count: int) -> np.ndarray:
+    """float32 [name, *gathered, a dimension for each side]"""
+    gathered = [axis.size for axis in factor.array.resolve_axis(factor.gathered)]
+    sides = [math.prod(axis.size for axis in side) for side in factor.matrix_sides]
+    return on_host(factor.matrices().array).astype(np.float32).reshape(count, *gathered, *sides)
 
 
 def _check_config(model: CausalLM, config: LoraConfig) -> None:
@@ -265,31 +323,44 @@ def _check_config(model: CausalLM, config: LoraConfig) -> None:
             )
 
 
-def _written_names(tensors: TensorFiles, model: CausalLM) -> dict[str, str]:
+def _written_names(tensors: TensorFiles, paths: Collection[str]) -> dict[str, str]:
     try:
-        embedding = embedding_of(model.config).removesuffix(".weight")
-        return written_names(tensors.names, [*_layer_names(model), embedding])
+        return written_names(tensors.names, paths)
     except ValueError as error:
         raise MisfitError(f"{tensors.folder}: {error}") from error
 
 
+def _check_parameters(folder: Path, config: LoraConfig, model: CausalLM, parameters: list[str]) -> None:
+    experts = model.config.experts
+    if config.target_parameters and not parameters:
+        how = "it has none"
+        if experts is not None and not experts.gathered:
+            how = "each matrix of its experts is apart: load it with read_config(folder, lora)"
+        raise MisfitError(
+            f"{folder}: target_parameters={config.target_parameters} names no parameter of the model; {how}"
+        )
+
+
 def _check_tensors(
-    tensors: TensorFiles, empty: CausalLM, targets: set[str], config: LoraConfig, copies: Collection[str]
+    tensors: TensorFiles, empty: CausalLM, paths: Mapping[str, str], config: LoraConfig, copies: Collection[str]
 ) -> None:
-    """Raises MisfitError unless the file holds the factors of the targets, as in `empty`, and nothing else."""
+    """Raises MisfitError unless the file holds the factors of the targets, as in `empty`, and nothing else.
+
+    `paths`: by target, the path in the file.
+    """
     factors = {
         name: [*layer.factors] for layer, names in linear_layers(empty) if isinstance(layer, Adapter) for name in names
     }
-    needed = [key_of(name, factor) for name in sorted(targets) for factor in factors[name]]
+    needed = [key_of(paths[name], factor) for name in sorted(paths) for factor in factors[name]]
     settings = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
     settings |= {"layers_to_transform": config.layers_to_transform, "layers_pattern": config.layers_pattern}
-    settings |= {"use_dora": config.use_dora or None}
+    settings |= {"use_dora": config.use_dora or None, "target_parameters": config.target_parameters}
     chosen = ", ".join(f"{key}={value!r}" for key, value in settings.items() if value is not None)
-    asked = f"{CONFIG}'s {chosen or 'target_modules=null'} names {abridged(sorted(targets)) or 'none'}"
+    asked = f"{CONFIG}'s {chosen or 'target_modules=null'} names {abridged(sorted(paths)) or 'none'}"
     if missing := [key for key in needed if key not in tensors.names]:
         raise MisfitError(f"{tensors.folder}: tensors are missing: {abridged(missing)}; {asked}")
     surplus = [key for key in tensors.names if key not in needed and key not in copies]
-    if surplus or not targets:
+    if surplus or not paths:
         raise MisfitError(f"{tensors.folder}: holds tensors that have no place: {abridged(surplus) or 'none'}; {asked}")
 
 
@@ -303,17 +374,17 @@ def _rows_of_tied_head(tensors: TensorFiles, model: CausalLM) -> list[str]:
     return [rows]
 
 
-def _filled(tensors: TensorFiles, empty: Adapter, names: list[str], targets: set[str], mapping: Any) -> Adapter:
-    """The adapter of a layer, or of a stack, with the factors that the file has for its targets."""
+def _filled(tensors: TensorFiles, empty: Adapter, names: list[str], paths: Mapping[str, str], mapping: Any) -> Adapter:
+    """The adapter of a layer, or of a stack, with the factors that the file has for its targets, by their `paths`."""
 
     def view(name: str, index: int, key: str, factor: Factor) -> Any:
-        if name not in targets:
+        if name not in paths:
             return None
         rank, _ = empty.settings_of(index)
-        own = zip(factor.side_names, factor.tensor_shape, strict=True)
-        shape = tuple(rank if names == (RANK,) else size for names, size in own)
-        found = _tensor(tensors, key_of(name, key), shape)
-        return found if shape == factor.tensor_shape else PaddedTensor(found, factor.tensor_shape)
+        shape = tuple(tuple(axis.size for axis in side) for side in factor.sides)
+        own = tuple(tuple(rank if axis.name == RANK else axis.size for axis in side) for side in factor.sides)
+        found = _tensor(tensors, key_of(paths[name], key), tuple(math.prod(side) for side in own))
+        return found if own == shape else PaddedTensor(found, own, shape)
 
     def read(key: str, factor: Factor) -> NamedArray:
         axes = factor.array.axes

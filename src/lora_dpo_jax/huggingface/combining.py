@@ -90,6 +90,11 @@ def _check(folder: Path, config: LoraConfig) -> None:
             f"{folder}: trainable_token_indices={config.trainable_token_indices}: rows of the embedding cannot be "
             "added; merge the adapter into its base"
         )
+    if config.target_parameters:
+        raise ValueError(
+            f"{folder}: target_parameters={config.target_parameters}: adapters of parameters are not combined, nor are "
+            "they by PEFT; merge the adapter into its base"
+        )
     if config.starts_at_factors:
         raise ValueError(
             f"{folder}: init_lora_weights={config.a_init}: it fits a changed base alone; PEFT's save_pretrained writes "

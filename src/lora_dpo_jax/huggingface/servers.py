@@ -92,6 +92,8 @@ RULES = (
     Rule(VLLM, _HELPER, "does not load", find.bias),
     Rule(VLLM, _HELPER, "does not load", find.other_init),
     Rule(VLLM, "vllm/config/lora.py: max_lora_rank", "does not load", find.rank),
+    Rule(VLLM, "vllm/lora/model_manager.py: is_3d_moe_weight", "acts differently", find.parameters_of_matrices),
+    Rule(SGLANG, "sglang/srt/lora/utils.py: get_target_module_name", "does not load", find.parameters),
     Rule(SGLANG, "sglang/srt/lora/lora_config.py", "does not load", find.missing_settings),
     Rule(SGLANG, "sglang/srt/lora/utils.py: get_normalized_target_modules", "does not load", find.no_list),
     Rule(SGLANG, "sglang/srt/lora/lora_manager.py: validate_new_adapter", "does not load", find.any_of("use_dora")),
@@ -122,6 +124,7 @@ RULES = (
     Rule(LLAMA, _LLAMA, "does not load", find.adapter_name),
     Rule(LLAMA, _LLAMA, "does not load", find.tensors_beside),
     Rule(LLAMA, _LLAMA, "does not load", find.tied_head),
+    Rule(LLAMA, f"{_LLAMA}: no tensor of that name", "does not load", find.parameters),
     Rule(
         LLAMA,
         "llama.cpp: alpha / rank of the tensor",

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -110,23 +110,6 @@ class LazyTensor:
         return content.view(self.dtype).reshape(stop - start, *inner)
 
 
-@dataclass(frozen=True)
-class PaddedTensor:
-    """A matrix in a file, with rows or columns of zeros after it."""
-
-    inner: LazyTensor
-    shape: tuple[int, ...]
-
-    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        cuts = [cut.indices(size)[:2] for cut, size in zip(index, self.shape, strict=True)]
-        found = self.inner[tuple(slice(min(start, has), min(stop, has)) for (start, stop), has in self._each(cuts))]
-        missing = [(0, stop - start - size) for (start, stop), size in zip(cuts, found.shape, strict=True)]
-        return np.pad(found, missing)
-
-    def _each(self, cuts: list) -> list:
-        return list(zip(cuts, self.inner.info.shape, strict=True))
-
-
 class TensorFiles:
     """The tensors of a folder, in one file `stem`.safetensors or in several with an index. Reads only headers.
 
@@ -144,9 +127,8 @@ class TensorFiles:
         if file_of is None:
             raise FileNotFoundError(f"{folder}: neither {self._single} nor {self._index} {instead(folder, stem)}")
         self._file_of = file_of
-        # Of renamed tensors: the name in the file, and which part of that tensor.
-        self._source: dict[str, tuple[str, Callable[[LazyTensor], LazyTensor]]] = {}
-        self._elsewhere: Mapping[str, LazyTensor] = {}
+        self._name_in_file: dict[str, str] = {}  # of renamed tensors
+        self._elsewhere: Mapping[str, Any] = {}  # views
 
     @property
     def names(self) -> list[str]:
@@ -162,18 +144,23 @@ class TensorFiles:
         """The same files, with each tensor in `names` under its new name."""
         other = copy.copy(self)
         other._file_of = {names.get(name, name): file for name, file in self._file_of.items()}
-        other._source = {names.get(name, name): self._source.get(name, (name, _whole)) for name in self._file_of}
+        other._name_in_file = {names.get(name, name): self._name_in_file.get(name, name) for name in self._file_of}
         return other
 
-    def named(self, parameters: Mapping[str, tuple[str, Callable[[LazyTensor], LazyTensor]]]) -> "TensorFiles":
-        """The same files, with these tensors under other names: (name in the file, which part of it) by name."""
+    def only(self, tensors: Mapping[str, Any]) -> "TensorFiles":
+        """The same files, with nothing but these lazy tensors of them, by other names."""
         other = copy.copy(self)
-        other._file_of = {name: self._file_of[in_file] for name, (in_file, _) in parameters.items()}
-        other._source = dict(parameters)
+        other._file_of, other._elsewhere = {}, tensors
         return other
 
-    def replaced(self, tensors: Mapping[str, LazyTensor]) -> "TensorFiles":
-        """The same files, with these tensors of other files in the place of those of their names, or beside them."""
+    def without(self, names: Collection[str]) -> "TensorFiles":
+        """The same files, without these tensors."""
+        other = copy.copy(self)
+        other._file_of = {name: file for name, file in self._file_of.items() if name not in names}
+        return other
+
+    def replaced(self, tensors: Mapping[str, Any]) -> "TensorFiles":
+        """The same files, with these lazy tensors in the place of those of their names, or beside them."""
         other = copy.copy(self)
         other._elsewhere = {**self._elsewhere, **tensors}
         return other
@@ -184,14 +171,15 @@ class TensorFiles:
     def info(self, name: str) -> TensorInfo:
         return self.view(name).info
 
-    def view(self, name: str) -> LazyTensor:
+    def view(self, name: str) -> Any:
+        """The lazy tensor: a `LazyTensor`, or one of `views`."""
         if name in self._elsewhere:
             return self._elsewhere[name]
-        file, (name, part) = self._file_of[name], self._source.get(name, (name, _whole))
+        file, name = self._file_of[name], self._name_in_file.get(name, name)
         tensors = self._tensors_of(file)
         if name not in tensors:
             raise ValueError(f"{self.folder / file}: tensor {name} is missing, though {self._index} names it")
-        return part(tensors[name])
+        return tensors[name]
 
     def read(self, name: str) -> np.ndarray:
         """The whole tensor, in the file's dtype."""
@@ -208,10 +196,6 @@ class TensorFiles:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} is no safetensors file, or only part of one: {error}") from error
         return self._opened[name]
-
-
-def _whole(tensor: LazyTensor) -> LazyTensor:
-    return tensor
 
 
 def instead(folder: Path, stem: str = "model") -> str:

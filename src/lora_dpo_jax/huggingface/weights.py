@@ -1,6 +1,7 @@
 """Models in Hugging Face's format: `config.json` and safetensors, read straight to their devices and written back."""
 
 import dataclasses
+import json
 import logging
 import re
 import shutil
@@ -18,8 +19,9 @@ from haliax import NamedArray
 from lora_dpo_jax.huggingface.adapter_config import CONFIG as ADAPTER_CONFIG
 from lora_dpo_jax.huggingface.adapter_config import read_base_model
 from lora_dpo_jax.huggingface.adapters import LayerAdapter, layer_adapters
-from lora_dpo_jax.huggingface.dialects import embedding_of, parameters_of
+from lora_dpo_jax.huggingface.dialects import embedding_of, pieces_of
 from lora_dpo_jax.huggingface.folders import export_folder
+from lora_dpo_jax.huggingface.mxfp4 import METHOD, unpacked
 from lora_dpo_jax.huggingface.tensors import (
     TensorFiles,
     abridged,
@@ -29,11 +31,13 @@ from lora_dpo_jax.huggingface.tensors import (
     write_shards,
 )
 from lora_dpo_jax.huggingface.tokenizers import drop_code, save_tokenizer
+from lora_dpo_jax.huggingface.views import JoinedTensor
 from lora_dpo_jax.huggingface.vocabulary import Enlargement
 from lora_dpo_jax.json_objects import read_json_object
-from lora_dpo_jax.lora import linear_layers, unwrapped
+from lora_dpo_jax.lora import LoraConfig, linear_layers, unwrapped
 from lora_dpo_jax.models import CausalLM, ComputeConfig, DecoderConfig, config_from_hf
 from lora_dpo_jax.models.compute import DEFAULT_COMPUTE
+from lora_dpo_jax.models.config_json import is_quantized_by
 from lora_dpo_jax.models.quantization import QuantizedWeight, quantize_weight
 from lora_dpo_jax.tensor_names import Parameter, map_parameters
 
@@ -58,8 +62,23 @@ TOKENIZER_FILES = (
 OTHER_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*", "*processor_config.json")
 
 
-def read_config(folder: Path) -> DecoderConfig:
-    """The architecture in `folder`/config.json; ValueError names the file and what is not supported."""
+def read_config(folder: Path, lora: LoraConfig | None = None) -> DecoderConfig:
+    """The architecture in `folder`/config.json; ValueError names the file and what is not supported.
+
+    Its experts are gathered if adapters with the settings `lora` have target_parameters.
+    """
+    config = _read_config(folder)
+    if lora is None or not lora.target_parameters:
+        return config
+    if config.experts is None:
+        raise ValueError(
+            f"lora.target_parameters={lora.target_parameters} names parameters of experts, and {folder} has no "
+            "experts: name its layers in lora.target_modules"
+        )
+    return config.with_gathered_experts()
+
+
+def _read_config(folder: Path) -> DecoderConfig:
     if not (folder / "config.json").exists():
         if (folder / ADAPTER_CONFIG).exists():
             raise FileNotFoundError(
@@ -136,8 +155,8 @@ def save_merged(
     adapters = {f"{adapter.name}.weight": adapter for adapter in layer_adapters(model)}
     if jax.process_index() != 0:
         return
-    tensors = enlargement.tensors(TensorFiles(source))
-    parts = {name: parameters_of(name, tensors.shape(name), model.config) for name in tensors.names}
+    tensors = enlargement.tensors(unpacked(TensorFiles(source)))
+    pieces = {name: pieces_of(name, tensors.shape(name), model.config) for name in tensors.names}
     _check_source(adapters, enlargement.tensors(_weights_in(source, model.config)))
     if model.config.tie_word_embeddings and embedding_of(model.config) in adapters:
         adapters[HEAD] = adapters[embedding_of(model.config)]  # some files hold a tied matrix twice, or as the head
@@ -146,11 +165,9 @@ def save_merged(
 
     def merged(name: str) -> np.ndarray:
         tensor = tensors.read(name)
-        for parameter, part in parts[name].items():
-            if parameter in adapters:
-                matrix = part.of_array(tensor)
-                # In float32 and rounded once, as Adapter.merged and PEFT do.
-                matrix[...] = adapters[parameter].merge(matrix.astype(np.float32)).astype(tensor.dtype)
+        for piece in pieces[name]:
+            if piece.parameter in adapters:
+                adapters[piece.parameter].merge_into(piece.of_array(tensor), piece.place)
         return tensor
 
     with export_folder(folder, run=run, overwrite=overwrite) as exported:
@@ -158,22 +175,52 @@ def save_merged(
         if tokenizer is not None:
             save_tokenizer(tokenizer, exported)
         enlargement.write_config(exported)
+        _drop_quantization(exported)
         drop_code(exported)
         infos = {name: tensors.info(name) for name in tensors.names}
         write_shards(exported, infos, merged, max_shard_bytes=max_shard_bytes)
 
 
+def _drop_quantization(folder: Path) -> None:
+    """Takes quantization_config from `folder`/config.json if it is of weights that are exported as their values."""
+    path = folder / "config.json"
+    values = dict(read_json_object(path).values)
+    if is_quantized_by(values, [METHOD]):
+        del values["quantization_config"]
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
 def _weights_in(folder: Path, config: DecoderConfig) -> TensorFiles:
     """The tensors under the names of the model's parameters. A tied matrix may have either name in the file."""
-    tensors = TensorFiles(folder)
-    found = {}
+    tensors = unpacked(TensorFiles(folder))
+    found: dict[str, Any] = {}
+    parts: dict[str, dict[tuple[int, int], Any]] = {}
     for name in tensors.names:
-        for parameter, part in parameters_of(name, tensors.shape(name), config).items():
-            found[parameter] = name, part.of
+        for piece in pieces_of(name, tensors.shape(name), config):
+            view = piece.of(tensors.view(name))
+            if piece.place is None:
+                found[piece.parameter] = view
+            else:
+                parts.setdefault(piece.parameter, {})[piece.place] = view
+    for parameter, of_parameter in parts.items():
+        found[parameter] = _joined(folder, parameter, of_parameter)
     embedding = embedding_of(config)
     if config.tie_word_embeddings and HEAD in found and embedding not in found:
         found[embedding] = found.pop(HEAD)
-    return tensors.named(found)
+    return tensors.only(found)
+
+
+def _joined(folder: Path, parameter: str, parts: dict[tuple[int, int], Any]) -> JoinedTensor:
+    """The matrices of experts as one tensor. Raises ValueError unless they are all there, with one shape and dtype."""
+    count, places = (max(at) + 1 for at in zip(*parts, strict=True))
+    infos = {view.info for view in parts.values()}
+    if len(parts) != count * places or len(infos) > 1 or len(next(iter(infos)).shape) != 2:
+        described = ", ".join(sorted(f"{info.dtype} {info.shape}" for info in infos))
+        raise ValueError(
+            f"{folder}: {parameter} is made of {count} experts with {places} matrices each; of these, the folder holds "
+            f"{len(parts)}, of {described}. needed: all of them, with one shape and dtype"
+        )
+    return JoinedTensor(parts)
 
 
 def _check_tensors(tensors: TensorFiles, template: CausalLM) -> None:
@@ -218,7 +265,8 @@ def _check_tied_head(tensors: TensorFiles, embedding: str) -> None:
 
 def _read_quantized(tensors: TensorFiles, parameter: Parameter, dtype: Any, mapping, kind: str) -> QuantizedWeight:
     """Reads and quantizes tensor by tensor on the devices, which hold one tensor at a time in full precision."""
-    Out, In = parameter.sides
+    assert parameter.matrix is not None
+    Out, In = parameter.matrix
     stack = parameter.stack_axes
     axes = parameter.axes[len(stack) :]
 

@@ -31,9 +31,9 @@ from lora_dpo_jax.lora.surgery import (
     unwrap_lora,
     with_dropout,
 )
-from lora_dpo_jax.lora.targets import matching_names
+from lora_dpo_jax.lora.targets import matching_layers, matching_names, matching_parameters
 from lora_dpo_jax.lora.token_rows import ROWS, EmbeddingRows, TokenRows, check_token_rows, with_token_rows
-from lora_dpo_jax.lora.tree import linear_layers, map_linear_layers, unadaptable_layers
+from lora_dpo_jax.lora.tree import LayerNames, layer_names, linear_layers, map_linear_layers, unadaptable_layers
 from lora_dpo_jax.lora.variants import adapter_type, empty_adapter
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "DoraLinear",
     "EmbeddingRows",
     "Factor",
+    "LayerNames",
     "LoraConfig",
     "LoraLinear",
     "OffsetLora",
@@ -60,10 +61,13 @@ __all__ = [
     "equals_reference",
     "for_inference",
     "frozen_copy",
+    "layer_names",
     "linear_layers",
     "loraize",
     "map_linear_layers",
+    "matching_layers",
     "matching_names",
+    "matching_parameters",
     "merge_lora",
     "output_filter",
     "reference_model",

@@ -23,14 +23,15 @@ from haliax import Axis, NamedArray
 from haliax.axis import AxisSpec
 
 from lora_dpo_jax.lora.config import LoraConfig
-from lora_dpo_jax.tensor_names import axes_of
+from lora_dpo_jax.tensor_names import axes_of, gathered_axes
 
 
 class Factor(NamedTuple):
-    """A trainable array of an adapter. It holds one of PEFT's tensors for each layer of its stack."""
+    """A trainable array of an adapter. It holds one of PEFT's tensors for each layer of its stack that has a name."""
 
     array: NamedArray  # {*stack, then the axes of the sides in any order}
     side_names: tuple[tuple[str, ...], ...]  # names of the axes that make up each dimension of the tensor
+    gathered: tuple[str, ...] = ()  # those of them that number matrices: see `tensor_names.Gathered`
 
     @property
     def sides(self) -> tuple[tuple[Axis, ...], ...]:
@@ -40,9 +41,30 @@ class Factor(NamedTuple):
     def tensor_shape(self) -> tuple[int, ...]:
         return tuple(math.prod(axis.size for axis in side) for side in self.sides)
 
+    @property
+    def matrix_sides(self) -> tuple[tuple[Axis, ...], ...]:
+        """The sides of one matrix of a tensor."""
+        return tuple(tuple(axis for axis in side if axis.name not in self.gathered) for side in self.sides)
+
     def in_order(self) -> NamedArray:
         """{*stack, *sides}"""
         return self.array.rearrange((..., *(axis for side in self.sides for axis in side)))
+
+    def matrices(self) -> NamedArray:
+        """{*stack, *gathered, *matrix_sides}"""
+        axes = (axis for side in self.matrix_sides for axis in side)
+        return self.array.rearrange((..., *self.array.resolve_axis(self.gathered), *axes))
+
+    def tensor_of(self, matrices: Any) -> Any:
+        """The tensor, from NumPy's [*gathered, a dimension for each side]."""
+        depth = len(self.gathered)
+        order: list[list[int]] = []
+        for number, names in enumerate(self.side_names):
+            at = [self.gathered.index(name) if name in self.gathered else None for name in names]
+            dims = [depth + number if i is None else i for i in at]
+            order.append(list(dict.fromkeys(dims)))
+        shape = [math.prod(matrices.shape[dim] for dim in dims) for dims in order]
+        return matrices.transpose([dim for dims in order for dim in dims]).reshape(shape)
 
 
 class ByLayer(eqx.Module):
@@ -52,7 +74,7 @@ class ByLayer(eqx.Module):
     zero. They stay zero, because the gradient of each is a multiple of the other.
     """
 
-    scaling: NamedArray  # float32 {*stack}: of each layer; 0 where a layer is no target
+    scaling: NamedArray  # float32 {*stack, but for gathered axes}: of each layer; 0 where a layer is no target
     # The same for each layer in the order of its names, as Python's numbers; 0 where a layer is no target.
     ranks: tuple[int, ...] = eqx.field(static=True)
     scalings: tuple[float, ...] = eqx.field(static=True)
@@ -64,7 +86,7 @@ class ByLayer(eqx.Module):
         scalings = tuple(0.0 if one is None else one.scaling for one in settings)
         if len(set(ranks)) == len(set(scalings)) == 1:
             return None
-        stack = stack_axes(layer)
+        stack = named_axes(layer)
         by_stack = np.reshape(scalings, [axis.size for axis in stack])
         return ByLayer(hax.named(jnp.asarray(by_stack, jnp.float32), stack), ranks, scalings)
 
@@ -118,8 +140,8 @@ class Adapter(eqx.Module):
     def merge(self, weight: Any, tensors: Mapping[str, Any], scaling: Any) -> Any:
         """The weight [..., out, in] with the factors folded in. All arrays are float32, of NumPy or JAX.
 
-        `tensors` are the factors of `plain` as PEFT stores them, with the same leading axes as the weight. `scaling` is
-        a number, or [..., 1, 1].
+        `tensors` are the matrices of the factors of `plain`, in PEFT's order of dimensions, with the same leading axes
+        as the weight. `scaling` is a number, or [..., 1, 1].
         """
 
     @abstractmethod
@@ -139,9 +161,10 @@ class Adapter(eqx.Module):
         return sum(factor.array.size for factor in self.factors.values())
 
     @property
-    def weight_shape(self) -> tuple[int, int]:
-        """(out, in) of one layer."""
-        return hax.axis_size(self.wrapped.Out), hax.axis_size(self.wrapped.In)
+    def weight_shape(self) -> tuple[int, ...]:
+        """(*gathered, out, in) of one layer."""
+        gathered = [axis.size for axis in stack_axes(self.wrapped) if axis.name in gathered_axes(self.wrapped)]
+        return *gathered, hax.axis_size(self.wrapped.Out), hax.axis_size(self.wrapped.In)
 
     @property
     def scale(self) -> Any:
@@ -156,11 +179,15 @@ class Adapter(eqx.Module):
     def merged(self) -> Any:
         """The wrapped layer with the factors folded in, computed in float32 and rounded once to the weight's dtype."""
         weight = self.wrapped.weight
-        plain = Factor(weight.astype(jnp.float32), (names_of(self.wrapped.Out), names_of(self.wrapped.In)))
+        sides = names_of(self.wrapped.Out), names_of(self.wrapped.In)
+        plain = Factor(weight.astype(jnp.float32), sides)
         axes = plain.in_order().axes
-        before = _tensors(plain)
-        scaling = self.scaling if self.by_layer is None else self.by_layer.scaling.array[..., None, None]
-        tensors = {name: _tensors(factor) for name, factor in self.plain().factors.items()}
+        before = _matrices(plain)
+        scaling = self.scaling
+        if self.by_layer is not None:
+            array = self.by_layer.scaling.array
+            scaling = array.reshape(array.shape + (1,) * (before.ndim - array.ndim))
+        tensors = {name: _matrices(factor) for name, factor in self.plain().factors.items()}
         after = self.merge(before, tensors, scaling)
         if self.by_layer is not None:
             after = jnp.where(scaling != 0, after, before)
@@ -191,8 +218,15 @@ def stack_axes(layer: Any) -> tuple[Axis, ...]:
     return tuple(axis for axis in layer.weight.axes if axis not in sides)
 
 
-def _tensors(factor: Factor) -> jax.Array:
-    """float32 [*stack, *tensor_shape]"""
-    array = factor.in_order().array.astype(jnp.float32)
-    depth = array.ndim - sum(len(side) for side in factor.side_names)
-    return array.reshape(*array.shape[:depth], *factor.tensor_shape)
+def named_axes(layer: Any) -> tuple[Axis, ...]:
+    """Those of the axes of a linear layer's stacks along which names are numbered."""
+    gathered = gathered_axes(layer)
+    return tuple(axis for axis in stack_axes(layer) if axis.name not in gathered)
+
+
+def _matrices(factor: Factor) -> jax.Array:
+    """float32 [*stack, a dimension for each side of a matrix]"""
+    array = factor.matrices().array.astype(jnp.float32)
+    shape = [math.prod(axis.size for axis in side) for side in factor.matrix_sides]
+    depth = array.ndim - sum(len(side) for side in factor.matrix_sides)
+    return array.reshape(*array.shape[:depth], *shape)

@@ -35,6 +35,9 @@ class LoraConfig:
     # linear layer of the decoder (not lm_head). Paths are those of Hugging Face: model.layers.0.self_attn.q_proj
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None  # the same syntax
+    # Parameters that hold a matrix of every expert: [mlp.experts.gate_up_proj, mlp.experts.down_proj]. They are matched
+    # as in a list of target_modules, and are never targets of target_modules.
+    target_parameters: list[str] | None = None
     # The rank of layers whose path ends in a key: {q_proj: 16, "layers.[0-3].mlp.up_proj": 4}. A key is a regular
     # expression for whole parts of a path. The first one that matches counts.
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -64,6 +67,7 @@ class LoraConfig:
         self._check_patterns()
         self._check_layers()
         self._check_tokens()
+        self._check_parameters()
         if self.use_dora and self.starts_at_factors:
             raise ValueError(
                 f"lora.a_init={self.a_init} starts at factors that are not zero, and with lora.use_dora no plain LoRA "
@@ -161,6 +165,25 @@ class LoraConfig:
             raise ValueError(f"lora.layers_pattern={patterns!r} needs lora.layers_to_transform, the numbers of layers")
         for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
             _compiled(f"lora.layers_pattern: {pattern!r}", pattern)
+
+    def _check_parameters(self) -> None:
+        """PEFT adapts a parameter itself, W + scaling * B A, whatever is computed with it."""
+        if not self.target_parameters:
+            return
+        names = f"lora.target_parameters={self.target_parameters}"
+        if self.dropout:
+            raise ValueError(
+                f"{names} cannot have dropout on inputs, because PEFT adapts the parameter and not what is multiplied "
+                f"by it: set lora.dropout to 0; found {self.dropout}"
+            )
+        if self.use_dora:
+            raise ValueError(
+                f"{names} cannot have lora.use_dora: PEFT has no DoRA for parameters. Leave one of them out"
+            )
+        if self.a_init not in (plain := ("random", "zero", "gaussian")):
+            raise ValueError(
+                f"{names} cannot have lora.a_init={self.a_init}, which PEFT has for layers alone; needed: {plain}"
+            )
 
     @property
     def layer_numbers(self) -> list[int] | None:

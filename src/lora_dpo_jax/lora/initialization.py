@@ -10,7 +10,7 @@ import numpy as np
 from haliax import Axis, NamedArray
 
 from lora_dpo_jax.axes import RANK
-from lora_dpo_jax.lora.adapter import ByLayer, stack_axes
+from lora_dpo_jax.lora.adapter import ByLayer, named_axes, stack_axes
 from lora_dpo_jax.lora.config import LoraConfig
 from lora_dpo_jax.lora.matrices import of_matrices
 from lora_dpo_jax.tensor_names import axes_of
@@ -26,7 +26,7 @@ def new_factors(layer: Any, config: LoraConfig, by_layer: ByLayer | None, *, key
     if len(ranks) == 1:
         return _draw(layer, config, next(iter(ranks)), scaling, key=key)
     assert by_layer is not None
-    stack, largest = stack_axes(layer), max(ranks)
+    stack, largest = named_axes(layer), max(ranks)
     of_layers = np.reshape(by_layer.ranks, [axis.size for axis in stack])
     lora_A, lora_B = jax.tree.map(_zeros, jax.eval_shape(lambda: _draw(layer, config, largest, scaling, key=key)))
     for rank in sorted(ranks):

@@ -16,6 +16,7 @@ from lora_dpo_jax.lora.config import LoraConfig
 from lora_dpo_jax.lora.dropout import dropout
 from lora_dpo_jax.lora.initialization import new_factors
 from lora_dpo_jax.platforms import platform
+from lora_dpo_jax.tensor_names import gathered_axes
 
 LOW_RANK = "low_rank"  # the name of A x in checkpointing policies
 
@@ -70,11 +71,15 @@ class LoraLinear(Adapter):
 
 
 def low_rank_factors(adapter: Any) -> dict[str, Factor]:
-    """The factors A and B of an adapter that has them as `lora_A` and `lora_B`, by PEFT's names."""
-    In, Out = names_of(adapter.wrapped.In), names_of(adapter.wrapped.Out)
+    """The factors A and B of an adapter that has them as `lora_A` and `lora_B`, by PEFT's names.
+
+    Of gathered matrices, PEFT stores all A below each other, and the columns of all B side by side, those of the first
+    rank first.
+    """
+    In, Out, gathered = names_of(adapter.wrapped.In), names_of(adapter.wrapped.Out), gathered_axes(adapter.wrapped)
     return {
-        "lora_A.weight": Factor(adapter.lora_A, ((RANK,), In)),
-        "lora_B.weight": Factor(adapter.lora_B, (Out, (RANK,))),
+        "lora_A.weight": Factor(adapter.lora_A, ((*gathered, RANK), In), gathered),
+        "lora_B.weight": Factor(adapter.lora_B, (Out, (RANK, *gathered)), gathered),
     }
 
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from lora_dpo_jax.lora.adapter import Adapter, unwrapped
 from lora_dpo_jax.lora.config import LoraConfig
-from lora_dpo_jax.lora.targets import check_targets, matching_names
+from lora_dpo_jax.lora.targets import check_targets, matching_layers
 from lora_dpo_jax.lora.token_rows import check_token_rows, with_token_rows
-from lora_dpo_jax.lora.tree import linear_layers, map_linear_layers, unadaptable_layers
+from lora_dpo_jax.lora.tree import layer_names, linear_layers, map_linear_layers, unadaptable_layers
 from lora_dpo_jax.lora.variants import new_adapter
 
 M = TypeVar("M")
@@ -29,17 +29,18 @@ def loraize(model: M, config: LoraConfig, *, key) -> M:
     Raises ValueError if nothing matches, or if a target cannot be adapted.
     """
     layers = [names for _, names in linear_layers(model)]
-    names = [name for of_layer in layers for name in of_layer]
+    names = layer_names(model)
     tied = getattr(model, "lm_head", "absent") is None
     check_targets(names, unadaptable_layers(model), config, tied=tied)
     check_token_rows(config, tied=tied)
     # One key for each layer of the tree, target or not: a layer's factors do not depend on the other targets.
-    keys = {of_layer[0]: key for of_layer, key in zip(layers, jax.random.split(key, len(names)), strict=False)}
+    count = sum(len(of_layer) for of_layer in layers)
+    keys = {of_layer[0]: key for of_layer, key in zip(layers, jax.random.split(key, count), strict=False)}
 
     def make(layer: Any, targets: dict[str, bool]) -> Adapter:
         return new_adapter(layer, targets, config, key=keys[next(iter(targets))])
 
-    return with_token_rows(adapt(model, matching_names(names, config), make), config)
+    return with_token_rows(adapt(model, matching_layers(names, config), make), config)
 
 
 def adapt(model: M, targets: Collection[str], make: Callable[[Any, dict[str, bool]], Adapter]) -> M:

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 
-from lora_dpo_jax.lora.adapter import Adapter, stack_axes, unwrapped
+from lora_dpo_jax.lora.adapter import Adapter, named_axes, unwrapped
 from lora_dpo_jax.lora.variants import is_adaptable
-from lora_dpo_jax.tensor_names import tensor_names
+from lora_dpo_jax.tensor_names import gathered_axes, tensor_names
 
 M = TypeVar("M")
 
@@ -27,6 +27,20 @@ def linear_layers(model: Any) -> Iterator[tuple[Any, list[str]]]:
 
     map_linear_layers(remember, model)
     return iter(found)
+
+
+class LayerNames(NamedTuple):
+    """The dotted names of all linear layers of a model: of its modules, and of gathered matrices, PEFT's parameters."""
+
+    modules: list[str]
+    parameters: list[str]
+
+
+def layer_names(model: Any) -> LayerNames:
+    found = LayerNames([], [])
+    for layer, names in linear_layers(model):
+        (found.parameters if gathered_axes(unwrapped(layer)) else found.modules).extend(names)
+    return found
 
 
 def map_linear_layers(fn: Callable[[Any, list[str]], Any], model: M) -> M:
@@ -58,8 +72,8 @@ def unadaptable_layers(model: Any) -> dict[str, str]:
         kind = f"{type(layer).__module__}.{type(layer).__name__}"
         if not is_adaptable(layer):
             found.update(dict.fromkeys(names, f"no adapter knows {kind}"))
-        elif len(names) != math.prod(axis.size for axis in stack_axes(layer)):
-            axes = ", ".join(axis.name for axis in stack_axes(layer))
+        elif len(names) != math.prod(axis.size for axis in named_axes(layer)):
+            axes = ", ".join(axis.name for axis in named_axes(layer))
             reason = f"{kind} has axes {{{axes}}} but {len(names)} names (see parameters.Numbered)"
             found.update(dict.fromkeys(names, reason))
 

@@ -22,7 +22,7 @@ from lora_dpo_jax.data.messages import read_messages
 from lora_dpo_jax.data.readers import decompress, suffixes
 from lora_dpo_jax.data.sources import RowError, RowFile
 from lora_dpo_jax.generation import GenerationConfig, complete, encode_prompt, encode_prompts, read_stop_ids
-from lora_dpo_jax.huggingface.adapter_config import adapter_folder, read_base_model
+from lora_dpo_jax.huggingface.adapter_config import adapter_folder, read_adapter_config, read_base_model
 from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
@@ -134,7 +134,7 @@ def main(config: GenerateConfig) -> list[str]:
 def _models(config: GenerateConfig, base: Path, adapters: dict[str, Path | None]) -> Iterator[tuple[str, CausalLM]]:
     """The base with each adapter. The weights are read once, and one adapter is in memory at a time."""
     dtype = config.dtype or ("f32" if jax.default_backend() == "cpu" else "bf16")
-    decoder = read_config(base)
+    decoder = _decoder(adapters, base)
     enlargement = _enlargement(adapters, base, decoder)
     settings: Any = {"dtype": DTYPES[dtype], "quantization": config.quantization, "enlargement": enlargement}
     plain = load_model(base, enlargement.config(decoder), **settings)
@@ -142,6 +142,22 @@ def _models(config: GenerateConfig, base: Path, adapters: dict[str, Path | None]
     for setting, adapter in adapters.items():
         adapted = plain if adapter is None else load_adapter(plain, adapter, base_model=base_model)
         yield setting, for_inference(adapted)
+
+
+def _decoder(adapters: dict[str, Path | None], base: Path) -> DecoderConfig:
+    """The base as its adapters need it. Raises ValueError if they need its experts' weights held in two ways."""
+    found = {
+        setting: read_config(base, None if adapter is None else read_adapter_config(adapter))
+        for setting, adapter in adapters.items()
+    }
+    first, *others = found
+    for setting in others:
+        if found[setting] != found[first]:
+            raise ValueError(
+                f"{first} and {setting} cannot share one base: one adapts parameters of all experts "
+                "(target_parameters), the other does not; set each alone, as adapter"
+            )
+    return found[first]
 
 
 def _enlargement(adapters: dict[str, Path | None], base: Path, decoder: DecoderConfig) -> Enlargement:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lora_dpo_jax.json_objects import JsonObject
 from lora_dpo_jax.models.config import ExpertsConfig, LayerNorms
-from lora_dpo_jax.models.mlp import ACTIVATIONS
+from lora_dpo_jax.models.gates import ACTIVATIONS, ClampedGate
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class Architecture:
     scales_embeddings: bool = False  # by the square root of hidden_size
     llama_cpp: str = ""  # the name of the family in GGUF files
     llama_cpp_rotates_neighbours: bool = False  # llama.cpp does, and this family's files do not: q and k are reordered
+    # Values of quantization_config's quant_method whose tensors are read.
+    quant_methods: tuple[str, ...] = ()
 
 
 # Norms that differ from those of Llama.
@@ -202,6 +204,24 @@ ARCHITECTURES: dict[str, Architecture] = {
             theirs.num_experts, theirs.num_experts_per_tok, theirs.intermediate_size, theirs.norm_topk_prob
         ),
         llama_cpp="olmoe",
+    ),
+    "gpt_oss": Architecture(
+        {"norm": "rms_float32", "attention_sinks": True},
+        other_keys=(*_EXPERTS, "swiglu_alpha", "swiglu_limit"),
+        windows="by layer type",
+        experts=lambda theirs: ExpertsConfig(
+            theirs.num_local_experts,
+            theirs.num_experts_per_tok,
+            theirs.intermediate_size,
+            normalizes=True,
+            gathered=True,
+            has_biases=True,
+            is_interleaved=True,
+            is_transposed=True,
+            clamped_gate=ClampedGate(theirs.swiglu_alpha, theirs.swiglu_limit),
+            router_name="router",
+        ),
+        quant_methods=("mxfp4",),
     ),
 }
 

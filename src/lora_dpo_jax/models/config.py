@@ -1,11 +1,13 @@
 """The features in which decoder architectures differ, as fields, and the axes that follow from them."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
 from haliax import Axis
 
 from lora_dpo_jax.axes import EMBED, EXPERT, HEAD_SIZE, KV_HEAD, MLP, Q_HEADS_PER_GROUP, QKV_HEAD, VOCAB
+from lora_dpo_jax.models.gates import ClampedGate
 from lora_dpo_jax.models.norms import NormKind
 from lora_dpo_jax.models.rope import RopeConfig
 
@@ -30,7 +32,15 @@ class ExpertsConfig:
     normalizes: bool = False  # the weights of a token's experts sum to one
     reports_balance: bool = False  # layers report BALANCE, for the auxiliary loss of a run
     block_name: str = "mlp"
+    router_name: str = "gate"
     matrix_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    # One array and one tensor hold the gates and up-projections of all experts, and one their down-projections: the
+    # parameters of transformers 5. Otherwise, each matrix of each expert has a name and an adapter of its own.
+    gathered: bool = False
+    is_interleaved: bool = False  # the rows of a gathered tensor are gate, up, gate, up, ...
+    is_transposed: bool = False  # files hold each matrix of a gathered tensor as {in, out}
+    has_biases: bool = False  # of the router and the experts
+    clamped_gate: ClampedGate | None = None  # in the place of activation(gate) * up
 
     def __post_init__(self):
         if self.per_token > self.num_experts:
@@ -38,6 +48,11 @@ class ExpertsConfig:
                 f"num_experts_per_tok={self.per_token} is more than the number of experts, num_experts or "
                 f"num_local_experts={self.num_experts}"
             )
+
+    @property
+    def module_name(self) -> str:
+        """The part of tensor names for the router and the experts. transformers 5 calls all of them mlp."""
+        return "mlp" if self.gathered else self.block_name
 
     @property
     def Expert(self) -> Axis:
@@ -88,6 +103,7 @@ class DecoderConfig:
     expert_layers: tuple[bool, ...] | None = None  # one per layer; None = experts in every layer, if there are any
     attention_scale: float | None = None  # of products q.k; None = 1 / sqrt(head_dim)
     attention_softcap: float | None = None  # see ScoreRule
+    attention_sinks: bool = False  # see ScoreRule
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what a layer adds to the residual stream
     logit_scale: float = 1.0
@@ -105,6 +121,11 @@ class DecoderConfig:
             of_layers = getattr(self, name)
             if of_layers is not None and len(of_layers) != self.num_layers:
                 raise ValueError(f"{len(of_layers)} {name.replace('_', ' ')} for {self.num_layers} layers")
+
+    def with_gathered_experts(self) -> "DecoderConfig":
+        """The same model with gathered experts, as `lora.target_parameters` needs them. It must have experts."""
+        assert self.experts is not None
+        return dataclasses.replace(self, experts=dataclasses.replace(self.experts, gathered=True))
 
     @property
     def num_expert_layers(self) -> int:

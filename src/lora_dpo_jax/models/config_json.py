@@ -10,7 +10,7 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers  # its classes are imported on first use, and import torch if it is installed
@@ -94,7 +94,7 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
     if model_type not in ARCHITECTURES:
         raise given.error("model_type", f"is not supported; known: {sorted(ARCHITECTURES | WRAPPERS)}")
     architecture = ARCHITECTURES[model_type]
-    _check_features(given, used_keys(architecture), architecture.constants)
+    _check_features(given, used_keys(architecture), architecture.constants, architecture.quant_methods)
     _check_values(given, architecture)
     theirs = _as_transformers_reads(given, model_type, used_keys(architecture))
     # Qwen2's config class has no head_dim, but its attention uses the value if the file has one.
@@ -136,11 +136,15 @@ def used_keys(architecture: Architecture) -> set[str]:
     return USED | {*architecture.keys, *architecture.other_keys}
 
 
-def _check_features(given: JsonObject, used: set[str], constants: Mapping[str, Any]) -> None:
+def _check_features(
+    given: JsonObject, used: set[str], constants: Mapping[str, Any], quant_methods: Sequence[str] = ()
+) -> None:
     """Raises ValueError for unused keys that might change a logit, and logs the other unused keys."""
     unused = [key for key in given.values if key not in used | HARMLESS and not HARMLESS_KINDS.fullmatch(key)]
     unused = [key for key in unused if not _is_off(key, given.values[key])]
     unused = [key for key in unused if key not in constants or given.values[key] != constants[key]]
+    if is_quantized_by(given.values, quant_methods):
+        unused.remove("quantization_config")
     for key in QUANTIZED:
         if key in unused:
             raise given.error(
@@ -156,6 +160,12 @@ def _check_features(given: JsonObject, used: set[str], constants: Mapping[str, A
         raise ValueError(f"{given.where}: not supported, so the model would be computed wrongly: {found}")
     if unused:
         _log_ignored(given.where, ", ".join(map(brief, unused)))
+
+
+def is_quantized_by(values: Mapping[str, Any], quant_methods: Sequence[str]) -> bool:
+    """Whether a `config.json` says that its weights are quantized by one of these methods."""
+    settings = values.get("quantization_config")
+    return isinstance(settings, dict) and settings.get("quant_method") in quant_methods
 
 
 @functools.cache  # logs once, even if the file is read several times
@@ -221,6 +231,8 @@ def _check_experts(given: JsonObject) -> None:
     given.flag("norm_topk_prob", False)
     given.number("router_aux_loss_coef", 0.0, least=0.0)
     given.taken("mlp_only_layers", None, _are_layers, "a list of numbers of layers")
+    for key in ("swiglu_alpha", "swiglu_limit"):
+        given.number(key, 1.0, above=0.0)
 
 
 def _are_layers(values: Any) -> bool:

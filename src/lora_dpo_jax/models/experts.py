@@ -1,18 +1,21 @@
 """Experts in the place of an MLP: a router sends each token to some of them.
 
-    mlp: Experts
-      gate: Router        weight {layers, expert, embed}
-      experts: Stacked
-        gate_proj         weight {layers, expert, mlp, embed}
-        up_proj
+    mlp: Experts                       mlp: Experts, gathered
+      gate: Router                       gate: Router         weight {layers, expert, embed}
+      experts: Stacked                   experts: Expert
+        gate_proj                          gate_up_proj       weight {layers, expert, gate_up, mlp, embed}
+        up_proj                            down_proj          weight {layers, expert, embed, mlp}
         down_proj
 
-Each device sorts its own tokens by expert. A product of all of them with the matrices of their experts is then one
-`jax.lax.ragged_dot_general`. Padding belongs to no expert.
+Each matrix of a stack has the axes {layers, expert, ...} too, but a name for each expert; a gathered one has a name for
+each layer. Each device sorts its own tokens by expert. A product of all of them with the matrices of their experts is
+then one `jax.lax.ragged_dot_general`. Padding belongs to no expert.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -26,18 +29,21 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.lax import RaggedDotDimensionNumbers, ragged_dot_general
 from jax.sharding import PartitionSpec
 
-from lora_dpo_jax.axes import EMBED, EXPERT, POSITION, RANK
+from lora_dpo_jax.axes import EMBED, EXPERT, GATE_UP, POSITION, RANK
 from lora_dpo_jax.lora import LOW_RANK, Adapter, LoraLinear, TokenKey, split_key
 from lora_dpo_jax.lora.adapter import names_of
 from lora_dpo_jax.lora.dropout import dropout
 from lora_dpo_jax.models.compute import CHECKPOINT_POLICIES
 from lora_dpo_jax.models.config import DecoderConfig, ExpertsConfig
-from lora_dpo_jax.models.linear import PRODUCT, linear
-from lora_dpo_jax.models.mlp import ACTIVATIONS
+from lora_dpo_jax.models.gates import ACTIVATIONS
+from lora_dpo_jax.models.linear import PRODUCT, GatheredLinear, Linear, linear
+from lora_dpo_jax.models.mlp import GateUp
 from lora_dpo_jax.models.quantization import QuantizedWeight
 
 BALANCE = "router_balance"  # the name of what layers report, {row, segment}: the mean over the layers that have experts
 SEGMENT = "segment"
+
+Names = tuple[str, ...]  # of axes
 
 
 class Router(eqx.Module):
@@ -45,11 +51,12 @@ class Router(eqx.Module):
 
     config: ExpertsConfig = eqx.field(static=True)
     weight: NamedArray  # {expert, embed}
+    bias: NamedArray | None = None  # {expert}
 
     @property
-    def tensor_sides(self) -> tuple[str, ...]:
+    def tensor_sides(self) -> tuple[tuple[str, ...], ...]:
         """See `tensor_names.Sided`."""
-        return EXPERT, EMBED
+        return (EXPERT,), (EMBED,)
 
     def __call__(self, x: NamedArray, segments: NamedArray) -> tuple[Array, Array, Array]:
         """x {row, position, embed} -> (numbers of experts int32, their weights float32, probabilities of all experts).
@@ -58,6 +65,8 @@ class Router(eqx.Module):
         the number that follows the last expert, and weight 0.
         """
         logits = hax.dot(x.astype(jnp.float32), self.weight.astype(jnp.float32), axis=EMBED)
+        if self.bias is not None:
+            logits = logits + self.bias.astype(jnp.float32)
         probabilities = hax.nn.softmax(logits.rearrange((..., EXPERT)), axis=EXPERT)
         weights, experts = jax.lax.top_k(probabilities.array, self.config.per_token)
         if self.config.normalizes:
@@ -68,28 +77,57 @@ class Router(eqx.Module):
 
 
 class Expert(eqx.Module):
-    """down(activation(gate(x)) * up(x)). In a stack, each matrix has the axis of the experts."""
+    """down(activation(gate(x)) * up(x)), of all experts. One matrix holds either both gate and up, or each of them."""
 
     config: ExpertsConfig = eqx.field(static=True)
-    gate_proj: hnn.Linear
-    up_proj: hnn.Linear
+    gate_proj: hnn.Linear | None
+    up_proj: hnn.Linear | None
+    gate_up_proj: hnn.Linear | None
     down_proj: hnn.Linear
 
     @staticmethod
     def init(config: DecoderConfig, *, key) -> "Expert":
-        assert config.experts is not None
-        Embed, Inner = config.Embed, config.experts.Mlp
+        experts = config.experts
+        assert experts is not None
+        Embed, Inner, fused = config.Embed, experts.Mlp, experts.gathered
         keys = jax.random.split(key, 3)
+
+        def make(In, Out, key):
+            kind = GatheredLinear if experts.gathered else Linear
+            return linear(In, Out, key=key, use_bias=experts.has_biases, kind=kind)
+
+        gate_up = None
+        if fused:
+            gate_up = make(Embed, (Inner, GateUp) if experts.is_interleaved else (GateUp, Inner), keys[0])
+            weight = gate_up.weight.rearrange((GateUp, Inner, Embed))  # whatever the order of a file's rows
+            gate_up = dataclasses.replace(gate_up, weight=weight)
         return Expert(
-            config.experts,
-            gate_proj=linear(Embed, Inner, key=keys[0], use_bias=False),
-            up_proj=linear(Embed, Inner, key=keys[1], use_bias=False),
-            down_proj=linear(Inner, Embed, key=keys[2], use_bias=False),
+            experts,
+            gate_proj=None if fused else make(Embed, Inner, keys[0]),
+            up_proj=None if fused else make(Embed, Inner, keys[1]),
+            gate_up_proj=gate_up,
+            down_proj=make(Inner, Embed, keys[2]),
         )
 
     @property
     def tensor_parts(self) -> Mapping[str, str]:
+        if self.config.gathered:
+            return {}
         return dict(zip(("gate_proj", "up_proj", "down_proj"), self.config.matrix_names, strict=True))
+
+    def __call__(self, x: Array, sorting: "Sorting", activation: str, keys: Sequence[TokenKey | None]) -> Array:
+        """From pairs [pair, embed] to [pair, embed]."""
+        if self.gate_up_proj is None:
+            gate = grouped_product(self.gate_proj, x, sorting, key=keys[0])
+            up = grouped_product(self.up_proj, x, sorting, key=keys[1])
+        else:
+            both = grouped_product(self.gate_up_proj, x, sorting, key=keys[0])
+            gate, up = both[:, 0], both[:, 1]
+        if self.config.clamped_gate is not None:
+            inner = self.config.clamped_gate(gate, up)
+        else:
+            inner = ACTIVATIONS[activation](hax.named(gate, ("assignment", "inner"))).array * up
+        return grouped_product(self.down_proj, inner, sorting, key=keys[2])
 
 
 class Experts(eqx.Module):
@@ -98,7 +136,7 @@ class Experts(eqx.Module):
     activation: str = eqx.field(static=True)
     num_layers: int = eqx.field(static=True)  # of the decoder, that have experts
     gate: Router
-    experts: hnn.Stacked[Expert]
+    experts: hnn.Stacked[Expert] | Expert
 
     @staticmethod
     def init(config: DecoderConfig, *, key) -> "Experts":
@@ -106,9 +144,15 @@ class Experts(eqx.Module):
         k_router, k_experts = jax.random.split(key)
         All = config.experts.Expert
         experts = hax.vmap(functools.partial(Expert.init, config), All)(key=jax.random.split(k_experts, All.size))
-        router = Router(config.experts, hax.random.normal(k_router, (All, config.Embed)))
-        stacked = hnn.Stacked(experts, All, CHECKPOINT_POLICIES["none"])
-        return Experts(config.activation, config.num_expert_layers, router, stacked)
+        bias = hax.zeros(All) if config.experts.has_biases else None
+        router = Router(config.experts, hax.random.normal(k_router, (All, config.Embed)), bias)
+        if not config.experts.gathered:
+            experts = hnn.Stacked(experts, All, CHECKPOINT_POLICIES["none"])
+        return Experts(config.activation, config.num_expert_layers, router, experts)
+
+    @property
+    def tensor_parts(self) -> Mapping[str, str]:
+        return {"gate": self.gate.config.router_name}
 
     def __call__(self, x: NamedArray, segments: NamedArray, *, key=None) -> tuple[NamedArray, dict[str, NamedArray]]:
         """See `layers.FeedForward`."""
@@ -116,12 +160,8 @@ class Experts(eqx.Module):
         chosen, weights, probabilities = self.gate(x, segments)
         sorting = Sorting.by_expert(chosen, x.axes[0], self.gate.config.num_experts)
         keys = [None if k is None else sorting.keys(k) for k in split_key(key, 3)]
-        expert: Expert = self.experts.stacked
-        inputs = sorting.sort(x.array)
-        gate = grouped_product(expert.gate_proj, inputs, sorting, key=keys[0])
-        up = grouped_product(expert.up_proj, inputs, sorting, key=keys[1])
-        activated = ACTIVATIONS[self.activation](hax.named(gate, ("assignment", "inner"))).array * up
-        out = grouped_product(expert.down_proj, activated, sorting, key=keys[2])
+        expert: Expert = self.experts.stacked if isinstance(self.experts, hnn.Stacked) else self.experts
+        out = expert(sorting.sort(x.array), sorting, self.activation, keys)
         out = NamedArray(sorting.combine(out, weights), x.axis_names)
         if not self.gate.config.reports_balance:
             return out, {}
@@ -205,30 +245,37 @@ class Sorting(eqx.Module):
 
 
 def grouped_product(layer: Any, x: Array, sorting: Sorting, *, key: TokenKey | None = None) -> Array:
-    """Each pair [pair, in] times the matrix of its expert, [pair, out]; with the term of the layer's adapter."""
+    """Each pair [pair, *In] times the matrix of its expert, [pair, *Out]; with its bias, and the layer's adapter.
+
+    The axis of gate and up, if there is one, comes first in Out.
+    """
     if not isinstance(layer, Adapter):
-        (In,), (Out,) = names_of(layer.In), names_of(layer.Out)
-        return checkpoint_name(_frozen_product(x, layer.weight, sorting, In, Out), PRODUCT)
+        In, Out = names_of(layer.In), _outputs(layer)
+        found = checkpoint_name(_frozen_product(x, layer.weight, sorting, In, Out), PRODUCT)
+        return found if layer.bias is None else _plus_bias(found, layer.bias.rearrange((EXPERT, *Out)), sorting)
     if not isinstance(layer, LoraLinear):
         raise TypeError(f"experts have LoRA adapters alone, no {type(layer).__name__}")
     frozen = grouped_product(layer.wrapped, x, sorting)
     if key is not None and layer.dropout > 0.0:
         x = dropout(hax.named(x, ("pair", "feature")), layer.dropout, key).array
-    (In,), (Out,) = names_of(layer.wrapped.In), names_of(layer.wrapped.Out)
-    low = _trained_product(x, layer.lora_A, sorting, In, RANK)
+    low = _trained_product(x, layer.lora_A, sorting, names_of(layer.wrapped.In), (RANK,))
     low = checkpoint_name(low, LOW_RANK)
-    return frozen + _trained_product(low, layer.lora_B * layer.scale, sorting, RANK, Out)
+    return frozen + _trained_product(low, layer.lora_B * layer.scale, sorting, (RANK,), _outputs(layer.wrapped))
 
 
-def _trained_product(x: Array, factor: NamedArray, sorting: Sorting, In: str, Out: str) -> Array:
-    return _ragged(x, factor.rearrange((EXPERT, Out, In)).astype(x.dtype), sorting, In, Out)
+def _outputs(layer: Any) -> tuple[str, ...]:
+    return tuple(sorted(names_of(layer.Out), key=lambda name: name != GATE_UP))
 
 
-def _frozen_product(x: Array, weight: NamedArray | QuantizedWeight, sorting: Sorting, In: str, Out: str) -> Array:
+def _trained_product(x: Array, factor: NamedArray, sorting: Sorting, In: Names, Out: Names) -> Array:
+    return _ragged(x, factor.rearrange((EXPERT, *Out, *In)).astype(x.dtype), sorting, In, Out)
+
+
+def _frozen_product(x: Array, weight: NamedArray | QuantizedWeight, sorting: Sorting, In: Names, Out: Names) -> Array:
     """The weight gets no gradient, and is dequantized again in the backward pass, as in `quantized_product`."""
 
     def plain(weight: Any, dtype: Any) -> NamedArray:
-        return hax.auto_sharded(weight).astype(dtype).rearrange((EXPERT, Out, In))
+        return hax.auto_sharded(weight).astype(dtype).rearrange((EXPERT, *Out, *In))
 
     @jax.custom_vjp
     def product(x, weight, sorting):
@@ -239,31 +286,47 @@ def _frozen_product(x: Array, weight: NamedArray | QuantizedWeight, sorting: Sor
 
     def backward(saved, cotangent):
         weight, sorting = saved
-        transposed = plain(weight, cotangent.dtype).rearrange((EXPERT, In, Out))
+        transposed = plain(weight, cotangent.dtype).rearrange((EXPERT, *In, *Out))
         return _ragged(cotangent, transposed, sorting, Out, In), None, None
 
     product.defvjp(forward, backward)
     return product(x, weight, sorting)
 
 
-def _ragged(x: Array, matrices: NamedArray, sorting: Sorting, In: str, Out: str) -> Array:
-    """x [pair, in] and matrices {expert, out, in} -> [pair, out]."""
-    split = hax.partitioning.pspec_for_axis(matrices.axes) if _is_split() else PartitionSpec(None, None, None)
-    _, of_out, of_in = split
+def _ragged(x: Array, matrices: NamedArray, sorting: Sorting, In: Names, Out: Names) -> Array:
+    """x [pair, *In] and matrices {expert, *Out, *In} -> [pair, *Out]."""
+    split = hax.partitioning.pspec_for_axis(matrices.axes) if _is_split() else PartitionSpec(*[None] * matrices.ndim)
+    of_out, of_in = split[1 : 1 + len(Out)], split[1 + len(Out) :]
+    summed = tuple(name for names in of_in if names is not None for name in hax.axis.ensure_tuple(names))
 
     def product(x, matrices, sizes):
+        pairs, (count, *out) = len(x), matrices.shape[: 1 + len(Out)]
+        x, matrices = x.reshape(pairs, -1), matrices.reshape(count, math.prod(out), -1)
         # Contracts the last axes of both.
         dimensions = RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
-        dtype = jnp.float32 if of_in is not None else x.dtype
+        dtype = jnp.float32 if summed else x.dtype
         found = ragged_dot_general(x, matrices, sizes[0], dimensions, preferred_element_type=dtype)
-        if of_in is not None:
-            found = jax.lax.psum(found, of_in).astype(x.dtype)
+        if summed:
+            found = jax.lax.psum(found, summed).astype(x.dtype)
         # What the product of a pair that has no expert is depends on the platform.
-        return jnp.where((jnp.arange(len(x)) < sizes[0].sum())[:, None], found, 0)
+        found = jnp.where((jnp.arange(pairs) < sizes[0].sum())[:, None], found, 0)
+        return found.reshape(pairs, *out)
 
     rows = sorting.devices
-    specs = PartitionSpec(rows, of_in), split, _spec(rows)
-    return on_each_device(product, specs, PartitionSpec(rows, of_out))(x, matrices.array, sorting.sizes)
+    specs = PartitionSpec(rows, *of_in), split, _spec(rows)
+    return on_each_device(product, specs, PartitionSpec(rows, *of_out))(x, matrices.array, sorting.sizes)
+
+
+def _plus_bias(x: Array, bias: NamedArray, sorting: Sorting) -> Array:
+    """x [pair, *Out] plus the bias {expert, *Out} of each pair's expert; padding has none."""
+    bias = hax.auto_sharded(bias)
+    split = hax.partitioning.pspec_for_axis(bias.axes) if _is_split() else PartitionSpec(*[None] * bias.ndim)
+
+    def add(x, bias, expert):
+        return x + bias.astype(x.dtype).at[expert].get(mode="fill", fill_value=0)
+
+    of_x = PartitionSpec(sorting.devices, *split[1:])
+    return on_each_device(add, (of_x, split, _spec(sorting.devices)), of_x)(x, bias.array, sorting.expert)
 
 
 @jax.custom_vjp

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import equinox as eqx
+import haliax as hax
 import haliax.nn as hnn
 import jax
 import jax.numpy as jnp
 from haliax import NamedArray
 
+from lora_dpo_jax.axes import KV_HEAD, Q_HEADS_PER_GROUP
 from lora_dpo_jax.lora import split_key
 from lora_dpo_jax.models.attention import AttentionMask, ScoreRule, as_keys, attend
 from lora_dpo_jax.models.compute import ComputeConfig
@@ -38,6 +40,17 @@ class TokenContext(eqx.Module):
     slot: jnp.ndarray | None = None
 
 
+class Sinks(eqx.Module):
+    """The sinks of attention: see `ScoreRule`."""
+
+    weight: NamedArray  # {kv_head, q_heads_per_group}
+
+    @property
+    def tensor_sides(self) -> tuple[tuple[str, ...], ...]:
+        """See `tensor_names.Sided`."""
+        return ((KV_HEAD, Q_HEADS_PER_GROUP),)
+
+
 class Attention(eqx.Module):
     """Grouped-query attention. One matrix holds either all of q, k and v, or each of them."""
 
@@ -52,6 +65,7 @@ class Attention(eqx.Module):
     o_proj: hnn.Linear
     q_norm: hnn.RmsNorm | None
     k_norm: hnn.RmsNorm | None
+    sinks: Sinks | None
 
     @staticmethod
     def init(config: DecoderConfig, compute: ComputeConfig, kind: LayerKind, *, key) -> "Attention":
@@ -81,6 +95,7 @@ class Attention(eqx.Module):
             o_proj=dataclasses.replace(o_proj, weight=o_proj.weight.rearrange((*Q[:-1], Embed, HeadSize))),
             q_norm=norm_of(Q),
             k_norm=norm_of(KV),
+            sinks=Sinks(hax.zeros(Q[:-1])) if config.attention_sinks else None,
         )
 
     def __call__(self, x: NamedArray, tokens: TokenContext, cache: KeyValueCache | None, *, key=None):
@@ -97,7 +112,10 @@ class Attention(eqx.Module):
         if cache is not None and tokens.slot is not None:
             cache = cache.write(k, v, tokens.slot)
             k, v = cache.k, cache.v
-        attended = attend(q, k, v, tokens.mask, self.rule, HeadSize, self.compute.attention)
+        rule = self.rule
+        if self.sinks is not None:
+            rule = dataclasses.replace(rule, sinks=self.sinks.weight.astype(jnp.float32))
+        attended = attend(q, k, v, tokens.mask, rule, HeadSize, self.compute.attention)
         return product(self.o_proj, attended, key=k_o), cache
 
     def _projected(self, x: NamedArray, k_q, k_k, k_v) -> tuple[NamedArray, NamedArray, NamedArray]:
@@ -159,7 +177,7 @@ class DecoderLayer(eqx.Module):
     def tensor_parts(self) -> Mapping[str, str]:
         """See `tensor_names.Renamed`."""
         names = {place: name for place, name in dataclasses.asdict(self.config.norms).items() if name is not None}
-        return names | {"mlp": self.mlp.gate.config.block_name} if isinstance(self.mlp, Experts) else names
+        return names | {"mlp": self.mlp.gate.config.module_name} if isinstance(self.mlp, Experts) else names
 
     def __call__(
         self, x: NamedArray, tokens: TokenContext, cache: KeyValueCache | None = None, *, key=None

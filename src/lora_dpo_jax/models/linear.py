@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from haliax import NamedArray
 from haliax.axis import AxisSpec
 
+from lora_dpo_jax.axes import EXPERT
 from lora_dpo_jax.models.quantization import QuantizedWeight, quantized_product
 
 PRODUCT = "product"  # the name of a linear layer's output in checkpointing policies
@@ -37,9 +38,17 @@ class Linear(hnn.Linear):
         return out if self.bias is None else hax.auto_sharded(out + self.bias)
 
 
-def linear(In: AxisSpec, Out: AxisSpec, *, key, use_bias: bool, dot_general: Any = None) -> Linear:
+class GatheredLinear(Linear):
+    """The same layer of all experts, whose tensor holds all of their matrices: see `tensor_names.Gathered`."""
+
+    gathered: ClassVar[tuple[str, ...]] = (EXPERT,)
+
+
+def linear(
+    In: AxisSpec, Out: AxisSpec, *, key, use_bias: bool, dot_general: Any = None, kind: type[Linear] = Linear
+) -> Linear:
     made = hnn.Linear.init(In, Out, key=key, use_bias=use_bias, dot_general=dot_general)
-    return Linear(made.weight, made.bias, In, Out, dot_general=made.dot_general)
+    return kind(made.weight, made.bias, In, Out, dot_general=made.dot_general)
 
 
 def product(linear: Any, x: NamedArray, *, key=None) -> NamedArray:

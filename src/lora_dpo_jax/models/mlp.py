@@ -1,7 +1,5 @@
 """The gated MLP of a layer, which acts on each token separately."""
 
-from collections.abc import Callable
-
 import equinox as eqx
 import haliax.nn as hnn
 import jax
@@ -10,14 +8,9 @@ from haliax import Axis, NamedArray
 from lora_dpo_jax.axes import GATE_UP
 from lora_dpo_jax.lora import split_key
 from lora_dpo_jax.models.config import DecoderConfig
+from lora_dpo_jax.models.gates import ACTIVATIONS
 from lora_dpo_jax.models.linear import linear, product
 
-ACTIVATIONS: dict[str, Callable] = {
-    "silu": hnn.silu,
-    "gelu": lambda x: hnn.gelu(x, approximate=False),
-    "gelu_pytorch_tanh": lambda x: hnn.gelu(x, approximate=True),
-    "relu": hnn.relu,
-}
 GateUp = Axis(GATE_UP, 2)
 
 

@@ -45,13 +45,11 @@ def check_models(config: TrainConfig) -> None:
     settings = ["*config.json"]
     name, revision = config.initialize_from_hf, config.hf_revision
     folder = folder_of("initialize_from_hf", name, revision=revision, patterns=settings)
-    decoder = read_decoder(folder, config.model)
+    lora = lora_config(config, patterns=settings)
+    decoder = read_decoder(folder, config.model, lora)
     read_stop_ids(folder)
     if config.initialize_from_peft is None:
-        lora = config.lora
         check_token_rows(lora, tied=decoder.tie_word_embeddings, vocab_size=decoder.vocab_size)
-    else:
-        lora = read_adapter_config(adapter_of("initialize_from_peft", config.initialize_from_peft, patterns=settings))
     if config.gguf_save_path is not None:
         check_gguf(lora, folder)
 
@@ -75,7 +73,8 @@ def load_base(config: TrainConfig, tokenizer: Any, placement: Placement, *, adap
     Its vocabulary is that of initialize_from_peft, or else of `adapter`, if that was enlarged.
     """
     folder = folder_of("initialize_from_hf", config.initialize_from_hf, revision=config.hf_revision)
-    decoder = read_decoder(folder, config.model)
+    lora = lora_config(config) if adapter is None else read_adapter_config(adapter_of("adapter", adapter))
+    decoder = read_decoder(folder, config.model, lora)
     enlargement = NOT_ENLARGED
     for setting, name in (("adapter", adapter), ("initialize_from_peft", config.initialize_from_peft)):
         if name is not None:
@@ -92,9 +91,9 @@ def load_base(config: TrainConfig, tokenizer: Any, placement: Placement, *, adap
     return Base(config.initialize_from_hf, config.hf_revision, folder, decoder, model, tokenizer, enlargement)
 
 
-def read_decoder(folder: Path, settings: ModelConfig) -> DecoderConfig:
+def read_decoder(folder: Path, settings: ModelConfig, lora: LoraConfig) -> DecoderConfig:
     """The architecture in a folder, for a run with these settings."""
-    decoder = read_config(folder)
+    decoder = read_config(folder, lora)
     if not settings.router_aux_loss_coef:
         return decoder
     if decoder.experts is None:
@@ -127,11 +126,11 @@ def load_weights(
         )
 
 
-def lora_config(config: TrainConfig) -> LoraConfig:
+def lora_config(config: TrainConfig, **options: Any) -> LoraConfig:
     """The rank, scaling and targets of the given adapter if there is one, else those of `lora`."""
     if config.initialize_from_peft is None:
         return config.lora
-    given = read_adapter_config(adapter_of("initialize_from_peft", config.initialize_from_peft))
+    given = read_adapter_config(adapter_of("initialize_from_peft", config.initialize_from_peft, **options))
     return dataclasses.replace(given, dropout=config.lora.dropout)
 
 

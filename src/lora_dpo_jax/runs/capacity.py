@@ -245,7 +245,7 @@ def _learner(config: TrainConfig, placement: Placement) -> Learner:
     return abstract_learner(
         config.objective,
         config.optimizer.build(config.trainer.num_train_steps or STEPS),
-        read_decoder(folder, config.model),
+        read_decoder(folder, config.model, config.lora),
         placement,
         lora=config.lora,
         model=config.model,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_dpo_jax.data.packing import PreferenceBatch
-from lora_dpo_jax.lora import LoraConfig, TokenKey, linear_layers, matching_names, trainable_filter
+from lora_dpo_jax.lora import LoraConfig, TokenKey, layer_names, matching_names, trainable_filter
 from lora_dpo_jax.lora.eva import with_principal_inputs
 from lora_dpo_jax.models import CausalLM, PackedMask
 from lora_dpo_jax.runs.steps import Steps
@@ -28,8 +28,7 @@ def with_eva(
 
     The head's inputs are not looked at: its adapter keeps its start.
     """
-    names = [name for _, of_layer in linear_layers(base) for name in of_layer]
-    targets = [name for name in matching_names(names, lora) if name != "lm_head"]
+    targets = [name for name in matching_names(layer_names(base).modules, lora) if name != "lm_head"]
     count = min(len(steps), math.ceil(EXAMPLES / batch_size))
     batches = list(itertools.islice(steps.batches(placement), count))
 

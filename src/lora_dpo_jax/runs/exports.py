@@ -11,6 +11,7 @@ from typing import Any
 from lora_dpo_jax.data.config import PreferenceDataConfig
 from lora_dpo_jax.huggingface.adapters import save_adapter
 from lora_dpo_jax.huggingface.gguf_adapter import check_gguf_layers, save_gguf
+from lora_dpo_jax.huggingface.mxfp4 import unpacked
 from lora_dpo_jax.huggingface.tensors import TensorFiles
 from lora_dpo_jax.huggingface.weights import save_merged
 from lora_dpo_jax.lora import LoraConfig
@@ -50,7 +51,7 @@ class Exports:
         """Raises OSError if a merged model has no room; warns if intermediate ones (each `every` steps) have none."""
         for setting, path in self.paths:
             if setting == "merged_hf_save_path":
-                tensors = TensorFiles(self.base.folder)
+                tensors = unpacked(TensorFiles(self.base.folder))
                 needed = sum(tensors.info(name).num_bytes for name in tensors.names)
                 left = range(max(first_step, 1), self.num_steps)
                 intermediate = sum(step % every == 0 for step in left) if every else 0

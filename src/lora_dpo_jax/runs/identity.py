@@ -26,7 +26,7 @@ from lora_dpo_jax.runs.steps import Steps
 SHAPE_ADAPTERS = ("r", "alpha", "use_rslora", "target_modules", "exclude_modules")
 # The same, but left out if unset, because checkpoints of earlier versions lack them.
 SHAPE_ADAPTERS_IF_SET = ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern")
-SHAPE_ADAPTERS_IF_SET += ("trainable_token_indices",)
+SHAPE_ADAPTERS_IF_SET += ("trainable_token_indices", "target_parameters")
 # Settings of `model` that change how log-probs are computed, not their values; the dtype is taken from the arrays.
 CHANGE_NO_NUMBERS = ("gradient_checkpointing", "attention", "dtype", "router_aux_loss_coef")
 

@@ -35,6 +35,7 @@ _NAMES_ELSEWHERE = {
     ("lora.target_modules", ": null is every linear layer of the decoder"): (
         "lora_target lora_target_modules lora_target_linear target_modules"
     ),
+    ("lora.target_parameters", ""): "lora_target_parameters",
     ("lora.a_init", ""): "init_lora_weights",
     ("lora.layers_to_transform", ""): "peft_layers_to_transform",
     ("lora.layers_pattern", ""): "peft_layers_pattern",
