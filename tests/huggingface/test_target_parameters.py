@@ -21,11 +21,13 @@ from tiny_models import load, logits, random_tokens, tiny_folder, torch_logits, 
 from tiny_runs import plain_rows, run_config, training_metrics, write_rows
 
 from lora_dpo_jax.huggingface.adapter_config import read_adapter_config
-from lora_dpo_jax.huggingface.adapters import load_adapter, save_adapter
+from lora_dpo_jax.huggingface.adapters import layer_adapters, load_adapter, save_adapter
 from lora_dpo_jax.huggingface.weights import read_config, save_merged
 from lora_dpo_jax.lora import LoraConfig, loraize, merge_lora, trainable_filter
 from lora_dpo_jax.main import generate, train
 from lora_dpo_jax.models import CausalLM
+from lora_dpo_jax.runs.assembly import placement_of
+from lora_dpo_jax.runs.base import load_base, load_policy, load_tokenizer, lora_config
 
 # transformers has given it another name, and PEFT 0.21 looks for the patterns of parameters among modules alone.
 RENAMED = "`is_gradient_checkpointing` is deprecated"
@@ -231,8 +233,7 @@ def test_parameters_that_are_not_there_are_errors_that_name_those_that_are(tmp_p
         load_adapter(load(tiny_folder("mixtral")), tmp_path)
 
 
-def test_a_run_trains_parameters_of_experts_and_goes_on_from_its_export(tmp_path):
-    """With evaluation of the export, and completions of it."""
+def test_a_run_trains_parameters_of_experts_and_the_commands_read_its_export(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", plain_rows(4))
     settings = dict(initialize_from_hf=str(tiny_folder("mixtral")), optimizer={"learning_rate": 1e-2})
     lora = {"r": 2, "target_modules": ["q_proj"], "target_parameters": PARAMETERS}
@@ -243,9 +244,10 @@ def test_a_run_trains_parameters_of_experts_and_goes_on_from_its_export(tmp_path
     trained = [key for key, tensor in tensors.items() if "lora_B" in key and tensor.any()]
     assert sum(".experts." in key for key in trained) == 2 * 3 and len(trained) == 3 * 3
 
-    more = dict(initialize_from_peft=str(tmp_path / "first"), trainer__id="second", trainer__num_train_steps=1)
-    config = run_config(tmp_path, rows, **settings, **more, peft_save_path=str(tmp_path / "second"))
-    train.main(config)
-    assert load_file(tmp_path / "second" / "adapter_model.safetensors").keys() == tensors.keys()
-    model = dict(model=str(tiny_folder("mixtral")), adapter=str(tmp_path / "second"))
-    assert generate.main(generate.GenerateConfig(**model, prompts=["a"], chat=False, max_new_tokens=2))
+    config = dataclasses.replace(config, initialize_from_peft=str(tmp_path / "first"))
+    placement = placement_of(config)
+    base = load_base(config, load_tokenizer(config), placement)
+    policy = load_policy(config, lora_config(config), base, placement, key=jax.random.key(0))
+    assert [adapter.rank for adapter in layer_adapters(policy)] == [2] * 3 * 3
+    model = dict(model=str(tiny_folder("mixtral")), adapter=str(tmp_path / "first"))
+    assert generate.main(generate.GenerateConfig(**model, prompts=["a"], chat=False, max_new_tokens=1))

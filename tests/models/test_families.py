@@ -47,6 +47,7 @@ from lora_dpo_jax.log_probs import score_responses
 from lora_dpo_jax.lora import LoraConfig, trainable_filter
 from lora_dpo_jax.models import CausalLM, PackedMask, config_from_hf
 from lora_dpo_jax.models.architectures import ARCHITECTURES
+from lora_dpo_jax.sharding import MeshConfig, Placement
 
 families = pytest.mark.parametrize("family", [*FAMILIES, *WRAPPERS])
 # PEFT 0.21 takes gate_proj, where a model has experts, for the experts' alone: adapters of its dense layers get lost.
@@ -100,6 +101,15 @@ def logits(model: CausalLM) -> np.ndarray:
 @families
 def test_logits_match_transformers(family):
     np.testing.assert_allclose(logits(plain(family)), torch_logits(theirs(family), TOKENS), rtol=0, atol=1e-4)
+
+
+def test_sinks_reach_the_kernels_of_packed_rows_on_a_mesh():
+    """Which splits heads, and so sinks."""
+    placement = Placement(MeshConfig(axes={"data": 2, "model": 2}), jax.devices()[:4])
+    model = load(tiny_folder("gpt_oss"), attention="auto")
+    with placement.scope():
+        ours = logits(placement.put_parameters(model))
+    np.testing.assert_allclose(ours, torch_logits(theirs("gpt_oss"), TOKENS), rtol=0, atol=1e-4)
 
 
 # Rows of (prompt, first response, second response), by their lengths. The prompt is shared in the first row, and comes

@@ -143,7 +143,8 @@ def peft_config(
         "rank_pattern": _pattern(ranks, r),
         "revision": revision,
         "target_modules": targets,
-        "target_parameters": config.target_parameters,
+        # Readers of earlier versions do not know it.
+        **({"target_parameters": config.target_parameters} if config.target_parameters else {}),
         "task_type": "CAUSAL_LM",
         "trainable_token_indices": config.trainable_token_indices,
         **{switch: getattr(config, switch) for switch in PEFT_SWITCHES},

@@ -89,22 +89,22 @@ class Expert(eqx.Module):
     def init(config: DecoderConfig, *, key) -> "Expert":
         experts = config.experts
         assert experts is not None
-        Embed, Inner, fused = config.Embed, experts.Mlp, experts.gathered
+        Embed, Inner, gathered = config.Embed, experts.Mlp, experts.gathered
         keys = jax.random.split(key, 3)
 
         def make(In, Out, key):
-            kind = GatheredLinear if experts.gathered else Linear
+            kind = GatheredLinear if gathered else Linear
             return linear(In, Out, key=key, use_bias=experts.has_biases, kind=kind)
 
         gate_up = None
-        if fused:
+        if gathered:
             gate_up = make(Embed, (Inner, GateUp) if experts.is_interleaved else (GateUp, Inner), keys[0])
             weight = gate_up.weight.rearrange((GateUp, Inner, Embed))  # whatever the order of a file's rows
             gate_up = dataclasses.replace(gate_up, weight=weight)
         return Expert(
             experts,
-            gate_proj=None if fused else make(Embed, Inner, keys[0]),
-            up_proj=None if fused else make(Embed, Inner, keys[1]),
+            gate_proj=None if gathered else make(Embed, Inner, keys[0]),
+            up_proj=None if gathered else make(Embed, Inner, keys[1]),
             gate_up_proj=gate_up,
             down_proj=make(Inner, Embed, keys[2]),
         )
