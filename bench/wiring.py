@@ -82,6 +82,11 @@ class Options(Subject):
     pairs: int = 16  # the first ones of the data, in its order, over and over
     pairs_file: str | None = None  # token ids instead of `data`: what bench/compare.py gives every system
     reference: Literal["live", "cached"] = "cached"  # in every step, or computed once before the first
+    profile: str | None = None  # a folder for JAX's profile of one more step
+
+    @property
+    def all_steps(self) -> int:
+        return self.warmup + self.steps + (self.profile is not None)
 
     def __post_init__(self):
         super().__post_init__()
@@ -106,7 +111,7 @@ def wire(options: Options, pairs: ExampleTable, devices: list | None = None) -> 
     trainer = options.trainer
     placement = Placement(trainer.mesh, devices)
     model = adapted_model(options, placement)
-    num_steps = options.warmup + options.steps
+    num_steps = options.all_steps
     order = ExampleOrder(tuple(pairs.counts), trainer.seed, shuffle=False)
     ids = [order.batch(n, trainer.train_batch_size) for n in range(num_steps)]
     parallelism, row_shards = trainer.per_device_parallelism, placement.row_shards

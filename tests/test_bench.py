@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import haliax as hax
@@ -28,6 +29,7 @@ from lora_dpo_jax.sharding import MeshConfig, Placement
 
 ROOT = Path(__file__).parents[1]
 ONE_DEVICE = jax.devices()[:1]
+PROFILE = tempfile.TemporaryDirectory()  # of the step after the timed ones
 DENSE = Model(attention="dense")  # compiles in half the time
 
 
@@ -40,7 +42,8 @@ def options(**changes) -> Options:
 
 @functools.cache
 def measured(reference: str) -> dict:
-    return throughput.measure(options(reference=reference), ONE_DEVICE)
+    profile = PROFILE.name if reference == "live" else None
+    return throughput.measure(options(reference=reference, profile=profile), ONE_DEVICE)
 
 
 @pytest.mark.parametrize("reference", ["live", "cached"])
@@ -55,6 +58,8 @@ def test_throughput_counts_the_tokens_of_the_steps_it_times(reference):
     assert result["programs"] == 1 and result["compile_seconds"] > 0
     assert result["peak_memory_mb"] > 50 and result["temporary_memory_mb"] > 0
     assert (result["reference_seconds"] is None) == (reference == "live")
+    if reference == "live":
+        assert [*Path(PROFILE.name).rglob("*.xplane.pb")]
     assert json.loads(json.dumps(result)) == result
 
 
