@@ -56,10 +56,13 @@ def test_rows_of_other_lengths_have_another_number():
     assert len(set(numbers.values())) == len(numbers) == 2
 
 
-def test_twenty_million_steps_over_a_million_pairs_are_planned_in_seconds():
+@pytest.mark.parametrize("components", [1, 500])
+def test_twenty_million_steps_over_a_million_pairs_are_planned_in_seconds(components):
     """And need no memory of their own."""
-    lengths = np.random.default_rng(0).integers(20, 400, (1_000_000, 3))
-    order, table = ExampleOrder((len(lengths),), seed=0), SimpleNamespace(sizes=ExampleSizes.of_pairs(lengths))
+    rng, counts = np.random.default_rng(0), (1_000_000 // components,) * components
+    weights = None if components == 1 else tuple(rng.uniform(0.1, 3.0, components).tolist())
+    table = SimpleNamespace(sizes=ExampleSizes.of_pairs(rng.integers(20, 400, (1_000_000, 3))))
+    order = ExampleOrder(counts, 0, True, weights)
     began = time.process_time()
     ids, packing = StepIds(order, 16, num_steps=20_000_000), PackingConfig()
     steps = lay_out_steps(table, ids, packing, parallelism=-1, row_shards=1)  # pyright: ignore[reportArgumentType]
