@@ -48,9 +48,13 @@ FIGURES = {"tokens_per_second": True, "cpu_seconds_per_step": False, "peak_memor
 def main() -> None:
     a = _arguments()
     work = Path(a.work)
-    shape, pairs_file = _write_inputs(a, work)
-    commands = {OURS: _our_command(a, shape, pairs_file)}
-    commands |= {name: _peer_command(PEERS[name], a, shape, pairs_file) for name in a.peer}
+    shape, pairs_file = write_inputs(a, work)
+    commands = {OURS: our_command(a, shape, pairs_file)}
+    for name in a.peer:
+        peer = PEERS[name]
+        if not (python := python_of(peer, a.environments)).exists():
+            raise SystemExit(f"{python} is missing: bench/peers/environments.sh {a.environments} {peer.environment}")
+        commands[name] = peer_command(peer, a, shape, pairs_file, python=python)
     results = measure_in_turns(commands, a.rounds, work / "results")
     comparison = compare(results)
     print(markdown(comparison))
@@ -98,7 +102,9 @@ def markdown(comparison: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def measure_in_turns(commands: dict[str, Sequence[str]], rounds: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
+def measure_in_turns(
+    commands: Mapping[str, Sequence[str]], rounds: int, folder: Path
+) -> dict[str, list[dict[str, Any]]]:
     """A B A B ...: what slows the machine for a while then slows them all."""
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict[str, Any]]] = {system: [] for system in commands}
@@ -109,13 +115,9 @@ def measure_in_turns(commands: dict[str, Sequence[str]], rounds: int, folder: Pa
             out.unlink(missing_ok=True)
             log = out.with_suffix(".log")
             with open(log, "w", encoding="utf-8") as file:
-                # A module of a peer's environment must not find this one's packages.
-                environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-                environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **ALLOCATOR}
-                if system == OURS and "PYTHONPATH" in os.environ:
-                    environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
+                command, environment = [*command, "--out", str(out)], environment_of(system)
                 code = subprocess.run(
-                    [*command, "--out", str(out)], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+                    command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
                 ).returncode
             if code or not out.exists():
                 raise SystemExit(f"{system} failed with exit code {code}; {log} ends:\n{log.read_text()[-2000:]}")
@@ -123,7 +125,14 @@ def measure_in_turns(commands: dict[str, Sequence[str]], rounds: int, folder: Pa
     return results
 
 
-def _write_inputs(a: argparse.Namespace, work: Path) -> tuple[str, Path]:
+def environment_of(system: str) -> dict[str, str]:
+    """The environment variables of a process that measures a system."""
+    # A module of a peer's environment must not find this one's packages.
+    found = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" or system == OURS}
+    return found | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **ALLOCATOR}
+
+
+def write_inputs(a: argparse.Namespace, work: Path) -> tuple[str, Path]:
     """The model's folder and the file of pairs that every system reads."""
     if a.shape in SHAPES:
         large = a.shape in LARGE_SHAPES
@@ -142,7 +151,7 @@ def _write_inputs(a: argparse.Namespace, work: Path) -> tuple[str, Path]:
     return str(folder.resolve()), pairs_file.resolve()
 
 
-def _our_command(a: argparse.Namespace, shape: str, pairs_file: Path) -> list[str]:
+def our_command(a: argparse.Namespace, shape: str, pairs_file: Path) -> list[str]:
     settings = {
         "shape": shape,
         "pairs_file": pairs_file,
@@ -159,7 +168,7 @@ def _our_command(a: argparse.Namespace, shape: str, pairs_file: Path) -> list[st
     return [sys.executable, "-m", "bench.throughput", *options, *shlex.split(a.ours)]
 
 
-def _peer_command(peer: Peer, a: argparse.Namespace, shape: str, pairs_file: Path) -> list[str]:
+def peer_command(peer: Peer, a: argparse.Namespace, shape: str, pairs_file: Path, *, python: Path) -> list[str]:
     settings = {
         "model": shape,
         "pairs-file": pairs_file,
@@ -171,18 +180,19 @@ def _peer_command(peer: Peer, a: argparse.Namespace, shape: str, pairs_file: Pat
         "alpha": a.alpha,
         "dtype": a.dtype,
     }
-    return peer_command(peer, a.environments, settings)
+    return run_peer(peer, settings, python=python)
 
 
-def peer_command(peer: Peer, environments: str, settings: Mapping[str, Any]) -> list[str]:
-    """`environments`: the folder that peers/environments.sh filled. Exits if the peer's is not there."""
-    # Not resolved: the environment's python is a link, and what it is called tells it where it belongs.
-    python = Path(environments).absolute() / peer.environment / "bin" / "python"
-    if not python.exists():
-        raise SystemExit(f"{python} is missing: bench/peers/environments.sh {environments} {peer.environment}")
+def run_peer(peer: Peer, settings: Mapping[str, Any], *, python: Path) -> list[str]:
+    """The command of a peer with what it is told of model, pairs and training."""
     options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     module, *more = peer.command
     return [str(python), "-m", module, *options, *more]
+
+
+def python_of(peer: Peer, environments: str) -> Path:
+    # Not resolved: the environment's python is a link, and what it is called tells it where it belongs.
+    return Path(environments).absolute() / peer.environment / "bin" / "python"
 
 
 def _arguments() -> argparse.Namespace:

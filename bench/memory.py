@@ -131,13 +131,14 @@ def batches(options: Options, placement: Placement) -> list[tuple[PreferenceBatc
         )
         parallelism = options.trainer.per_device_parallelism
         ids, row_shards = [np.arange(count)], placement.row_shards
-        steps = lay_out_steps(pairs, ids, options.layout, parallelism=parallelism, row_shards=row_shards)
+        with placement.scope():  # a micro-batch costs what it costs these devices
+            steps = lay_out_steps(pairs, ids, options.layout, parallelism=parallelism, row_shards=row_shards)
         layouts = [steps.shapes.parts]
     return [tuple(_empty(layout, options.reference) for layout in parts) for parts in layouts]
 
 
 def _empty(layout: PartShape, reference: str) -> PreferenceBatch:
-    known = np.zeros((1, 2), np.float32) if reference == "cached" else None
+    known = (lambda number: np.zeros(2, np.float32)) if reference == "cached" else None
     return pack([], [], layout, known)
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from lora_dpo_jax.losses import LOSSES
+from lora_dpo_jax.main.train import TrainConfig
 from lora_dpo_jax.main.train import main as train
-from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.settings.arguments import parse
 
 CONFIG = Path(__file__).parents[1] / "config"

@@ -16,7 +16,7 @@ from typing import Any
 
 from bench import models
 from bench import pairs as benchmark_pairs
-from bench.compare import PEERS, measure_in_turns, peer_command
+from bench.compare import PEERS, measure_in_turns, python_of, run_peer
 from bench.measure import emit
 from bench.profiles import PROFILES
 from lora_dpo_jax.settings.arguments import parse
@@ -68,9 +68,8 @@ def commands(options: Options) -> dict[str, list[str]]:
         lists = benchmark_pairs.ranked(PROFILES[options.data], options.lists, options.responses, vocab_size=vocab_size)
         file = work / "ranked.jsonl"
         benchmark_pairs.write_jsonl(benchmark_pairs.as_pairs(lists), file)
-        systems[TRL] = peer_command(
+        systems[TRL] = run_peer(
             PEERS[TRL],
-            options.environments,
             {
                 "model": folder,
                 "pairs-file": file.resolve(),
@@ -82,6 +81,7 @@ def commands(options: Options) -> dict[str, list[str]]:
                 "alpha": 32.0,
                 "dtype": "float32",
             },
+            python=python_of(PEERS[TRL], options.environments),
         )
     return systems
 

@@ -36,7 +36,7 @@ def measure(options: Options, devices: list | None = None) -> dict[str, Any]:
     meter, programs = Meter(options.warmup), _Programs()
     metrics = _train(run, options, meter, programs)
 
-    timed = run.steps.ids[options.warmup :]
+    timed = run.steps.ids[options.warmup : options.warmup + options.steps]
     tokens = [benchmark_pairs.real_tokens(pairs.sizes[ids]) for ids in timed]
     result = meter.report(tokens, options.trainer.train_batch_size * options.comparisons)
     if (peak_bytes := _device_peak_bytes()) is not None:
@@ -127,6 +127,9 @@ def _train(run: Wired, options: Options, meter: Meter, programs: _Programs) -> l
         meter.end_step(options.steps)
     if learner.step.num_compilations != compiled:
         raise RuntimeError(f"a timed step met a new shape of batch and was compiled; raise warmup={options.warmup}")
+    if options.profile is not None:
+        with jax.profiler.trace(options.profile):
+            jax.block_until_ready((learner(next(batches)), learner.state))
     return metrics
 
 

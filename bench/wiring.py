@@ -86,6 +86,11 @@ class Options(Subject):
     apart: bool = False  # the comparisons of a ranked list as pairs of their own, with its prompt in each
     loss: Loss = field(default_factory=Dpo)
     reference: Literal["live", "cached"] = "cached"  # in every step, or computed once before the first
+    profile: str | None = None  # a folder for JAX's profile of one more step
+
+    @property
+    def all_steps(self) -> int:
+        return self.warmup + self.steps + (self.profile is not None)
 
     def __post_init__(self):
         super().__post_init__()
@@ -117,7 +122,7 @@ def wire(options: Options, pairs: ExampleTable, devices: list | None = None) -> 
     trainer = options.trainer
     placement = Placement(trainer.mesh, devices)
     model = adapted_model(options, placement)
-    num_steps = options.warmup + options.steps
+    num_steps = options.all_steps
     order = ExampleOrder(tuple(pairs.counts), trainer.seed, shuffle=False)
     ids = [order.batch(n, trainer.train_batch_size) for n in range(num_steps)]
     parallelism, row_shards = trainer.per_device_parallelism, placement.row_shards

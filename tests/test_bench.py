@@ -1,10 +1,12 @@
 """The benchmark measures real steps, on the same pairs for everyone, and what it compares computes the same."""
 
+import dataclasses
 import functools
 import json
 import math
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import haliax as hax
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from tiny_pairs import lengths_of
 
-from bench import attention, compare, ladder, memory, pairs, throughput
+from bench import attention, compare, ladder, memory, micro_batches, pairs, throughput
 from bench.layouts import Savings, lay_out
 from bench.measure import Meter
 from bench.models import decoder_config, write_folder
@@ -27,6 +29,7 @@ from lora_dpo_jax.sharding import MeshConfig, Placement
 
 ROOT = Path(__file__).parents[1]
 ONE_DEVICE = jax.devices()[:1]
+PROFILE = tempfile.TemporaryDirectory()  # of the step after the timed ones
 DENSE = Model(attention="dense")  # compiles in half the time
 
 
@@ -39,7 +42,8 @@ def options(**changes) -> Options:
 
 @functools.cache
 def measured(reference: str) -> dict:
-    return throughput.measure(options(reference=reference), ONE_DEVICE)
+    profile = PROFILE.name if reference == "live" else None
+    return throughput.measure(options(reference=reference, profile=profile), ONE_DEVICE)
 
 
 @pytest.mark.parametrize("reference", ["live", "cached"])
@@ -54,6 +58,8 @@ def test_throughput_counts_the_tokens_of_the_steps_it_times(reference):
     assert result["programs"] == 1 and result["compile_seconds"] > 0
     assert result["peak_memory_mb"] > 50 and result["temporary_memory_mb"] > 0
     assert (result["reference_seconds"] is None) == (reference == "live")
+    if reference == "live":
+        assert [*Path(PROFILE.name).rglob("*.xplane.pb")]
     assert json.loads(json.dumps(result)) == result
 
 
@@ -66,6 +72,26 @@ def test_attention_is_measured_next_to_a_dense_one():
     allowed = PackedMask(batch.segment_ids, batch.branch_ids, batch.position_ids).allowed(None)
     scores = float(hax.sum(hax.where(batch.segment_ids > 0, allowed, False)).scalar())
     assert result["share_of_dense_scores"] == pytest.approx(scores / (2 * 1024 * 1025 / 2), abs=1e-4)
+
+
+def test_the_cost_of_a_micro_batch_is_told_apart_from_that_of_its_tokens():
+    seconds = [0.01 * count + 0.002 * 4096 for count in (16, 2)]
+    found = micro_batches.fixed_cost((16, 2), seconds, 4096)
+    assert (found["fixed_milliseconds"], found["microseconds_of_token"], found["micro_batch_tokens"]) == (10, 2000, 5)
+
+
+def test_micro_batches_are_measured_on_rows_without_padding():
+    trainer = micro_batches.OneStep(train_batch_size=4)
+    options = micro_batches.Options(shape="tiny", model=DENSE, trainer=trainer, pair_tokens=256, pairs_of_rows=[1, 4])
+    options = dataclasses.replace(options, warmup=1, steps=1)
+    result = micro_batches.measure(options, ONE_DEVICE)
+    assert (result["row_tokens"], result["micro_batches"]) == ([256, 1024], [4, 1])
+    (batch,) = micro_batches.batch_of(options, Placement(MeshConfig(), ONE_DEVICE), 4)
+    assert (batch.segment_ids.array > 0).all() and (batch.target_response.array >= 0).all()
+    with pytest.raises(
+        ValueError, match=r"train_batch_size=4 must be a multiple of 3 pairs \(pairs_of_rows\) x 1 rows"
+    ):
+        micro_batches.batch_of(options, Placement(MeshConfig(), ONE_DEVICE), 3)
 
 
 def test_memory_is_that_of_the_devices_asked_for():

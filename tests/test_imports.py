@@ -16,7 +16,18 @@ ROOT = Path(lora_dpo_jax.__file__).parent
 # From the bottom up. A name stands for a module or for all of a package. Modules of one layer know nothing of each
 # other; what a package does inside is its own affair.
 LAYERS = [
-    ["axes", "files", "json_objects", "objective", "places", "platforms", "printable", "tensor_names"],
+    [
+        "axes",
+        "columns",
+        "files",
+        "json_objects",
+        "lazy",
+        "objective",
+        "places",
+        "platforms",
+        "printable",
+        "tensor_names",
+    ],
     ["redaction"],
     ["settings"],
     ["lora", "losses", "processes", "sharding", "tracking"],

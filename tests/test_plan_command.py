@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import draccus
+import jax
+import jax.numpy as jnp
 import pytest
 from tiny_runs import instruct_folder
 
@@ -119,6 +121,24 @@ def test_tpu_chips_that_stand_for_gpus_are_told(config_alone, monkeypatch):
     plan = Plan(settings, settings.topology, settings.pair_tokens)
     known = "\n".join(itertools.takewhile(lambda text: text != COMPILING, texts(settings, plan)))
     assert "TPU chips stand for h100" in known and "pip install 'lora_dpo_jax[gpu-plan]'" in known
+
+
+@pytest.mark.parametrize(
+    "topology, chips",
+    [("v4:2x2x1", 4), ("v4:1x1x1", 1), ("v5e:2x2", 4), ("v5e:1x1", 1), ("v5p:2x2x1", 4), ("v6e:2x2", 4)],
+)
+def test_a_device_of_a_topology_is_a_chip_with_its_memory(topology, chips):
+    kind, found = devices.devices_of_topology(topology)
+    assert len(found) == chips
+    a = jax.ShapeDtypeStruct((2**19, 2**17), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(found[0]))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=rf"[a-zA-Z (]{kind.memory / devices.GIB:.2f}G"):
+        jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x).T).lower(a).compile()
+
+
+def test_devices_that_are_no_chips_are_an_error(monkeypatch):
+    monkeypatch.setattr(devices, "CHIP_OPTIONS", {})
+    with pytest.raises(ValueError, match="topology='v4:2x2x1' has 4 chips, and libtpu describes 8 devices"):
+        devices.devices_of_topology("v4:2x2x1")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from tiny_pairs import moved, new_adapters, packed, random_answers, random_pairs, table_of
 
 from lora_dpo_jax.axes import TARGET
+from lora_dpo_jax.columns import DESIRABLE, LABEL, MISMATCHED, UNDESIRABLE, WEIGHT
 from lora_dpo_jax.data.batches import packed_batches
 from lora_dpo_jax.data.examples import TokenizedExample
 from lora_dpo_jax.data.memory import MemoryExamples
@@ -16,7 +17,6 @@ from lora_dpo_jax.data.shapes import PartShape, choose_shapes
 from lora_dpo_jax.evaluation import Scorer
 from lora_dpo_jax.log_probs import score_responses
 from lora_dpo_jax.losses import LOSSES, Dpo
-from lora_dpo_jax.losses.examples import DESIRABLE, LABEL, MISMATCHED, UNDESIRABLE, WEIGHT
 from lora_dpo_jax.losses.scores import Scores, TokenScores
 from lora_dpo_jax.losses.token_metrics import STATISTICS, token_metrics
 from lora_dpo_jax.preference_objective import PreferenceObjective

@@ -8,9 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_pairs import random_pairs, table_of
 
+from lora_dpo_jax.data import shapes
 from lora_dpo_jax.data.examples import ExampleSizes
 from lora_dpo_jax.data.packing import PreferenceBatch, pack
-from lora_dpo_jax.data.shapes import MAX_SHAPES, PackingConfig, StepShapes, choose_shapes, fill_rows
+from lora_dpo_jax.data.shapes import (
+    MAX_SHAPES,
+    MICRO_BATCH_TOKENS,
+    PackingConfig,
+    PartShape,
+    StepShapes,
+    choose_shapes,
+    fill_rows,
+)
 
 SIZES = st.integers(1, 300).flatmap(
     lambda length: st.tuples(st.lists(st.integers(1, length), max_size=80), st.just(length))
@@ -47,6 +56,15 @@ def in_steps(count: int, size: int) -> list[np.ndarray]:
     return [np.arange(i, i + size) for i in range(0, count - size + 1, size)]
 
 
+def time_at(cost: int, layout: StepShapes, batches: list[np.ndarray], sizes: ExampleSizes) -> int:
+    """Predicted, in tokens of one row, if a micro-batch costs that many beside its own."""
+    time = 0
+    for ids in batches:
+        for part, rows in zip(layout.parts, layout.rows_of(sizes[ids]), strict=True):
+            time += -(-len(rows) // part.rows) * (part.row_length + cost)
+    return time
+
+
 def padding(layout: StepShapes, batches: list[np.ndarray], sizes: ExampleSizes) -> float:
     computed = 0
     for ids in batches:
@@ -67,7 +85,7 @@ def test_a_hundred_thousand_pairs_are_planned_in_seconds():
 def test_a_step_that_was_not_looked_at_gets_larger_shapes_of_few_sizes():
     sizes = preference_sizes(4096)
     batches = in_steps(len(sizes), 16)
-    layout = choose_shapes(batches[:8], sizes[np.arange(8 * 16)], longest_row=4096)
+    layout = choose_shapes(batches[:16], sizes, longest_row=4096)
     found = set()
     for ids in batches:
         rows_of_parts = layout.rows_of(sizes[ids])
@@ -100,6 +118,43 @@ def test_little_of_the_rows_is_padding(size, devices):
     assert padding(layout, batches, sizes) < 0.05
     one_shape = choose_shapes(batches, sizes, row_multiple=devices, max_shapes=1)
     assert padding(layout, batches, sizes) < padding(one_shape, batches, sizes)
+
+
+def test_shapes_take_the_least_time_at_the_price_that_they_are_chosen_at():
+    """Few long rows where a micro-batch is dear, little padding where it is cheap."""
+    sizes = preference_sizes(1024)
+    batches, prices = in_steps(len(sizes), 32), (0, 200, 2000)
+    layouts = [choose_shapes(batches, sizes, longest_row=8192, micro_batch_tokens=price) for price in prices]
+    for price, layout in zip(prices, layouts, strict=True):
+        # The first choices bind the later ones, and a further shape must save 1%.
+        best = min(time_at(price, other, batches, sizes) for other in layouts)
+        assert time_at(price, layout, batches, sizes) <= best / 0.98
+    cheap, _, dear = (time_at(1, each, batches, sizes) - time_at(0, each, batches, sizes) for each in layouts)
+    assert dear < 0.6 * cheap  # micro-batches
+    assert padding(layouts[0], batches, sizes) < padding(layouts[2], batches, sizes)
+
+
+def test_a_step_takes_its_cheapest_micro_batches_not_those_with_the_least_padding():
+    """Rows of 1,024 and of 256 tokens, for pairs of 200, 200 and 200."""
+    rows = PartShape.of_pairs(1, 1, 1024, targets=1024, pairs=8), PartShape.of_pairs(4, 1, 256, targets=256, pairs=8)
+    sizes = ExampleSizes.of_pairs(np.array([[50, 100, 50]] * 3))
+    for price, numbers in ((0, [0, 3]), (600, [1, 0])):
+        assert [len(found) for found in StepShapes(rows, micro_batch_tokens=price).rows_of(sizes)] == numbers
+
+
+def test_an_example_that_fits_no_row_is_an_error():
+    shape = PartShape.of_pairs(1, 1, 256, targets=256, pairs=8)
+    with pytest.raises(ValueError, match="an example of 300 tokens does not fit a row of 256"):
+        StepShapes((shape,)).rows_of(ExampleSizes.of_pairs(np.array([[100, 100, 100]])))
+
+
+def test_the_price_is_that_of_the_platform_unless_it_is_given(monkeypatch):
+    sizes, chosen = preference_sizes(64), []
+    for platform in MICRO_BATCH_TOKENS:
+        monkeypatch.setattr(shapes, "platform", lambda platform=platform: platform)
+        chosen.append(choose_shapes(in_steps(64, 16), sizes))
+        assert chosen[-1] == choose_shapes(in_steps(64, 16), sizes, micro_batch_tokens=MICRO_BATCH_TOKENS[platform])
+    assert len({repr(each) for each in chosen}) == 3  # by which processes see that they agree
 
 
 @settings(deadline=None, max_examples=30)

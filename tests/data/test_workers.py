@@ -203,6 +203,30 @@ def test_a_tokenizer_that_cannot_be_sent_is_told_once(make_tokenizer, write, tmp
     assert message.startswith("data.num_proc=3: fewer processes tokenize: the tokenizer cannot be sent: ")
 
 
+@pytest.mark.parametrize("cores, is_plain, at_once", [(2, True, 2), (1, True, 1), (2, False, 1)])
+def test_one_process_renders_a_batch_while_another_is_tokenized(tokenizer, monkeypatch, cores, is_plain, at_once):
+    monkeypatch.setattr(workers, "usable_cores", lambda: cores)
+    monkeypatch.setattr(workers, "is_plain_fast_tokenizer", lambda tokenizer: is_plain)
+    running, most, original, lock = [0], [0], RowTokenizer.__call__, threading.Lock()
+    both = threading.Barrier(at_once, timeout=60)
+
+    def counting(self, rows):
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        both.wait()
+        with lock:
+            running[0] -= 1
+        both.wait()
+        return original(self, rows)
+
+    monkeypatch.setattr(RowTokenizer, "__call__", counting)
+    batches = [[(0, number, row)] for number, row in enumerate(ROWS[:10], start=1)]
+    results = [*Workers(tokenizer, 1).tokenized(RowSettings(FormatConfig(), None, 48, ("table",)), batches)]
+    assert [result.origins.tolist() for result in results] == [[[0, number]] for number in range(1, 11)]
+    assert most[0] == at_once
+
+
 def test_few_rows_start_no_process(tokenizer, write, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "ENOUGH_ROWS", len(ROWS) + 1)
     with Workers(tokenizer, 2) as pool:

@@ -3,6 +3,7 @@
 import time
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from tiny_pairs import random_pairs
@@ -10,7 +11,8 @@ from tiny_pairs import random_pairs
 from lora_dpo_jax.data import ExampleTable, MemoryExamples, PackingConfig, whole_table
 from lora_dpo_jax.data.examples import ExampleSizes
 from lora_dpo_jax.data.order import ExampleOrder, StepIds
-from lora_dpo_jax.runs.steps import TOKENS_AT_ONCE, lay_out_steps, pair_order, row_bound
+from lora_dpo_jax.data.shapes import choose_shapes
+from lora_dpo_jax.runs.steps import TOKENS_AT_ONCE, Steps, lay_out_steps, pair_order, row_bound
 from lora_dpo_jax.sharding import MeshConfig, Placement
 
 
@@ -43,10 +45,24 @@ def test_batches_from_a_later_step_are_those_of_the_whole_run():
     assert resumed == trained_on[2:]
 
 
-def test_twenty_million_steps_over_a_million_pairs_are_planned_in_seconds():
+def test_rows_of_other_lengths_have_another_number():
+    """So scores that were computed in them are not taken for those of step 0."""
+    pairs = whole_table({"prefs": random_pairs(20, prompt=90, response=70)})
+    ids, placement = [np.arange(20)], Placement(MeshConfig(), jax.devices()[:1])
+    numbers = {}
+    for price in (0, 10_000):
+        shapes = choose_shapes(ids, pairs.sizes, longest_row=2048, micro_batch_tokens=price)
+        numbers[shapes.parts] = Steps(pairs, ids, shapes).number_of_rows(0, placement)
+    assert len(set(numbers.values())) == len(numbers) == 2
+
+
+@pytest.mark.parametrize("components", [1, 500])
+def test_twenty_million_steps_over_a_million_pairs_are_planned_in_seconds(components):
     """And need no memory of their own."""
-    lengths = np.random.default_rng(0).integers(20, 400, (1_000_000, 3))
-    order, table = ExampleOrder((len(lengths),), seed=0), SimpleNamespace(sizes=ExampleSizes.of_pairs(lengths))
+    rng, counts = np.random.default_rng(0), (1_000_000 // components,) * components
+    weights = None if components == 1 else tuple(rng.uniform(0.1, 3.0, components).tolist())
+    table = SimpleNamespace(sizes=ExampleSizes.of_pairs(rng.integers(20, 400, (1_000_000, 3))))
+    order = ExampleOrder(counts, 0, True, weights)
     began = time.process_time()
     ids, packing = StepIds(order, 16, num_steps=20_000_000), PackingConfig()
     steps = lay_out_steps(table, ids, packing, parallelism=-1, row_shards=1)  # pyright: ignore[reportArgumentType]

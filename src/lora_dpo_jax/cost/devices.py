@@ -33,7 +33,7 @@ class DeviceKind:
 GIB = 2**30
 # If a JAX name begins with another one, the longer name comes first.
 DEVICE_KINDS = (
-    DeviceKind("v4", "TPU v4", 275e12, 31.25 * GIB, 1228e9, 300e9),
+    DeviceKind("v4", "TPU v4", 275e12, 30.75 * GIB, 1228e9, 300e9),
     DeviceKind("v5e", "TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 200e9),
     DeviceKind("v5p", "TPU v5", 459e12, 95.74 * GIB, 2765e9, 600e9),
     DeviceKind("v6e", "TPU v6 lite", 918e12, 31.25 * GIB, 1640e9, 448e9),
@@ -49,6 +49,9 @@ GPUS_OF_A_HOST = 8
 CUDA_PLUGIN = "JAX's CUDA plugin (pip install 'lora_dpo_jax[gpu-plan]')"
 # What libtpu is told where there is no TPU: not to ask Google's servers what this machine is, and not to reserve chips.
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# By kind of TPU, what libtpu is told of its chips. By default it describes each of the two cores of a v4 as a device; a
+# run has both as one (megacore), with 30.75 GiB, as out-of-memory errors of such runs say.
+CHIP_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 # By number of GPUs, a TPU slice of at least as many chips. Its programs represent those of the GPUs.
 STAND_INS = {1: "v5p:2x2x1", 2: "v5p:2x2x1", 4: "v5p:2x2x1", 8: "v5p:2x2x2", 16: "v5p:2x2x4", 32: "v5p:2x4x4"}
 
@@ -104,13 +107,20 @@ def _tpus(topology: str, name: str) -> list[Any]:
     # libtpu only compiles here: it need not look for chips of this machine, nor reserve them for this process.
     for setting, value in LIBTPU.items():
         os.environ.setdefault(setting, value)
+    chips = math.prod(map(int, name.partition(":")[2].split("x")))
     # libtpu takes a host to have four chips or more, unless it is told otherwise.
-    is_one = math.prod(map(int, name.partition(":")[2].split("x"))) == 1
-    bounds = {"chips_per_host_bounds": (1, 1, 1)} if is_one else {}
+    options = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}
+    options |= CHIP_OPTIONS.get(name.partition(":")[0], {})
     try:
-        return list(topologies.get_topology_desc(name, platform="tpu", **bounds).devices)
+        devices = list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
     except Exception as error:
         raise ValueError(f"topology={topology!r}: libtpu does not make it: {error}") from error
+    if len(devices) != chips:
+        raise ValueError(
+            f"topology={topology!r} has {chips} chips, and libtpu describes {len(devices)} devices. A device must be a "
+            "chip: choose another version of libtpu"
+        )
+    return devices
 
 
 def _gpus(topology: str, kind: DeviceKind, count: int, plugin: str) -> list[Any]:

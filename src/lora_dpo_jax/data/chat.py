@@ -88,7 +88,7 @@ class ExampleTokenizer:
         """Token ids without the special tokens that the tokenizer would add, because the template writes its own."""
         if not texts:
             return []
-        if _is_plain_fast_tokenizer(self.tokenizer):
+        if is_plain_fast_tokenizer(self.tokenizer):
             backend = backend_of(self.tokenizer)
             return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore
@@ -346,7 +346,7 @@ def _names_of_the_renderer(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     return (names | given) - {"documents"}  # documents are data, which templates for retrieval read
 
 
-def _is_plain_fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
+def is_plain_fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the Rust backend may be called directly (twice as fast): the tokenizer's Python code changes no text."""
     kind = type(tokenizer)
     return (

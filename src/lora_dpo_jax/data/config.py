@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from lora_dpo_jax.columns import LABEL, MARGIN, WEIGHT
 from lora_dpo_jax.data.sources import Reason, SourceConfig
-from lora_dpo_jax.losses.examples import LABEL, MARGIN, WEIGHT
 from lora_dpo_jax.places import is_url, spelled_alike
 from lora_dpo_jax.settings.choices import check_choices
 

@@ -11,13 +11,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import haliax as hax
 import numpy as np
 
 from lora_dpo_jax.axes import COMPARISON, EXAMPLE, RESPONSE
-from lora_dpo_jax.losses.examples import LABEL, Examples
+from lora_dpo_jax.columns import LABEL
+
+if TYPE_CHECKING:
+    from lora_dpo_jax.losses.examples import Examples
 
 PAIR = ((0, 1),)  # the comparisons of a pair: the first response is the chosen one
 
@@ -280,8 +282,12 @@ class ExampleArrays:
         return lambda number: values[self.response_starts[number] : self.response_starts[number + 1]]
 
     @functools.cached_property
-    def examples(self) -> Examples:
+    def examples(self) -> "Examples":
         """All examples as losses take them, without rows."""
+        import haliax as hax  # slow to import, as JAX is, and not needed to tokenize
+
+        from lora_dpo_jax.losses.examples import Examples
+
         numbers = np.arange(len(self), dtype=np.int32)
         Example = hax.Axis(EXAMPLE, len(self))
         Response = hax.Axis(RESPONSE, len(self.response_tokens))

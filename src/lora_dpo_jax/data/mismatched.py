@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from lora_dpo_jax.columns import LABEL, MISMATCHED
 from lora_dpo_jax.data.examples import Column, ExampleArrays, TokenizedExample
 from lora_dpo_jax.data.table import ExampleSource, ExampleTable
-from lora_dpo_jax.losses.examples import LABEL, MISMATCHED
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from typing import TextIO
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lora_dpo_jax.columns import DESIRABLE, LABEL, MISMATCHED, UNDESIRABLE
 from lora_dpo_jax.data.cache import TokenizedExamples
 from lora_dpo_jax.data.examples import TokenizedExample
 from lora_dpo_jax.data.table import ExampleTable
-from lora_dpo_jax.losses.examples import DESIRABLE, LABEL, MISMATCHED, UNDESIRABLE
 from lora_dpo_jax.printable import printable
 
 RESET = "\x1b[0m"

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
+from lora_dpo_jax.columns import DESIRABLE, LABEL, MARGIN, UNDESIRABLE, WEIGHT
 from lora_dpo_jax.data.config import FormatConfig
 from lora_dpo_jax.data.examples import PAIR
 from lora_dpo_jax.data.messages import (
@@ -20,7 +21,6 @@ from lora_dpo_jax.data.messages import (
     without_weight,
 )
 from lora_dpo_jax.data.sources import RowError
-from lora_dpo_jax.losses.examples import DESIRABLE, LABEL, MARGIN, UNDESIRABLE, WEIGHT
 
 # Columns of the prompt in rows without `prompt_field`: first texts, then messages that end before an answer.
 PROMPT_COLUMNS = ("question", "instruction", "input", "conversations", "messages")

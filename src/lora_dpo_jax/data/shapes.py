@@ -2,6 +2,10 @@
 
 A step is computed in micro-batches. Each has one of these shapes, and a step has as many of each as its examples need.
 Shapes differ so that the examples that remain after the long rows do not pay for another long row.
+
+The predicted time of a micro-batch is that of its rows' tokens, and a fixed cost beside: weights are read once for all
+of its tokens, and operations are launched. Shapes are chosen for the least predicted time, and so are the micro-batches
+of each step. Few tokens of padding may cost less than another micro-batch.
 """
 
 import bisect
@@ -16,13 +20,23 @@ from haliax import Axis
 
 from lora_dpo_jax.axes import COMPARISON, EXAMPLE, MICRO, POSITION, RESPONSE, ROW, TARGET
 from lora_dpo_jax.data.examples import ExampleSizes
+from lora_dpo_jax.platforms import platform
 
 MAX_SHAPES = 3  # that a run compiles
-WORTH_COMPILING = 0.02  # the share of all computed tokens that another shape must save
+WORTH_COMPILING = 0.01  # the share of the predicted time that another shape must save
 LENGTH_MULTIPLE = 128  # tokens; attention splits rows into blocks
 SHORTEST_ROW = 256  # tokens, unless all examples are shorter
-MICRO_BATCH_COST = 32  # the overhead of another micro-batch, in tokens of a row
 SAMPLED_EXAMPLES = 1024  # the shapes are chosen for a sample of this many examples
+# The fixed cost of a micro-batch by platform: as many tokens of each row take as long. See bench/micro_batches.py.
+MICRO_BATCH_TOKENS = {
+    "cpu": 40,  # measured: a model of 22 million parameters on two cores
+    # Predicted from a profile of one H100. Copies of weights and factors, and the gaps between kernels, took 39 of
+    # 1,117 ms for each micro-batch of an 8B model (650 tokens), and 17 of 279 ms of a 1B one (1,150).
+    "gpu": 768,
+    # Predicted: reading weights takes a v5e as long as computing 240 tokens, gathering them from other chips 1,000.
+    # Part of both overlaps with computing.
+    "tpu": 512,
+}
 
 
 @dataclass(frozen=True)
@@ -71,10 +85,16 @@ class _Rows:
 
     rows: int
     length: int  # tokens
+    fixed: int = 0  # what they cost beside, in tokens of a row
 
     @property
     def tokens(self) -> int:
         return self.rows * self.length
+
+    @property
+    def cost(self) -> int:
+        """The predicted time of a micro-batch, in tokens."""
+        return self.rows * (self.length + self.fixed)
 
 
 @dataclass(frozen=True)
@@ -99,10 +119,12 @@ class StepShapes:
 
     parts: tuple[PartShape, ...]
     packing: PackingConfig = PackingConfig()
+    micro_batch_tokens: int = 0  # the fixed cost of a micro-batch, in tokens of a row
 
     def rows_of(self, sizes: ExampleSizes) -> list[list[list[int]]]:
         """For each part, its rows: indices of the examples of a step, whose sizes are given."""
-        return _lay_out(sizes, [_Rows(part.rows, part.row_length) for part in self.parts], self.packing)
+        shapes = [_Rows(part.rows, part.row_length, self.micro_batch_tokens) for part in self.parts]
+        return _lay_out(sizes, shapes, self.packing)
 
     def holding(self, rows: list[list[list[int]]], sizes: ExampleSizes) -> "StepShapes":
         """These shapes, or larger ones if the rows of a step (see `rows_of`) do not fit into them.
@@ -140,20 +162,28 @@ def choose_shapes(
     longest_row: int | None = None,
     packing: PackingConfig = PackingConfig(),
     max_shapes: int = MAX_SHAPES,
+    micro_batch_tokens: int | None = None,
 ) -> StepShapes:
     """Shapes that hold each of `batches` (arrays of example ids), so that one compiled step serves all batches.
 
     A micro-batch has `row_multiple` rows, one for each group of devices that share rows. `longest_row` (tokens) limits
     the length of a row, and so the memory of a step. A row is always long enough for the longest example.
+    `micro_batch_tokens` is the fixed cost of a micro-batch, in tokens of a row; None: that of the platform.
     """
-    chosen = _choose_rows(batches, sizes, row_multiple, longest_row, packing, max_shapes)
+    fixed = MICRO_BATCH_TOKENS[platform()] if micro_batch_tokens is None else micro_batch_tokens
+    tokens = packing.tokens(sizes)
+    totals = np.array([tokens[ids].sum() for ids in batches])
+    longest = packing.shortest_row(sizes)
+    lengths = _candidate_lengths(longest, totals / row_multiple, longest_row)
+    candidates = [_Rows(row_multiple, length, fixed) for length in lengths]
+    chosen = _choose_rows(candidates, longest, _sample(batches, sizes, totals), packing, max_shapes)
     # A loss of comparisons finds some, or none, in all parts alike.
     used = [_Extent(comparisons=int(sizes.comparisons.any())) for _ in chosen]
     for ids in batches:
         for extent, shape, rows in zip(used, chosen, _lay_out(sizes[ids], chosen, packing), strict=True):
             extent.include(shape, rows, sizes[ids])
     parts = [extent.shape(shape) for extent, shape in zip(used, chosen, strict=True) if extent.micro_batches]
-    return StepShapes(tuple(parts), packing)
+    return StepShapes(tuple(parts), packing, fixed)
 
 
 @dataclass
@@ -188,21 +218,15 @@ def shape_of_rows(filled: Iterable[np.ndarray], sizes: ExampleSizes, *, rows: in
     return extent.shape(shape)
 
 
-def _choose_rows(batches, sizes, row_multiple, bound, packing, max_shapes) -> Sequence[_Rows]:
-    """The set of shapes with the fewest computed tokens on a sample of the steps. One shape holds any example."""
-    tokens = packing.tokens(sizes)
-    totals = np.array([tokens[ids].sum() for ids in batches])
-    sample = _sample(batches, sizes, totals)
-    longest = packing.shortest_row(sizes)
-    candidates = _candidate_lengths(longest, totals / row_multiple, bound)
-    candidates = [_Rows(row_multiple, length) for length in candidates]
+def _choose_rows(
+    candidates: Sequence[_Rows], longest: int, sample: list[ExampleSizes], packing: PackingConfig, max_shapes: int
+) -> Sequence[_Rows]:
+    """The shapes with the least predicted time for a sample of the steps. One of them holds any example."""
 
-    def cost(shapes: tuple[_Rows, ...]) -> float:
+    def cost(shapes: tuple[_Rows, ...]) -> int:
         steps = (_lay_out(step, shapes, packing) for step in sample)
         return sum(
-            -(-len(rows) // shape.rows) * shape.rows * (shape.length + MICRO_BATCH_COST)
-            for step in steps
-            for shape, rows in zip(shapes, step, strict=True)
+            -(-len(rows) // shape.rows) * shape.cost for step in steps for shape, rows in zip(shapes, step, strict=True)
         )
 
     chosen: tuple[_Rows, ...] = ()
@@ -228,12 +252,16 @@ def _sample(batches: Sequence[np.ndarray], sizes: ExampleSizes, totals: np.ndarr
 
 
 def _candidate_lengths(longest: int, totals: np.ndarray, bound: int | None) -> list[int]:
-    """Row lengths in tokens: the longest example, the totals of whole steps, and lengths spread from short to these."""
-    most = float(totals.max()) * 1.05 if bound is None else bound
-    spread = SHORTEST_ROW * 2 ** np.arange(0, max(1.0, math.log2(max(most, longest) / SHORTEST_ROW)), 0.5)
-    steps = np.quantile(totals, [0.25, 0.5, 0.75, 1.0]) * 1.03
-    lengths = {round_up(math.ceil(length), LENGTH_MULTIPLE) for length in (*spread, *steps)}
-    return sorted({longest} | {length for length in lengths if length <= max(most, longest)}, reverse=True)
+    """Row lengths in tokens: the longest example, whole steps, equal parts of these, and lengths spread from short up.
+
+    Rows of the longest length come first: of equally good choices, the first one is taken.
+    """
+    most = max(longest, float(totals.max()) * 1.05 if bound is None else bound)
+    spread = SHORTEST_ROW * 2 ** np.arange(0, max(1.0, math.log2(most / SHORTEST_ROW)), 0.5)
+    steps = np.quantile(totals, [0.0, 0.25, 0.5, 0.75, 1.0]) * 1.03
+    parts = [steps / (np.ceil(steps / most) + more) for more in (0, 1)]
+    lengths = {round_up(math.ceil(length), LENGTH_MULTIPLE) for length in (*spread, *np.concatenate(parts))}
+    return sorted({longest} | {length for length in lengths if length <= most}, reverse=True)
 
 
 def _by_size(shapes: tuple[_Rows, ...]) -> tuple[_Rows, ...]:
@@ -243,6 +271,8 @@ def _by_size(shapes: tuple[_Rows, ...]) -> tuple[_Rows, ...]:
 def _lay_out(sizes: ExampleSizes, shapes: Sequence[_Rows], packing: PackingConfig) -> list[list[list[int]]]:
     """The rows of each shape, for the first of `_counts` whose rows hold all examples."""
     tokens = packing.tokens(sizes).tolist()
+    if max(tokens) > (widest := max(shape.length for shape in shapes)):
+        raise ValueError(f"an example of {max(tokens)} tokens does not fit a row of {widest}")
     if not packing.packing:
         return _one_a_row(tokens, shapes)
     for counts in _counts(sum(tokens), max(tokens), shapes):
@@ -255,30 +285,35 @@ def _lay_out(sizes: ExampleSizes, shapes: Sequence[_Rows], packing: PackingConfi
 
 
 def _counts(total: int, longest: int, shapes: Sequence[_Rows]) -> Iterator[tuple[int, ...]]:
-    """Numbers of micro-batches of each shape that may hold `total` tokens: fewest tokens first, then more and more."""
+    """Numbers of micro-batches of each shape that may hold `total` tokens: least cost first, then more and more."""
     main = shapes[0].tokens
     tried: list[tuple[int, ...]] = []
     for first in range(max(0, total // main - 1), total // main + 2):
         tried += [(first, *rest) for rest in _rest(total - first * main, shapes[1:])]
 
-    def tokens(counts: tuple[int, ...]) -> int:
+    def holding(counts: tuple[int, ...]) -> int:
         return sum(count * shape.tokens for count, shape in zip(counts, shapes, strict=True))
+
+    def cost(counts: tuple[int, ...]) -> int:
+        return sum(count * shape.cost for count, shape in zip(counts, shapes, strict=True))
 
     def holds_longest(counts: tuple[int, ...]) -> bool:
         return any(count and shape.length >= longest for count, shape in zip(counts, shapes, strict=True))
 
-    yield from sorted({c for c in tried if tokens(c) >= total and holds_longest(c)}, key=lambda c: (tokens(c), sum(c)))
+    enough = {counts for counts in tried if holding(counts) >= total and holds_longest(counts)}
+    yield from sorted(enough, key=lambda counts: (cost(counts), sum(counts), counts))
     widest = max(range(len(shapes)), key=lambda i: shapes[i].length)
     for more in itertools.count(1):
         yield tuple(total // main * (i == 0) + more * (i == widest) for i in range(len(shapes)))
 
 
 def _rest(total: int, shapes: Sequence[_Rows]) -> Iterator[tuple[int, ...]]:
+    """Numbers of micro-batches of `shapes` for `total` tokens: of the last one as many as are needed, or one more."""
     if not shapes:
         yield ()
         return
     needed = max(0, -(-total // shapes[0].tokens))
-    for count in range(needed + 2):
+    for count in range(needed if len(shapes) == 1 else 0, needed + 2):
         yield from ((count, *rest) for rest in _rest(total - count * shapes[0].tokens, shapes[1:]))
 
 

@@ -21,7 +21,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -30,14 +30,16 @@ from typing import Any, BinaryIO
 
 from transformers import PreTrainedTokenizerBase
 
+from lora_dpo_jax.data.chat import is_plain_fast_tokenizer
 from lora_dpo_jax.data.tokenizing import NumberedRow, RowSettings, RowTokenizer, TokenizedRows, tokenizer_digest
 
 logger = logging.getLogger(__name__)
 
-ENOUGH_ROWS = 2048  # about two seconds of one core, which is what the start of a worker takes
+ENOUGH_ROWS = 2048  # about two seconds of one core, twice what the start of a worker takes
 FEWEST_CORES = 4  # for more than one process by default
 MOST_PROCESSES = 16  # of an automatic number; more are fed too slowly
 BATCHES_OF_WORKER = 2
+THREADS = 2  # of one process alone, if the tokenizer lets other threads run Python while it works
 MOST_WAITING = 64  # batches that are done, while an earlier one is not
 MAIN = (
     "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN); "
@@ -73,6 +75,11 @@ class Workers:
         self._lock, self._closed, self._has_warned = threading.Lock(), False, False
 
     @cached_property
+    def _can_overlap(self) -> bool:
+        # The Python code of other tokenizers may keep state.
+        return usable_cores() > 1 and is_plain_fast_tokenizer(self.tokenizer)
+
+    @cached_property
     def tokenizer_digest(self) -> str:
         return tokenizer_digest(self.tokenizer)
 
@@ -96,10 +103,13 @@ class Workers:
         was killed.
         """
         tokenize = RowTokenizer(self.tokenizer, settings)
-        if self.num_proc == 1:
-            yield from map(tokenize, batches)
-            return
         errors: list[Exception] = []
+        if self.num_proc == 1:
+            batches = _until_error(batches, errors)
+            yield from _in_threads(tokenize, batches) if self._can_overlap else map(tokenize, batches)
+            if errors:
+                raise errors[0]
+            return
         batches = self._with_workers(_until_error(batches, errors))
         tasks: deque[_Task] = deque()
         batch = next(batches, None)
@@ -221,6 +231,21 @@ def _until_error(batches: Iterable[Any], errors: list[Exception]) -> Iterator[An
         yield from batches
     except Exception as error:
         errors.append(error)
+
+
+def _in_threads(tokenize: RowTokenizer, batches: Iterable[Sequence[NumberedRow]]) -> Iterator[TokenizedRows]:
+    """The result of each batch, in order. One is rendered in Python while another is in the tokenizer's own threads."""
+    pool = ThreadPoolExecutor(THREADS, "tokenizing")
+    ahead: deque[Future[TokenizedRows]] = deque()
+    try:
+        for batch in batches:
+            ahead.append(pool.submit(tokenize, batch))
+            if len(ahead) > THREADS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _done_here(tokenize: RowTokenizer, rows: Sequence[NumberedRow], settings: RowSettings) -> _Task:

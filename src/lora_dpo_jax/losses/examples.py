@@ -1,4 +1,4 @@
-"""Which responses belong to which example, which responses are compared, and the columns of the data.
+"""Which responses belong to which example, which responses are compared, and their columns of the data.
 
     example                0       1           two examples of a row: a pair, and a ranked list
     response               0 1     2 3 4
@@ -18,11 +18,7 @@ import jax.numpy as jnp
 from haliax import NamedArray
 
 from lora_dpo_jax.axes import EXAMPLE, RESPONSE
-
-# Columns that formats of the data make. LABEL is of each response of a single answer. WEIGHT is of an example without
-# comparisons. MARGIN is the difference of rewards that a pair should have.
-LABEL, WEIGHT, MARGIN = "label", "example_weight", "target_margin"
-DESIRABLE, UNDESIRABLE, MISMATCHED = 1.0, 0.0, -1.0  # labels. MISMATCHED: the answer to another prompt
+from lora_dpo_jax.columns import DESIRABLE, LABEL, WEIGHT
 
 
 class Examples(eqx.Module):

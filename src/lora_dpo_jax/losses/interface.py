@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from haliax import Axis, NamedArray
 
 from lora_dpo_jax.axes import TARGET
-from lora_dpo_jax.losses.examples import LABEL, MARGIN, WEIGHT, Examples
+from lora_dpo_jax.columns import LABEL, MARGIN, WEIGHT
+from lora_dpo_jax.losses.examples import Examples
 from lora_dpo_jax.losses.scores import Scores, TokenScores
 from lora_dpo_jax.objective import ExampleLosses
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from haliax import NamedArray
 
+from lora_dpo_jax.columns import WEIGHT
 from lora_dpo_jax.losses.divergences import power_reward
-from lora_dpo_jax.losses.examples import WEIGHT, Examples
+from lora_dpo_jax.losses.examples import Examples
 from lora_dpo_jax.losses.preference import Compared, ComparisonLoss
 from lora_dpo_jax.losses.scores import Scores
 from lora_dpo_jax.losses.smoothing import check_label_smoothing, smoothed_log_loss

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from haliax import NamedArray
 
-from lora_dpo_jax.losses.examples import LABEL, Examples
+from lora_dpo_jax.columns import LABEL
+from lora_dpo_jax.losses.examples import Examples
 from lora_dpo_jax.losses.interface import Loss
 from lora_dpo_jax.losses.scores import Scores
 from lora_dpo_jax.objective import ExampleLosses, Mean

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from haliax import NamedArray
 
+from lora_dpo_jax.columns import MARGIN
 from lora_dpo_jax.losses.divergences import FDivergence, reward_of
-from lora_dpo_jax.losses.examples import MARGIN, Examples
+from lora_dpo_jax.losses.examples import Examples
 from lora_dpo_jax.losses.interface import Loss, mean_of_equal_scores
 from lora_dpo_jax.losses.scores import Scores, TokenScores
 from lora_dpo_jax.losses.token_weights import LOG_SUM_OF_SQUARES, likelihood_weight, with_lighter_tail

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from haliax import NamedArray
 
-from lora_dpo_jax.losses.examples import DESIRABLE, LABEL, MISMATCHED, WEIGHT, Examples
+from lora_dpo_jax.columns import DESIRABLE, LABEL, MISMATCHED, WEIGHT
+from lora_dpo_jax.losses.examples import Examples
 from lora_dpo_jax.losses.interface import Loss, mean_of_equal_scores
 from lora_dpo_jax.losses.scores import Scores
 from lora_dpo_jax.objective import Count, DifferenceOfMeans, ExampleLosses, Mean

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from lora_dpo_jax.columns import DESIRABLE, LABEL
 from lora_dpo_jax.data.sources import expand_url
 from lora_dpo_jax.data.table import ExampleTable, why_none_is_held_out
 from lora_dpo_jax.evaluation import summarize, summarize_by_tokens
@@ -19,7 +20,6 @@ from lora_dpo_jax.files import cache_folder
 from lora_dpo_jax.huggingface.adapter_config import read_adapter_config
 from lora_dpo_jax.lora import equals_reference, frozen_copy
 from lora_dpo_jax.losses import Scores
-from lora_dpo_jax.losses.examples import DESIRABLE, LABEL
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.output_file import check_output, write_output
 from lora_dpo_jax.models import CausalLM

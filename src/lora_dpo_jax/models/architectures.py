@@ -222,6 +222,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             router_name="router",
         ),
         quant_methods=("mxfp4",),
+        llama_cpp="gpt-oss",
     ),
 }
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_dpo_jax.columns import LABEL, WEIGHT
 from lora_dpo_jax.cost.devices import DeviceKind, devices_of_topology
 from lora_dpo_jax.cost.flops import useful_flops
 from lora_dpo_jax.cost.memory import ProgramMemory
@@ -26,7 +27,6 @@ from lora_dpo_jax.data.examples import PAIR
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.data.shapes import LENGTH_MULTIPLE, round_up
 from lora_dpo_jax.lora import trainable_filter
-from lora_dpo_jax.losses.examples import LABEL, WEIGHT
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import parameter_count
 from lora_dpo_jax.runs.base import folder_of, read_decoder

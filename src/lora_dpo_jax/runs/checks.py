@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_dpo_jax.columns import LABEL, MARGIN
 from lora_dpo_jax.data.table import ExampleTable
 from lora_dpo_jax.losses import Loss
-from lora_dpo_jax.losses.examples import LABEL, MARGIN
 from lora_dpo_jax.sharding import on_host
 from lora_dpo_jax.training.loop import NonFiniteLossError, StepInfo
 from lora_dpo_jax.training.step import StepMetrics, TrainState

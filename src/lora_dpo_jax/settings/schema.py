@@ -3,8 +3,9 @@
 import ast
 import dataclasses
 import functools
-import inspect
 import io
+import linecache
+import sys
 import textwrap
 import tokenize
 import types
@@ -164,10 +165,10 @@ def _first_line(section: type) -> str:
     return (section.__doc__ or "").strip().partition("\n")[0].rstrip(".")
 
 
+@functools.cache
 def _comments(section: type) -> dict[str, str]:
-    try:
-        source = textwrap.dedent(inspect.getsource(section))
-    except (OSError, TypeError):  # a program without its sources, a class of a notebook or a text
+    source = _source(section)
+    if source is None:
         return {}
     beside, alone = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -183,4 +184,40 @@ def _comments(section: type) -> dict[str, str]:
             lines = [alone[line] for line in range(first, node.lineno)]
             lines += [beside[line] for line in range(node.lineno, (node.end_lineno or 0) + 1) if line in beside]
             found[node.target.id] = " ".join(lines)
+    return found
+
+
+def _source(section: type) -> str | None:
+    """The text of a class; None for a program without its sources, or a class of a notebook or a text.
+
+    As inspect.getsource, which parses the whole file for each class.
+    """
+    module = sys.modules.get(section.__module__)
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return None
+    text = "".join(linecache.getlines(file, vars(module)))
+    node = _classes(text).get(section.__qualname__)
+    if node is None:
+        return None
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    return textwrap.dedent("".join(text.splitlines(keepends=True)[first - 1 : node.end_lineno]))
+
+
+@functools.cache
+def _classes(text: str) -> dict[str, ast.ClassDef]:
+    """The classes of a module, by qualified name; of several with one name the first."""
+    found: dict[str, ast.ClassDef] = {}
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                found.setdefault(prefix + child.name, child)
+                visit(child, f"{prefix}{child.name}.")
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                visit(child, f"{prefix}{child.name}.<locals>.")
+            elif isinstance(child, ast.stmt):
+                visit(child, prefix)
+
+    visit(ast.parse(text), "")
     return found
