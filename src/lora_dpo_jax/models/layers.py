@@ -20,6 +20,7 @@ from lora_dpo_jax.models.linear import linear, product, scaled
 from lora_dpo_jax.models.mlp import Mlp
 from lora_dpo_jax.models.norms import norm
 from lora_dpo_jax.models.rope import RotaryAngles
+from lora_dpo_jax.platforms import platform
 
 # By name, float32 {row, ...}: values that layers pass to the objective besides hidden states, such as how evenly a
 # router distributes tokens. A decoder passes the sum over its layers.
@@ -69,6 +70,9 @@ class Attention(eqx.Module):
             return None if axes is None else norm(config.norm, axes, config.norm_eps)
 
         # o_proj has the axis order that a TPU computes with. For any other, XLA would copy the weights of all layers.
+        # For this one, XLA would copy each layer's weights on a GPU.
+        if platform() != "gpu":
+            o_proj = dataclasses.replace(o_proj, weight=o_proj.weight.rearrange((*Q[:-1], Embed, HeadSize)))
         return Attention(
             config,
             compute,
@@ -78,7 +82,7 @@ class Attention(eqx.Module):
             k_proj=projection(KV, keys[1]),
             v_proj=projection(KV, keys[2]),
             qkv_proj=projection((config.QKVHeads, HeadSize), keys[0], fused=True),
-            o_proj=dataclasses.replace(o_proj, weight=o_proj.weight.rearrange((*Q[:-1], Embed, HeadSize))),
+            o_proj=o_proj,
             q_norm=norm_of(Q),
             k_norm=norm_of(KV),
         )
