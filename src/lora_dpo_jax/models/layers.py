@@ -16,7 +16,7 @@ from lora_dpo_jax.models.compute import ComputeConfig
 from lora_dpo_jax.models.config import DecoderConfig, LayerKind
 from lora_dpo_jax.models.experts import Experts
 from lora_dpo_jax.models.kv_cache import KeyValueCache
-from lora_dpo_jax.models.linear import linear, product, scaled
+from lora_dpo_jax.models.linear import linear, product, products, scaled
 from lora_dpo_jax.models.mlp import Mlp
 from lora_dpo_jax.models.norms import norm
 from lora_dpo_jax.models.rope import RotaryAngles
@@ -107,8 +107,8 @@ class Attention(eqx.Module):
     def _projected(self, x: NamedArray, k_q, k_k, k_v) -> tuple[NamedArray, NamedArray, NamedArray]:
         """Queries {..., kv_head, q_heads_per_group, head_size}, keys and values {..., kv_head, head_size}."""
         if self.qkv_proj is None:
-            q, k = product(self.q_proj, x, key=k_q), product(self.k_proj, x, key=k_k)
-            return q, k, product(self.v_proj, x, key=k_v)
+            q, k, v = products((self.q_proj, self.k_proj, self.v_proj), x, (k_q, k_k, k_v))
+            return q, k, v
         config, Heads = self.config, self.config.QKVHeads
         heads = product(self.qkv_proj, x, key=k_q)
         after_q, after_k = config.num_heads, config.num_heads + config.num_kv_heads
