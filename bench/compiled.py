@@ -30,6 +30,7 @@ TOPOLOGIES = {"tpu": "v5p:1x1x1", "gpu": "h100:1"}  # cpu: this machine
 PRODUCTS = {"dot", "convolution"}
 PRODUCT_CALLS = ("gemm", "cublas", "matmul")  # in the names of custom calls
 MOVES = {"dynamic-slice", "slice", "copy", "transpose", "reshape", "concatenate", "convert"}
+PARTS = {"dynamic-slice", "slice", "gather"}
 INDICES = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "add", "subtract", "compare", "select"}
 COLUMNS = ("weights_copied_mb", "zeros_mb", "elementwise_mb", "head_block_mb", "kernels_mb", "products_a_layer")
 
@@ -120,9 +121,9 @@ class Traffic:
     def _count(self, one: Instruction, others: dict[str, Instruction], times: int) -> None:
         if one.operation in HANDED_ON - {"copy-start"} or one.operation in ("constant", "call", "iota"):
             return
-        if one.operation.endswith("-done"):
-            return
         operations = self._operations(one)
+        if one.operation.endswith("-done") or operations == {"custom-call AllocateBuffer"}:
+            return
         work = operations - INDICES
         operands = [shape for name in one.operands if name in others for shape in others[name].shapes]
         has_vocabulary = any(self.vocabulary in _dims(shape) for shape in (*operands, *one.shapes))
@@ -184,17 +185,24 @@ class Traffic:
                 return 2 * _num_bytes(others[one.operands[1]].shapes)
             return operands + _num_bytes(one.shapes)
         updates = [each for each in inner.values() if each.operation == "dynamic-update-slice"]
-        slices = [each for each in inner.values() if each.operation in ("dynamic-slice", "gather")]
-        read = 0
-        for each in inner.values():
-            if each.operation != "parameter":
-                continue
-            if parts := [part for part in slices if part.operands[0] == each.name]:
-                read += sum(_num_bytes(part.shapes) for part in parts)
-            elif not any(update.operands[0] == each.name for update in updates):
-                read += _num_bytes(each.shapes)
+        read = sum(self._read_of(each, inner) for each in inner.values() if each.operation == "parameter")
         written = sum(_num_bytes(inner[update.operands[1]].shapes) for update in updates)
-        return read + (written or _num_bytes(one.shapes))
+        result = [*inner.values()][-1]  # the instruction's own shapes list its operands too, if it is a start operation
+        if result.operation == "tuple":
+            return read + (written or sum(_num_bytes(inner[name].shapes) for name in result.operands))
+        return read + (written or _num_bytes(result.shapes))
+
+    def _read_of(self, source: Instruction, inner: dict[str, Instruction]) -> int:
+        """The bytes of an array inside of a fusion that are read: of one that is only sliced, these parts."""
+        read = 0
+        for user in (each for each in inner.values() if source.name in each.operands):
+            if user.operation == "bitcast":
+                read += self._read_of(user, inner)
+            elif user.operation in PARTS and user.operands[0] == source.name:
+                read += _num_bytes(user.shapes)
+            elif user.operation != "dynamic-update-slice" or user.operands[0] != source.name:
+                return _num_bytes(source.shapes)
+        return min(read, _num_bytes(source.shapes))
 
 
 def _dims(shape: str) -> list[int]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import equinox as eqx
 import haliax as hax
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ from lora_dpo_jax.log_probs import score_responses
 from lora_dpo_jax.losses import Examples, Loss, Scores
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.objective import Metric, Objective
+from lora_dpo_jax.platforms import jitted
 from lora_dpo_jax.sharding import on_host
 
 
@@ -65,7 +65,9 @@ class MicroBatchScorer:
     """Scores of packed micro-batches under a model; compiled once for each shape."""
 
     def __init__(self, scope: Callable[[], AbstractContextManager] = nullcontext):
-        self.scope, self._compiled = scope, eqx.filter_jit(score_responses)
+        self.scope = scope
+        with scope():
+            self._compiled = jitted(score_responses)
 
     def __call__(self, model: CausalLM, micro: PreferenceBatch) -> tuple[np.ndarray, np.ndarray]:
         """(ids of the examples, log p of their responses, float32 in nats)"""
@@ -90,10 +92,12 @@ def summarize_by_tokens(
     `reference` is the adapters of the reference, or None. `columns` are those that the objective reads.
     """
 
-    @eqx.filter_jit
     def losses_of(model: CausalLM, reference: Any, micro: PreferenceBatch) -> tuple[jax.Array, dict[str, Metric]]:
         found = objective(model, reference, micro, key=None)
         return found.loss.sum().scalar(), found.metrics
+
+    with score.scope():
+        compiled = jitted(losses_of)
 
     def micro_batches() -> Iterator[PreferenceBatch]:
         _, batches = packed_rows(score.examples, rows=score.rows, place=score.put_batch, columns=columns)
@@ -105,7 +109,7 @@ def summarize_by_tokens(
     found = []
     for micro in prepared:
         with score.scope():
-            found.append(losses_of(model, reference, micro))
+            found.append(compiled(model, reference, micro))
     loss, metrics = jax.tree.map(lambda *parts: sum(float(part) for part in parts), *found)
     return _means(loss / len(score.examples), metrics)
 

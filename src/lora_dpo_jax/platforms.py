@@ -1,12 +1,37 @@
-"""The platform that a program is traced for.
+"""The platform that a program is traced for, and XLA's options there.
 
 Code that depends on it chooses while it is traced. `jax.lax.platform_dependent` would choose later, but it traces and
 differentiates the code of every platform.
 """
 
-from typing import Literal
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
+import equinox as eqx
 import jax
+
+F = TypeVar("F", bound=Callable)
+
+# XLA's options for programs with a model's layers. A JAX that does not know one of them says so when it compiles; those
+# that pyproject.toml allows know all.
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    "cpu": {},
+    "tpu": {},
+    "gpu": {
+        # Does not clear the stacks in which a loop over layers keeps activations: each slice is written before it is
+        # read.
+        "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
+        # Leaves all products to cuBLAS from the start. They then read slices of stacked weights in place, and add an
+        # adapter's term as they write. With Triton kernels XLA copies each layer's weights before it knows which
+        # products cuBLAS does faster.
+        "xla_gpu_enable_triton_gemm": False,
+        # Does not concatenate the matrices of products that read the same input: this copies weights too, and each
+        # part of the result again.
+        "xla_gpu_dot_merger_threshold_mb": 0,
+    },
+}
 
 
 def platform() -> Literal["cpu", "gpu", "tpu"]:
@@ -18,3 +43,18 @@ def platform() -> Literal["cpu", "gpu", "tpu"]:
     device = jax.config.jax_default_device if mesh.empty else mesh.abstract_device  # pyright: ignore[reportAttributeAccessIssue]
     name = jax.default_backend() if device is None else getattr(device, "platform", device)
     return "tpu" if name == "tpu" else "cpu" if name == "cpu" else "gpu"  # as gpu, cuda or rocm
+
+
+def compiler_options() -> dict[str, Any]:
+    """COMPILER_OPTIONS of `platform()` without those that the environment's XLA_FLAGS sets."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flags and not flags.lstrip().startswith("-"):  # a file with flags
+        flags = Path(flags).read_text(encoding="utf-8")
+    given = {flag.lstrip("-").partition("=")[0] for flag in flags.split()}
+    return {name: value for name, value in COMPILER_OPTIONS[platform()].items() if name not in given}
+
+
+def jitted(fn: F) -> F:
+    """`equinox.filter_jit(fn)` with `compiler_options()`."""
+    filter_jit: Any = eqx.filter_jit  # its type hints lack the arguments that it passes to jax.jit
+    return filter_jit(fn, compiler_options=compiler_options())

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import equinox as eqx
 import haliax as hax
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from lora_dpo_jax.losses.whole_batch import ScoredPart, of_whole_batch
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.experts import BALANCE, SEGMENT
 from lora_dpo_jax.objective import ExampleLosses, Mean
+from lora_dpo_jax.platforms import jitted
 from lora_dpo_jax.sharding import on_host
 
 
@@ -92,7 +92,8 @@ class PreferenceObjective:
         if self.loss.needs_of_batch == "nothing":
             yield from micro_batches()
             return
-        scores_of = eqx.filter_jit(self._scores_for_batch)
+        with scope():
+            scores_of = jitted(self._scores_for_batch)
         scored = []
         for micro in micro_batches():
             with scope():

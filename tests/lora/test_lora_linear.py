@@ -1,6 +1,7 @@
 """LoRA's adapter of one layer: how its factors are drawn, what it computes and what it merges to."""
 
 import dataclasses
+import functools
 
 import haliax as hax
 import haliax.nn as hnn
@@ -11,7 +12,7 @@ import pytest
 import torch
 from tiny_pairs import ADAPTERS, LLAMA, adapters_of, new_adapters, tiny_decoder
 
-from lora_dpo_jax.lora import LoraLinear, loraize
+from lora_dpo_jax.lora import LoraLinear, apply_all, lora_linear, loraize
 
 LORA = ADAPTERS["everywhere"]
 
@@ -123,3 +124,35 @@ def test_a_stack_outside_a_scan_computes_what_its_slices_do(in_inputs):
     for gradient, expected in zip(gradients, expected_gradients, strict=True):
         assert gradient.axes == expected.axes
         np.testing.assert_allclose(gradient.array, expected.array, rtol=1e-4, atol=1e-4)
+
+
+def layers_with_one_input() -> tuple[list[LoraLinear], hax.NamedArray]:
+    In, Token = hax.make_axes(In=8, token=3)
+    random = functools.partial(hax.random.normal, jax.random.key(3))
+    layers = []
+    for size, rank in ((5, 2), (4, 2), (5, 3)):
+        Out, Rank = hax.make_axes(Out=size, lora_rank=rank)
+        wrapped = hnn.Linear(random((Out, In)), random((Out,)), In, Out)
+        layers.append(LoraLinear(wrapped, random((Rank, In)), random((Out, Rank)), scaling=0.5 * rank, dropout=0.5))
+    return layers, random((Token, In))
+
+
+@pytest.mark.parametrize("keys", [(None, None, None), (None, jax.random.key(7), None)], ids=["plain", "dropout"])
+def test_adapters_of_one_input_compute_the_same_together(monkeypatch, keys):
+    layers, x = layers_with_one_input()
+
+    def loss(layers, x):
+        outs = list(apply_all(layers, x, keys))
+        return sum(hax.sum(hax.sin(out)).scalar() for out in outs), outs
+
+    def lowered():
+        # A new function each time, which JAX traces again.
+        return jax.jit(jax.value_and_grad(lambda *args: loss(*args), argnums=(0, 1), has_aux=True)).lower(layers, x)
+
+    alone = lowered()
+    monkeypatch.setattr(lora_linear, "platform", lambda: "gpu")
+    together = lowered()
+    saved = sum(key is None for key in keys) - 1
+    assert alone.as_text().count("dot_general") - together.as_text().count("dot_general") == 3 * saved
+    for mine, theirs in zip(*(jax.tree.leaves(each.compile()(layers, x)) for each in (together, alone)), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ from lora_dpo_jax.lora.adapter import Adapter, ByLayer, Factor, unwrapped
 from lora_dpo_jax.lora.config import EMBEDDING, HEAD, PEFT_SWITCHES, LoraConfig
 from lora_dpo_jax.lora.dora_linear import DoraLinear
 from lora_dpo_jax.lora.dropout import TokenKey, split_key
-from lora_dpo_jax.lora.lora_linear import LOW_RANK, LoraLinear
+from lora_dpo_jax.lora.lora_linear import LOW_RANK, LoraLinear, apply_all
 from lora_dpo_jax.lora.offset_lora import OffsetLora
 from lora_dpo_jax.lora.surgery import (
     adapt,
@@ -55,6 +55,7 @@ __all__ = [
     "TokenRows",
     "adapt",
     "adapter_type",
+    "apply_all",
     "check_token_rows",
     "constant_filter",
     "empty_adapter",

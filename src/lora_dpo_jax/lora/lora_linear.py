@@ -1,6 +1,7 @@
 """The adapter of the original LoRA: two thin matrices beside a frozen linear layer."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -86,6 +87,67 @@ def low_rank_factors(adapter: Any) -> dict[str, Factor]:
 def with_low_rank(weight: Any, tensors: Mapping[str, Any], scaling: Any) -> Any:
     """W + scaling * B A, of arrays of NumPy or JAX: see `Adapter.merge`."""
     return weight + (tensors["lora_B.weight"] @ tensors["lora_A.weight"]) * scaling
+
+
+def apply_all(layers: Sequence[Any], x: NamedArray, keys: Sequence[Any]) -> Iterator[NamedArray]:
+    """layer(x, key=key) of each of some linear layers that read the same input.
+
+    On a GPU, plain adapters without dropout multiply it with all their factors A at once. Each of these thin products
+    alone would take the time of reading `x`, and its gradient that of adding to the gradient of `x`.
+    """
+    given = list(zip(layers, keys, strict=True))
+    together = [layer for layer, key in given if type(layer) is LoraLinear and (key is None or layer.dropout == 0.0)]
+    if platform() != "gpu" or len(together) < 2:
+        yield from (layer(x, key=key) for layer, key in given)
+        return
+    As, Bs = [layer.lora_A for layer in together], [layer.lora_B * layer.scale for layer in together]
+    deltas = iter(low_rank_products(x, As, Bs))
+    for layer, key in given:
+        is_shared = any(layer is other for other in together)
+        yield layer.wrapped(x) + hax.auto_sharded(next(deltas)) if is_shared else layer(x, key=key)
+
+
+@jax.custom_vjp
+def low_rank_products(x: NamedArray, As: Sequence[NamedArray], Bs: Sequence[NamedArray]) -> list[NamedArray]:
+    """[low_rank_product(x, A, B) ...]. The factors have no axes but {lora_rank, *In} and {*Out, lora_rank}."""
+    return _low_rank_products_forward(x, As, Bs)[0]
+
+
+def _low_rank_products_forward(x: NamedArray, As, Bs):
+    joint = _joint(As, x.dtype)
+    lows = hax.tree_checkpoint_name(_split(x.dot(joint, axis=_side(As[0], Bs[0])), As), LOW_RANK)
+    return [low.dot(B.astype(x.dtype), axis=RANK) for low, B in zip(lows, Bs, strict=True)], (x, As, Bs, lows)
+
+
+def _low_rank_products_backward(saved, d_outs: Sequence[NamedArray]):
+    x, As, Bs, lows = saved
+    tokens: Any = [axis for axis in lows[0].axes if axis.name != RANK]
+    d_lows = [
+        d_out.dot(B.astype(x.dtype), axis=_side(B, A)).rearrange(low.axes)
+        for d_out, A, B, low in zip(d_outs, As, Bs, lows, strict=True)
+    ]
+    d_low = hax.concatenate(RANK, d_lows)
+    d_joint = _summed_in(As[0].dtype, d_low, x, tokens)
+    d_As = [d_A.rearrange(A.axes) for d_A, A in zip(_split(d_joint, As), As, strict=True)]
+    d_Bs = [
+        _summed_in(B.dtype, low, d_out, tokens).rearrange(B.axes)
+        for low, d_out, B in zip(lows, d_outs, Bs, strict=True)
+    ]
+    return d_low.dot(_joint(As, x.dtype), axis=RANK).rearrange(x.axes), d_As, d_Bs
+
+
+low_rank_products.defvjp(_low_rank_products_forward, _low_rank_products_backward)
+
+
+def _joint(As: Sequence[NamedArray], dtype: Any) -> NamedArray:
+    return hax.concatenate(RANK, [A.astype(dtype).rearrange(As[0].axes) for A in As])
+
+
+def _split(joint: NamedArray, As: Sequence[NamedArray]) -> list[NamedArray]:
+    """The parts of an array with the rank of `_joint(As)` that belong to each of them."""
+    ranks = [A.resolve_axis(RANK).size for A in As]
+    stops = itertools.accumulate(ranks)
+    return [joint[RANK, stop - rank : stop] for rank, stop in zip(ranks, stops, strict=True)]
 
 
 @jax.custom_vjp

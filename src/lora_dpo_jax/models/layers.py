@@ -18,10 +18,11 @@ from lora_dpo_jax.models.compute import ComputeConfig
 from lora_dpo_jax.models.config import DecoderConfig, LayerKind
 from lora_dpo_jax.models.experts import Experts
 from lora_dpo_jax.models.kv_cache import KeyValueCache
-from lora_dpo_jax.models.linear import linear, product, scaled
+from lora_dpo_jax.models.linear import linear, product, products, scaled
 from lora_dpo_jax.models.mlp import Mlp
 from lora_dpo_jax.models.norms import norm
 from lora_dpo_jax.models.rope import RotaryAngles
+from lora_dpo_jax.platforms import platform
 
 # By name, float32 {row, ...}: values that layers pass to the objective besides hidden states, such as how evenly a
 # router distributes tokens. A decoder passes the sum over its layers.
@@ -83,6 +84,9 @@ class Attention(eqx.Module):
             return None if axes is None else norm(config.norm, axes, config.norm_eps)
 
         # o_proj has the axis order that a TPU computes with. For any other, XLA would copy the weights of all layers.
+        # For this one, XLA would copy each layer's weights on a GPU.
+        if platform() != "gpu":
+            o_proj = dataclasses.replace(o_proj, weight=o_proj.weight.rearrange((*Q[:-1], Embed, HeadSize)))
         return Attention(
             config,
             compute,
@@ -92,7 +96,7 @@ class Attention(eqx.Module):
             k_proj=projection(KV, keys[1]),
             v_proj=projection(KV, keys[2]),
             qkv_proj=projection((config.QKVHeads, HeadSize), keys[0], fused=True),
-            o_proj=dataclasses.replace(o_proj, weight=o_proj.weight.rearrange((*Q[:-1], Embed, HeadSize))),
+            o_proj=o_proj,
             q_norm=norm_of(Q),
             k_norm=norm_of(KV),
             sinks=Sinks(hax.zeros(Q[:-1])) if config.attention_sinks else None,
@@ -121,8 +125,8 @@ class Attention(eqx.Module):
     def _projected(self, x: NamedArray, k_q, k_k, k_v) -> tuple[NamedArray, NamedArray, NamedArray]:
         """Queries {..., kv_head, q_heads_per_group, head_size}, keys and values {..., kv_head, head_size}."""
         if self.qkv_proj is None:
-            q, k = product(self.q_proj, x, key=k_q), product(self.k_proj, x, key=k_k)
-            return q, k, product(self.v_proj, x, key=k_v)
+            q, k, v = products((self.q_proj, self.k_proj, self.v_proj), x, (k_q, k_k, k_v))
+            return q, k, v
         config, Heads = self.config, self.config.QKVHeads
         heads = product(self.qkv_proj, x, key=k_q)
         after_q, after_k = config.num_heads, config.num_heads + config.num_kv_heads

@@ -1,6 +1,7 @@
 """Linear layers for a decoder with frozen weights."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -12,6 +13,7 @@ from haliax import NamedArray
 from haliax.axis import AxisSpec
 
 from lora_dpo_jax.axes import EXPERT
+from lora_dpo_jax.lora import apply_all
 from lora_dpo_jax.models.quantization import QuantizedWeight, quantized_product
 
 PRODUCT = "product"  # the name of a linear layer's output in checkpointing policies
@@ -54,6 +56,11 @@ def linear(
 def product(linear: Any, x: NamedArray, *, key=None) -> NamedArray:
     """linear(x), marked with the name that checkpointing policies keep."""
     return hax.tree_checkpoint_name(linear(x, key=key), PRODUCT)
+
+
+def products(layers: Sequence[Any], x: NamedArray, keys: Sequence[Any]) -> list[NamedArray]:
+    """[product(layer, x, key=key) ...], of layers that read the same input."""
+    return [hax.tree_checkpoint_name(out, PRODUCT) for out in apply_all(layers, x, keys)]
 
 
 def scaled(x: NamedArray, scale: float) -> NamedArray:

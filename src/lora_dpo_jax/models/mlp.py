@@ -9,7 +9,7 @@ from lora_dpo_jax.axes import GATE_UP
 from lora_dpo_jax.lora import split_key
 from lora_dpo_jax.models.config import DecoderConfig
 from lora_dpo_jax.models.gates import ACTIVATIONS
-from lora_dpo_jax.models.linear import linear, product
+from lora_dpo_jax.models.linear import linear, product, products
 
 GateUp = Axis(GATE_UP, 2)
 
@@ -42,5 +42,5 @@ class Mlp(eqx.Module):
             both = product(self.gate_up_proj, x, key=k_gate)
             gate, up = both[GateUp, 0], both[GateUp, 1]
         else:
-            gate, up = product(self.gate_proj, x, key=k_gate), product(self.up_proj, x, key=k_up)
+            gate, up = products((self.gate_proj, self.up_proj), x, (k_gate, k_up))
         return product(self.down_proj, ACTIVATIONS[self.activation](gate) * up, key=k_down), {}

@@ -78,7 +78,9 @@ def abstract_learner(
         moves = reference_sync is not None and reference_sync.moves
         return TrainState.init(policy, optimizer, key=jax.random.key(1), reference=reference, reference_moves=moves)
 
-    state = placement.abstract_parameters(eqx.filter_eval_shape(make))
+    with placement.scope():  # the order of a weight's axes may depend on the platform
+        shapes = eqx.filter_eval_shape(make)
+    state = placement.abstract_parameters(shapes)
     return _learner(objective, optimizer, placement, state, None, reference_sync)
 
 

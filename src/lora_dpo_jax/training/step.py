@@ -18,6 +18,7 @@ from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.lora import constant_filter, trainable_filter
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.objective import Metric, Objective
+from lora_dpo_jax.platforms import compiler_options
 from lora_dpo_jax.training.reference_sync import ReferenceSync
 
 Batch = PreferenceBatch | tuple[PreferenceBatch, ...]  # the parts of a step, of different shapes
@@ -140,7 +141,10 @@ class TrainStep:
         """The jitted update. It returns the state with unchanged shardings: others would make JAX compile it again."""
         if self._compiled is None:
             self._compiled = jax.jit(
-                self._update, donate_argnums=0, out_shardings=(jax.tree.map(_mesh_sharding, moving), None)
+                self._update,
+                donate_argnums=0,
+                out_shardings=(jax.tree.map(_mesh_sharding, moving), None),
+                compiler_options=compiler_options(),
             )
         return self._compiled
 

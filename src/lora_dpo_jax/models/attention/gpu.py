@@ -49,8 +49,10 @@ class GpuKernels:
         d_out: Array,
     ) -> tuple[Array, Array, Array]:
         arrays = tuple(self._pad(x) for x in (q, k, v, d_out))
-        stats = (pad_positions(x, arrays[0].shape[1], axis=3) for x in (log_normalizer, inner))
-        arrays = *arrays, *stats
+        length = arrays[0].shape[1]
+        # In the order of q, which its sum leaves. For any other, XLA would turn over the saved outputs of all layers.
+        inner = pad_positions(jnp.moveaxis(inner, -1, 1), length)
+        arrays = *arrays, pad_positions(log_normalizer, length, axis=3), inner
         (d_q,) = self._call(_query_gradient_kernel, "query", arrays[:1], runs, rule, arrays)
         d_k, d_v = self._call(_key_gradient_kernel, "key", arrays[1:3], runs, rule, arrays)
         return _unpad(d_q, q), _unpad(d_k, k), _unpad(d_v, v)
@@ -111,7 +113,8 @@ def _query_gradient_kernel(
     row, kv_head, head = _of_query_program(q)
     queries = pl.ds(pl.program_id(0) * block, block)
     q_block, d_out_block = (x[row, queries, kv_head, head, :] for x in (q, d_out))
-    normalizer, product = (x[row, kv_head, head, queries][:, None] for x in (log_normalizer, inner_product))
+    normalizer = log_normalizer[row, kv_head, head, queries][:, None]
+    product = inner_product[row, queries, kv_head, head][:, None]
     runs = _runs(own, first, stop, row, queries, axis=0)
 
     def visit(n, sum_q):
@@ -154,7 +157,8 @@ def _key_gradient_kernel(
             sum_k, sum_v = carry
             queries = pl.ds(inner[n] * block, block)
             q_block, d_out_block = (x[row, queries, kv_head, head, :] for x in (q, d_out))
-            normalizer, product = (x[row, kv_head, head, queries][None] for x in (log_normalizer, inner_product))
+            normalizer = log_normalizer[row, kv_head, head, queries][None]
+            product = inner_product[row, queries, kv_head, head][None]
             # Scores are [key, query], so that the products below need no transpose.
             scores = rule.scores(dot(k_block, q_block.T), LOG2_E)
             runs = _runs(own, first, stop, row, queries, axis=1)
