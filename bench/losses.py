@@ -20,9 +20,9 @@ from bench import wiring
 from bench.measure import emit
 from bench.throughput import load_examples
 from bench.wiring import wire
+from lora_dpo_jax.columns import LABEL, MISMATCHED, WEIGHT
 from lora_dpo_jax.data import ExampleTable, MemoryExamples, TokenizedExample, whole_table
 from lora_dpo_jax.losses import LOSSES, Loss, Mix
-from lora_dpo_jax.losses.examples import LABEL, MISMATCHED, WEIGHT
 from lora_dpo_jax.settings.arguments import parse
 
 BASELINE = "sigmoid"
