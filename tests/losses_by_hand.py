@@ -139,7 +139,7 @@ def by_hand(name: str, numbers: dict[str, Numbers]) -> tuple[Loss, Numbers]:
     if name == "cpo":
         return loss_of(name, cpo_alpha=0.4), 0.4 * nll - log_sigmoid(B * (numbers["policy_w"] - numbers["policy_l"]))
     if name == "orpo":
-        return loss_of(name), nll - B * log_sigmoid(log_odds(chosen) - log_odds(rejected))
+        return loss_of(name, orpo_alpha=0.7), 0.7 * nll - B * log_sigmoid(log_odds(chosen) - log_odds(rejected))
     assert name == "aot", name
     margin = np.sort(numbers["policy_w"] - numbers["policy_l"]) - np.sort(
         numbers["reference_w"] - numbers["reference_l"]

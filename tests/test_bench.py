@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 from tiny_pairs import lengths_of
 
-from bench import attention, compare, ladder, memory, micro_batches, pairs, throughput
+from bench import attention, compare, ladder, losses, memory, micro_batches, pairs, ranked, throughput
 from bench.layouts import Savings, lay_out
 from bench.measure import Meter
 from bench.models import decoder_config, write_folder
 from bench.profiles import PROFILES, SHAPES
 from bench.wiring import Model, Options, Trainer, adapted_model
+from lora_dpo_jax.columns import LABEL, MISMATCHED
 from lora_dpo_jax.data.memory import MemoryExamples
 from lora_dpo_jax.huggingface.weights import load_model, read_config
+from lora_dpo_jax.losses import LOSSES
 from lora_dpo_jax.models.attention import PackedMask
 from lora_dpo_jax.settings.arguments import parse
 from lora_dpo_jax.sharding import MeshConfig, Placement
@@ -107,6 +109,32 @@ def test_memory_is_that_of_the_devices_asked_for():
     )
     assert of_a_device < 1e6 * short["arguments_mb"] < 8 * of_a_device, "arrays are padded to tiles on a TPU"
     assert all(re.fullmatch(r"\w+\[[\d,]+\]", name) for name in short["largest_arrays"])
+
+
+def test_ranked_lists_and_their_pairs_hold_the_same_comparisons(tmp_path):
+    lists = pairs.ranked(PROFILES["uf512"], 2, 4, vocab_size=97)
+    apart = pairs.as_pairs(lists)
+    assert len(apart) == 12 and all(pair.is_pair for pair in apart)
+    for number, (chosen, rejected) in enumerate(lists[1].comparisons):
+        pair = apart[6 + number]
+        assert pair.prompt is lists[1].prompt
+        assert pair.responses[0] is lists[1].responses[chosen] and pair.responses[1] is lists[1].responses[rejected]
+    loaded = pairs.load("uf512", 12, vocab_size=97, responses=4, apart=True)
+    assert [pair.size for pair in loaded] == [pair.size for pair in apart]
+    together, as_rows = list(ranked.commands(ranked.Options(shape="tiny", work=str(tmp_path))).values())
+    assert "--pairs=8" in together and "--pairs=48" in as_rows
+    assert "--trainer.train_batch_size=2" in together and "--trainer.train_batch_size=12" in as_rows
+
+
+def test_a_step_of_every_loss_is_timed_on_the_same_tokens():
+    variants = losses.variants()
+    assert {type(change["loss"]) for change in variants.values() if "loss" in change} == set(LOSSES.values())
+    drawn = pairs.load("hh512", 3, vocab_size=97)
+    for mismatched in (False, True):
+        answers = losses.labelled(drawn, mismatched=mismatched)
+        assert [answer.size for answer in answers] == [pair.size for pair in drawn]
+        labels = answers.arrays.columns[LABEL]
+        assert labels.per_response and labels.values.tolist()[1::2] == [MISMATCHED if mismatched else 1.0] * 3
 
 
 def test_a_cached_reference_trains_alike():

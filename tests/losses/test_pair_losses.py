@@ -364,6 +364,7 @@ def test_weighting_multiplies_each_loss_by_the_likelihood_of_its_pair(name):
         ("{type: discopop, discopop_tau: 2.0}", r"loss\.discopop_tau=2\.0 must be in \(0, 1\]"),
         ("{type: dpop, dpop_lambda: -1.0}", r"loss\.dpop_lambda=-1\.0 must be at least 0"),
         ("{type: cpo, cpo_alpha: -1.0}", r"loss\.cpo_alpha=-1\.0 must be at least 0"),
+        ("{type: orpo, orpo_alpha: -1.0}", r"loss\.orpo_alpha=-1\.0 must be at least 0"),
         ("{type: simpo, gamma: .nan}", r"loss\.gamma=nan must be a finite"),
         ("{type: mix}", r"loss\.losses must list at least one loss"),
         ("{type: mix, losses: [sigmoid], weights: [1.0, 2.0]}", r"loss\.weights has 2 weights for the 1 losses"),

@@ -141,8 +141,7 @@ class Cpo(_WithLikelihood):
     def __post_init__(self):
         super().__post_init__()
         check_label_smoothing(self.label_smoothing)
-        if not 0.0 <= self.cpo_alpha < math.inf:
-            raise ValueError(f"loss.cpo_alpha={self.cpo_alpha} must be at least 0, and finite")
+        _check_weight("cpo_alpha", self.cpo_alpha)
 
     @property
     def takes_margins(self) -> bool:
@@ -157,20 +156,31 @@ class Cpo(_WithLikelihood):
 
 @dataclass(frozen=True)
 class Orpo(_WithLikelihood):
-    """The likelihood of the chosen responses, and `beta` times the logistic loss of the odds ratio.
+    """`orpo_alpha` times the likelihood of the chosen responses, and `beta` times the logistic loss of the odds ratio.
 
     Eqs. 4, 6 and 7 of https://arxiv.org/abs/2403.07691, where beta is lambda. TRL's likelihood is that of the prompt
     too; here, as in the paper, it is that of the response.
     """
 
+    orpo_alpha: float = 1.0  # the weight of the likelihood; the paper has 1
+
     per_token_rewards = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_weight("orpo_alpha", self.orpo_alpha)
 
     def pair_loss(self, chosen, rejected, policy):
         log_odds_ratio = chosen - rejected - (_log1mexp(chosen) - _log1mexp(rejected))
         return self.beta * hax.nn.softplus(-log_odds_ratio)
 
     def terms(self, policy: Compared) -> dict[str, tuple[float, NamedArray]]:
-        return {"nll_loss": (1.0, self.negative_log_likelihood(policy))}
+        return {"nll_loss": (self.orpo_alpha, self.negative_log_likelihood(policy))}
+
+
+def _check_weight(name: str, weight: float) -> None:
+    if not 0.0 <= weight < math.inf:
+        raise ValueError(f"loss.{name}={weight} must be at least 0, and finite")
 
 
 def _log1mexp(log_prob: NamedArray) -> NamedArray:
