@@ -93,7 +93,7 @@ def wire(
     lora: LoraConfig = EVERYWHERE,
     quantization: str = "none",
     dtype: str = "float32",
-    attention: str = "auto",
+    compute: ComputeConfig = COMPUTE,
     row_order: list[int] | None = None,
 ) -> tuple[Learner, Iterator]:
     """A learner and its batches.
@@ -101,7 +101,7 @@ def wire(
     `dtype` is that of the weights and of computation, `row_order` the one in which rows are dealt to the devices.
     """
     placement = Placement(config, devices)
-    model = jax.jit(functools.partial(_adapted_model, lora, quantization, dtype, attention))()
+    model = jax.jit(functools.partial(_adapted_model, lora, quantization, dtype, compute))()
     pairs = random_pairs(4 * PAIRS_A_STEP)
     ids = list(np.arange(steps * PAIRS_A_STEP).reshape(steps, -1) % len(pairs))
     shapes = lay_out_steps(pairs, ids, PackingConfig(), parallelism=1, row_shards=placement.row_shards).shapes
@@ -128,8 +128,8 @@ def random_pairs(count: int, *, seed: int = 0) -> ExampleTable:
     return whole_table({"random": MemoryExamples((tokens(24), tokens(32), tokens(32)) for _ in range(count))})
 
 
-def _adapted_model(lora: LoraConfig, quantization: str, dtype: str, attention: str) -> CausalLM:
-    base = CausalLM.init(DECODER, dataclasses.replace(COMPUTE, attention=attention), key=jax.random.key(0))
+def _adapted_model(lora: LoraConfig, quantization: str, dtype: str, compute: ComputeConfig) -> CausalLM:
+    base = CausalLM.init(DECODER, compute, key=jax.random.key(0))
     # Large enough that attention and predictions are far from uniform.
     base = jax.tree.map(lambda leaf: (leaf * 1.5 if leaf.ndim > 1 else leaf).astype(dtype), base)
     return loraize(quantize(base, quantization), lora, key=jax.random.key(1))

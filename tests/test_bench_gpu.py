@@ -34,7 +34,7 @@ def test_what_finishes_is_kept_and_what_does_not_is_told(tmp_path, monkeypatch):
         point("slow", "ours, cached, full", "time.sleep(60)"),
         point("late", "ours, cached, full", writing()),
     ])  # fmt: skip
-    rows = [*gpu.measure(gpu.Options(shapes=["tiny"], seconds=12), tmp_path)]
+    rows = [*gpu.measure(gpu.Options(shapes=["tiny"], seconds=6), tmp_path)]
     ours, gone, trl, slow, late = gpu.table(rows)
     assert ours.startswith("| tiny | ours, cached, products | 300 | 2.0 | 1.500 |") and "| 3.00x |" in ours
     assert "exit status 1: no memory is left" in gone and "| 100 |" in trl and "x |" not in trl

@@ -10,27 +10,29 @@ import pytest
 
 from bench import initialization
 from bench.initialization import DEFAULT
-from bench.meshes import DECODER, EVERYWHERE, MESHES, ONE_DEVICE, Outcome, adapters_of, train, wire
+from bench.meshes import COMPUTE, DECODER, EVERYWHERE, MESHES, ONE_DEVICE, Outcome, adapters_of, train, wire
 from lora_dpo_jax.cost.traffic import collective_bytes
 from lora_dpo_jax.lora import LoraConfig
+from lora_dpo_jax.models import ComputeConfig
 
 # With all that a mesh could change: weights quantized in blocks, a head with adapters, dropout, rows laid out for it.
 SETTINGS = {"quantization": "nf4", "lora": dataclasses.replace(EVERYWHERE, dropout=0.1)}
 
 STEPS = 10
+SIMPLE = ComputeConfig(attention="dense", gradient_checkpointing="none")  # compiled soonest
 
 
 @functools.cache
 def on_one_device() -> Outcome:
-    return train(ONE_DEVICE, steps=STEPS, devices=jax.devices()[:1], attention="dense", **SETTINGS)
+    return train(ONE_DEVICE, steps=STEPS, devices=jax.devices()[:1], compute=SIMPLE, **SETTINGS)
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_a_run_on_a_mesh_ends_as_on_one_device(name):
     """`python -m bench.meshes` shows the same without quantization and without dropout."""
-    # Blocked attention, which has a loop over rows and heads, is compiled for one of them.
-    attention = "auto" if name == "data 2, model 4" else "dense"
-    loss, adapter = train(MESHES[name], steps=STEPS, attention=attention, **SETTINGS).apart(on_one_device())
+    # Blocked attention, which has a loop over rows and heads, and recomputation are compiled for one of them.
+    compute = COMPUTE if name == "data 2, model 4" else SIMPLE
+    loss, adapter = train(MESHES[name], steps=STEPS, compute=compute, **SETTINGS).apart(on_one_device())
     assert on_one_device().losses[-1] < on_one_device().losses[0] - 0.01
     assert loss < 1e-5
     assert adapter < 1e-4
