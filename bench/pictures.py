@@ -1,6 +1,6 @@
 """The pictures of docs/objectives.md, from what `bench.objectives` wrote:
 
-    python -m bench.objectives --objectives '[sigmoid, ipo, apo_down, simpo, sft]' --seeds '[0]' --steps_per_eval 5 \
+    python -m bench.objectives --objectives '[sigmoid, apo_down, simpo, sft, dpop]' --seeds '[0]' --steps_per_eval 5 \
         --out bench/results/objective_curves.jsonl
     python bench/pictures.py bench/results/objective_curves.jsonl docs/pictures
 
@@ -53,7 +53,7 @@ def draw(runs: list[dict[str, Any]], title: str, values_of) -> plt.Figure:
         axes.plot(run["steps"], values_of(run), color=colour, marker=mark, markersize=4, label=run["objective"])
     axes.axhline(0, color="#888888", linewidth=0.8)
     axes.set(title=title, xlabel="step", ylabel="nats, held out, since step 0")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
