@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import draccus
@@ -131,8 +132,11 @@ def test_a_device_of_a_topology_is_a_chip_with_its_memory(topology, chips):
     kind, found = devices.devices_of_topology(topology)
     assert len(found) == chips
     a = jax.ShapeDtypeStruct((2**19, 2**17), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(found[0]))
-    with pytest.raises(jax.errors.JaxRuntimeError, match=rf"[a-zA-Z (]{kind.memory / devices.GIB:.2f}G"):
+    with pytest.raises(jax.errors.JaxRuntimeError) as refusal:
         jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x).T).lower(a).compile()
+    sizes = [float(size) for size in re.findall(r"\b([\d.]+)G\b", str(refusal.value))]
+    # Versions of libtpu keep a little for themselves, and not all the same.
+    assert any(size == pytest.approx(kind.memory / devices.GIB, abs=0.02) for size in sizes), refusal.value
 
 
 def test_devices_that_are_no_chips_are_an_error(monkeypatch):

@@ -194,7 +194,7 @@ def test_an_adapter_of_fused_matrices_experts_or_a_wrapper_is_read_as_it_was_wri
 
 @families
 def test_greedy_completions_are_those_of_transformers(family):
-    prompts, count = [TOKENS[0, :5].tolist(), TOKENS[1, :9].tolist()], 16
+    prompts, count = [TOKENS[0, :5].tolist(), TOKENS[1, :9].tolist()], 32
     ours = generate(unadapted(family), prompts, GenerationConfig(max_new_tokens=count), stop_ids=[])
     for prompt, completion in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
