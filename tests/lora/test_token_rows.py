@@ -8,19 +8,17 @@ import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from tiny_pairs import (
     VOCAB,
-    adapters_of,
     intermediates,
     moved,
     packed,
     random_pairs,
     table_of,
     tiny_decoder,
-    weights_of,
 )
+from tiny_steps import two_steps
 
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.data.shapes import choose_shapes
@@ -37,12 +35,9 @@ from lora_dpo_jax.lora import (
     reference_model,
     trainable_filter,
 )
-from lora_dpo_jax.losses import Dpo
 from lora_dpo_jax.models import PackedMask
 from lora_dpo_jax.models.quantization import quantize
-from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.sharding import MeshConfig, Placement
-from lora_dpo_jax.training.step import TrainState, TrainStep
 
 TOKENS = [96, 5, 40]
 BOTH = {"embed_tokens": TOKENS, "lm_head": TOKENS}
@@ -142,21 +137,8 @@ def trained(name: str, mesh: tuple | None):
     model = loraize(eqx.filter_jit(quantize)(tiny_decoder(name), "nf4"), CONFIGS[name], key=jax.random.key(2))
     reference = frozen_copy(moved(model, seed=5))
     batch = pack(PAIRS, [np.array([i]) for i in range(8)], LAYOUT)
-    descent = optax.sgd(0.1)
-    state = TrainState.init(moved(model), descent, key=jax.random.key(0), reference=reference)
-    step = TrainStep(PreferenceObjective(Dpo()), descent)
-    if mesh is not None:
-        placement = Placement(MeshConfig(axes=dict(mesh)))
-        state, batch = placement.put_parameters(state), placement.put_batch(batch)
-        step = TrainStep(PreferenceObjective(Dpo()), descent, scope=placement.scope)
-    weights = {path: np.array(leaf) for path, leaf in weights_of(state.model).items()}
-    losses = []
-    for _ in range(2):
-        state, metrics = step(state, batch)
-        losses.append(float(metrics.values["loss"]))
-    for path, leaf in weights_of(state.model).items():
-        np.testing.assert_array_equal(leaf, weights[path], err_msg=path)
-    return losses, adapters_of(state.model)
+    placement = None if mesh is None else Placement(MeshConfig(axes=dict(mesh)))
+    return two_steps(model, batch, placement, reference=reference)
 
 
 def test_meshes_change_nothing_and_weights_never_move():

@@ -5,19 +5,16 @@ import dataclasses
 import equinox as eqx
 import jax
 import numpy as np
-import optax
 import pytest
 from tiny_pairs import (
     ADAPTERS,
     LLAMA,
-    adapters_of,
-    moved,
     packed,
     random_pairs,
     table_of,
     tiny_decoder,
-    weights_of,
 )
+from tiny_steps import DESCENT, two_steps
 
 from lora_dpo_jax.data.packing import pack
 from lora_dpo_jax.data.shapes import choose_shapes
@@ -30,8 +27,6 @@ from lora_dpo_jax.sharding import MeshConfig, Placement
 from lora_dpo_jax.training.step import TrainState, TrainStep
 
 PAIRS = table_of(random_pairs(8))
-# The steps of plain gradient descent are the gradients themselves.
-DESCENT = optax.sgd(0.1)
 
 
 def trained(kind: str, placement: Placement | None = None) -> tuple[list[float], dict[str, np.ndarray]]:
@@ -39,19 +34,7 @@ def trained(kind: str, placement: Placement | None = None) -> tuple[list[float],
     layout = choose_shapes([np.arange(8)], PAIRS.sizes, row_multiple=8).parts[0]
     batch = pack(PAIRS, [np.array([i]) for i in range(8)], layout)
     model = loraize(eqx.filter_jit(quantize)(tiny_decoder(), kind), ADAPTERS["everywhere"], key=jax.random.key(2))
-    state = TrainState.init(moved(model), DESCENT, key=jax.random.key(0))
-    step = TrainStep(PreferenceObjective(Dpo()), DESCENT)
-    if placement is not None:
-        state, batch = placement.put_parameters(state), placement.put_batch(batch)
-        step = TrainStep(PreferenceObjective(Dpo()), DESCENT, scope=placement.scope)
-    weights = {path: np.array(leaf) for path, leaf in weights_of(state.model).items()}
-    losses = []
-    for _ in range(2):
-        state, metrics = step(state, batch)
-        losses.append(float(metrics.values["loss"]))
-    for path, leaf in weights_of(state.model).items():
-        np.testing.assert_array_equal(leaf, weights[path], err_msg=path)
-    return losses, adapters_of(state.model)
+    return two_steps(model, batch, placement)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -128,9 +128,12 @@ class Adapter(eqx.Module):
         """The rank at which the factors are held: the largest of the stack."""
 
     @property
-    @abstractmethod
     def flops_per_token(self) -> int:
-        """Floating-point operations that the adapter adds to the forward pass, over all layers of the stack."""
+        """Floating-point operations that the adapter adds to the forward pass, over all layers of the stack.
+
+        By default, each number of the factors is multiplied and added once.
+        """
+        return 2 * self.parameter_count
 
     @abstractmethod
     def __call__(self, x: NamedArray, *, key=None) -> NamedArray:

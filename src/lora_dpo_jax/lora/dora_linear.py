@@ -65,10 +65,6 @@ class DoraLinear(Adapter):
     def rank(self) -> int:
         return self.lora_A.resolve_axis(RANK).size
 
-    @property
-    def flops_per_token(self) -> int:
-        return 2 * self.parameter_count
-
     def __call__(self, x: NamedArray, *, key=None) -> NamedArray:
         base = self.wrapped(x)
         without_bias = base if self.wrapped.bias is None else base - self.wrapped.bias

@@ -63,10 +63,6 @@ class Probe(Adapter):
     def rank(self) -> int:
         return self.sketch.resolve_axis(RANK).size
 
-    @property
-    def flops_per_token(self) -> int:
-        return 2 * self.parameter_count
-
     def __call__(self, x: NamedArray, *, key=None) -> NamedArray:
         assert isinstance(key, TokenKey)
         return self.wrapped(_observed(x, key.token[0], self.sketch, self.total, self.count))

@@ -47,10 +47,6 @@ class LoraLinear(Adapter):
     def rank(self) -> int:
         return self.lora_A.resolve_axis(RANK).size
 
-    @property
-    def flops_per_token(self) -> int:
-        return 2 * self.parameter_count
-
     def __call__(self, x: NamedArray, *, key=None) -> NamedArray:
         return self.wrapped(x) + self.delta(x, key=key)
 

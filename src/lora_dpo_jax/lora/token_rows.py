@@ -154,10 +154,6 @@ class HeadRows(TokenRows):
     wrapped: hnn.Linear
     part: ClassVar[str] = HEAD
 
-    @property
-    def flops_per_token(self) -> int:
-        return 2 * self.parameter_count
-
     def __call__(self, x: NamedArray, *, key=None) -> NamedArray:
         """Hidden states {..., embed} to logits {..., vocab}."""
         del key
