@@ -16,7 +16,7 @@ import transformers
 from chat_templates import CHATML
 from safetensors.numpy import load_file
 from tiny_pairs import VOCAB, moved, new_adapters
-from tiny_runs import instruct_folder, preference_rows, read_metrics, run_config, training_metrics, write_rows
+from tiny_runs import TRL_RUN, instruct_folder, preference_rows, read_metrics, run_config, training_metrics, write_rows
 
 from lora_dpo_jax.data.batches import packed_batches
 from lora_dpo_jax.data.config import FormatConfig
@@ -205,15 +205,7 @@ def trl_trainer(folder: Path, start: Path, rows: list[dict], **settings):
                 lr_scheduler_type="constant",
                 weight_decay=0.01,
                 max_grad_norm=1.0,
-                max_length=256,
-                train_sampling_strategy="sequential",
-                gradient_checkpointing=False,
-                use_cpu=True,
-                bf16=False,
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
+                **TRL_RUN,
                 **settings,
             ),
             train_dataset=datasets.Dataset.from_list(rows),

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file
-from tiny_runs import instruct_folder, preference_rows, run_config, training_metrics, write_rows
+from tiny_runs import TRL_RUN, instruct_folder, preference_rows, run_config, training_metrics, write_rows
 
 from lora_dpo_jax.main.train import main
 
@@ -89,15 +89,7 @@ def trl_run(tmp_path_factory):
                     max_grad_norm=MAX_GRAD_NORM,
                     beta=BETA,
                     loss_type=[loss_type],
-                    max_length=256,
-                    train_sampling_strategy="sequential",
-                    gradient_checkpointing=False,
-                    use_cpu=True,
-                    bf16=False,
-                    logging_steps=1,
-                    save_strategy="no",
-                    report_to="none",
-                    disable_tqdm=True,
+                    **TRL_RUN,
                 ),
                 train_dataset=datasets.Dataset.from_list(rows),
                 processing_class=transformers.AutoTokenizer.from_pretrained(instruct_folder()),

@@ -23,6 +23,19 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 VOCAB = 300  # of the tokenizer and the model
 WORDS = "the a owl cat tree river moon small quiet green sleeps sings runs under over near and then why where".split()
 
+# Of TRL's configs: rows in their order, on the CPU, in float32, with nothing written.
+TRL_RUN: dict[str, Any] = {
+    "max_length": 256,
+    "train_sampling_strategy": "sequential",
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "bf16": False,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
 
 def preference_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
     """Conversations of one or three turns, some with a system message; every prompt is another one."""
