@@ -2,11 +2,9 @@
 
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 
-import jax
+from preloaded import Preloaded
 from xla_flags import ONE_DEVICE
 
 
@@ -16,29 +14,18 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def start(arguments: Sequence[str], *, count: int, **environment: str) -> list[subprocess.Popen]:
+def start(arguments: Sequence[str], *, count: int, **environment: str) -> list[Preloaded]:
     """`python <arguments>` on `count` processes of one CPU device each."""
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(count),
-        "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": ONE_DEVICE,
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir or ""),
     }
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env=os.environ | shared | {"RANK": str(rank)} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+    return [Preloaded(arguments, os.environ | shared | {"RANK": str(rank)} | environment) for rank in range(count)]
 
 
-def ended(processes: Sequence[subprocess.Popen], *, seconds: float = 900) -> list[tuple[int, str, str]]:
+def ended(processes: Sequence[Preloaded], *, seconds: float = 900) -> list[tuple[int, str, str]]:
     """Their exit statuses and what they wrote, to stdout and to stderr. None is left behind."""
     try:
         told = [process.communicate(timeout=seconds) for process in processes]

@@ -1,7 +1,9 @@
 """What the documentation shows works, and what can be set is documented."""
 
 import dataclasses
+import io
 import re
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,16 +25,23 @@ def code_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
 
 
-@pytest.fixture
-def library(monkeypatch, tmp_path, capsys, own_choices) -> dict[str, Any]:
-    """The names that the library page defines, block by block; and what the first block printed."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("LORA_DPO_JAX_CACHE", str(tmp_path))
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, Any]:
+    """The names that the first block of the library page defines, what it printed, and the other blocks."""
     names: dict[str, Any] = {}
     train, *others = code_blocks("library.md")
-    exec(train, names)
-    names |= {"printed": capsys.readouterr().out, "others": others}
-    return names
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(io.StringIO()) as printed:
+        patched.chdir(ROOT)
+        patched.setenv("LORA_DPO_JAX_CACHE", str(tmp_path_factory.mktemp("library")))
+        exec(train, names)
+    return names | {"printed": printed.getvalue(), "others": others}
+
+
+@pytest.fixture
+def library(trained, monkeypatch, own_choices) -> dict[str, Any]:
+    """A copy of them, to which a test may add those of other blocks."""
+    monkeypatch.chdir(ROOT)
+    return dict(trained)
 
 
 def new_state(names: dict[str, Any], seed: int = 1) -> Any:

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import draccus
 import numpy as np
 import pytest
 from many_processes import ended, start
+from preloaded import Preloaded
 from safetensors.numpy import load_file
 from tiny_runs import preference_rows, run_config, write_rows
 
@@ -189,7 +189,7 @@ runpy.run_module("lora_dpo_jax.main", run_name="__main__", alter_sys=True)
 """
 
 
-def signalled(config: TrainConfig, signum: signal.Signals, *, victim: int) -> list[subprocess.Popen]:
+def signalled(config: TrainConfig, signum: signal.Signals, *, victim: int) -> list[Preloaded]:
     return start(["-c", SIGNALLED, str(int(signum)), str(victim), "1", "--config_path", written(config)], count=2)
 
 

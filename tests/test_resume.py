@@ -7,12 +7,11 @@ import math
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import draccus
-import jax
 import numpy as np
+import preloaded
 import pytest
 from etils import epath
 from safetensors.numpy import load_file, save_file
@@ -26,7 +25,6 @@ from lora_dpo_jax.settings.arguments import parse
 from lora_dpo_jax.tracking.metrics_file import MetricsFile
 
 STEPS = 8
-ENVIRONMENT = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
 
 # Runs the command line, and sends itself a signal as soon as the metrics of a step are on disk.
 SIGNALLED = """
@@ -88,8 +86,7 @@ def whole(folder, rows) -> TrainConfig:
 def signalled(config: TrainConfig, signum: signal.Signals, at: int) -> subprocess.CompletedProcess:
     path = Path(config.trainer.log_dir).parent / f"{config.trainer.id}.yaml"
     path.write_text(str(draccus.dump(config)))
-    command = [sys.executable, "-c", SIGNALLED, str(int(signum)), str(at), "--config_path", str(path)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    return preloaded.run(["-c", SIGNALLED, str(int(signum)), str(at), "--config_path", str(path)], os.environ)
 
 
 def outcome(config: TrainConfig) -> tuple[list[dict[str, float]], bytes]:
@@ -134,7 +131,7 @@ def test_sigterm_saves_and_asks_to_be_started_again(folder, rows, whole):
     assert not Path(config.peft_save_path or "").exists()
     command = done.stderr.partition("To resume it:\n")[2]
     assert command.endswith(f" --trainer.id {run_dir.name}\n")
-    resumed = subprocess.run(["bash", "-c", command], env=ENVIRONMENT, capture_output=True, text=True)
+    resumed = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert outcome(config) == outcome(whole)
     assert saved_steps(config) == ["step-3", "step-6", "step-8"], "that of the signal is not needed any more"
