@@ -21,6 +21,7 @@ from lora_dpo_jax.main.train import main
 STEPS, BATCH = 6, 4
 LEARNING_RATE, WARMUP, WEIGHT_DECAY, MAX_GRAD_NORM, BETA = 1e-3, 2, 0.01, 1.0, 0.1
 ROWS = preference_rows(STEPS * BATCH)
+EVERY_LAYER = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
 # How the rows of a batch are laid over the eight devices that tests have: together, or one packed row after the other.
 LAYOUTS = {
     "one row a device": {},
@@ -43,24 +44,24 @@ class TrlRun:
 def start_adapter(tmp_path_factory):
     """start_adapter(zero_B): a folder with a new adapter made by PEFT, of which B is zero or random."""
 
-    def make(zero_B: bool) -> Path:
+    def make(zero_B: bool, base: Path | None = None, **targets: list[str]) -> Path:
         torch.manual_seed(1)
         config = peft.LoraConfig(
             r=4,
             lora_alpha=8,
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            **(targets or EVERY_LAYER),
             init_lora_weights=zero_B,  # false: PEFT draws B too, for gradients in which nothing vanishes
             task_type="CAUSAL_LM",
         )
         folder = tmp_path_factory.mktemp("start")
-        peft.get_peft_model(base_model(), config).save_pretrained(str(folder))
+        peft.get_peft_model(base_model(base), config).save_pretrained(str(folder))
         return folder
 
     return make
 
 
-def base_model():
-    return transformers.AutoModelForCausalLM.from_pretrained(instruct_folder(), dtype=torch.float32)
+def base_model(folder: Path | None = None):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder or instruct_folder(), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,9 @@ def trl_run(tmp_path_factory):
     """trl_run(start, loss_type): TRL's metrics and final adapter; from an adapter whose B is not zero, TRL takes a
     frozen copy of it as the reference, from a new one likewise, which is then the base. `length` is its setting."""
 
-    def train(start: Path, loss_type: str, rows: list[dict] = ROWS, **length: float) -> TrlRun:
+    def train(
+        start: Path, loss_type: str, rows: list[dict] = ROWS, base: Path | None = None, **length: float
+    ) -> TrlRun:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # theirs
             import datasets
@@ -77,7 +80,7 @@ def trl_run(tmp_path_factory):
             datasets.disable_progress_bars()
             logging.getLogger("trl").setLevel(logging.ERROR)
             trainer = DPOTrainer(
-                peft.PeftModel.from_pretrained(base_model(), start, is_trainable=True),
+                peft.PeftModel.from_pretrained(base_model(base), start, is_trainable=True),
                 args=DPOConfig(
                     str(tmp_path_factory.mktemp("trl")),
                     **(length or {"max_steps": STEPS}),
@@ -133,7 +136,7 @@ def our_run(
 def assert_same_run(
     ours: list[dict], our_adapter: dict[str, np.ndarray], theirs: TrlRun, *, rewards: bool = True
 ) -> None:
-    assert len(ours) == len(theirs.metrics) == STEPS
+    assert len(ours) == len(theirs.metrics) > 1
 
     def of(name: str) -> tuple[list[float], list[float]]:
         return [line[f"train/{name}"] for line in ours], [line[name] for line in theirs.metrics]
@@ -191,4 +194,34 @@ def test_epochs_that_end_with_a_short_batch_match_trl(start_adapter, trl_run, tm
     theirs = trl_run(start_adapter(zero_B=False), "sigmoid", ROWS[:10], num_train_epochs=2)
     length = {"trainer__num_train_steps": None, "trainer__num_train_epochs": 2}
     ours = our_run(tmp_path, theirs.start, "sigmoid", ROWS[:10], **length)
+    assert_same_run(*ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    """A random Mixtral with four experts, two of them active, and the tokenizer of the other runs."""
+    folder = tmp_path_factory.mktemp("mixture")
+    sizes = {"hidden_size": 64, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(2)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(instruct_folder())
+    config = transformers.MixtralConfig(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=2,
+        num_local_experts=4,
+        initializer_range=0.15,
+        eos_token_id=tokenizer.eos_token_id,
+        **sizes,
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_three_steps_over_experts_match_trl(start_adapter, trl_run, mixture, tmp_path):
+    """With adapters on the parameters of all experts and on two layers beside them."""
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    start = start_adapter(False, mixture, target_modules=["q_proj", "o_proj"], target_parameters=parameters)
+    theirs = trl_run(start, "sigmoid", base=mixture, max_steps=3, router_aux_loss_coef=0.0)
+    ours = our_run(tmp_path, start, "sigmoid", initialize_from_hf=str(mixture), trainer__num_train_steps=3)
+    assert sum(".experts." in name for name in theirs.final) == 2 * 2 * 2
     assert_same_run(*ours, theirs)
