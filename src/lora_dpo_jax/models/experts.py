@@ -9,7 +9,7 @@
 
 Each matrix of a stack has the axes {layers, expert, ...} too, but a name for each expert; a gathered one has a name for
 each layer. Each device sorts its own tokens by expert. A product of all of them with the matrices of their experts is
-then one `jax.lax.ragged_dot_general`. Padding belongs to no expert.
+then one `grouped_dot`. Padding belongs to no expert.
 """
 
 import dataclasses
@@ -26,7 +26,6 @@ import jax.numpy as jnp
 from haliax import Axis, NamedArray
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.lax import RaggedDotDimensionNumbers, ragged_dot_general
 from jax.sharding import PartitionSpec
 
 from lora_dpo_jax.axes import EMBED, EXPERT, GATE_UP, POSITION, RANK
@@ -36,6 +35,7 @@ from lora_dpo_jax.lora.dropout import dropout
 from lora_dpo_jax.models.compute import CHECKPOINT_POLICIES
 from lora_dpo_jax.models.config import DecoderConfig, ExpertsConfig
 from lora_dpo_jax.models.gates import ACTIVATIONS
+from lora_dpo_jax.models.grouped_products import grouped_dot
 from lora_dpo_jax.models.linear import PRODUCT, GatheredLinear, Linear, linear
 from lora_dpo_jax.models.mlp import GateUp
 from lora_dpo_jax.models.quantization import QuantizedWeight
@@ -302,14 +302,9 @@ def _ragged(x: Array, matrices: NamedArray, sorting: Sorting, In: Names, Out: Na
     def product(x, matrices, sizes):
         pairs, (count, *out) = len(x), matrices.shape[: 1 + len(Out)]
         x, matrices = x.reshape(pairs, -1), matrices.reshape(count, math.prod(out), -1)
-        # Contracts the last axes of both.
-        dimensions = RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
-        dtype = jnp.float32 if summed else x.dtype
-        found = ragged_dot_general(x, matrices, sizes[0], dimensions, preferred_element_type=dtype)
+        found = grouped_dot(x, matrices, sizes[0], dtype=jnp.float32 if summed else x.dtype)
         if summed:
             found = jax.lax.psum(found, summed).astype(x.dtype)
-        # What the product of a pair that has no expert is depends on the platform.
-        found = jnp.where((jnp.arange(pairs) < sizes[0].sum())[:, None], found, 0)
         return found.reshape(pairs, *out)
 
     rows = sorting.devices
