@@ -86,7 +86,7 @@ def choice_in_the_middle(config: TrainConfig) -> tuple[BestConfig, int, int]:
             best = standing = BestConfig(name, mode)
             standing = Standing(best)
             for line in evaluations:
-                standing = best(standing, line["step"], line[name], min_delta=0.0)
+                standing = best(standing, int(line["step"]), line[name], min_delta=0.0)
                 if standing.waited == PATIENCE:
                     break
             if standing.step and standing.last_step is not None and standing.last_step < STEPS:
@@ -243,7 +243,7 @@ def test_processes_stop_together_and_export_what_they_kept(folder):
         folder / "two",
         "two",
         hf_save_steps=1,
-        trainer__best={"metric": "eval/logps/chosen", "mode": "min"},
+        trainer__best={"metric": "eval/dpo_accuracy", "mode": "min"},  # 1/2 before the first step, then 1/8 twice
         trainer__early_stopping={"patience": 2, "min_delta": 1e6},  # never reached, so that the end is known
     )
     path = folder / "two" / "run.yaml"
