@@ -396,7 +396,10 @@ def test_a_name_that_others_use_leads_to_the_setting(told, name):
         (["--lora.exclude_modules", "*_proj"], "lora.exclude_modules='*_proj' is no regular expression"),
         (["--loss.type", "kpo"], "loss.type='kpo' must be one of sigmoid, sigmoid_norm"),
         (["--loss", "{type: sigmoid_nrm}"], "did you mean sigmoid_norm?"),
-        (["--trainer.tracker", "mlflow"], "trainer.tracker.0.type='mlflow' must be one of none, tensorboard, wandb"),
+        (
+            ["--trainer.tracker", "comet"],
+            "trainer.tracker.0.type='comet' must be one of none, mlflow, tensorboard, trackio, wandb",
+        ),
         (["--trainer.tracker", "[wandb, wandb]"], "trainer.tracker names wandb, wandb; each may be named once"),
         (["--data.components.old.source.type", "s3"], "data.components.old.source.type='s3' must be one of url, hf"),
         (["--data.components.old.format.type", "chat"], "data.components.old.format.type='chat' must be one of"),

@@ -7,7 +7,14 @@ import pytest
 from lora_dpo_jax.settings.arguments import parse
 from lora_dpo_jax.settings.config_file import read_yaml
 from lora_dpo_jax.settings.decoding import config_of
-from lora_dpo_jax.tracking import NoTrackerConfig, TensorboardConfig, TrackerConfigs, WandbConfig
+from lora_dpo_jax.tracking import (
+    MlflowConfig,
+    NoTrackerConfig,
+    TensorboardConfig,
+    TrackerConfigs,
+    TrackioConfig,
+    WandbConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,10 @@ SPELLINGS = {
     "{type: wandb, project: p, tags: [a, b]}": [WandbConfig(project="p", tags=["a", "b"])],
     "[{type: wandb, mode: offline}, {type: tensorboard}]": [WandbConfig(mode="offline"), TensorboardConfig()],
     "[tensorboard, {type: wandb, entity: e}]": [TensorboardConfig(), WandbConfig(entity="e")],
+    "[{type: trackio, project: p}, {type: mlflow, experiment: e}]": [
+        TrackioConfig(project="p"),
+        MlflowConfig(experiment="e"),
+    ],
 }
 
 
@@ -44,9 +55,12 @@ def test_a_dumped_config_parses_to_itself(text):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("mlflow", "tracker.0.type='mlflow' must be one of none, tensorboard, wandb"),
-        ("[wandb, {project: p}]", "tracker.1.type is missing; it must be one of none, tensorboard, wandb"),
-        ("{type: tensorboard, project: p}", "tracker.0.project is a setting of type wandb alone"),
+        ("comet", "tracker.0.type='comet' must be one of none, mlflow, tensorboard, trackio, wandb"),
+        (
+            "[wandb, {project: p}]",
+            "tracker.1.type is missing; it must be one of none, mlflow, tensorboard, trackio, wandb",
+        ),
+        ("{type: tensorboard, entity: e}", "tracker.0.entity is a setting of type wandb alone"),
         ("{type: wandb, mode: sometimes}", "tracker.0.mode='sometimes' must be one of online, offline, disabled"),
         ("{type: wandb, project: null, tags: null}", "tracker.0.tags is null; it must be a list of texts"),
     ],

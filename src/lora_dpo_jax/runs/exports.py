@@ -4,13 +4,16 @@ Both include the tokenizer of the run, with the chat template of its rows.
 """
 
 import copy
+import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_dpo_jax.data.config import PreferenceDataConfig
+from lora_dpo_jax.huggingface.adapter_config import base_from_anywhere
 from lora_dpo_jax.huggingface.adapters import save_adapter
+from lora_dpo_jax.huggingface.card import NO_NOTES, Training, merged_card, model_card
 from lora_dpo_jax.huggingface.gguf_adapter import check_gguf_layers, save_gguf
 from lora_dpo_jax.huggingface.mxfp4 import unpacked
 from lora_dpo_jax.huggingface.tensors import TensorFiles
@@ -39,13 +42,19 @@ class Exports:
         num_steps: int,
         has_own_tokenizer: bool,
         peft_scaling: str = "as_is",
+        training: Training,
+        evaluations: Callable[[], Sequence[tuple[int, Mapping[str, float]]]],
+        repos: Mapping[str, str],
     ):
         """`paths`: (setting, path) of each export. `run`: the id of the run, which may replace its own exports.
 
         `has_own_tokenizer`: the tokenizer of the run differs from the base's, so a merged model includes it.
+        The others are for the cards: `evaluations` returns (step, held-out scores) so far; `repos` are the ids on the
+        hub, as in HubConfig.
         """
         self.paths, self.base, self.lora, self.num_steps = paths, base, lora, num_steps
         self.has_own_tokenizer, self.peft_scaling = has_own_tokenizer, peft_scaling
+        self.training, self.evaluations, self.repos = training, evaluations, repos
         self.owner: Any = {"run": run, "overwrite": overwrite}
 
     def check_room(self, first_step: int, every: int | None) -> None:
@@ -63,17 +72,21 @@ class Exports:
         if any(setting == "gguf_save_path" for setting, _ in self.paths):
             check_gguf_layers(model, self.base.folder)
 
-    def __call__(self, info: StepInfo[TrainState], notes: Mapping[str, str] | None = None) -> None:
-        """`notes`: texts by title for the adapter's card, where the run ends."""
+    def __call__(
+        self, info: StepInfo[TrainState], *, trained_for: int | None = None, notes: Mapping[str, str] = NO_NOTES
+    ) -> None:
+        """Exports the adapters of `info`, which may be those after an earlier step: `trained_for`. `notes` are lines of
+        their card by title."""
+        card = self._card(info.step if trained_for is None else trained_for, notes)
         write = {
-            "peft_save_path": functools.partial(self._save_adapter, notes=notes),
+            "peft_save_path": self._save_adapter,
             "merged_hf_save_path": self._save_merged,
             "gguf_save_path": self._save_gguf,
         }
         for setting, path in self.paths:
             target = path if info.is_last else step_target(path, info.step)
             try:
-                write[setting](info.state.model, target)
+                write[setting](info.state.model, target, card)
             except Exception as error:
                 raise OSError(
                     f"{setting}: {target} could not be written after {info.step} steps: {error}. A checkpoint of this "
@@ -81,7 +94,7 @@ class Exports:
                     "trainer.id set to the name of the run's folder); it resumes with this export"
                 ) from error
 
-    def _save_adapter(self, model: CausalLM, target: str, *, notes: Mapping[str, str] | None) -> None:
+    def _save_adapter(self, model: CausalLM, target: str, card: Mapping[str, Any]) -> None:
         save_adapter(
             model,
             target,
@@ -91,18 +104,33 @@ class Exports:
             tokenizer=self.base.tokenizer,
             peft_scaling=self.peft_scaling,
             enlargement=self.base.enlargement,
-            notes=notes,
+            card=functools.partial(model_card, repo=self.repos.get("adapter"), **card),
             **self.owner,
         )
 
-    def _save_merged(self, model: CausalLM, target: str) -> None:
-        # Without a tokenizer of the run's own, the base's files stay as they are.
-        tokenizer = self.base.tokenizer if self.has_own_tokenizer else None
-        enlargement = self.base.enlargement
-        save_merged(model, self.base.folder, target, tokenizer=tokenizer, enlargement=enlargement, **self.owner)
+    def _save_merged(self, model: CausalLM, target: str, card: Mapping[str, Any]) -> None:
+        name, repo = base_from_anywhere(self.base.name), self.repos.get("merged")
+        save_merged(
+            model,
+            self.base.folder,
+            target,
+            # Without a tokenizer of the run's own, the base's files stay as they are.
+            tokenizer=self.base.tokenizer if self.has_own_tokenizer else None,
+            enlargement=self.base.enlargement,
+            card=merged_card(name, self.lora, revision=self.base.revision, repo=repo, **card),
+            **self.owner,
+        )
 
-    def _save_gguf(self, model: CausalLM, target: str) -> None:
+    def _save_gguf(self, model: CausalLM, target: str, card: Mapping[str, Any]) -> None:
+        del card  # a file without one
         save_gguf(model, target, source=self.base.folder, **self.owner)
+
+    def _card(self, step: int, notes: Mapping[str, str]) -> dict[str, Any]:
+        """What the cards of the adapters after a step tell besides their base."""
+        found = self.evaluations()
+        shown = dict([*found[:1], *(item for item in found if item[0] == step)])
+        scores = {f"after step {step}": scores for step, scores in shown.items()}
+        return {"notes": notes, "training": dataclasses.replace(self.training, scores=scores)}
 
 
 def has_own_tokenizer(data: PreferenceDataConfig) -> bool:
