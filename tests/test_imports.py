@@ -36,7 +36,7 @@ LAYERS = [
     ["generation", "huggingface", "cost"],
     ["evaluation", "preference_objective"],
     ["reference_cache"],
-    ["training"],
+    ["training", "report"],
     ["runs"],
     ["main"],
 ]

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import draccus
@@ -26,6 +27,7 @@ from lora_dpo_jax.runs.config import TrainConfig, resolved_settings, with_zero_i
 from lora_dpo_jax.runs.exports import Exports, has_own_tokenizer
 from lora_dpo_jax.runs.identity import refuse_other_settings, run_identity
 from lora_dpo_jax.runs.outputs import check_outputs, exports_of
+from lora_dpo_jax.runs.recording import Recorder, facts_of
 from lora_dpo_jax.runs.reference_scores import ReferenceLogProbs
 from lora_dpo_jax.runs.report import HeldOutScores, Samples, print_report
 from lora_dpo_jax.runs.resuming import restore, run_locks, saying_how_to_resume
@@ -72,14 +74,16 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState:
         samples = Samples(config.sample_prompts, run.base.tokenizer, config.generation, stop_ids=stop_ids)
         exports = _exports(config, run, run_id, first_step)
         known = _known_log_probs(reference, run.steps, notes)
-        hooks = _hooks(config, checkpoints, notes, len(run.steps), scores, samples, exports)
+        recorder = _recorder(config, run, run_id, scores, samples, first_step, began)
+        hooks = _hooks(config, checkpoints, notes, len(run.steps), scores, samples, exports, recorder)
         columns = config.loss.columns_in(run.data.pairs.arrays.columns)
         left = range(first_step, len(run.steps))
         batches = run.steps.batches(placement, steps=left, reference=known, columns=columns)
         with saying_how_to_resume(config.trainer, run_id), closing(batches), StopSignals() as stop, checkpoints:
             state = _train(config, run, batches, first_step, hooks, tracker, stop, began)
+    report = None if recorder is None else recorder.finish()
     if is_first_process():
-        _print_report(config, run_id, samples, scores)
+        _print_report(config, run_id, samples, scores, report)
     return state
 
 
@@ -137,6 +141,7 @@ def _hooks(
     scores: HeldOutScores,
     samples: Samples,
     exports: Exports,
+    recorder: Recorder | None,
 ) -> list[Hook]:
     """The hooks between steps. Each checkpoint saves `notes` as they are at that time."""
     trainer = config.trainer
@@ -152,6 +157,7 @@ def _hooks(
         Hook(scores, "evaluation", every=trainer.steps_per_eval, at_start=trainer.eval_at_start),
         Hook(samples, "sample_prompts", at_start=True),
         Hook(exports, "export", every=config.hf_save_steps),
+        *([] if recorder is None else [Hook(recorder, "report", every=trainer.steps_per_eval, at_start=True)]),
     ]
 
 
@@ -223,7 +229,26 @@ def _exports(config: TrainConfig, run: Run, run_id: str, first_step: int) -> Exp
     return exports
 
 
-def _print_report(config: TrainConfig, run_id: str, samples: Samples, scores: HeldOutScores) -> None:
+def _recorder(
+    config: TrainConfig,
+    run: Run,
+    run_id: str,
+    scores: HeldOutScores,
+    samples: Samples,
+    first_step: int,
+    began: float,
+) -> Recorder | None:
+    """Keeps what report.html shows; None if none is asked for."""
+    if not config.report:
+        return None
+    loss, tokenizer, run_dir = config.preference_loss, run.base.tokenizer, config.trainer.run_dir(run_id)
+    facts = facts_of(run, loss)
+    return Recorder(run_dir, facts, loss, scores, samples, tokenizer, first_step=first_step, began=began)
+
+
+def _print_report(
+    config: TrainConfig, run_id: str, samples: Samples, scores: HeldOutScores, report: Path | None
+) -> None:
     run_dir = config.trainer.run_dir(run_id)
     places = {
         "adapter": config.peft_save_path,
@@ -231,5 +256,6 @@ def _print_report(config: TrainConfig, run_id: str, samples: Samples, scores: He
         "GGUF": config.gguf_save_path,
         "metrics": run_dir / "metrics.jsonl",
         "config": run_dir / "config.yaml",
+        "report": report,
     }
     print_report(samples, scores, places)

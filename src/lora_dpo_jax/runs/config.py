@@ -100,6 +100,7 @@ class TrainConfig:
     hf_save_steps: int | None = None  # also export to <path>/step-<n> after every so many steps
     overwrite: bool = False  # replace another run's exports at these paths; never any other files
 
+    report: bool = True  # write report.html, a page about the run, into its folder
     preview: int = 0  # print this many tokenized pairs, coloured by role, and stop
     sample_prompts: list[str] = field(default_factory=list)  # completed before and after training
     generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(max_new_tokens=64))

@@ -34,6 +34,9 @@ class HeldOutScores:
         """`earlier`: the lines of metrics.jsonl that a resumed run has logged so far."""
         self.score, self.objective, self.reference, self.tracker = score, objective, reference, tracker
         self.reference_scores: Scores | None = None
+        # Of the policy, at the first and at the latest evaluation; None where only means are computed.
+        self.first_scores: Scores | None = None
+        self.last_scores: Scores | None = None
         self.scores = [(line["step"], _scores(line)) for line in earlier if "eval/loss" in line]
 
     def __call__(self, info: StepInfo[TrainState]) -> None:
@@ -56,6 +59,7 @@ class HeldOutScores:
             policy_scores = reference_scores
         else:
             policy_scores = self.score(model)
+        self.first_scores, self.last_scores = self.first_scores or policy_scores, policy_scores
         return summarize(self.objective.loss, policy_scores, reference_scores, self.score.examples.arrays.examples)
 
     def _of_reference(self, state: TrainState) -> Scores | None:
