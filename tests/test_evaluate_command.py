@@ -63,12 +63,12 @@ def tokens_of(row: dict) -> tuple[list[int], list[int], list[int]]:
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_scores_match_transformers_pair_by_pair(tmp_path, base, policy, kind):
+def test_scores_match_transformers_pair_by_pair(tmp_path, base, policy, kind, capsys):
     rows = ROWS[kind]
     summary = main(evaluate_config(tmp_path, rows, adapter=str(policy[0]), beta=0.2))
     scores = read_scores(tmp_path)
     assert [score["index"] for score in scores] == list(range(len(rows)))
-    margins = []
+    margins, longer, likelier = [], [], []
     for score, row, number in zip(scores, rows, range(1, len(rows) + 1), strict=True):
         prompt, chosen, rejected = tokens_of(row)
         assert score["origin"].endswith(f"rows.jsonl, row {number}")
@@ -83,16 +83,37 @@ def test_scores_match_transformers_pair_by_pair(tmp_path, base, policy, kind):
         assert {name: score[name] for name in expected} == pytest.approx(expected, rel=1e-5)
         ratios = [expected[f"logp_{name}"] - expected[f"ref_logp_{name}"] for name in ("chosen", "rejected")]
         margins.append(0.2 * (ratios[0] - ratios[1]))
+        longer.append(np.sign(len(chosen) - len(rejected)))
+        likelier.append(np.sign(expected["ref_logp_chosen"] - expected["ref_logp_rejected"]))
     assert summary["rewards/margins"] == pytest.approx(np.mean(margins), abs=1e-4)
     assert summary["loss"] == pytest.approx(np.logaddexp(0, -np.array(margins)).mean(), abs=1e-4)
-    assert summary["dpo_accuracy"] == np.mean(np.array(margins) > 0)
+    correct, longer, likelier = np.array(margins) > 0, np.array(longer), np.array(likelier)
+    assert summary["dpo_accuracy"] == np.mean(correct)
+    # The usual standard error of a mean, and the two baselines.
+    error = np.std(correct, ddof=1) / np.sqrt(len(rows))
+    assert summary["dpo_accuracy_se"] == pytest.approx(error)
+    assert summary["rewards/margins_se"] == pytest.approx(np.std(margins, ddof=1) / np.sqrt(len(rows)), abs=1e-5)
+    assert summary["longer_response/accuracy"] == np.mean((1 + longer) / 2)
+    assert summary["reference_log_prob/accuracy"] == np.mean((1 + likelier) / 2)
+    assert len({*longer}) > 1
+    for name, sign in (("chosen_longer", 1), ("chosen_shorter", -1), ("same_length", 0)):
+        of_group = longer == sign
+        assert summary.get(f"{name}/pairs", 0) == of_group.sum()
+        if of_group.any():
+            assert summary[f"{name}/dpo_accuracy"] == np.mean(correct[of_group])
+            assert summary[f"{name}/reference_log_prob/accuracy"] == np.mean((1 + likelier[of_group]) / 2)
+    printed = capsys.readouterr().out
+    assert f"{np.mean(correct):.1%} ± {error:.1%}" in printed
+    assert f"accuracy of choosing the longer response: {np.mean((1 + longer) / 2):.1%} ±" in printed
+    assert "accuracy of the log-prob of the base: " in printed
 
 
-def test_a_policy_that_is_the_reference_ties_every_pair(tmp_path, policy):
+def test_a_policy_that_is_the_reference_ties_every_pair(tmp_path, policy, capsys):
     config = evaluate_config(tmp_path, ROWS["chat"], initialize_from_peft=str(policy[0]))
     summary = main(config)
-    assert summary["dpo_accuracy"] == 0.5
+    assert (summary["dpo_accuracy"], summary["dpo_accuracy_se"], summary["rewards/margins_se"]) == (0.5, 0.0, 0.0)
     assert summary["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert "accuracy of the log-prob of the reference, initialize_from_peft: " in capsys.readouterr().out
     assert all(score["logp_chosen"] == score["ref_logp_chosen"] for score in read_scores(tmp_path))
     check_output(config.output, lines=LINES, inputs={})  # the same command may be given again
 

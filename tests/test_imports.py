@@ -17,6 +17,7 @@ ROOT = Path(lora_dpo_jax.__file__).parent
 # other; what a package does inside is its own affair.
 LAYERS = [
     [
+        "accuracy",
         "axes",
         "columns",
         "files",
@@ -34,7 +35,8 @@ LAYERS = [
     ["models", "data"],
     ["log_probs", "checkpoints"],
     ["generation", "huggingface", "cost"],
-    ["evaluation", "preference_objective"],
+    ["preference_objective"],
+    ["evaluation"],
     ["reference_cache"],
     ["training", "report"],
     ["runs"],

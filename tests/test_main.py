@@ -97,7 +97,14 @@ def test_metrics_jsonl_holds_every_step_under_the_documented_names(run):
     assert [line["step"] for line in training] == [0, 1, 2]
     assert [line["step"] for line in evaluation] == [0, 2, 3]
     assert all(line.keys() == {"step", *(f"train/{name}" for name in PER_PAIR + PER_STEP)} for line in training)
-    assert all(line.keys() == {"step", *(f"eval/{name}" for name in PER_PAIR)} for line in evaluation)
+    of_evaluation = PER_PAIR + ["dpo_accuracy_se", "rewards/margins_se"]
+    of_groups = {name for name in evaluation[0] if name.startswith(("eval/chosen_longer/", "eval/chosen_shorter/"))}
+    assert of_groups and all(name.endswith(("accuracy", "margins", "_se")) for name in of_groups)
+    for line in evaluation:
+        assert line.keys() == {"step", *(f"eval/{name}" for name in of_evaluation)} | of_groups
+    (baselines,) = (line for line in lines if "eval/longer_response/accuracy" in line)
+    assert baselines["step"] == 0 and "eval/reference_log_prob/accuracy_se" in baselines
+    assert sum(value for name, value in baselines.items() if name.endswith("/pairs")) == len(HELD_OUT)
     assert all(math.isfinite(value) for line in lines for value in line.values())
 
 

@@ -28,7 +28,8 @@ from lora_dpo_jax.main.errors import print_trace, told_in_a_line
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.redaction import log_to_stderr
 from lora_dpo_jax.runs.base import load_tokenizer
-from lora_dpo_jax.runs.report import HeldOutScores, Samples, print_report
+from lora_dpo_jax.runs.held_out import HeldOutScores
+from lora_dpo_jax.runs.report import Samples, print_report
 
 ESCAPES = "\x1b]0;title\x07\x1b[2J\r\x9b31m\u202e"
 CODE = "import pathlib\npathlib.Path(__file__).with_name('it_ran').touch()\nclass Mine:\n    pass\n"

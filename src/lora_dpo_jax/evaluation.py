@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import haliax as hax
 import jax
 import numpy as np
 
+from lora_dpo_jax.accuracy import Comparisons
 from lora_dpo_jax.axes import RESPONSE
 from lora_dpo_jax.data.batches import packed_rows
 from lora_dpo_jax.data.packing import PreferenceBatch
@@ -15,8 +17,9 @@ from lora_dpo_jax.data.table import ExampleTable
 from lora_dpo_jax.log_probs import score_responses
 from lora_dpo_jax.losses import Examples, Loss, Scores
 from lora_dpo_jax.models import CausalLM
-from lora_dpo_jax.objective import Metric, Objective
+from lora_dpo_jax.objective import Metric
 from lora_dpo_jax.platforms import jitted
+from lora_dpo_jax.preference_objective import EvaluatedRows, PreferenceObjective
 from lora_dpo_jax.sharding import on_host
 
 
@@ -84,34 +87,86 @@ def scores_of(examples: ExampleTable, log_probs: np.ndarray) -> Scores:
     return Scores(hax.named(log_probs, Response), hax.named(np.asarray(tokens), Response))
 
 
-def summarize_by_tokens(
-    objective: Objective, columns: Sequence[str], score: Scorer, model: CausalLM, reference: Any
-) -> dict[str, float]:
-    """`summarize` for an objective that needs more than the sums from `score`. It is called for each batch.
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found of a table."""
+
+    means: dict[str, float]  # of the loss and its metrics, under the names of the training metrics
+    policy: Scores  # {response}, in the table's order
+    reference: Scores | None  # likewise; None if the loss has none
+    margins: np.ndarray | None  # float32 [comparison]: see Loss.margins
+
+
+def evaluate_by_sums(loss: Loss, policy: Scores, reference: Scores | None, table: ExampleTable) -> Evaluation:
+    """From the scores of all responses of the table."""
+    means, margins = summarize(loss, policy, reference, table.arrays.examples), None
+    if len(table.arrays.comparisons):
+        margins = loss.margins(policy, reference, table.arrays.examples)
+    return Evaluation(means, policy, reference, None if margins is None else np.asarray(margins.array))
+
+
+def evaluate_by_tokens(
+    objective: PreferenceObjective, columns: Sequence[str], score: Scorer, model: CausalLM, reference: Any
+) -> Evaluation:
+    """The same for an objective that needs more than the sums from `score`. It is called for each batch.
 
     `reference` is the adapters of the reference, or None. `columns` are those that the objective reads.
     """
-
-    def losses_of(model: CausalLM, reference: Any, micro: PreferenceBatch) -> tuple[jax.Array, dict[str, Metric]]:
-        found = objective(model, reference, micro, key=None)
-        return found.loss.sum().scalar(), found.metrics
-
+    table = score.examples
     with score.scope():
-        compiled = jitted(losses_of)
+        compiled = jitted(objective.evaluated)
 
     def micro_batches() -> Iterator[PreferenceBatch]:
-        _, batches = packed_rows(score.examples, rows=score.rows, place=score.put_batch, columns=columns)
+        _, batches = packed_rows(table, rows=score.rows, place=score.put_batch, columns=columns)
         return (batch.micro_batch(0) for batch in batches)
 
-    prepared = micro_batches()
-    if over_table := getattr(objective, "prepare_table", None):
-        prepared = over_table(model, reference, micro_batches, scope=score.scope)
-    found = []
-    for micro in prepared:
+    sums, found = [], []
+    for micro in objective.prepare_table(model, reference, micro_batches, scope=score.scope):
         with score.scope():
-            found.append(compiled(model, reference, micro))
-    loss, metrics = jax.tree.map(lambda *parts: sum(float(part) for part in parts), *found)
-    return _means(loss / len(score.examples), metrics)
+            of_rows: EvaluatedRows = compiled(model, reference, micro)
+        sums.append(jax.tree.map(float, (of_rows.losses.loss.sum().scalar(), of_rows.losses.metrics)))
+        found.append(_on_host(of_rows, micro))
+    loss, metrics = jax.tree.map(lambda *parts: sum(parts), *sums)
+    arrays, (ids, *values) = table.arrays, zip(*found, strict=True)
+    responses, comparisons = (places(np.concatenate(ids)) for places in (arrays.responses_of, arrays.comparisons_of))
+    policy, theirs = (_in_order(parts, responses) for parts in values[:2])
+    assert policy is not None
+    return Evaluation(
+        _means(loss / len(table), metrics),
+        scores_of(table, policy),
+        None if theirs is None else scores_of(table, theirs),
+        _in_order(values[2], comparisons) if len(comparisons) else None,
+    )
+
+
+def _on_host(found: EvaluatedRows, micro: PreferenceBatch) -> tuple[np.ndarray | None, ...]:
+    """(ids of examples, log-probs of their responses under policy and reference, margins); None: there are none."""
+    ids, is_response, is_comparison = (
+        on_host(mask.array) for mask in (micro.examples.ids, micro.examples.is_response, micro.examples.is_comparison)
+    )
+    values = ((found.policy, is_response), (found.reference, is_response), (found.margins, is_comparison))
+    return ids[ids >= 0], *(None if x is None else on_host(x.array)[mask] for x, mask in values)
+
+
+def _in_order(parts: Sequence[np.ndarray | None], places: np.ndarray) -> np.ndarray | None:
+    """The numbers of all parts, one after the other, at their places."""
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    values = np.full(len(places), np.nan, np.float32)
+    values[places] = np.concatenate(known)
+    return values
+
+
+def comparisons_of(table: ExampleTable) -> Comparisons:
+    """The comparisons of a table, as statistics see them."""
+    arrays = table.arrays
+    examples = arrays.examples
+    chosen, rejected = (arrays.scored_tokens[np.asarray(side.array)] for side in (examples.chosen, examples.rejected))
+    example = np.asarray(examples.example_of_comparison.array)
+    total = np.bincount(example, arrays.weights, len(arrays)) if len(example) else np.zeros(len(arrays))
+    share = np.divide(arrays.weights, total[example], out=np.zeros(len(example)), where=total[example] > 0)
+    return Comparisons(chosen, rejected, share, table.prompt_hashes[example])
 
 
 def summarize(loss: Loss, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, float]:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import equinox as eqx
 import haliax as hax
 import jax
 import jax.numpy as jnp
@@ -20,13 +21,14 @@ from lora_dpo_jax.cost.flops import useful_flops
 from lora_dpo_jax.data.packing import PreferenceBatch
 from lora_dpo_jax.log_probs import score_responses, score_with_reference
 from lora_dpo_jax.lora import equals_reference
-from lora_dpo_jax.losses import Loss, Scores
+from lora_dpo_jax.losses import Examples, Loss, Scores
+from lora_dpo_jax.losses.interface import equal_scores
 from lora_dpo_jax.losses.token_metrics import STATISTICS as TOKEN_STATISTICS
 from lora_dpo_jax.losses.token_metrics import token_metrics
 from lora_dpo_jax.losses.whole_batch import ScoredPart, of_whole_batch
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.experts import BALANCE, SEGMENT
-from lora_dpo_jax.objective import ExampleLosses, Mean
+from lora_dpo_jax.objective import ExampleLosses, Mean, Metric
 from lora_dpo_jax.platforms import jitted
 from lora_dpo_jax.sharding import on_host
 
@@ -46,9 +48,36 @@ class PreferenceObjective:
 
     def __call__(self, model: CausalLM, reference: Any, micro: PreferenceBatch, /, *, key=None) -> ExampleLosses:
         policy, theirs = self.scores(model, reference, micro, key=key)
-        are_equal: Any = False
-        if theirs is not None:
-            are_equal = equals_reference(model, reference, training=True)
+        return self._losses(policy, theirs, micro, are_equal=self._are_equal(model, reference, theirs))
+
+    def evaluated(self, model: CausalLM, reference: Any, micro: PreferenceBatch) -> "EvaluatedRows":
+        """The losses, and the scores that they are made of."""
+        policy, theirs = self.scores(model, reference, micro)
+        are_equal = self._are_equal(model, reference, theirs)
+        losses = self._losses(policy, theirs, micro, are_equal=are_equal)
+        margins = self.loss.margins(policy, theirs, micro.examples)
+        if margins is not None:
+            margins = hax.where(are_equal, 0.0, margins)  # rounding differences between two programs
+        return EvaluatedRows(losses, policy.log_probs, None if theirs is None else theirs.log_probs, margins)
+
+    def metric_names(self, examples: Examples) -> list[str]:
+        """The names of the means that an evaluation of these examples, without rows, finds. It needs no model."""
+
+        def metrics(examples: Examples) -> dict[str, Metric]:
+            scores = equal_scores(examples, (*self.loss.all_statistics, *TOKEN_STATISTICS))
+            found = self.loss(scores, scores if self.loss.needs_reference else None, examples).metrics
+            return found | token_metrics(scores, examples) if self.token_metrics else found
+
+        router = ["router_aux_loss"] if self.router_aux_loss_coef and self.needs_tokens else []
+        return ["loss", *jax.eval_shape(metrics, examples), *router]
+
+    @staticmethod
+    def _are_equal(model: CausalLM, reference: Any, theirs: Scores | None) -> jax.Array | bool:
+        return False if theirs is None else equals_reference(model, reference, training=True)
+
+    def _losses(
+        self, policy: Scores, theirs: Scores | None, micro: PreferenceBatch, *, are_equal: jax.Array | bool
+    ) -> ExampleLosses:
         losses = self.loss(policy, theirs, micro.examples, are_equal=are_equal)
         if self.router_aux_loss_coef:
             losses = self._with_router_loss(losses, policy, micro)
@@ -155,6 +184,15 @@ class PreferenceObjective:
     def flops(self, model: CausalLM, batch: PreferenceBatch) -> jax.Array:
         """Useful floating-point operations of a part of a step; float32 scalar."""
         return useful_flops(model, batch, with_reference=self.computes_reference(batch))
+
+
+class EvaluatedRows(eqx.Module):
+    """What an evaluation finds of a micro-batch."""
+
+    losses: ExampleLosses
+    policy: NamedArray  # float32 {row, response}: log p(response | prompt) in nats
+    reference: NamedArray | None  # likewise; None if the loss has none
+    margins: NamedArray | None  # float32 {row, comparison}: see Loss.margins
 
 
 def _with(batch: PreferenceBatch, known: dict[str, NamedArray]) -> PreferenceBatch:

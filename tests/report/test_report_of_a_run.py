@@ -9,14 +9,14 @@ import pytest
 from html_pages import HtmlPage, checked_page
 from tiny_runs import preference_rows, read_metrics, run_config, write_rows
 
-from lora_dpo_jax.losses import Dpo
 from lora_dpo_jax.main import report
 from lora_dpo_jax.main.train import main
 from lora_dpo_jax.report.charts import number, percent
 from lora_dpo_jax.report.record import Facts, Record, read_record
 from lora_dpo_jax.runs.config import TrainConfig
+from lora_dpo_jax.runs.held_out import HeldOutScores
 from lora_dpo_jax.runs.recording import Recorder
-from lora_dpo_jax.runs.report import HeldOutScores, Samples
+from lora_dpo_jax.runs.report import Samples
 from lora_dpo_jax.settings.arguments import parse
 from lora_dpo_jax.training.loop import StepInfo
 
@@ -161,7 +161,7 @@ def test_several_runs_are_compared_on_the_same_examples(run_dir, tmp_path):
     page = checked_page(report.main(parse(report.ReportConfig, report.with_named_runs(words))).read_text())
     assert page.tables["Settings that differ"] == [
         ["setting", "A", "B"],
-        ["optimizer.learning_rate", "0.0100", "0.5000"],
+        ["optimizer.learning_rate", "0.01", "0.5"],
     ]
     head, first, second = page.tables["Final figures, ± standard error"]
     assert [first[1], second[1]] == [RUN_ID, "slower"] and first[2:7] == second[2:7]
@@ -175,8 +175,9 @@ def test_a_report_that_fails_ends_no_run(tmp_path, caplog):
     facts, samples = Facts(4, "pairs", 9, 3, "1 x 8", "1 x cpu", 1, {}), Samples([], None, None, stop_ids=())  # type: ignore[arg-type]
     scores = HeldOutScores(None, None, None, None, [])  # type: ignore[arg-type]
     (tmp_path / "report.json").write_text("{")
-    recorder = Recorder(tmp_path, facts, Dpo(), scores, samples, None, first_step=2, began=0.0)
+    recorder = Recorder(tmp_path, facts, scores, samples, None, first_step=2, began=0.0)
     scores.scores.append((2, {}))
+    scores.last_scores, scores.last_margins = object(), [0.0]  # type: ignore[assignment]
     recorder(StepInfo(2, None))  # type: ignore[arg-type]  # there is no table
     assert recorder.finish() is None  # there are no metrics
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]

@@ -13,7 +13,7 @@ from tiny_pairs import adapters_of, moved, new_adapters, packed, random_answers,
 
 from lora_dpo_jax.data.shapes import PartShape
 from lora_dpo_jax.data.table import ExampleTable
-from lora_dpo_jax.evaluation import Scorer, summarize, summarize_by_tokens
+from lora_dpo_jax.evaluation import Scorer, evaluate_by_sums, evaluate_by_tokens
 from lora_dpo_jax.log_probs import score_responses
 from lora_dpo_jax.lora import reference_model
 from lora_dpo_jax.losses import LOSSES, ComparisonLoss, Loss
@@ -120,10 +120,18 @@ def test_a_table_is_one_batch_where_it_is_evaluated(case):
     model = moved(new_adapters())
     scorer = Scorer(table, rows=8)
     policy, reference = scorer(model), scorer(reference_model(model, None))
-    by_sums = summarize(loss, policy, reference, table.arrays.examples)
+    by_sums = evaluate_by_sums(loss, policy, reference, table)
     objective = PreferenceObjective(loss)
-    by_tokens = summarize_by_tokens(objective, loss.all_columns, Scorer(table, rows=1), model, None)
-    assert by_tokens == pytest.approx(by_sums, rel=1e-5, abs=1e-5)
+    by_tokens = evaluate_by_tokens(objective, loss.all_columns, Scorer(table, rows=1), model, None)
+    assert by_tokens.means == pytest.approx(by_sums.means, rel=1e-5, abs=1e-5)
+    assert sorted(by_sums.means) == sorted(objective.metric_names(table.arrays.examples))
+    for name in ("policy", "reference"):
+        ours, theirs = (np.asarray(getattr(x, name).log_probs.array) for x in (by_tokens, by_sums))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert (by_sums.margins is None) is (case == "single answers")
+    if by_sums.margins is not None and by_tokens.margins is not None:
+        assert by_sums.margins.mean() == pytest.approx(by_sums.means["rewards/margins"], abs=1e-6)
+        np.testing.assert_allclose(by_tokens.margins, by_sums.margins, atol=1e-5)
 
 
 def test_a_loss_without_a_reference_computes_none():

@@ -260,8 +260,12 @@ class ExampleArrays:
         """The indices of the responses of these examples."""
         return _ranges(self.response_starts, ids)
 
+    def comparisons_of(self, ids: np.ndarray) -> np.ndarray:
+        """The indices of the comparisons of these examples."""
+        return _ranges(self.comparison_starts, ids)
+
     def subset(self, ids: np.ndarray) -> "ExampleArrays":
-        responses, comparisons = self.responses_of(ids), _ranges(self.comparison_starts, ids)
+        responses, comparisons = self.responses_of(ids), self.comparisons_of(ids)
         return ExampleArrays(
             self.prompt_tokens[ids],
             self.response_counts[ids],

@@ -78,6 +78,11 @@ class ExampleTable(Sequence[TokenizedExample]):
         )
 
     @property
+    def prompt_hashes(self) -> np.ndarray:
+        """uint64 [example]."""
+        return np.concatenate([source.prompt_hashes[indices] for source, indices in self.components])
+
+    @property
     def components(self) -> list[tuple[ExampleSource, np.ndarray]]:
         """In the table's order: the examples of each component, and the indices of those that belong to this table."""
         return list(zip(self._sources, self._indices, strict=True))
@@ -131,7 +136,7 @@ def why_none_is_held_out(train: ExampleTable, fraction: float) -> str:
         return f"validation_split_fraction is {fraction}, and no component has validation data"
     if (wanted := round(fraction * len(train))) == 0:
         return f"validation_split_fraction={fraction} of {len(train):,} is less than a pair"
-    prompts = np.unique(np.concatenate([source.prompt_hashes[indices] for source, indices in train.components]))
+    prompts = np.unique(train.prompt_hashes)
     if len(prompts) == 1:
         return "all have the same prompt, and no prompt may be in both parts"
     return (

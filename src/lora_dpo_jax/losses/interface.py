@@ -95,6 +95,13 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
         """
         return None
 
+    def margins(self, policy: Scores, reference: Scores | None, examples: Examples) -> NamedArray | None:
+        """How far the reward of each comparison's chosen response is above the other's, scaled by beta.
+
+        float32 {..., comparison}; None if the loss has no rewards of comparisons.
+        """
+        return None
+
     @property
     def warning(self) -> str | None:
         """What one should know of these settings before a run starts: a sentence that names the setting, or None."""
@@ -132,12 +139,18 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
         """
 
 
-def mean_of_equal_scores(loss: Loss, examples: Examples) -> float:
-    """The mean loss of examples without rows, if no log-prob of policy or reference is other than zero."""
+def equal_scores(examples: Examples, statistics: Collection[str] = ()) -> Scores:
+    """Scores of examples without rows, of which no log-prob is other than zero, and which have no tokens to tell."""
     Response = examples.example_of_response.axes[-1]
     no_token = hax.full(Axis(TARGET, 1), -1, dtype=jnp.int32)
-    tokens = TokenScores(hax.zeros_like(no_token, dtype=jnp.float32), no_token, no_token)
-    equal = Scores(hax.zeros(Response), hax.ones(Response, dtype=jnp.int32), tokens)
+    zero = hax.zeros_like(no_token, dtype=jnp.float32)
+    tokens = TokenScores(zero, no_token, no_token, dict.fromkeys(statistics, zero))
+    return Scores(hax.zeros(Response), hax.ones(Response, dtype=jnp.int32), tokens)
+
+
+def mean_of_equal_scores(loss: Loss, examples: Examples) -> float:
+    """The mean loss of examples without rows, if no log-prob of policy or reference is other than zero."""
+    equal = equal_scores(examples)
 
     @jax.jit
     def mean(examples: Examples) -> jax.Array:

@@ -104,6 +104,10 @@ class Mix(Loss):
             total += weight * value
         return total
 
+    def margins(self, policy: Scores, reference: Scores | None, examples: Examples) -> NamedArray | None:
+        """Those of the first loss, as its other metrics."""
+        return self.parts[0][1].margins(policy, reference, examples)
+
     @property
     def warning(self) -> str | None:
         return " ".join(filter(None, (loss.warning for loss in self.losses))) or None

@@ -84,6 +84,10 @@ class ComparisonLoss(Loss):
         chosen, rejected = self.reward(chosen, ours.chosen_tokens), self.reward(rejected, ours.rejected_tokens)
         return chosen, rejected, ours, theirs
 
+    def margins(self, policy: Scores, reference: Scores | None, examples: Examples) -> NamedArray:
+        chosen, rejected, _, _ = self.rewards(policy, reference, examples)
+        return self.beta * chosen - self.beta * rejected
+
     def terms(self, policy: Compared) -> dict[str, tuple[float, NamedArray]]:
         """More terms of the loss: (weight, values {..., comparison}) by the name of their metric."""
         return {}

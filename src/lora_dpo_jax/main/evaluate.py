@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lora_dpo_jax.columns import DESIRABLE, LABEL
 from lora_dpo_jax.data.sources import expand_url
 from lora_dpo_jax.data.table import ExampleTable, why_none_is_held_out
-from lora_dpo_jax.evaluation import summarize, summarize_by_tokens
+from lora_dpo_jax.evaluation import evaluate_by_sums, evaluate_by_tokens
 from lora_dpo_jax.files import cache_folder
 from lora_dpo_jax.huggingface.adapter_config import read_adapter_config
 from lora_dpo_jax.lora import equals_reference, frozen_copy
@@ -30,6 +30,7 @@ from lora_dpo_jax.runs.assembly import Data, load_data, pair_scorer, placement_o
 from lora_dpo_jax.runs.base import Base, adapter_of, check_models, load_base, load_peft_adapter
 from lora_dpo_jax.runs.compiled_programs import keep_compiled_programs
 from lora_dpo_jax.runs.config import TrainConfig
+from lora_dpo_jax.runs.held_out import baselines_over, statistics_over, table
 from lora_dpo_jax.runs.identity import refuse_other_settings
 from lora_dpo_jax.runs.outputs import check_writable
 from lora_dpo_jax.settings.arguments import parse_arguments
@@ -60,7 +61,7 @@ class EvaluateConfig(TrainConfig):
 
 
 def main(config: EvaluateConfig) -> dict[str, float]:
-    """Writes the scores, prints the summary, and returns it."""
+    """Writes the scores, prints the metrics and the baselines, and returns both."""
     refuse_other_settings(config)
     cache = cache_folder(config.data.cache_dir)
     if is_first_process():
@@ -75,11 +76,11 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     pairs = _pairs(config, data)
     base = load_base(config, data.tokenizer, placement, adapter=config.adapter)
     pairs = pairs.switching_at(base.config.switch_length)
-    policy, reference, summary = _score(config, base, pairs, placement)
+    policy, reference, metrics, baselines = _score(config, base, pairs, placement)
     if is_first_process():
         write_output(config.output, _lines(policy, reference, pairs))
-        _print(config, summary, f"{len(pairs):,} {pairs.arrays.noun}")
-    return summary
+        _print(config, metrics, baselines, f"{len(pairs):,} {pairs.arrays.noun}")
+    return metrics | baselines
 
 
 def _pairs(config: EvaluateConfig, data: Data) -> ExampleTable:
@@ -98,8 +99,8 @@ def _pairs(config: EvaluateConfig, data: Data) -> ExampleTable:
 
 def _score(
     config: EvaluateConfig, base: Base, pairs: ExampleTable, placement: Placement
-) -> tuple[Scores, Scores | None, dict[str, float]]:
-    """(log-probs of the policy; of the reference, if anything reads them; means of the loss and its metrics)."""
+) -> tuple[Scores, Scores | None, dict[str, float], dict[str, float]]:
+    """(log-probs of the policy; of the reference, if anything reads them; metrics; baselines)."""
 
     def progress(batches, total: int):
         return tqdm(batches, "policy", total=total, unit=" batches", disable=not is_first_process())
@@ -114,8 +115,11 @@ def _score(
     policy = score(policy_model, progress) if policy is None else policy
     if config.objective.needs_tokens:
         columns = loss.columns_in(pairs.arrays.columns)
-        return policy, reference, summarize_by_tokens(config.objective, columns, score, policy_model, held_to)
-    return policy, reference, summarize(loss, policy, reference, pairs.arrays.examples)
+        found = evaluate_by_tokens(config.objective, columns, score, policy_model, held_to)
+    else:
+        found = evaluate_by_sums(loss, policy, reference, pairs)
+    baselines = baselines_over(pairs, reference)
+    return policy, reference, found.means | statistics_over(pairs, found), baselines
 
 
 def _models(config: EvaluateConfig, base: Base, placement: Placement) -> tuple[CausalLM, CausalLM]:
@@ -162,14 +166,14 @@ def _lines(policy: Scores, reference: Scores | None, examples: ExampleTable) -> 
         yield {"index": index, "origin": examples.origin(index), **numbers, "prompt_tokens": prompt_tokens}
 
 
-def _print(config: EvaluateConfig, summary: dict[str, float], examples: str) -> None:
+def _print(config: EvaluateConfig, metrics: dict[str, float], baselines: dict[str, float], examples: str) -> None:
     print(f"{examples} of the {config.split} split")
-    print(f"loss      {summary['loss']:.4f}")
-    if "dpo_accuracy" in summary:
-        print(f"accuracy  {summary['dpo_accuracy']:.1%}   (a tie counts as half)")
+    scored_by = "the base" if config.reference_adapter is None else "the reference, initialize_from_peft"
+    print("\n".join(table("", {"policy": metrics}, baselines, scored_by=scored_by)))
+    if "dpo_accuracy" in metrics:
         print(
-            f"margin    {summary['rewards/margins']:.4f}   (chosen {summary['rewards/chosen']:.4f}, "
-            f"rejected {summary['rewards/rejected']:.4f}, scaled by beta)"
+            "A tie counts as half. Rewards are scaled by beta: chosen "
+            f"{metrics['rewards/chosen']:.4f}, rejected {metrics['rewards/rejected']:.4f}"
         )
     print(f"scores    {printable(config.output)}")
 

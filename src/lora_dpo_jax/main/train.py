@@ -25,11 +25,12 @@ from lora_dpo_jax.runs.checks import StepCheck, first_loss_tolerance, refuse_non
 from lora_dpo_jax.runs.compiled_programs import keep_compiled_programs
 from lora_dpo_jax.runs.config import TrainConfig, resolved_settings, with_zero_init
 from lora_dpo_jax.runs.exports import Exports, has_own_tokenizer
+from lora_dpo_jax.runs.held_out import HeldOutScores
 from lora_dpo_jax.runs.identity import refuse_other_settings, run_identity
 from lora_dpo_jax.runs.outputs import check_outputs, exports_of
 from lora_dpo_jax.runs.recording import Recorder, facts_of
 from lora_dpo_jax.runs.reference_scores import ReferenceLogProbs
-from lora_dpo_jax.runs.report import HeldOutScores, Samples, print_report
+from lora_dpo_jax.runs.report import Samples, print_report
 from lora_dpo_jax.runs.resuming import restore, run_locks, saying_how_to_resume
 from lora_dpo_jax.runs.steps import Steps
 from lora_dpo_jax.tracking import Tracker, cut_metrics, start_trackers
@@ -69,7 +70,7 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState:
     with _tracking(config, run, run_id, settings, first_step) as (tracker, earlier):
         reference = _reference(config, run)
         scorer = pair_scorer(run.data.held_out, trainer=config.trainer, placement=placement)
-        scores = HeldOutScores(scorer, config.objective, reference, tracker, earlier)
+        scores = HeldOutScores(scorer, config.objective, reference, tracker, earlier, scored_by=config.scored_by)
         stop_ids = read_stop_ids(run.base.folder)
         samples = Samples(config.sample_prompts, run.base.tokenizer, config.generation, stop_ids=stop_ids)
         exports = _exports(config, run, run_id, first_step)
@@ -241,9 +242,8 @@ def _recorder(
     """Keeps what report.html shows; None if none is asked for."""
     if not config.report:
         return None
-    loss, tokenizer, run_dir = config.preference_loss, run.base.tokenizer, config.trainer.run_dir(run_id)
-    facts = facts_of(run, loss)
-    return Recorder(run_dir, facts, loss, scores, samples, tokenizer, first_step=first_step, began=began)
+    facts, run_dir = facts_of(run, config.preference_loss), config.trainer.run_dir(run_id)
+    return Recorder(run_dir, facts, scores, samples, run.base.tokenizer, first_step=first_step, began=began)
 
 
 def _print_report(

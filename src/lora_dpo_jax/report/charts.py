@@ -1,14 +1,16 @@
 """Charts as data, with what they show in words and as a table. pictures.py draws them."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from lora_dpo_jax.accuracy import ERROR, GROUPS, LONGER, REFERENCE
 from lora_dpo_jax.report.record import HeldOut, array_of
 from lora_dpo_jax.report.run_files import RunFiles, Series
-from lora_dpo_jax.report.statistics import Comparisons, right_by
+from lora_dpo_jax.report.statistics import comparisons_in, estimate, right_by
 
 MOST_POINTS = 240  # of a line
 MOST_ROWS = 12  # of a table of numbers
@@ -133,8 +135,18 @@ SPEED: dict[str, tuple[str, str, list[tuple[str, str, int, int]]]] = {
     "padding": ("Padding", "share", [("padding", "train/padding_fraction", 0, 0)]),
     "mfu": ("Use of the devices' peak (MFU)", "share", [("MFU", "train/mfu", 0, 0)]),
 }
+BY_LENGTH: dict[str, tuple[str, str, list[tuple[str, str, int, int]]]] = {
+    "by_length": (
+        "Held-out accuracy by which response is longer",
+        "share",
+        [
+            (group.replace("_", " "), f"eval/{group}/dpo_accuracy", style, style + 1)
+            for style, group in enumerate(GROUPS)
+        ],
+    ),
+}
 # Metrics that stand in other charts, or in none because another one has the same numbers.
-TAKEN = {metric for kind in (CURVES, SPEED) for _, _, lines in kind.values() for _, metric, _, _ in lines}
+TAKEN = {metric for kind in (CURVES, SPEED, BY_LENGTH) for _, _, lines in kind.values() for _, metric, _, _ in lines}
 SAME = ("dpo_chosen_reward", "dpo_rejected_reward", "rewards/accuracies", "skipped_steps", "pairs_per_second")
 SAME += ("answers_per_second", "examples_per_second")
 
@@ -150,14 +162,20 @@ def curves(run: RunFiles, kind: Mapping[str, tuple[str, str, list[tuple[str, str
         ]
         if lines:
             found.append(lines_chart(key, title, lines, unit))
-    return found
+    longer = run.series(f"eval/{LONGER}")
+    if longer is None:
+        return found
+    level = ("choosing the longer response", longer.last)
+    return [dataclasses.replace(chart, level=level) if chart.key == "accuracy" else chart for chart in found]
 
 
 def other_curves(run: RunFiles) -> list[Lines]:
     """The charts of all other metrics: those of training and of held-out examples together."""
     loss_of_type = f"{run.setting('loss.type')}_loss", "dpo_loss"
     names = dict.fromkeys(
-        name.partition("/")[2] for name in run.names if name.startswith(("train/", "eval/")) and name not in TAKEN
+        name.partition("/")[2]
+        for name in run.names
+        if name.startswith(("train/", "eval/")) and name not in TAKEN and not _is_in_a_table(name)
     )
     found = []
     for at, name in enumerate(name for name in names if name not in (*SAME, *loss_of_type)):
@@ -168,6 +186,12 @@ def other_curves(run: RunFiles) -> list[Lines]:
         ]
         found.append(lines_chart(f"other{at}", name, lines))
     return found
+
+
+def _is_in_a_table(name: str) -> bool:
+    """Whether a metric is a standard error, that of a group by length, or a baseline."""
+    parts = name.split("/")
+    return name.endswith(ERROR) or parts[1] in GROUPS or f"{parts[1]}/{parts[-1]}" in (LONGER, REFERENCE)
 
 
 def lines_chart(key: str, title: str, lines: list[Line], unit: str = "") -> Lines:
@@ -279,8 +303,8 @@ def by_length(held_out: HeldOut) -> Bars | None:
     """Accuracy in groups of the chosen response's tokens less those of the rejected one."""
     if held_out.after is None:
         return None
-    comparisons = Comparisons.of(held_out)
-    longer = comparisons.chosen_tokens - comparisons.rejected_tokens
+    comparisons = comparisons_in(held_out)
+    longer = comparisons.excess
     after = right_by(array_of(held_out.after.margins))
     before = None if held_out.before is None else right_by(array_of(held_out.before.margins))
     bounds = np.unique(np.quantile(longer, np.linspace(0, 1, LENGTH_BINS + 1)).round().astype(int))
@@ -290,10 +314,10 @@ def by_length(held_out: HeldOut) -> Bars | None:
     for at, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
         first = low if at == 0 else low + 1
         where = (longer >= first) & (longer <= high)
-        found = comparisons.mean(after, where)
+        found = estimate(after, comparisons, where)
         if found is None:
             continue
-        earlier = None if before is None else comparisons.mean(before, where)
+        earlier = None if before is None else estimate(before, comparisons, where)
         groups.append(f"{first:+,}" if first == high else f"{first:+,} to {high:+,}")
         of_after.append(found.mean)
         errors.append(found.error)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from lora_dpo_jax.report.charts import CURVES, SPEED, Line, Lines, Table, lines_chart, number, percent
-from lora_dpo_jax.report.page import drawn, flat, render
+from lora_dpo_jax.report.judged import flat
+from lora_dpo_jax.report.page import drawn, render
 from lora_dpo_jax.report.record import array_of
 from lora_dpo_jax.report.run_files import RunFiles
-from lora_dpo_jax.report.statistics import Comparisons, Estimate, accuracy, margin, right_by
+from lora_dpo_jax.report.statistics import Estimate, accuracy, comparisons_in, estimate, margin, right_by
 from lora_dpo_jax.report.verdict import duration, typical
 
 MOST_RUNS = len(string.ascii_uppercase)
@@ -60,11 +61,11 @@ def _told_apart(best: str, other: str, runs: dict[str, RunFiles], found: dict[st
     first, second = both
     if first is None or second is None or first.after is None or second.after is None:
         return f"{lead}."
-    tokens = [(part.chosen_tokens, part.rejected_tokens, part.examples) for part in (first, second)]
+    tokens = [(part.chosen_tokens, part.rejected_tokens, part.prompts) for part in (first, second)]
     if tokens[0] != tokens[1]:
         return f"{lead}, but the two hold out other examples, so the figures cannot be compared."
     right = [right_by(array_of(part.after.margins)) for part in (first, second) if part.after is not None]
-    difference = Comparisons.of(first).mean(right[0] - right[1])
+    difference = estimate(right[0] - right[1], comparisons_in(first))
     if difference is None or not gap:
         return f"Run {other} has the same accuracy."
     if difference.is_clearly(0.0) == "above":

@@ -1,12 +1,10 @@
 """From a run's files to report.html: one file that loads nothing, runs no script, and shows data as text."""
 
-import dataclasses
 import json
 import shlex
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -15,9 +13,10 @@ from lora_dpo_jax.files import replace_file
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.report import charts
 from lora_dpo_jax.report.charts import Chart, Table, number, percent
+from lora_dpo_jax.report.judged import flat, judged
 from lora_dpo_jax.report.pictures import HOW_TO_INSTALL, can_draw, picture
 from lora_dpo_jax.report.run_files import RunFiles, read_run
-from lora_dpo_jax.report.statistics import accuracy, likelier_response, longer_response
+from lora_dpo_jax.report.statistics import accuracy, comparisons_in, likelier_response, longer_response
 from lora_dpo_jax.report.tints import tinted
 from lora_dpo_jax.report.verdict import typical, verdict_of
 
@@ -65,9 +64,9 @@ def write_page(path: Path, page: str) -> None:
 
 
 def report_page(run: RunFiles) -> str:
-    held_out = run.record.held_out
+    held_out, settings = run.record.held_out, flat(run.settings)
     groups = {
-        "curves": charts.curves(run, charts.CURVES),
+        "curves": charts.curves(run, charts.CURVES) + charts.curves(run, charts.BY_LENGTH),
         "speed": charts.curves(run, charts.SPEED),
         "others": charts.other_curves(run),
         "held_out": [] if held_out is None else charts.held_out_charts(held_out),
@@ -81,9 +80,9 @@ def report_page(run: RunFiles) -> str:
         baselines=_accuracies(run),
         pairs={"right": tinted(run.record.most_right), "wrong": tinted(run.record.most_wrong)},
         completions=_completions(run),
-        verdicts={name: flat(values) for name, values in run.verdicts.items()},
+        judges=[judged(name, values) for name, values in run.verdicts.items()],
         speed=_speed(run),
-        settings=[(path, value) for path in MAIN_SETTINGS if (value := run.setting(path)) is not None],
+        settings=[(path, settings[path]) for path in MAIN_SETTINGS if settings.get(path, "null") != "null"],
         adapter=run.setting("peft_save_path"),
         base=run.setting("initialize_from_hf"),
         example=f"[{json.dumps(run.record.prompts[0] if run.record.prompts else 'Hello!')}]",
@@ -136,13 +135,12 @@ def _accuracies(run: RunFiles) -> Table | None:
     held_out = run.record.held_out
     if held_out is None or held_out.after is None:
         return None
-    longer = [c - r for c, r in zip(held_out.chosen_tokens, held_out.rejected_tokens, strict=True)]
-    difference = np.array(longer)
+    longer = comparisons_in(held_out).excess
     groups = {
         "all": None,
-        "the chosen response is longer": difference > 0,
-        "the rejected response is longer": difference < 0,
-        "both are as long": difference == 0,
+        "the chosen response is longer": longer > 0,
+        "the rejected response is longer": longer < 0,
+        "both are as long": longer == 0,
     }
     rows = []
     for title, where in groups.items():
@@ -199,18 +197,3 @@ def _speed(run: RunFiles) -> Table:
         rows.append(["devices", facts.devices])
         rows.append(["processes", f"{facts.processes:,}"])
     return Table("Speed", ["", ""], rows)
-
-
-def flat(values: Any, path: str = "") -> dict[str, str]:
-    """Nested mappings as one: a text for each number or text, by its dotted path. Long lists are left out."""
-    if isinstance(values, dict):
-        return {k: v for name, value in values.items() for k, v in flat(value, f"{path}.{name}".lstrip(".")).items()}
-    if isinstance(values, list):
-        return {path: ", ".join(map(str, values))} if len(values) <= 4 else {}
-    if isinstance(values, float):
-        return {path: number(values)}
-    return {path: "none" if values is None else str(values)}
-
-
-def with_key(chart: Chart, key: str) -> Chart:
-    return dataclasses.replace(chart, key=key)

@@ -163,7 +163,7 @@ def _inside_a_page(svg: str, chart: Chart, prefix: str) -> Markup:
     body = re.sub(r"\n\s*", "\n", body).strip()
     size = view_box[1] if view_box else f"0 0 {72 * SIZE[0]:g} {72 * SIZE[1]:g}"
     return Markup(
-        f'<svg viewBox="{size}" role="img" aria-labelledby="{prefix}-title {prefix}-words">'
+        f'<svg viewBox="{size}" role="img" aria-labelledby="{prefix}-title" aria-describedby="{prefix}-words">'
         f'<title id="{prefix}-title">{escape(chart.title)}</title>'
         f'<desc id="{prefix}-words">{escape(chart.words)}</desc>\n{body}\n</svg>'
     )

@@ -73,8 +73,8 @@ class HeldOut:
 
     chosen_tokens: list[int]  # that are scored
     rejected_tokens: list[int]
-    examples: list[int]  # the number of its example
-    shares: Numbers  # of that example: 1 of a pair
+    prompts: list[int]  # the same number for the same prompt
+    shares: Numbers  # of its example: 1 of a pair
     reference: Numbers  # log p(chosen) - log p(rejected) of the reference, in nats; empty if the loss has none
     before: Scored | None = None  # at the first evaluation
     after: Scored | None = None  # at the last one

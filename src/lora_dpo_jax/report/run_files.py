@@ -15,7 +15,7 @@ from lora_dpo_jax.report.record import Record, read_record
 from lora_dpo_jax.tracking.metrics_file import METRICS
 
 CONFIG = "config.yaml"
-VERDICTS = "judge*.json"
+VERDICTS = ("judge*.json", "*/judge.json")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RunFiles:
     settings: dict[str, Any]  # of config.yaml
     settings_text: str
     record: Record
-    verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)  # of judges, by the name of their file
+    verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)  # of judges, by the path of their file
 
     @property
     def name(self) -> str:
@@ -104,7 +104,8 @@ def read_run(folder: Path, verdicts: Sequence[Path] = ()) -> RunFiles:
         settings = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{folder / CONFIG} is no YAML: {str(error).splitlines()[0]}") from error
-    of_judges = {path.name: dict(read_json_object(path).values) for path in [*sorted(folder.glob(VERDICTS)), *verdicts]}
+    found = sorted({path for pattern in VERDICTS for path in folder.glob(pattern)})
+    of_judges = {str(path): dict(read_json_object(path).values) for path in [*found, *verdicts]}
     return RunFiles(
         folder,
         _read_metrics(folder / METRICS),

@@ -1,5 +1,6 @@
 """What a run has come to, in words and in a few figures."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +79,7 @@ def _judgement(run: RunFiles) -> list[str]:
         ]
     after = None if held_out is None else accuracy(held_out, held_out.after)
     if held_out is None or after is None or held_out.after is None:
-        return []
+        return _without_comparisons(run)
     error = f" (standard error {percent(after.error)})" if after.error > 0 else ""
     sentences = [
         f"After {held_out.after.step:,} steps the model's rewards prefer the chosen response in {percent(after.mean)} "
@@ -93,6 +94,22 @@ def _judgement(run: RunFiles) -> list[str]:
         sentences.append(f"For comparison, without any training: {told}.")
         best = max(found.mean for found in baselines.values())
         sentences.append(BESIDE_BASELINES[after.is_clearly(best)])
+    return sentences
+
+
+def _without_comparisons(run: RunFiles) -> list[str]:
+    """Of runs over single answers, or whose comparisons were not scored after training."""
+    loss, right, facts = run.series("eval/loss"), run.series("eval/dpo_accuracy"), run.record.facts
+    if loss is None or len(loss) < 2 or facts is None or not facts.held_out:
+        return []
+    change = f"from {number(loss.values[0])} to {number(loss.last)}"
+    sentences = [f"Over {facts.held_out:,} held-out {facts.noun}, the mean loss went {change}."]
+    if right is not None:
+        error = math.sqrt(max(0.0, right.last * (1 - right.last)) / facts.held_out)
+        sentences.append(
+            f"{percent(right.last)} of them have a reward on the side that their label says (standard error "
+            f"{percent(error)}); before training it was {percent(right.values[0])}."
+        )
     return sentences
 
 

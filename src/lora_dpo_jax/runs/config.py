@@ -173,6 +173,13 @@ class TrainConfig:
         return self.reference_adapter is not None or self.reference_sync.moves
 
     @property
+    def scored_by(self) -> str:
+        """Whose log-probs a run has of the held-out data before it trains: the reference's, else its first policy's."""
+        if self.preference_loss.needs_reference:
+            return "the base" if self.reference_adapter is None else "the reference, initialize_from_peft"
+        return "the base" if self.initialize_from_peft is None else "initialize_from_peft"
+
+    @property
     def starts_equal(self) -> bool:
         """Whether policy and reference compute the same in step 0."""
         if self.initialize_from_peft is None:

@@ -14,9 +14,8 @@ import jax
 import numpy as np
 
 import lora_dpo_jax
-from lora_dpo_jax.lora import equals_reference, reference_model
-from lora_dpo_jax.losses import ComparisonLoss, Loss, Scores
-from lora_dpo_jax.losses.mix import Mix
+from lora_dpo_jax.evaluation import comparisons_of
+from lora_dpo_jax.losses import Loss, Scores
 from lora_dpo_jax.processes.exchange import is_first_process
 from lora_dpo_jax.report.page import write_report
 from lora_dpo_jax.report.record import (
@@ -32,7 +31,8 @@ from lora_dpo_jax.report.record import (
     write_record,
 )
 from lora_dpo_jax.runs.assembly import Run
-from lora_dpo_jax.runs.report import HeldOutScores, Samples
+from lora_dpo_jax.runs.held_out import HeldOutScores
+from lora_dpo_jax.runs.report import Samples
 from lora_dpo_jax.runs.shown_pairs import most_right_and_wrong
 from lora_dpo_jax.training.loop import StepInfo
 from lora_dpo_jax.training.step import TrainState
@@ -49,7 +49,6 @@ class Recorder:
         self,
         run_dir: Path,
         facts: Facts,
-        loss: Loss,
         scores: HeldOutScores,
         samples: Samples,
         tokenizer: Any,
@@ -58,7 +57,7 @@ class Recorder:
         began: float,
     ):
         """`began`: the start of the command, as a time of time.perf_counter. `first_step`: of this process."""
-        self.run_dir, self.facts, self.loss, self.tokenizer = run_dir, facts, loss, tokenizer
+        self.run_dir, self.facts, self.tokenizer = run_dir, facts, tokenizer
         self.scores, self.samples, self.began = scores, samples, began
         self.sitting = Sitting(first_step, first_step, 0.0, now_in_words())
         self.record = Record()
@@ -102,65 +101,34 @@ class Recorder:
         self.record = dataclasses.replace(self.record, **{which: completed})
 
     def _add_scores(self, info: StepInfo[TrainState]) -> None:
-        if len(self.scores.scores) == self._evaluated:
+        scores = self.scores
+        if len(scores.scores) == self._evaluated:
             return
-        self._evaluated = len(self.scores.scores)
-        is_last, earlier = info.step == self.facts.num_steps, self.record.held_out
-        table = self.scores.score.examples
-        if not table.arrays.comparison_counts.any():
+        self._evaluated = len(scores.scores)
+        policy, margins = scores.last_scores, scores.last_margins
+        if policy is None or margins is None or not len(margins):
             return
-        if self.scores.last_scores is None and not (info.step == 0 or is_last):
-            return  # a pass over the table for the report alone is made at the ends only
-        policy, reference = self._scores_of(info.state)
-        margins = reward_margins(self.loss, policy, reference, table.arrays.examples)
-        moment = Scored(info.step, numbers_of(margins), numbers_of(_differences(policy, table.arrays.examples)))
-        held_out = earlier or self._empty(reference)
+        examples = scores.score.examples.arrays.examples
+        moment = Scored(info.step, numbers_of(margins), numbers_of(_differences(policy, examples)))
+        held_out = self.record.held_out or self._unscored()
         which = "before" if info.step == 0 else "after"
         self.record = dataclasses.replace(self.record, held_out=dataclasses.replace(held_out, **{which: moment}))
-        if is_last:
-            right, wrong = most_right_and_wrong(self.scores.score, info.state, margins, self.tokenizer)
+        if info.step == self.facts.num_steps:
+            right, wrong = most_right_and_wrong(scores.score, info.state, margins, self.tokenizer)
             self.record = dataclasses.replace(self.record, most_right=right, most_wrong=wrong)
 
-    def _scores_of(self, state: TrainState) -> tuple[Scores, Scores | None]:
-        """Of the policy and, if the loss has one, of the reference."""
-        scores = self.scores
-        policy, reference = scores.last_scores, scores.reference_scores
-        if self.loss.needs_reference and (reference is None or state.reference_moves):
-            reference = scores.score(reference_model(state.model, state.reference))
-        if policy is None:
-            is_reference = reference is not None and equals_reference(state.model, state.reference)
-            policy = reference if is_reference and reference is not None else scores.score(state.model)
-        return policy, reference if self.loss.needs_reference else None
-
-    def _empty(self, reference: Scores | None) -> HeldOut:
+    def _unscored(self) -> HeldOut:
         """The held-out comparisons without the policy's scores."""
-        examples = self.scores.score.examples.arrays.examples
-        tokens = np.asarray(self.scores.score.examples.arrays.scored_tokens)
-        chosen, rejected = (np.asarray(index.array) for index in (examples.chosen, examples.rejected))
-        differences = [] if reference is None else numbers_of(_differences(reference, examples))
-        shares = numbers_of(np.asarray(examples.share.array))
-        numbers = np.asarray(examples.example_of_comparison.array).tolist()
-        return HeldOut(tokens[chosen].tolist(), tokens[rejected].tolist(), numbers, shares, differences)
-
-
-def reward_margins(loss: Loss, policy: Scores, reference: Scores | None, examples: Any) -> np.ndarray:
-    """The reward of the chosen response less that of the rejected one, float32 [comparison].
-
-    Rewards are those of the loss. A loss that needs more than the sums over responses is taken to have the rewards
-    beta * log(policy / reference).
-    """
-    if isinstance(loss, Mix):
-        return reward_margins(loss.losses[0], policy, reference, examples)
-    if isinstance(loss, ComparisonLoss) and not loss.needs_tokens:
-
-        @jax.jit
-        def margins(policy: Scores, reference: Scores | None, examples: Any) -> jax.Array:
-            chosen, rejected, *_ = loss.rewards(policy, reference, examples)
-            return loss.beta * (chosen - rejected).array
-
-        return np.asarray(margins(policy, reference, examples))
-    of_reference = 0.0 if reference is None else _differences(reference, examples)
-    return loss.beta * (_differences(policy, examples) - of_reference)
+        table, reference = self.scores.score.examples, self.scores.reference_scores
+        compared = comparisons_of(table)
+        _, prompts = np.unique(compared.prompts, return_inverse=True)
+        return HeldOut(
+            compared.chosen_tokens.tolist(),
+            compared.rejected_tokens.tolist(),
+            prompts.tolist(),
+            numbers_of(compared.weights),
+            [] if reference is None else numbers_of(_differences(reference, table.arrays.examples)),
+        )
 
 
 def _differences(scores: Scores, examples: Any) -> np.ndarray:
