@@ -115,11 +115,11 @@ def test_accuracy_is_told_by_length_with_errors_and_baselines(tmp_path):
     page = page_of(tmp_path / "run", [], Record(facts=FACTS, held_out=held_out))
     error = np.std([1, 1, 1, 0], ddof=1) / 2
     assert page.tables["Accuracy on held-out comparisons, ± standard error"][1:] == [
-        ["all", "4", "50.0%", f"75.0% ± {error:.1%}"],
+        ["all", "4", "50.0%", f"75.0% ±\u00a0{error:.1%}"],
         ["the chosen response is longer", "2", "50.0%", "100.0%"],
         ["the rejected response is longer", "1", "50.0%", "100.0%"],
         ["both are as long", "1", "50.0%", "0.0%"],
-        ["baseline: the longer response", "4", f"62.5% ± {np.std([1, 1, 0, 0.5], ddof=1) / 2:.1%}", ""],
+        ["baseline: the longer response", "4", f"62.5% ±\u00a0{np.std([1, 1, 0, 0.5], ddof=1) / 2:.1%}", ""],
         ["baseline: what the untrained model finds likelier", "4", "50.0%", ""],
     ]
     bins = page.tables["Accuracy by how much longer the chosen response is"][1:]

@@ -299,6 +299,10 @@ def _quantiles(values: np.ndarray) -> list[str]:
     return [f"{len(values):,}", *quantiles, number(values.mean()), f"{(values < 0).sum():,}"]
 
 
+def _signed(tokens: int) -> str:
+    return f"{tokens:+,}" if tokens else "0"
+
+
 def by_length(held_out: HeldOut) -> Bars | None:
     """Accuracy in groups of the chosen response's tokens less those of the rejected one."""
     if held_out.after is None:
@@ -318,15 +322,15 @@ def by_length(held_out: HeldOut) -> Bars | None:
         if found is None:
             continue
         earlier = None if before is None else estimate(before, comparisons, where)
-        groups.append(f"{first:+,}" if first == high else f"{first:+,} to {high:+,}")
+        groups.append(_signed(first) if first == high else f"{_signed(first)} to {_signed(high)}")
         of_after.append(found.mean)
         errors.append(found.error)
         of_before.append(math.nan if earlier is None else earlier.mean)
         shown = "unknown" if earlier is None else percent(earlier.mean)
-        error = f" ± {percent(found.error)}" if found.error > 0 else ""
+        error = f" ±\u00a0{percent(found.error)}" if found.error > 0 else ""
         rows.append([groups[-1], f"{found.count:,}", shown, f"{percent(found.mean)}{error}"])
     title = "Accuracy by how much longer the chosen response is"
-    columns = ["tokens longer", "comparisons", "before", "after ± standard error"]
+    columns = ["tokens longer", "count", "before", "after ±\u00a0standard error"]
     words = "; ".join(f"{row[0]} tokens: {row[3]} of {row[1]}" for row in rows) + "."
     table = Table(title, columns, rows)
     return Bars("lengths", title, words, table, "", groups, of_before, of_after, errors)

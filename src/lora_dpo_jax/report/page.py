@@ -153,14 +153,14 @@ def _accuracies(run: RunFiles) -> Table | None:
     ):
         if found is not None:
             rows.append([title, f"{found.count:,}", _with_error(found), ""])
-    return Table("Accuracy on held-out comparisons, ± standard error", ["", "comparisons", "before", "after"], rows)
+    return Table("Accuracy on held-out comparisons, ± standard error", ["", "count", "before", "after"], rows)
 
 
 def _with_error(found: Any) -> str:
     if found is None:
         return "unknown"
     # Where all are alike, as with ties or a few easy comparisons, the error says nothing.
-    return f"{percent(found.mean)} ± {percent(found.error)}" if found.error > 0 else percent(found.mean)
+    return f"{percent(found.mean)} ±\u00a0{percent(found.error)}" if found.error > 0 else percent(found.mean)
 
 
 def _completions(run: RunFiles) -> list[dict[str, str | None]]:

@@ -95,7 +95,7 @@ def _lines(axes: Any, chart: Lines) -> None:
     axes.set(xlabel="step", ylabel=chart.y_label)
     if chart.is_share:
         _percent(axes.yaxis)
-    _whole_steps(axes.xaxis)
+    _few_ticks(axes.xaxis, integer=True)
     if len(chart.lines) > 1 or chart.level is not None:
         _legend(axes, len(chart.lines))
 
@@ -110,6 +110,7 @@ def _histogram(axes: Any, chart: Histogram) -> None:
     if chart.at != 0:
         axes.axvline(0, color=INK, linewidth=0.9)
     axes.set(xlabel=chart.y_label, ylabel="comparisons")
+    _few_ticks(axes.xaxis)
     _legend(axes, 2)
 
 
@@ -120,7 +121,7 @@ def _bars(axes: Any, chart: Bars) -> None:
     axes.errorbar(at, chart.after, yerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=3)
     if any(math.isfinite(value) for value in chart.before):
         axes.plot(at, chart.before, color=COLOURS[1], marker="D", markersize=4, linestyle="", label="before")
-    axes.set_xticks(at, chart.groups)
+    axes.set_xticks(at, [group.replace(" to ", "\nto ") for group in chart.groups])
     axes.set(ylim=(0, 1.05), xlabel="chosen tokens less rejected tokens")
     axes.grid(axis="x", visible=False)
     _percent(axes.yaxis)
@@ -142,10 +143,11 @@ def _percent(axis: Any) -> None:
     axis.set_major_formatter(PercentFormatter(1.0, decimals=None))
 
 
-def _whole_steps(axis: Any) -> None:
+def _few_ticks(axis: Any, *, integer: bool = False) -> None:
+    """So few that their texts have room."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axis.set_major_locator(MaxNLocator(nbins=5, integer=integer))
 
 
 def _inside_a_page(svg: str, chart: Chart, prefix: str) -> Markup:

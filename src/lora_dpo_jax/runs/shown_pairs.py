@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from lora_dpo_jax.axes import RESPONSE, ROW
 from lora_dpo_jax.data.batches import packed_rows
 from lora_dpo_jax.data.examples import TokenizedExample
 from lora_dpo_jax.data.packing import PreferenceBatch
@@ -100,7 +99,7 @@ def _of_responses(
 
     The last three are [row, target], as in TokenScores.
     """
-    example_of = on_host(micro.examples.example_of_response.rearrange((ROW, RESPONSE)).array)
+    example_of = on_host(micro.examples.example_of_response.array)
     ids = on_host(micro.examples.ids.array)
     for row in range(len(ids)):
         seen: dict[int, int] = {}
