@@ -77,6 +77,9 @@ def test_sizes_are_known_before_anything_is_compiled(config_alone, monkeypatch):
     known = list(itertools.takewhile(lambda text: text != COMPILING, texts(settings, plan)))
     assert any(f"{plan.sizes.parameters:,}" in text for text in known)
     assert any("1 x 4 x 1152 tokens" in text for text in known)
+    keeps = {"train_batch_size": 16, "steps_per_eval": 5, "best": {"metric": "eval/loss"}}
+    best = Plan(config(config_alone, trainer=keeps), settings.topology, settings.pair_tokens)
+    assert best.sizes.adapters == 2 * plan.sizes.adapters, "those of the best evaluation are kept on the devices"
 
 
 @pytest.mark.parametrize("given", [-1, 1, 2])

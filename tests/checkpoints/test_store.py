@@ -55,6 +55,22 @@ def assert_same_bits(found: Any, expected: Any) -> None:
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+def test_what_a_run_keeps_besides_is_restored_where_it_is_wanted(tmp_path):
+    kept, other = {"a": jnp.arange(6.0).reshape(2, 3)}, {"a": jnp.zeros((3, 2))}
+    for folder, tree in (("with", kept), ("without", None)):
+        with checkpoints(tmp_path / folder) as run:
+            run.save(3, state(3), notes={}, kept=tree)
+
+    def restored(folder: str, like: Any) -> Any:
+        found = checkpoints(tmp_path / folder).restore(state(0), kept=like)
+        assert found is not None
+        assert_same_bits(found.arrays, state(3))
+        return found.kept
+
+    assert_same_bits(restored("with", jax.tree.map(jnp.zeros_like, kept)), kept)
+    assert restored("with", None) is restored("with", other) is restored("without", kept) is None
+
+
 def test_what_is_restored_is_what_was_saved(tmp_path):
     save(tmp_path, 3, 7)
     found = checkpoints(tmp_path).restore(state(0))

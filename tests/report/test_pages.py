@@ -99,6 +99,18 @@ def test_a_run_of_imitation_says_what_its_loss_says(tmp_path):
     assert "Held-out loss fell from 0.5000 to 0.2500" in page.text and f"loss.beta is odd {SHOWN}" in page.text
 
 
+def test_figures_are_those_of_the_adapters_that_were_chosen(tmp_path):
+    """Of three evaluations the second is the best one, and the run ended early."""
+    lines = [{"step": step, "eval/loss": loss} for step, loss in ((0, 0.7), (2, 0.4), (4, 0.5))]
+    record = Record(facts=FACTS, chosen_step=2, notes={"chosen": f"those after step 2 {MARKUP}", "stopped early": "so"})
+    page = page_of(tmp_path / "run", lines, record)
+    assert "Held-out loss fell from 0.7000 to 0.4000" in page.text and "0.7000 → 0.4000" in page.text
+    assert f"Chosen: those after step 2 {SHOWN}." in page.text and "Stopped early: so." in page.text
+    assert "has not finished" not in page.text
+    row = checked_page(comparison_page([read_run(tmp_path / "run")] * 2)).tables["Final figures, ± standard error"][1]
+    assert row[4] == "0.4000"
+
+
 def test_numbers_that_are_not_finite_are_called_so(tmp_path):
     lines = [*trained(2), {"step": 2, "train/loss": None, "train/grad_norm": None}, {"step": 2, "eval/loss": None}]
     record = Record(facts=FACTS, held_out=held_out_of([1, 2], [2, 1], [0.0, 0.0], [1.0, math.nan]))

@@ -13,12 +13,13 @@ from lora_dpo_jax.main import report
 from lora_dpo_jax.main.train import main
 from lora_dpo_jax.report.charts import number, percent
 from lora_dpo_jax.report.record import Facts, Record, read_record
+from lora_dpo_jax.runs.best import BestAdapters
 from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.runs.held_out import HeldOutScores
 from lora_dpo_jax.runs.recording import Recorder
 from lora_dpo_jax.runs.report import Samples
 from lora_dpo_jax.settings.arguments import parse
-from lora_dpo_jax.training.loop import StepInfo
+from lora_dpo_jax.training.loop import StepInfo, TrainerConfig
 
 MARKUP = """<script>alert(1)</script><b onclick="x">&amp;'{{ 7 * 7 }}</b>"""
 RUN_ID = """<i>&"run" {{ 1 }}"""
@@ -44,6 +45,7 @@ def config(tmp_path_factory) -> TrainConfig:
         trainer__id=RUN_ID,
         trainer__num_train_steps=4,
         trainer__steps_per_eval=2,
+        trainer__best={"metric": "eval/loss"},
         trainer__checkpointer={"keep": [{"every": 2}]},
     )
 
@@ -108,6 +110,7 @@ def test_figures_on_the_page_are_those_of_metrics_jsonl(config, page):
             for step in range(5)
         ]
         assert page.tables[title][1:] == expected
+    assert "Chosen: the adapters after step 4, whose eval/loss of " in page.text
     first, last = evaluated[0], evaluated[4]
     assert f"{percent(first['eval/dpo_accuracy'])} → {percent(last['eval/dpo_accuracy'])}" in page.text
     assert f"{number(first['eval/loss'])} → {number(last['eval/loss'])}" in page.text
@@ -174,8 +177,9 @@ def test_several_runs_are_compared_on_the_same_examples(run_dir, tmp_path):
 def test_a_report_that_fails_ends_no_run(tmp_path, caplog):
     facts, samples = Facts(4, "pairs", 9, 3, "1 x 8", "1 x cpu", 1, {}), Samples([], None, None, stop_ids=())  # type: ignore[arg-type]
     scores = HeldOutScores(None, None, None, None, [])  # type: ignore[arg-type]
+    best = BestAdapters(TrainerConfig(), 4, scores, {}, None, None)  # type: ignore[arg-type]
     (tmp_path / "report.json").write_text("{")
-    recorder = Recorder(tmp_path, facts, scores, samples, None, first_step=2, began=0.0)
+    recorder = Recorder(tmp_path, facts, scores, best, samples, None, first_step=2, began=0.0)
     scores.scores.append((2, {}))
     scores.last_scores, scores.last_margins = object(), [0.0]  # type: ignore[assignment]
     recorder(StepInfo(2, None))  # type: ignore[arg-type]  # there is no table

@@ -196,6 +196,47 @@ def test_a_run_at_its_last_step_is_not_stopped():
     assert run(3, stop=signalled(3))[0] == 3
 
 
+def test_a_run_that_is_complete_early_ends_with_the_hooks_of_its_end():
+    """Each is called once after that step, in their order; those after the decision know that it is the last."""
+    seen: list = []
+    asked = SimpleNamespace(complete=False)
+
+    def record(name):
+        return lambda info: seen.append((name, info.step, info.state, info.is_last))
+
+    def decide(info):
+        record("decide")(info)
+        asked.complete = info.step == 4
+
+    hooks = [
+        Hook(record("save"), every=3, at_stop=True),
+        Hook(decide, every=2),
+        Hook(record("sample"), at_start=True),
+        Hook(record("export"), every=4),
+        Hook(record("start"), at_start=True, at_end=False),
+    ]
+    batches = iter(range(100))
+    state, tracker = run(9, batches=batches, hooks=hooks, is_complete=lambda: asked.complete)
+    assert state == 4 and next(batches) == 4
+    assert [step for step, _ in tracker.logged] == [0, 1, 2, 3]
+    at_last = [("decide", 4, 4, False), ("save", 4, 4, True), ("sample", 4, 4, True), ("export", 4, 4, True)]
+    before = [("sample", 0, 0, False), ("start", 0, 0, False), ("decide", 2, 2, False), ("save", 3, 3, False)]
+    assert seen == before + at_last
+
+    seen.clear()  # started again, it knows that it is complete
+    assert run(9, batches=[], first_step=4, hooks=hooks, is_complete=lambda: True)[0] == 0, "the state that it is given"
+    assert [(name, is_last) for name, *_, is_last in seen] == [
+        *(("decide", False), ("save", True), ("sample", True), ("export", True))
+    ]
+
+
+def test_a_run_that_is_complete_at_its_last_step_ends_as_any_other():
+    seen: list[StepInfo] = []
+    hooks = [Hook(seen.append, every=1), Hook(seen.append)]
+    assert run(2, hooks=hooks, is_complete=lambda: len(seen) >= 2)[0] == 2
+    assert [(info.step, info.is_last) for info in seen] == [(1, False), (2, True), (2, True)]
+
+
 def test_no_batch_is_taken_that_is_not_trained_on():
     batches = iter(range(100))
     run(3, batches=batches)

@@ -34,10 +34,10 @@ class CheckpointArrays:
         self._orbax.wait_until_finished()
 
     def read(self, folder: epath.Path, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """The arrays, each sharded as its namesake in `like`, whatever devices it was written from."""
+        """The arrays that `like` names, each sharded as its namesake, whatever devices it was written from."""
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in like.items()}
         places = {name: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape) for name, x in like.items()}
-        return self._orbax.restore(folder, args=_Restore(item=shapes, restore_args=places))
+        return self._orbax.restore(folder, args=_Restore(item=shapes, restore_args=places, partial_restore=True))
 
     def close(self) -> None:
         self._orbax.close()

@@ -5,7 +5,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -38,15 +38,17 @@ STEP_FOLDER = re.compile(r"step-(\d+)")
 UNFINISHED_FOLDER = re.compile(r"step-\d+\.orbax-checkpoint-tmp.*")  # Orbax writes into it, then renames it
 SECONDS_TO_SEE = 10.0  # how long a network file system may take to show one host what another wrote
 NONE_FOUND, REFUSED = -1, -2  # sent by the first process instead of a step
+KEPT = "kept"
 
 
 @dataclass(frozen=True)
 class Restored(Generic[T]):
-    """A checkpoint that was read: the arrays after `step` updates, and the notes that were saved with them."""
+    """A checkpoint that was read: the arrays after `step` updates, and what was saved with them."""
 
     step: int
     arrays: T
     notes: dict[str, Any]
+    kept: Any = None  # see Checkpoints.restore
 
 
 class Checkpoints:
@@ -75,8 +77,11 @@ class Checkpoints:
         self._finishing: Future | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoints")
 
-    def restore(self, like: T, *, wanted: bool | None = None) -> Restored[T] | None:
+    def restore(self, like: T, *, kept: Any = None, wanted: bool | None = None) -> Restored[T] | None:
         """The newest complete checkpoint of this run, as a tree like `like`, with each array sharded as its namesake.
+
+        `kept` is a tree like the one that was saved under this name. It is None in the result if it is None here, or if
+        the checkpoint has none, or another one.
 
         Damaged checkpoints are skipped and logged. Returns None if there is none, which is an error if `wanted` is
         true. If `wanted` is false, any checkpoint is an error. Raises ValueError with the differences if the newest
@@ -98,11 +103,14 @@ class Checkpoints:
         if step == NONE_FOUND:
             return None
         path = self._path(step)
-        values = self._open().read(path, arrays)
-        leaves = [values[name] for name in arrays]
+        description = read_description(path)
+        kept_arrays = _named(kept, KEPT)
+        if description.get(KEPT) != _shapes(kept_arrays):
+            kept, kept_arrays = None, {}
+        values = self._open().read(path, arrays | kept_arrays)
         self._at_hand = step
         logger.info("resuming from %s", path)
-        return Restored(step, jax.tree.unflatten(jax.tree.structure(like), leaves), read_description(path)["notes"])
+        return Restored(step, _filled(like, arrays, values), description["notes"], _filled(kept, kept_arrays, values))
 
     def is_due(self, step: int) -> bool:
         """Whether to save after `step` updates, by the rules or the clock. Call it once per step."""
@@ -110,8 +118,13 @@ class Checkpoints:
             self.wait()  # raises if the writing failed
         return self.config.keeps(step) or self._clock.is_due(step)
 
-    def save(self, step: int, arrays: Any, *, notes: Mapping[str, Any], is_last: bool = False) -> None:
-        """Saves in the background; the arrays may be donated as soon as this returns. `notes` serialize to JSON."""
+    def save(
+        self, step: int, arrays: Any, *, notes: Mapping[str, Any], kept: Any = None, is_last: bool = False
+    ) -> None:
+        """Saves in the background; the arrays may be donated as soon as this returns. `notes` serialize to JSON.
+
+        `kept`: a tree of more arrays, without which a run can resume too.
+        """
         if step == self._at_hand:
             return
         self.wait()
@@ -121,10 +134,11 @@ class Checkpoints:
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "notes": _as_json(notes),
             "identity": {**self.identity, "arrays": _shapes(_named(arrays))},
+            **({KEPT: _shapes(_named(kept, KEPT))} if kept is not None else {}),
             "settings": self.settings,
         }
         try:
-            self._open().write(self._path(step), _named(arrays), description)
+            self._open().write(self._path(step), _named(arrays) | _named(kept, KEPT), description)
         except Exception as error:
             raise self._not_written(step, error) from error
         self._at_hand = step
@@ -269,10 +283,15 @@ class Checkpoints:
         return self._storage
 
 
-def _named(arrays: Any) -> dict[str, jax.Array]:
-    """The leaves by their dotted paths, in the order of the tree."""
-    leaves = jax.tree_util.tree_leaves_with_path(arrays)
+def _named(arrays: Any, root: str = "") -> dict[str, jax.Array]:
+    """The leaves by their dotted paths from the `root`, in the order of the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path({root: arrays} if root else arrays)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _filled(tree: T, names: Iterable[str], values: Mapping[str, jax.Array]) -> T:
+    """The tree with the values of these names as its leaves."""
+    return jax.tree.unflatten(jax.tree.structure(tree), [values[name] for name in names])
 
 
 def _shapes(arrays: Mapping[str, jax.Array]) -> dict[str, str]:

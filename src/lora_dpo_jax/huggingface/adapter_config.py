@@ -170,12 +170,14 @@ def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
     return whole | pattern
 
 
-def model_card(base_model: str, config: LoraConfig, targets: list[str]) -> str:
+def model_card(base_model: str, config: LoraConfig, targets: list[str], notes: Mapping[str, str] | None = None) -> str:
+    """The README of an adapter. `notes` are texts by title."""
     # The hub rejects cards whose base is not one of its ids.
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model)
     base = f"base_model: {json.dumps(base_model)}\n" if is_hub_id else ""
     variant = ", rank-stabilized scaling" if config.use_rslora else ""
     variant += ", DoRA" if config.use_dora else ""
+    noted = "".join(f"- {title}: {text}\n" for title, text in (notes or {}).items())
     return f"""---
 {base}library_name: peft
 pipeline_tag: text-generation
@@ -186,7 +188,7 @@ LoRA adapter for `{base_model}`, trained by Direct Preference Optimization with 
 
 - rank {config.r}, alpha {config.alpha:g}{variant}
 - targets: {abridged(targets)}
-"""
+{noted}"""
 
 
 def read_peft(folder: Path) -> JsonObject:

@@ -131,6 +131,7 @@ def save_adapter(
     dtype: Any = np.float32,
     run: str | None = None,
     overwrite: bool = False,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the adapters for `peft.PeftModel.from_pretrained`, to a path or a URL (see `export_folder`).
 
@@ -138,7 +139,8 @@ def save_adapter(
     `tokenizer`, if given, is saved beside the adapters with its chat template; so are the matrices of `enlargement`.
     `config` is the config of the adapters; but the target modules are those of the model. `peft_scaling` as_is keeps
     these settings; plain writes the same adapter at one rank, with lora_alpha / r as the scaling of every layer and the
-    rest of it in B. Every process of a run must call this; only the first one writes.
+    rest of it in B. `notes` are texts by title for the card. Every process of a run must call this; only the first one
+    writes.
     """
     _check_config(model, config)
     found, config = layer_adapters(model), config.as_written()
@@ -173,7 +175,7 @@ def save_adapter(
         write_tensors(exported / f"{STEM}.safetensors", tensors)
         if tokenizer is not None:
             save_tokenizer(tokenizer, exported)
-        card = model_card(printable(base), config, targets + (config.target_parameters or []))
+        card = model_card(printable(base), config, targets + (config.target_parameters or []), notes)
         (exported / "README.md").write_text(card, encoding="utf-8")
         settings = peft_config(base, revision, config, targets, [adapter.name for adapter in adapters])
         (exported / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")

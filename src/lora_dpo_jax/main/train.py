@@ -21,6 +21,7 @@ from lora_dpo_jax.processes.stalls import StallMonitor
 from lora_dpo_jax.runs.announcement import announce, parameter_counts
 from lora_dpo_jax.runs.assembly import Run, assemble, load_data, pair_scorer, placement_of, reference_log_probs
 from lora_dpo_jax.runs.base import check_models
+from lora_dpo_jax.runs.best import BestAdapters, kept_like
 from lora_dpo_jax.runs.checks import StepCheck, first_loss_tolerance, refuse_non_finite
 from lora_dpo_jax.runs.compiled_programs import keep_compiled_programs
 from lora_dpo_jax.runs.config import TrainConfig, resolved_settings, with_zero_init
@@ -66,25 +67,29 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState:
     run = assemble(config, placement)
     settings = resolved_settings(config, run_id)
     checkpoints = _checkpoints(config, run, run_id, settings)
-    first_step, notes = restore(checkpoints, run.learner, len(run.steps), wanted=config.trainer.load_checkpoint)
+    kept = kept_like(config.trainer, run.learner.state.model)
+    first_step, notes, kept = restore(
+        checkpoints, run.learner, len(run.steps), kept=kept, wanted=config.trainer.load_checkpoint
+    )
     with _tracking(config, run, run_id, settings, first_step) as (tracker, earlier):
         reference = _reference(config, run)
         scorer = pair_scorer(run.data.held_out, trainer=config.trainer, placement=placement)
         scores = HeldOutScores(scorer, config.objective, reference, tracker, earlier, scored_by=config.scored_by)
+        best = BestAdapters(config.trainer, len(run.steps), scores, notes, kept, tracker)
         stop_ids = read_stop_ids(run.base.folder)
         samples = Samples(config.sample_prompts, run.base.tokenizer, config.generation, stop_ids=stop_ids)
         exports = _exports(config, run, run_id, first_step)
         known = _known_log_probs(reference, run.steps, notes)
-        recorder = _recorder(config, run, run_id, scores, samples, first_step, began)
-        hooks = _hooks(config, checkpoints, notes, len(run.steps), scores, samples, exports, recorder)
+        recorder = _recorder(config, run, run_id, scores, best, samples, first_step, began)
+        hooks = _hooks(config, checkpoints, notes, scores, best, samples, exports, recorder)
         columns = config.loss.columns_in(run.data.pairs.arrays.columns)
         left = range(first_step, len(run.steps))
         batches = run.steps.batches(placement, steps=left, reference=known, columns=columns)
         with saying_how_to_resume(config.trainer, run_id), closing(batches), StopSignals() as stop, checkpoints:
-            state = _train(config, run, batches, first_step, hooks, tracker, stop, began)
+            state = _train(config, run, batches, first_step, hooks, best, tracker, stop, began)
     report = None if recorder is None else recorder.finish()
     if is_first_process():
-        _print_report(config, run_id, samples, scores, report)
+        _print_report(config, run_id, samples, scores, best, report)
     return state
 
 
@@ -94,6 +99,7 @@ def _train(
     batches: Iterable[Any],
     first_step: int,
     hooks: Sequence[Hook],
+    best: BestAdapters,
     tracker: Tracker,
     stop: StopSignals,
     began: float,
@@ -111,6 +117,7 @@ def _train(
         peak_flops=peak_flops(list(run.learner.placement.mesh.devices.flat)),
         check=_check(config, run, first_step),
         stop=stop,
+        is_complete=best.is_complete,
         began=began,
         stalls=StallMonitor(trainer.stall_seconds, helpers=("packing",)),
     )
@@ -138,26 +145,31 @@ def _hooks(
     config: TrainConfig,
     checkpoints: Checkpoints,
     notes: dict[str, Any],
-    num_steps: int,
     scores: HeldOutScores,
+    best: BestAdapters,
     samples: Samples,
     exports: Exports,
     recorder: Recorder | None,
 ) -> list[Hook]:
-    """The hooks between steps. Each checkpoint saves `notes` as they are at that time."""
+    """The hooks between steps. Each checkpoint saves `notes` and the best adapters as they are at that time."""
     trainer = config.trainer
 
     def save(info: StepInfo[TrainState]) -> None:
         refuse_non_finite(info)
-        checkpoints.save(info.step, info.state.trained, notes=notes, is_last=info.step == num_steps)
+        checkpoints.save(info.step, info.state.trained, notes=notes, kept=best.adapters, is_last=info.is_last)
 
+    def export(info: StepInfo[TrainState]) -> None:
+        exports(best.chosen(info), notes=best.words() if info.is_last else None)
+
+    evaluations: Any = {"every": trainer.steps_per_eval, "at_start": trainer.eval_at_start}
     return [
         # First, and before each export, so that the state is safe if a later hook fails. A resumed run calls the later
         # hooks again.
         Hook(save, "checkpoint", every=config.hf_save_steps, when=checkpoints.is_due, at_stop=True),
-        Hook(scores, "evaluation", every=trainer.steps_per_eval, at_start=trainer.eval_at_start),
-        Hook(samples, "sample_prompts", at_start=True),
-        Hook(exports, "export", every=config.hf_save_steps),
+        Hook(scores, "evaluation", **evaluations),
+        Hook(best, "choice", **evaluations),
+        Hook(lambda info: samples(best.chosen(info)), "sample_prompts", at_start=True),
+        Hook(export, "export", every=config.hf_save_steps),
         *([] if recorder is None else [Hook(recorder, "report", every=trainer.steps_per_eval, at_start=True)]),
     ]
 
@@ -235,6 +247,7 @@ def _recorder(
     run: Run,
     run_id: str,
     scores: HeldOutScores,
+    best: BestAdapters,
     samples: Samples,
     first_step: int,
     began: float,
@@ -243,11 +256,16 @@ def _recorder(
     if not config.report:
         return None
     facts, run_dir = facts_of(run, config.preference_loss), config.trainer.run_dir(run_id)
-    return Recorder(run_dir, facts, scores, samples, run.base.tokenizer, first_step=first_step, began=began)
+    return Recorder(run_dir, facts, scores, best, samples, run.base.tokenizer, first_step=first_step, began=began)
 
 
 def _print_report(
-    config: TrainConfig, run_id: str, samples: Samples, scores: HeldOutScores, report: Path | None
+    config: TrainConfig,
+    run_id: str,
+    samples: Samples,
+    scores: HeldOutScores,
+    best: BestAdapters,
+    report: Path | None,
 ) -> None:
     run_dir = config.trainer.run_dir(run_id)
     places = {
@@ -258,4 +276,4 @@ def _print_report(
         "config": run_dir / "config.yaml",
         "report": report,
     }
-    print_report(samples, scores, places)
+    print_report(samples, scores, places, chosen=best.standing.step, notes=best.words())

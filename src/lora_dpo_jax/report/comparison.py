@@ -86,7 +86,8 @@ def _row(letter: str, run: RunFiles) -> list[str]:
         series = run.series(name)
         if series is None:
             return ""
-        return shown(series.last) + (f" ± {shown(error.error)}" if error is not None and error.error > 0 else "")
+        value = run.final(series) if name.startswith("eval/") else series.last
+        return shown(value) + (f" ± {shown(error.error)}" if error is not None and error.error > 0 else "")
 
     sittings = run.record.sittings
     speed = typical(run.series("train/tokens_per_second"))

@@ -76,8 +76,8 @@ class HeldOut:
     prompts: list[int]  # the same number for the same prompt
     shares: Numbers  # of its example: 1 of a pair
     reference: Numbers  # log p(chosen) - log p(rejected) of the reference, in nats; empty if the loss has none
-    before: Scored | None = None  # at the first evaluation
-    after: Scored | None = None  # at the last one
+    before: Scored | None = None  # before the first step
+    after: Scored | None = None  # at the last evaluation, or at the one whose adapters are exported
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ class Record:
     held_out: HeldOut | None = None
     most_right: list[ShownPair] = field(default_factory=list)
     most_wrong: list[ShownPair] = field(default_factory=list)
+    chosen_step: int | None = None  # of the exported adapters, if trainer.best chose them
+    notes: dict[str, str] = field(default_factory=dict)  # what was chosen and why, by title
 
     def until(self, step: int) -> "Record":
         """What a run that resumes from `step` still has."""
@@ -133,6 +135,8 @@ class Record:
             held_out=held_out,
             most_right=[],
             most_wrong=[],
+            chosen_step=None,
+            notes={},
         )
 
 

@@ -69,6 +69,11 @@ class RunFiles:
         values = [math.nan if value is None else float(value) for value in found.values()]
         return Series(np.array([*found], np.int64), np.array(values))
 
+    def final(self, series: Series) -> float:
+        """The value of a held-out metric for the exported adapters."""
+        at = np.flatnonzero(series.steps == self.record.chosen_step)
+        return float(series.values[at[0]]) if len(at) else series.last
+
     @property
     def names(self) -> list[str]:
         """Of all metrics, in the order of their first line."""

@@ -34,12 +34,15 @@ class Verdict:
 
 
 def verdict_of(run: RunFiles) -> Verdict:
-    paragraphs = [*_progress(run), " ".join(_judgement(run)), *_cautions(run)]
+    notes = [f"{title[:1].upper()}{title[1:]}: {text}." for title, text in run.record.notes.items()]
+    paragraphs = [*_progress(run), " ".join(_judgement(run)), *notes, *_cautions(run)]
     return Verdict(_headline(run), [*filter(None, paragraphs)], [*_quality(run), *_effort(run)])
 
 
-def _ends(series: Series | None) -> tuple[float, float] | None:
-    return None if series is None else (float(series.values[0]), series.last)
+def _ends(run: RunFiles, name: str) -> tuple[float, float] | None:
+    """The first value of a metric, and that of the exported adapters."""
+    series = run.series(name)
+    return None if series is None else (float(series.values[0]), run.final(series))
 
 
 def _noun(run: RunFiles) -> str:
@@ -47,17 +50,17 @@ def _noun(run: RunFiles) -> str:
 
 
 def _headline(run: RunFiles) -> str:
-    found = _ends(run.series("eval/dpo_accuracy"))
+    found = _ends(run, "eval/dpo_accuracy")
     evaluated = run.series("eval/loss")
     if evaluated is None:
-        done = _ends(run.series("train/loss"))
+        done = _ends(run, "train/loss")
         if done is None:
             return "The run has not taken a step yet"
         return f"Training loss went from {number(done[0])} to {number(done[1])}; nothing was held out to check it"
     if len(evaluated) == 1:
         return f"Evaluated once, after step {evaluated.steps[0]:,}: held-out loss {number(evaluated.last)}"
     if found is None:
-        first, last = float(evaluated.values[0]), evaluated.last
+        first, last = float(evaluated.values[0]), run.final(evaluated)
         verb = "fell" if last < first else "rose" if last > first else "stayed"
         return f"Held-out loss {verb} from {number(first)} to {number(last)}"
     return f"Held-out accuracy went from {percent(found[0])} to {percent(found[1])}"
@@ -65,7 +68,7 @@ def _headline(run: RunFiles) -> str:
 
 def _progress(run: RunFiles) -> list[str]:
     done, wanted = run.steps_done, run.num_steps
-    if wanted is not None and done < wanted:
+    if wanted is not None and done < wanted and not run.record.notes:
         return [f"The run has not finished: {done:,} of {wanted:,} steps are done."]
     return []
 
@@ -82,7 +85,7 @@ def _judgement(run: RunFiles) -> list[str]:
         return _without_comparisons(run)
     error = f" (standard error {percent(after.error)})" if after.error > 0 else ""
     sentences = [
-        f"After {held_out.after.step:,} steps the model's rewards prefer the chosen response in {percent(after.mean)} "
+        f"After step {held_out.after.step:,} the model's rewards prefer the chosen response in {percent(after.mean)} "
         f"of {after.count:,} held-out comparisons{error}."
     ]
     before = accuracy(held_out, held_out.before)
@@ -102,12 +105,13 @@ def _without_comparisons(run: RunFiles) -> list[str]:
     loss, right, facts = run.series("eval/loss"), run.series("eval/dpo_accuracy"), run.record.facts
     if loss is None or len(loss) < 2 or facts is None or not facts.held_out:
         return []
-    change = f"from {number(loss.values[0])} to {number(loss.last)}"
+    change = f"from {number(loss.values[0])} to {number(run.final(loss))}"
     sentences = [f"Over {facts.held_out:,} held-out {facts.noun}, the mean loss went {change}."]
     if right is not None:
-        error = math.sqrt(max(0.0, right.last * (1 - right.last)) / facts.held_out)
+        share = run.final(right)
+        error = math.sqrt(max(0.0, share * (1 - share)) / facts.held_out)
         sentences.append(
-            f"{percent(right.last)} of them have a reward on the side that their label says (standard error "
+            f"{percent(share)} of them have a reward on the side that their label says (standard error "
             f"{percent(error)}); before training it was {percent(right.values[0])}."
         )
     return sentences
@@ -144,18 +148,19 @@ def _quality(run: RunFiles) -> list[Figure]:
     of_margin = None if held_out is None else margin(held_out, held_out.after)
     comparisons = "" if of_accuracy is None else f", {of_accuracy.count:,} comparisons"
     if (series := run.series("eval/dpo_accuracy")) is not None:
-        figures.append(_change("Held-out accuracy", series, percent, of_accuracy, comparisons))
+        figures.append(_change(run, "Held-out accuracy", series, percent, of_accuracy, comparisons))
     if (series := run.series("eval/rewards/margins")) is not None:
-        figures.append(_change("Held-out reward margin", series, number, of_margin))
+        figures.append(_change(run, "Held-out reward margin", series, number, of_margin))
     if (series := run.series("eval/loss")) is not None:
-        figures.append(_change("Held-out loss", series, number, None))
+        figures.append(_change(run, "Held-out loss", series, number, None))
     if not figures and (series := run.series("train/loss")) is not None:
-        figures.append(_change("Training loss", series, number, None))
+        figures.append(_change(run, "Training loss", series, number, None))
     return figures
 
 
-def _change(title: str, series: Series, shown, error: Estimate | None, of: str = "") -> Figure:
-    value = shown(series.last) if len(series) == 1 else f"{shown(series.values[0])} → {shown(series.last)}"
+def _change(run: RunFiles, title: str, series: Series, shown, error: Estimate | None, of: str = "") -> Figure:
+    last = shown(run.final(series))
+    value = last if len(series) == 1 else f"{shown(series.values[0])} → {last}"
     note = f"± {shown(error.error)} standard error{of}" if error is not None and error.error > 0 else of.lstrip(", ")
     return Figure(title, value, note)
 

@@ -8,7 +8,7 @@ import jax
 from lora_dpo_jax.data.cache import load_examples
 from lora_dpo_jax.data.mismatched import with_mismatched_answers
 from lora_dpo_jax.data.order import ExampleOrder, StepIds
-from lora_dpo_jax.data.table import ExampleTable, split_by_prompt, whole_table
+from lora_dpo_jax.data.table import ExampleTable, split_by_prompt, whole_table, why_none_is_held_out
 from lora_dpo_jax.evaluation import Scorer
 from lora_dpo_jax.files import cache_folder
 from lora_dpo_jax.lora import LoraConfig, frozen_copy
@@ -17,10 +17,12 @@ from lora_dpo_jax.models.attention import PLATFORMS
 from lora_dpo_jax.processes.exchange import in_turns, is_first_process
 from lora_dpo_jax.reference_cache import ReferenceCache
 from lora_dpo_jax.runs.base import Base, load_base, load_policy, load_tokenizer, lora_config, placed_adapters
+from lora_dpo_jax.runs.best import refuse_unknown_metric
 from lora_dpo_jax.runs.checks import refuse_unfit_data
 from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.runs.eva import with_eva
 from lora_dpo_jax.runs.exports import with_trained_template
+from lora_dpo_jax.runs.held_out import metric_names
 from lora_dpo_jax.runs.identity import reference_identity, refuse_other_steps
 from lora_dpo_jax.runs.learner import Learner, real_learner
 from lora_dpo_jax.runs.reference_scores import ReferenceLogProbs
@@ -60,12 +62,15 @@ def assemble(config: TrainConfig, placement: Placement) -> Run:
     lora, data = lora_config(config), load_data(config)
     if not len(data.pairs):
         raise ValueError("data.components: no training pair is left; see the counts above")
+    if trainer.best.metric is not None:
+        _check_choice(config, data)
     base = load_base(config, with_trained_template(config.data, data.tokenizer), placement)
     data = data.switching_at(base.config.switch_length)
     k_adapters, k_dropout = jax.random.split(jax.random.key(trainer.seed))
     policy = load_policy(config, lora, base, placement, key=k_adapters)
     order = pair_order(data.pairs, seed=trainer.seed, shuffle=config.data.shuffle, weights=config.data.train_weights)
     num_steps = trainer.steps(order.epoch)
+    trainer.check_evaluations(num_steps)
     ids = StepIds(order, trainer.train_batch_size, num_steps, trainer.has_short_batches)
     parallelism, row_shards = trainer.per_device_parallelism, placement.row_shards
     steps = lay_out_steps(data.pairs, ids, config.layout, parallelism=parallelism, row_shards=row_shards)
@@ -85,6 +90,15 @@ def assemble(config: TrainConfig, placement: Placement) -> Run:
         schedule=config.optimizer.schedule(num_steps),
     )
     return Run(data, base, lora, order, steps, learner)
+
+
+def _check_choice(config: TrainConfig, data: Data) -> None:
+    """Raises ValueError unless evaluations log the metric of trainer.best."""
+    best = config.trainer.best
+    if not len(data.held_out):
+        why = why_none_is_held_out(data.pairs, config.held_out_fraction)
+        raise ValueError(f"trainer.best.metric={best.metric} is of held-out data, and there are none: {why}")
+    refuse_unknown_metric(best, metric_names(config.objective, data.held_out))
 
 
 def placement_of(config: TrainConfig) -> Placement:

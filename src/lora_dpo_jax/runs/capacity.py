@@ -30,6 +30,7 @@ from lora_dpo_jax.lora import trainable_filter
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.quantization import parameter_count
 from lora_dpo_jax.runs.base import folder_of, read_decoder
+from lora_dpo_jax.runs.best import kept_like
 from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.runs.learner import Learner, abstract_learner
 from lora_dpo_jax.runs.steps import row_bound
@@ -74,6 +75,8 @@ class Plan:
         self._config, self._kind = config, described.kind
         self._placement = Placement(config.trainer.mesh, described.devices)
         self._learner = _learner(config, self._placement)
+        # Those of the best evaluation are there while a step runs, and are no part of its program.
+        self._kept = bytes_of_a_device(kept_like(config.trainer, self._learner.state.model))
         self._longest_pair = round_up(2 * config.train_seq_len, LENGTH_MULTIPLE)
         shards, parallelism = self._placement.row_shards, config.trainer.per_device_parallelism
         self._batch = expected_batch(config, pair_tokens, shards, parallelism)
@@ -157,8 +160,8 @@ class Plan:
                 raise
             num_bytes = int(float(needed[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[needed[2]])
             arguments = 0 if everything else bytes_of_a_device((self._learner.state, shapes))
-            return num_bytes + arguments, ""
-        return ProgramMemory.of(compiled).total, compiled.as_text()
+            return num_bytes + arguments + self._kept, ""
+        return ProgramMemory.of(compiled).total + self._kept, compiled.as_text()
 
     def _sizes(self, is_stand_in: bool) -> Sizes:
         config, state = self._config, self._learner.state
@@ -173,7 +176,7 @@ class Plan:
             parameters=parameter_count(weights),
             trainable=parameter_count(adapters),
             weights=bytes_of_a_device(weights),
-            adapters=bytes_of_a_device((adapters, state.reference)),
+            adapters=bytes_of_a_device((adapters, state.reference)) + self._kept,
             optimizer=bytes_of_a_device(state.opt_state),
             batch=tuple(axis.size for axis in self._batch.tokens.axes),
             flops=_flops(config, state.model, self._batch) / num_devices,

@@ -141,6 +141,7 @@ class TrainConfig:
                 raise ValueError(f"beta={self.beta} must be positive and finite")
             if self.loss.beta not in (self.beta, type(self.loss).beta):
                 raise ValueError(f"beta={self.beta} and loss.beta={self.loss.beta} disagree; give one of them")
+        self._check_held_out()
         self._check_paths()
 
     @property
@@ -186,6 +187,16 @@ class TrainConfig:
             return True
         # Dropout moves the policy away from an adapter that is not zero.
         return self.reference_adapter is not None and self.lora.dropout == 0.0
+
+    def _check_held_out(self) -> None:
+        sources = [component.source for component in self.data.components.values()]
+        if self.held_out_fraction or any(source.has_split("validation") for source in sources):
+            return
+        if self.trainer.best.metric is not None:
+            raise ValueError(
+                f"trainer.best.metric={self.trainer.best.metric} is of held-out data, and there are none: set "
+                "validation_split_fraction, or give a component of data.components validation files"
+            )
 
     def _check_sync(self) -> None:
         if not self.preference_loss.needs_reference:

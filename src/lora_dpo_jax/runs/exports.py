@@ -4,8 +4,9 @@ Both include the tokenizer of the run, with the chat template of its rows.
 """
 
 import copy
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_dpo_jax.data.config import PreferenceDataConfig
@@ -62,14 +63,15 @@ class Exports:
         if any(setting == "gguf_save_path" for setting, _ in self.paths):
             check_gguf_layers(model, self.base.folder)
 
-    def __call__(self, info: StepInfo[TrainState]) -> None:
+    def __call__(self, info: StepInfo[TrainState], notes: Mapping[str, str] | None = None) -> None:
+        """`notes`: texts by title for the adapter's card, where the run ends."""
         write = {
-            "peft_save_path": self._save_adapter,
+            "peft_save_path": functools.partial(self._save_adapter, notes=notes),
             "merged_hf_save_path": self._save_merged,
             "gguf_save_path": self._save_gguf,
         }
         for setting, path in self.paths:
-            target = path if info.step == self.num_steps else step_target(path, info.step)
+            target = path if info.is_last else step_target(path, info.step)
             try:
                 write[setting](info.state.model, target)
             except Exception as error:
@@ -79,7 +81,7 @@ class Exports:
                     "trainer.id set to the name of the run's folder); it resumes with this export"
                 ) from error
 
-    def _save_adapter(self, model: CausalLM, target: str) -> None:
+    def _save_adapter(self, model: CausalLM, target: str, *, notes: Mapping[str, str] | None) -> None:
         save_adapter(
             model,
             target,
@@ -89,6 +91,7 @@ class Exports:
             tokenizer=self.base.tokenizer,
             peft_scaling=self.peft_scaling,
             enlargement=self.base.enlargement,
+            notes=notes,
             **self.owner,
         )
 

@@ -15,12 +15,12 @@ from lora_dpo_jax.losses import Scores
 from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.runs.reference_scores import ReferenceLogProbs
 from lora_dpo_jax.tracking import Tracker
+from lora_dpo_jax.training.choice import PREFIX
 from lora_dpo_jax.training.loop import StepInfo
 from lora_dpo_jax.training.step import TrainState
 
 logger = logging.getLogger("lora_dpo_jax")
 
-PREFIX = "eval/"  # of the names of metrics
 TITLE, CELL = 26, 18  # the widths of a table's columns
 
 

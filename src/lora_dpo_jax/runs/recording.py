@@ -1,6 +1,7 @@
 """Keeps what a run's report shows, and writes the report at the end. A report that fails ends no run."""
 
 import dataclasses
+import json
 import logging
 import platform
 import time
@@ -16,7 +17,7 @@ import numpy as np
 import lora_dpo_jax
 from lora_dpo_jax.evaluation import comparisons_of
 from lora_dpo_jax.losses import Loss, Scores
-from lora_dpo_jax.processes.exchange import is_first_process
+from lora_dpo_jax.processes.exchange import from_first_process, is_first_process
 from lora_dpo_jax.report.page import write_report
 from lora_dpo_jax.report.record import (
     Completions,
@@ -25,12 +26,14 @@ from lora_dpo_jax.report.record import (
     Record,
     Scored,
     Sitting,
+    array_of,
     now_in_words,
     numbers_of,
     read_record,
     write_record,
 )
 from lora_dpo_jax.runs.assembly import Run
+from lora_dpo_jax.runs.best import BestAdapters
 from lora_dpo_jax.runs.held_out import HeldOutScores
 from lora_dpo_jax.runs.report import Samples
 from lora_dpo_jax.runs.shown_pairs import most_right_and_wrong
@@ -50,6 +53,7 @@ class Recorder:
         run_dir: Path,
         facts: Facts,
         scores: HeldOutScores,
+        best: BestAdapters,
         samples: Samples,
         tokenizer: Any,
         *,
@@ -58,7 +62,7 @@ class Recorder:
     ):
         """`began`: the start of the command, as a time of time.perf_counter. `first_step`: of this process."""
         self.run_dir, self.facts, self.tokenizer = run_dir, facts, tokenizer
-        self.scores, self.samples, self.began = scores, samples, began
+        self.scores, self.best, self.samples, self.began = scores, best, samples, began
         self.sitting = Sitting(first_step, first_step, 0.0, now_in_words())
         self.record = Record()
         self._told, self._evaluated = len(samples.completions), len(scores.scores)
@@ -70,6 +74,11 @@ class Recorder:
         with warned():
             self._add_completions(info.step)
             self._add_scores(info)
+            if info.is_last:
+                self._add_pairs(info)
+                self.record = dataclasses.replace(
+                    self.record, chosen_step=self.best.standing.step, notes=self.best.words()
+                )
             self._write(info.step)
 
     def finish(self) -> Path | None:
@@ -101,20 +110,30 @@ class Recorder:
         self.record = dataclasses.replace(self.record, **{which: completed})
 
     def _add_scores(self, info: StepInfo[TrainState]) -> None:
-        scores = self.scores
-        if len(scores.scores) == self._evaluated:
-            return
+        """Keeps those of the first evaluation, and those of the adapters that would be exported after this one."""
+        scores, is_new = self.scores, len(self.scores.scores) > self._evaluated
         self._evaluated = len(scores.scores)
         policy, margins = scores.last_scores, scores.last_margins
-        if policy is None or margins is None or not len(margins):
+        if not is_new or policy is None or margins is None or not len(margins):
             return
         examples = scores.score.examples.arrays.examples
         moment = Scored(info.step, numbers_of(margins), numbers_of(_differences(policy, examples)))
         held_out = self.record.held_out or self._unscored()
-        which = "before" if info.step == 0 else "after"
-        self.record = dataclasses.replace(self.record, held_out=dataclasses.replace(held_out, **{which: moment}))
-        if info.step == self.facts.num_steps:
-            right, wrong = most_right_and_wrong(scores.score, info.state, margins, self.tokenizer)
+        if info.step == 0:
+            held_out = dataclasses.replace(held_out, before=moment)
+        if self.best.standing.step in (None, info.step):
+            held_out = dataclasses.replace(held_out, after=moment)
+        self.record = dataclasses.replace(self.record, held_out=held_out)
+
+    def _add_pairs(self, info: StepInfo[TrainState]) -> None:
+        """Those that the final adapters have most right and most wrong. All processes must call this."""
+        held_out, score = self.record.held_out, self.scores.score
+        after = None if held_out is None else held_out.after
+        # The evaluation may be of another process, which a resumed run has not seen: the first one has its record.
+        margins = json.loads(from_first_process(json.dumps(None if after is None else after.margins)))
+        if margins is not None:
+            state = self.best.chosen(info).state
+            right, wrong = most_right_and_wrong(score, state, array_of(margins), self.tokenizer)
             self.record = dataclasses.replace(self.record, most_right=right, most_wrong=wrong)
 
     def _unscored(self) -> HeldOut:

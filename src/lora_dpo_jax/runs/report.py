@@ -37,11 +37,23 @@ class Samples:
                 print(f"  {title:<7} {printable(completions[index])}")
 
 
-def print_report(samples: Samples, scores: HeldOutScores, places: Mapping[str, str | Path | None]) -> None:
-    """Prints what changed, and where all outputs are. `places` are paths by title."""
+def print_report(
+    samples: Samples,
+    scores: HeldOutScores,
+    places: Mapping[str, str | Path | None],
+    *,
+    chosen: int | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Prints what changed, and where all outputs are. `places` are paths by title.
+
+    `chosen` is the step of the exported adapters, if it is not the last; `notes` are more texts by title.
+    """
     samples.print()
-    scores.print()
+    scores.print(chosen)
     print()
+    for title, text in (notes or {}).items():
+        print(f"{title:<14}{printable(text)}")
     for title, path in places.items():
         if path is not None:
             print(f"{title:<14}{printable(str(path))}")

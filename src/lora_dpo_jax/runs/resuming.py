@@ -27,19 +27,22 @@ def run_locks(trainer: TrainerConfig, run_id: str) -> Iterator[None]:
 
 
 def restore(
-    checkpoints: Checkpoints, learner: Learner, num_steps: int, *, wanted: bool | None
-) -> tuple[int, dict[str, Any]]:
-    """Gives the learner the state of the newest checkpoint, if there is one. Returns its step and its notes."""
-    found = checkpoints.restore(learner.state.trained, wanted=wanted)
+    checkpoints: Checkpoints, learner: Learner, num_steps: int, *, kept: Any = None, wanted: bool | None
+) -> tuple[int, dict[str, Any], Any]:
+    """Gives the learner the state of the newest checkpoint, if there is one.
+
+    Returns (its step, its notes, the arrays that it keeps besides: a tree like `kept`, or None if it has none).
+    """
+    found = checkpoints.restore(learner.state.trained, kept=kept, wanted=wanted)
     if found is None:
-        return 0, {}
+        return 0, {}, None
     if found.step > num_steps:
         raise ValueError(
             f"{checkpoints.folder} holds a checkpoint of step {found.step}, but the run has only {num_steps} steps: "
             "raise trainer.num_train_steps or num_train_epochs, or choose another trainer.id"
         )
     learner.state = learner.state.with_trained(found.arrays)
-    return found.step, found.notes
+    return found.step, found.notes, found.kept
 
 
 @contextmanager

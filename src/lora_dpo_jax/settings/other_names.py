@@ -70,6 +70,11 @@ _NAMES_ELSEWHERE = {
     ("trainer.num_train_epochs", ""): "epochs num_epochs",
     ("trainer.steps_per_eval", ""): "eval_steps eval_strategy evaluation_strategy evals_per_epoch",
     ("trainer.eval_at_start", ""): "eval_on_start",
+    ("trainer.best.metric", " and trainer.best.mode"): (
+        "load_best_model_at_end metric_for_best_model greater_is_better save_best_model"
+    ),
+    ("trainer.early_stopping.patience", ""): "early_stopping_patience early_stopping_steps",
+    ("trainer.early_stopping.min_delta", ""): "early_stopping_threshold",
     ("trainer.log_every", ""): "logging_steps",
     ("trainer.log_dir", ""): "logging_dir",
     ("trainer.checkpointer.keep", " and trainer.checkpointer.save_interval"): (

@@ -47,7 +47,8 @@ class MetricsFile(Tracker):
 def cut_metrics(run_dir: Path, step: int) -> list[dict[str, Any]]:
     """Removes the lines that a run resumed from `step` will log again; returns the others.
 
-    To be called before the trackers start. Only the first process does anything.
+    These are the first line of that step or a later one, and all after it: summaries too, which have step 0. To be
+    called before the trackers start. Only the first process does anything.
     """
     path = run_dir / METRICS
     if jax.process_index() != 0 or not path.exists():
@@ -55,11 +56,11 @@ def cut_metrics(run_dir: Path, step: int) -> list[dict[str, Any]]:
     _drop_torn_line(path)
     lines = path.read_bytes().splitlines(keepends=True)
     read = [_read_metrics(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
-    stays = [entry["step"] < step for entry in read]
-    if not all(stays):
-        logger.info("%s: %d lines from step %d on are removed", path, stays.count(False), step)
-        replace_file(path, b"".join(line for line, stay in zip(lines, stays, strict=True) if stay))
-    return [entry for entry, stay in zip(read, stays, strict=True) if stay]
+    stay = next((number for number, entry in enumerate(read) if entry["step"] >= step), len(read))
+    if stay < len(read):
+        logger.info("%s: %d lines from step %d on are removed", path, len(read) - stay, step)
+        replace_file(path, b"".join(lines[:stay]))
+    return read[:stay]
 
 
 def _read_metrics(line: bytes, origin: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The training loop. It handles steps, metrics and hooks, and does not depend on models, losses or data."""
 
+import dataclasses
 import logging
 import math
 import signal
@@ -24,6 +25,7 @@ from lora_dpo_jax.processes.start import DistributedConfig
 from lora_dpo_jax.settings.choices import check_choices
 from lora_dpo_jax.sharding import MeshConfig
 from lora_dpo_jax.tracking import NoTrackerConfig, ProgressBar, Tracker, TrackerConfigs, check_trackers
+from lora_dpo_jax.training.choice import BestConfig, EarlyStoppingConfig
 from lora_dpo_jax.training.precision import precision_of
 
 logger = logging.getLogger("lora_dpo_jax")
@@ -52,6 +54,8 @@ class TrainerConfig:
     per_device_eval_parallelism: int = -1  # likewise in evaluation; -1 takes the number of training, or 8 if that is -1
     steps_per_eval: int | None = None  # null: evaluate before the first and after the last step only
     eval_at_start: bool = True  # evaluate before the first step
+    best: BestConfig = field(default_factory=BestConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     log_every: int = 1  # steps
     token_metrics: bool = False  # also log entropy, mean_token_accuracy and logps per token
     seed: int = 0  # of adapters, order, split and dropout
@@ -105,6 +109,26 @@ class TrainerConfig:
                 "bucket: set trainer.checkpointer.base_path"
             )
         check_trackers(self.tracker)
+        self._check_choice()
+
+    def _check_choice(self) -> None:
+        self.check_evaluations(self.num_train_steps)
+        if self.best.metric is None and self.early_stopping.patience is not None:
+            raise ValueError(
+                f"trainer.early_stopping.patience={self.early_stopping.patience} counts evaluations without an "
+                "improvement of trainer.best.metric, which is null. Set it, such as to eval/loss"
+            )
+
+    def check_evaluations(self, num_steps: int | None) -> None:
+        """Raises ValueError if trainer.best has nothing to choose from in a run of so many steps; None: of any."""
+        every = self.steps_per_eval
+        if self.best.metric is not None and (every is None or (num_steps is not None and every >= num_steps)):
+            of = "" if num_steps is None else f" of the run's {num_steps}"
+            raise ValueError(
+                f"trainer.best.metric={self.best.metric} chooses among evaluations, and trainer.steps_per_eval="
+                f"{'null' if every is None else every} makes none between the first and the last step{of}. Set "
+                "trainer.steps_per_eval to fewer steps"
+            )
 
     @property
     def precision(self) -> jmp.Policy:
@@ -154,6 +178,7 @@ class StepInfo(Generic[S]):
 
     step: int
     state: S
+    is_last: bool = False  # whether the run ends here
 
 
 @dataclass(frozen=True)
@@ -161,7 +186,8 @@ class Hook:
     """Calls `function` before the first step if `at_start`, after every `every` steps, and after the last if `at_end`.
 
     Also after each step for which `when` returns true; `when` is called at most once per step. A run that is asked to
-    stop calls only the hooks with `at_stop`.
+    stop calls only the hooks with `at_stop`. In a run that ends early, the hooks that find `StepInfo.is_last` are those
+    that had not been called after that step.
     """
 
     function: Callable[[StepInfo], None]
@@ -197,6 +223,7 @@ def train(
     peak_flops: float | None = None,
     check: Callable[[int, Any, dict[str, float]], None] = lambda step, metrics, values: None,
     stop: Callable[[], signal.Signals | None] = lambda: None,
+    is_complete: Callable[[], bool] = lambda: False,
     began: float | None = None,
     stalls: StallMonitor | None = None,
 ) -> S:
@@ -209,13 +236,18 @@ def train(
     `check(step, metrics, values)` gets those of every step and may raise. `mfu` is logged if the devices' `peak_flops`
     (FLOP/s) are given. The time to the first step is measured from `began` (of time.perf_counter), or from this call.
     `stop` is called after each step but the last. If it returns a signal, the hooks with `at_stop` are called and
-    StoppedBySignalError is raised. `stalls` records what the loop waits for.
+    StoppedBySignalError is raised. `is_complete` is called after each hook: where it returns true, the step is the last
+    one, and the other hooks with `at_end` are called. `stalls` records what the loop waits for.
     """
     began = time.perf_counter() if began is None else began
     pending: deque[tuple[int, Any]] = deque()
     with ProgressBar(num_steps, initial=first_step) as progress, stalls or StallMonitor(None) as stalls:
         log = _MetricsLog(tracker, progress, log_every, num_steps, peak_flops, check, stalls)
-        _run([hook for hook in hooks if hook.is_due(first_step, num_steps)], StepInfo(first_step, state), stalls)
+        is_last = first_step == num_steps
+        due = [hook for hook in hooks if hook.is_due(first_step, num_steps)]
+        if _run(hooks, due, StepInfo(first_step, state, is_last), is_complete, stalls):
+            logger.info("the run is complete after %d of %d steps: nothing is left to train", first_step, num_steps)
+            return state
         log.start_clock()
         batches = iter(batches)
         for step in range(first_step, num_steps):
@@ -239,10 +271,12 @@ def train(
                 while pending:
                     log.take(*pending.popleft())
                 with log.paused_clock():
-                    _run(due, StepInfo(done, state), stalls)
+                    is_last = _run(hooks, due, StepInfo(done, state, done == num_steps), is_complete, stalls)
             stalls.end_step(step)
             if stopped_by:
                 raise StoppedBySignalError(stopped_by, done, num_steps)
+            if is_last:
+                break
         while pending:
             log.take(*pending.popleft())
     return state
@@ -255,10 +289,27 @@ def _next(batches: Iterator[Any], step: int, num_steps: int) -> Any:
         raise ValueError(f"the batches ended after {step} of {num_steps} steps") from None
 
 
-def _run(hooks: Sequence[Hook], info: StepInfo, stalls: StallMonitor) -> None:
-    for hook in hooks:
+def _run(
+    hooks: Sequence[Hook], due: Sequence[Hook], info: StepInfo, is_complete: Callable[[], bool], stalls: StallMonitor
+) -> bool:
+    """Calls the hooks that are `due`. Returns whether the run ends here, where all with `at_end` have been called."""
+
+    def call(hook: Hook, info: StepInfo) -> None:
         with stalls.waiting_for(f"the hook {hook.name}", info.step, is_step=False):
             hook.function(info)
+
+    called = []
+    for hook in due:
+        call(hook, info)
+        called.append(hook)
+        if not info.is_last and is_complete():
+            break
+    if info.is_last or not is_complete():
+        return info.is_last
+    for hook in hooks:
+        if hook.at_end and not any(hook is other for other in called):
+            call(hook, dataclasses.replace(info, is_last=True))
+    return True
 
 
 class _MetricsLog:
