@@ -159,6 +159,7 @@ def test_every_test_that_the_table_of_faults_names_is_there():
         "main.plan.PlanConfig",
         "main.check.CheckConfig",
         "main.combine.CombineConfig",
+        "main.report.ReportConfig",
     ],
 )
 def test_every_setting_is_in_the_configuration_reference(command):

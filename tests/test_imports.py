@@ -38,7 +38,7 @@ LAYERS = [
     ["preference_objective"],
     ["evaluation"],
     ["reference_cache"],
-    ["training"],
+    ["training", "report"],
     ["runs"],
     ["main"],
 ]

@@ -117,6 +117,7 @@ def run_config(tmp_path: Path, train: Path, **settings: Any) -> TrainConfig:
         "model": {"gradient_checkpointing": "none", "attention": "dense"},  # traced and compiled soonest
         "trainer": {"num_train_steps": 2, "train_batch_size": 4, "log_dir": str(tmp_path / "logs"), "id": "run"},
         "lora": {"r": 4, "alpha": 8.0},
+        "report": False,  # tests/report/ is about it
     }
     for name, value in settings.items():
         *sections, key = name.split("__")

@@ -534,6 +534,7 @@ def test_each_console_script_is_a_commands_entry_point():
         "lora-dpo-evaluate": "evaluate",
         "lora-dpo-generate": "generate",
         "lora-dpo-plan": "plan",
+        "lora-dpo-report": "report",
     }
     assert project["scripts"] == {name: f"lora_dpo_jax.main.{module}:run" for name, module in modules.items()}
     for entry in project["scripts"].values():

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_dpo_jax.columns import DESIRABLE, LABEL, MISMATCHED, UNDESIRABLE
 from lora_dpo_jax.data.cache import TokenizedExamples
 from lora_dpo_jax.data.examples import TokenizedExample
+from lora_dpo_jax.data.pieces import pieces_of
 from lora_dpo_jax.data.table import ExampleTable
 from lora_dpo_jax.printable import printable
 
@@ -49,7 +50,7 @@ def preview(
         for role, ids, mask in zip(_roles(example), example.parts, [None, *scored], strict=True):
             for title, stretch, shades in _stretches(role, len(ids), mask):
                 print(f"--- {title}", file=out)
-                pieces = _pieces(ids, tokenizer, stretch)
+                pieces = [text for text, _ in pieces_of(ids, tokenizer, stretch)]
                 print(_colored(pieces, shades) if color else "".join(pieces), file=out)
         print(file=out)
 
@@ -82,25 +83,3 @@ def _stretches(role: str, tokens: int, scored: np.ndarray | None) -> Iterator[tu
 
 def _colored(pieces: Sequence[str], shades: tuple[str, str]) -> str:
     return "".join(f"{shades[i % 2]}{piece}" for i, piece in enumerate(pieces)) + RESET
-
-
-def _pieces(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, tokens: range) -> list[str]:
-    """The visible text of each of these tokens; tokens that hold parts of one character are taken together."""
-    pieces, start = [], tokens.start
-    for end in range(tokens.start + 1, tokens.stop + 1):
-        # Decoded with the token before it, for tokenizers that drop the space of the first token.
-        context = ids[max(start - 1, 0) : start]
-        piece = _decode(ids[max(start - 1, 0) : end], tokenizer)[len(_decode(context, tokenizer)) :]
-        if not piece.endswith("\ufffd") or end == tokens.stop:
-            pieces.append(_visible(piece))
-            start = end
-    return pieces
-
-
-def _visible(text: str) -> str:
-    """Marks line ends, so that those at the end of the prompt are visible. Control characters reach no terminal."""
-    return printable(text.replace("\n", "\u21b5\n"))
-
-
-def _decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)  # type: ignore

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import draccus
@@ -30,6 +31,7 @@ from lora_dpo_jax.runs.held_out import HeldOutScores
 from lora_dpo_jax.runs.identity import refuse_other_settings, run_identity
 from lora_dpo_jax.runs.outputs import check_outputs, exports_of
 from lora_dpo_jax.runs.provenance import training_of
+from lora_dpo_jax.runs.recording import Recorder, facts_of
 from lora_dpo_jax.runs.reference_scores import ReferenceLogProbs
 from lora_dpo_jax.runs.report import Samples, print_report
 from lora_dpo_jax.runs.resuming import restore, run_locks, saying_how_to_resume
@@ -82,14 +84,16 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState:
         samples = Samples(config.sample_prompts, run.base.tokenizer, config.generation, stop_ids=stop_ids)
         exports = _exports(config, run, run_id, settings, first_step, scores)
         known = _known_log_probs(reference, run.steps, notes)
-        hooks = _hooks(config, checkpoints, notes, scores, best, samples, exports)
+        recorder = _recorder(config, run, run_id, scores, best, samples, first_step, began)
+        hooks = _hooks(config, checkpoints, notes, scores, best, samples, exports, recorder)
         columns = config.loss.columns_in(run.data.pairs.arrays.columns)
         left = range(first_step, len(run.steps))
         batches = run.steps.batches(placement, steps=left, reference=known, columns=columns)
         with saying_how_to_resume(config.trainer, run_id), closing(batches), StopSignals() as stop, checkpoints:
             state = _train(config, run, batches, first_step, hooks, best, tracker, stop, began)
+    report = None if recorder is None else recorder.finish()
     if is_first_process():
-        _print_report(config, run_id, samples, scores, best)
+        _print_report(config, run_id, samples, scores, best, report)
         for name, url in push_exports(config.hub, config.export_paths).items():
             print(f"{f'hub.{name}':<14}{url}")
     return state
@@ -151,6 +155,7 @@ def _hooks(
     best: BestAdapters,
     samples: Samples,
     exports: Exports,
+    recorder: Recorder | None,
 ) -> list[Hook]:
     """The hooks between steps. Each checkpoint saves `notes` and the best adapters as they are at that time."""
     trainer = config.trainer
@@ -174,6 +179,7 @@ def _hooks(
         Hook(best, "choice", **evaluations),
         Hook(lambda info: samples(best.chosen(info)), "sample_prompts", at_start=True),
         Hook(export, "export", every=config.hf_save_steps),
+        *([] if recorder is None else [Hook(recorder, "report", every=trainer.steps_per_eval, at_start=True)]),
     ]
 
 
@@ -257,8 +263,30 @@ def _exports(
     return exports
 
 
+def _recorder(
+    config: TrainConfig,
+    run: Run,
+    run_id: str,
+    scores: HeldOutScores,
+    best: BestAdapters,
+    samples: Samples,
+    first_step: int,
+    began: float,
+) -> Recorder | None:
+    """Keeps what report.html shows; None if none is asked for."""
+    if not config.report:
+        return None
+    facts, run_dir = facts_of(run, config.preference_loss), config.trainer.run_dir(run_id)
+    return Recorder(run_dir, facts, scores, best, samples, run.base.tokenizer, first_step=first_step, began=began)
+
+
 def _print_report(
-    config: TrainConfig, run_id: str, samples: Samples, scores: HeldOutScores, best: BestAdapters
+    config: TrainConfig,
+    run_id: str,
+    samples: Samples,
+    scores: HeldOutScores,
+    best: BestAdapters,
+    report: Path | None,
 ) -> None:
     run_dir = config.trainer.run_dir(run_id)
     places = {
@@ -267,5 +295,6 @@ def _print_report(
         "GGUF": config.gguf_save_path,
         "metrics": run_dir / "metrics.jsonl",
         "config": run_dir / "config.yaml",
+        "report": report,
     }
     print_report(samples, scores, places, chosen=best.standing.step, notes=best.words())

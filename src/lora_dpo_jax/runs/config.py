@@ -102,6 +102,7 @@ class TrainConfig:
     hub: HubConfig = field(default_factory=HubConfig)  # where finished exports are pushed
     overwrite: bool = False  # replace another run's exports at these paths; never any other files
 
+    report: bool = True  # write report.html, a page about the run, into its folder
     preview: int = 0  # print this many tokenized pairs, coloured by role, and stop
     sample_prompts: list[str] = field(default_factory=list)  # completed before and after training
     generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(max_new_tokens=64))

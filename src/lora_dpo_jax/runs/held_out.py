@@ -45,6 +45,7 @@ class HeldOutScores:
         self.first_scores: Scores | None = None
         self.last_scores: Scores | None = None
         self.reference_scores: Scores | None = None  # in the last evaluation
+        self.last_margins: np.ndarray | None = None  # likewise: float32 [comparison], see Loss.margins
         self.baselines = next((_scores(line) for line in earlier if PREFIX + LONGER in line), {})
 
     def __call__(self, info: StepInfo[TrainState]) -> None:
@@ -54,6 +55,7 @@ class HeldOutScores:
         means = found.means | statistics_over(self.score.examples, found)
         self.first_scores = self.first_scores if self.scores else found.policy
         self.last_scores, self.reference_scores = found.policy, found.reference
+        self.last_margins = found.margins
         self.scores.append((info.step, means))
         self.tracker.log({PREFIX + name: value for name, value in means.items()}, step=info.step)
         self._log_baselines(info, found)
