@@ -1,7 +1,8 @@
 """LoRA-DPO: from a Hugging Face model and preference pairs to a PEFT adapter and a merged model."""
 
+import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -149,10 +150,15 @@ def _hooks(
         # First, and before each export, so that the state is safe if a later hook fails. A resumed run calls the later
         # hooks again.
         Hook(save, "checkpoint", every=config.hf_save_steps, when=checkpoints.is_due, at_stop=True),
-        Hook(scores, "evaluation", every=trainer.steps_per_eval, at_start=trainer.eval_at_start),
-        Hook(samples, "sample_prompts", at_start=True),
-        Hook(exports, "export", every=config.hf_save_steps),
+        Hook(_evaluated(scores), "evaluation", every=trainer.steps_per_eval, at_start=trainer.eval_at_start),
+        Hook(_evaluated(samples), "sample_prompts", at_start=True),
+        Hook(_evaluated(exports), "export", every=config.hf_save_steps),
     ]
+
+
+def _evaluated(hook: Callable[[StepInfo[TrainState]], None]) -> Callable[[StepInfo[TrainState]], None]:
+    """The hook, called with the adapters that are evaluated and exported: checkpoints alone hold those of the steps."""
+    return lambda info: hook(dataclasses.replace(info, state=info.state.evaluated))
 
 
 def _preview(config: TrainConfig) -> None:

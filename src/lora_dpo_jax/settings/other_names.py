@@ -58,7 +58,7 @@ _NAMES_ELSEWHERE = {
     ("optimizer.epsilon", ""): "adam_epsilon",
     ("optimizer.lora_plus_ratio", ""): "loraplus_lr_ratio lorap_lr_ratio",
     ("optimizer.max_grad_norm", ""): "gradient_clipping clip_grad_norm",
-    ("optimizer.learning_rate", " and the other settings of optimizer, which is AdamW"): "optim",
+    ("optimizer.type", ": adamw, adamw_8bit, adafactor, lion, muon or schedule_free"): "optim optimizer_type",
     ("trainer.train_batch_size", ": pairs per update over all devices. Gradients accumulate by themselves"): (
         "per_device_train_batch_size gradient_accumulation_steps batch_size global_batch_size"
     ),
