@@ -231,7 +231,8 @@ def quantized_product(inputs: NamedArray, weight: QuantizedWeight) -> NamedArray
 
 def parameter_count(tree: Any) -> int:
     """The number of elements in the arrays of `tree`. A quantized weight counts as the weight that it replaces."""
-    return sum(node.size for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, QuantizedWeight)))
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, QuantizedWeight))
+    return sum(node.size for node in nodes if jax.tree.leaves(node))  # one that was filtered away has no arrays
 
 
 def _blocks(In: tuple[Axis, ...], block: int) -> tuple[tuple[Axis, ...], Axis]:

@@ -50,6 +50,9 @@ _NAMES_ELSEWHERE = {
     ("reference_log_probs", ": cached"): "precompute_ref_log_probs",
     ("optimizer.learning_rate", ""): "learning_rate lr",
     ("optimizer.lr_schedule", ""): "lr_scheduler lr_scheduler_type",
+    ("optimizer.lr_schedule", " and what stands beside it: num_cycles, power, lr_end, num_decay_steps, timescale"): (
+        "lr_scheduler_kwargs"
+    ),
     ("optimizer.warmup", ": below 1 a fraction of the run, from 1 on a number of steps"): (
         "warmup_ratio warmup_steps num_warmup_steps"
     ),

@@ -65,9 +65,10 @@ def _scale_by_factored_rms(decay_rate: float, threshold: float, epsilon: float) 
         rows, columns = jax.tree.map(lambda old, new: (1.0 - share) * old + share * new, old, new)
 
         def scaled(gradient: NamedArray, sides, rows: NamedArray, columns: NamedArray) -> NamedArray:
-            scaled = gradient * hax.rsqrt(rows)
             if len(sides) == 2:
                 scaled = gradient * hax.rsqrt(rows / _mean(rows, sides[0])) * hax.rsqrt(columns)
+            else:
+                scaled = gradient * hax.rsqrt(rows)
             rms = hax.sqrt(_mean(scaled * scaled, *sides))
             return (scaled / hax.maximum(rms / threshold, 1.0)).rearrange(gradient.axes)
 
