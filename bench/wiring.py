@@ -23,7 +23,7 @@ from lora_dpo_jax.runs.learner import Learner, real_learner
 from lora_dpo_jax.runs.steps import Steps, lay_out_steps
 from lora_dpo_jax.sharding import Placement
 from lora_dpo_jax.training.loop import TrainerConfig
-from lora_dpo_jax.training.optimizer import OptimizerConfig
+from lora_dpo_jax.training.optimizer import AdamW, Optimizer
 
 
 # A run's settings with other defaults. These are classes because a default object would be lost, and the usual defaults
@@ -45,12 +45,6 @@ class Lora(LoraConfig):
 
 
 @dataclass(frozen=True)
-class Optimizer(OptimizerConfig):
-    learning_rate: float = 1e-4
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-
-
-@dataclass(frozen=True)
 class Trainer(TrainerConfig):
     train_batch_size: int = 4
 
@@ -66,7 +60,7 @@ class Subject:
     model: ModelConfig = field(default_factory=Model)
     layout: PackingConfig = field(default_factory=PackingConfig)
     lora: Lora = field(default_factory=Lora)
-    optimizer: Optimizer = field(default_factory=Optimizer)
+    optimizer: Optimizer = field(default_factory=lambda: AdamW(learning_rate=1e-4, lr_schedule="constant"))
     trainer: Trainer = field(default_factory=Trainer)
     warmup: int = 2  # steps that do not count
     steps: int = 5  # that count

@@ -29,7 +29,7 @@ LAYERS = [
         "printable",
         "tensor_names",
     ],
-    ["redaction"],
+    ["dynamic_map", "redaction"],
     ["settings"],
     ["lora", "losses", "processes", "sharding", "tracking"],
     ["models", "data"],

@@ -48,3 +48,8 @@ def test_short_batches_are_part_of_the_identity_where_there_are_some(identity):
 
 def test_how_components_are_mixed_is_part_of_the_identity(identity):
     assert identity(data__train_weights={"prefs": 1.0})["data"]["version_of_mixing"] == MIXING
+
+
+def test_another_type_of_optimizer_is_another_run_and_adamw_has_the_identity_of_earlier_versions(identity):
+    assert "optimizer" not in identity(optimizer={"type": "adamw", "learning_rate": 1e-3})
+    assert identity(optimizer="lion")["optimizer"] == {"type": "lion"}

@@ -512,7 +512,9 @@ def test_every_default_that_help_shows_can_be_given(file, monkeypatch):
     )
     for path, default, first_type in shown:
         if not {NUMBER, "NAME"} & set(path.split(".")) and path != "loss.losses":  # a mix of none is none
-            given = [*LEAST, *([f"--loss.type={first_type}"] if path.startswith("loss.") and first_type else [])]
+            section = path.partition(".")[0]
+            is_of_type = first_type and section in ("loss", "optimizer")
+            given = [*LEAST, *([f"--{section}.type={first_type}"] if is_of_type else [])]
             given += ["--loss.losses=[sigmoid]"] if first_type == "mix" else []
             assert parse(TrainConfig, [*given, f"--{path}={default}"]) == parse(TrainConfig, given), path
     least = parse(TrainConfig, LEAST)

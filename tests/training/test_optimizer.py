@@ -233,7 +233,7 @@ def test_the_clipped_norm_is_at_most_the_limit():
         ("beta2", -0.1),
         ("epsilon", 0.0),
         ("max_grad_norm", -1.0),
-        ("lr_schedule", "cosine_with_restarts"),
+        ("lr_schedule", "step"),
         ("warmup", -1),
         ("warmup", 1.5),
         ("min_lr_ratio", 1.1),

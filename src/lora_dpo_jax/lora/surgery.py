@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from haliax import NamedArray
 
 from lora_dpo_jax.lora.adapter import Adapter, unwrapped
 from lora_dpo_jax.lora.config import LoraConfig
@@ -100,6 +101,34 @@ def output_filter(tree: M) -> M:
         lambda path, _: any(str(getattr(entry, "name", getattr(entry, "key", ""))) in OUTPUT_FACTORS for entry in path),
         tree,
     )
+
+
+def map_factors(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """A tree with `function(array, sides, *those of rest)` in place of each NamedArray of `tree`, a tree of factors.
+
+    `sides` are the names of the axes of one matrix of PEFT's tensor, (rows, columns), or of one vector, (rows,). All
+    other axes of the array are those of stacks. The sides of an array of no adapter are (all its axes,).
+    """
+
+    def sides_of(node: Any) -> Any:
+        factors = node.factors.values() if isinstance(node, Adapter) else ()
+        known = {
+            id(factor.array): tuple(
+                tuple(name for name in side if name not in factor.gathered) for side in factor.side_names
+            )
+            for factor in factors
+        }
+        return jax.tree.map(lambda array: known.get(id(array), (tuple(array.axis_names),)), node, is_leaf=_is_named)
+
+    def apply(array: NamedArray, sides: tuple[tuple[str, ...], ...], *others: Any) -> Any:
+        return array if array.array is None else function(array, sides, *others)
+
+    sides = jax.tree.map(sides_of, tree, is_leaf=lambda node: isinstance(node, Adapter) or _is_named(node))
+    return jax.tree.map(apply, tree, sides, *rest, is_leaf=_is_named)
+
+
+def _is_named(node: Any) -> bool:
+    return isinstance(node, NamedArray)
 
 
 def _marked(model: M, arrays: Callable[[Adapter], list[Any]]) -> M:

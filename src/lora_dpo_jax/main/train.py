@@ -1,7 +1,8 @@
 """LoRA-DPO: from a Hugging Face model and preference pairs to a PEFT adapter and a merged model."""
 
+import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -175,12 +176,17 @@ def _hooks(
         # First, and before each export, so that the state is safe if a later hook fails. A resumed run calls the later
         # hooks again.
         Hook(save, "checkpoint", every=config.hf_save_steps, when=checkpoints.is_due, at_stop=True),
-        Hook(scores, "evaluation", **evaluations),
-        Hook(best, "choice", **evaluations),
-        Hook(lambda info: samples(best.chosen(info)), "sample_prompts", at_start=True),
-        Hook(export, "export", every=config.hf_save_steps),
-        *([] if recorder is None else [Hook(recorder, "report", every=trainer.steps_per_eval, at_start=True)]),
+        Hook(_evaluated(scores), "evaluation", **evaluations),
+        Hook(_evaluated(best), "choice", **evaluations),
+        Hook(_evaluated(lambda info: samples(best.chosen(info))), "sample_prompts", at_start=True),
+        Hook(_evaluated(export), "export", every=config.hf_save_steps),
+        *([Hook(_evaluated(recorder), "report", every=trainer.steps_per_eval, at_start=True)] if recorder else []),
     ]
+
+
+def _evaluated(hook: Callable[[StepInfo[TrainState]], None]) -> Callable[[StepInfo[TrainState]], None]:
+    """The hook, called with the adapters that are evaluated and exported: checkpoints alone hold those of the steps."""
+    return lambda info: hook(dataclasses.replace(info, state=info.state.evaluated))
 
 
 def _preview(config: TrainConfig) -> None:

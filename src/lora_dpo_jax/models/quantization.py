@@ -27,6 +27,7 @@ import numpy as np
 from haliax import Axis, NamedArray
 from haliax.axis import AxisSpec
 
+from lora_dpo_jax.dynamic_map import DYNAMIC_MAP, dynamic_value
 from lora_dpo_jax.platforms import platform
 from lora_dpo_jax.tensor_names import axes_of
 
@@ -134,7 +135,7 @@ class Nf4Weight(QuantizedWeight):
         depth = len(self.error.axes)
         count = math.prod(codes.shape[depth:])
         group_max = jnp.repeat(self.group_max.array, GROUP, axis=-1)[..., :count].reshape(codes.shape)
-        return _dynamic_value(codes) * group_max + jnp.expand_dims(self.mean.array, tuple(range(depth, codes.ndim)))
+        return dynamic_value(codes) * group_max + jnp.expand_dims(self.mean.array, tuple(range(depth, codes.ndim)))
 
 
 class Int8Weight(QuantizedWeight):
@@ -230,7 +231,8 @@ def quantized_product(inputs: NamedArray, weight: QuantizedWeight) -> NamedArray
 
 def parameter_count(tree: Any) -> int:
     """The number of elements in the arrays of `tree`. A quantized weight counts as the weight that it replaces."""
-    return sum(node.size for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, QuantizedWeight)))
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, QuantizedWeight))
+    return sum(node.size for node in nodes if jax.tree.leaves(node))  # one that was filtered away has no arrays
 
 
 def _blocks(In: tuple[Axis, ...], block: int) -> tuple[tuple[Axis, ...], Axis]:
@@ -271,30 +273,6 @@ def _nf4_value(codes: jax.Array) -> jax.Array:
     # Gathers are slow on a TPU. On other platforms, XLA would broadcast the constants of `choose` to the size of the
     # weight, hoist them out of the loop over layers, and hold sixteen such arrays.
     return choose(codes) if platform() == "tpu" else _gather(codes, NF4)
-
-
-def _dynamic_value(codes: jax.Array) -> jax.Array:
-    """float32: DYNAMIC_MAP[codes]."""
-    return _dynamic_map(codes, xp=jnp) if platform() == "tpu" else _gather(codes, DYNAMIC_MAP)
-
-
-def _dynamic_map(codes: Any, xp: Any = np) -> Any:
-    """float32: the signed dynamic 8-bit map (https://arxiv.org/abs/1511.04561). It is sorted; code 127 stands for zero.
-
-    On either side of zero, for i from 0 to 6, 2^i evenly spaced values lie between 10^(i - 7) and 10^(i - 6). The
-    largest code, 255, stands for 1.
-    """
-    signed = codes.astype(xp.float32) - 127
-    distance = abs(signed)
-    value = xp.zeros_like(signed)
-    for i in range(7):
-        decade, step = 10.0 ** (i - 6), 0.9 / 2**i
-        inside = (distance - 2**i) * xp.float32(decade * step) + xp.float32(decade * (0.1 + step / 2))
-        value = xp.where(distance >= 2**i, inside, value)
-    return xp.sign(signed) * xp.where(distance == 128, xp.float32(1.0), value)
-
-
-DYNAMIC_MAP: np.ndarray = _dynamic_map(np.arange(256))
 
 
 def _gather(codes: jax.Array, table: np.ndarray) -> jax.Array:

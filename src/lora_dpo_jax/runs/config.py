@@ -23,7 +23,7 @@ from lora_dpo_jax.redaction import redacted
 from lora_dpo_jax.settings.choices import check_choice, check_choices
 from lora_dpo_jax.settings.decoding import config_of
 from lora_dpo_jax.training.loop import TrainerConfig
-from lora_dpo_jax.training.optimizer import OptimizerConfig
+from lora_dpo_jax.training.optimizer import AdamW, Optimizer
 from lora_dpo_jax.training.precision import precision_of
 from lora_dpo_jax.training.reference_sync import ReferenceSync
 
@@ -71,7 +71,7 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     loss: Loss = field(default_factory=Dpo)
     beta: float | None = None  # short for loss.beta
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: Optimizer = field(default_factory=AdamW)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     # Modules (my_package.losses) on sys.path or in the current folder. They are imported before all other settings are

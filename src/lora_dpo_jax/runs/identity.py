@@ -69,11 +69,12 @@ def run_identity(
 ) -> dict[str, Any]:
     """Everything that a run must share with a checkpoint to resume from it, by the names of the settings.
 
-    How the run is computed or reported is left out, and so are the settings of loss and optimizer: they may change.
+    How the run is computed or reported is left out, and so are the settings of loss and optimizer: they may change. But
+    the optimizer's type may not, because another type has another state.
     """
     weights = weights_identity(config, base)
     adapter = weights.pop("adapter")
-    trainer = config.trainer
+    trainer, optimizer = config.trainer, config.optimizer.get_choice_name(type(config.optimizer))
     # Left out if it changes no batch, because checkpoints of earlier versions lack it.
     has_short_batches = trainer.has_short_batches and order.epoch % trainer.train_batch_size
     components = {
@@ -85,6 +86,7 @@ def run_identity(
         "peft_reference": config.peft_reference if config.initialize_from_peft else None,
         # Left out otherwise, because checkpoints of earlier versions lack it. Its settings may change.
         **({"reference_sync": "moves the reference"} if config.reference_sync.moves else {}),
+        **({} if optimizer == "adamw" else {"optimizer": {"type": optimizer}}),  # left out likewise
         "model": {"dtype": dtypes_of(base.model), "quantization": config.model.quantization},
         "lora": {
             name: value

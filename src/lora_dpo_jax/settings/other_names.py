@@ -50,6 +50,9 @@ _NAMES_ELSEWHERE = {
     ("reference_log_probs", ": cached"): "precompute_ref_log_probs",
     ("optimizer.learning_rate", ""): "learning_rate lr",
     ("optimizer.lr_schedule", ""): "lr_scheduler lr_scheduler_type",
+    ("optimizer.lr_schedule", " and what stands beside it: num_cycles, power, lr_end, num_decay_steps, timescale"): (
+        "lr_scheduler_kwargs"
+    ),
     ("optimizer.warmup", ": below 1 a fraction of the run, from 1 on a number of steps"): (
         "warmup_ratio warmup_steps num_warmup_steps"
     ),
@@ -58,7 +61,7 @@ _NAMES_ELSEWHERE = {
     ("optimizer.epsilon", ""): "adam_epsilon",
     ("optimizer.lora_plus_ratio", ""): "loraplus_lr_ratio lorap_lr_ratio",
     ("optimizer.max_grad_norm", ""): "gradient_clipping clip_grad_norm",
-    ("optimizer.learning_rate", " and the other settings of optimizer, which is AdamW"): "optim",
+    ("optimizer.type", ": adamw, adamw_8bit, adafactor, lion, muon or schedule_free"): "optim optimizer_type",
     ("trainer.train_batch_size", ": pairs per update over all devices. Gradients accumulate by themselves"): (
         "per_device_train_batch_size gradient_accumulation_steps batch_size global_batch_size"
     ),

@@ -19,6 +19,7 @@ from lora_dpo_jax.lora import constant_filter, trainable_filter
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.objective import Metric, Objective
 from lora_dpo_jax.platforms import compiler_options
+from lora_dpo_jax.training.optimizer import adapters_to_evaluate
 from lora_dpo_jax.training.reference_sync import ReferenceSync
 
 Batch = PreferenceBatch | tuple[PreferenceBatch, ...]  # the parts of a step, of different shapes
@@ -65,6 +66,13 @@ class TrainState(eqx.Module):
         adapters = eqx.filter(self.model, trainable_filter(self.model))
         moving = {"step": self.step, "skipped": self.skipped, "adapters": adapters, "optimizer": self.opt_state}
         return moving | ({"reference": self.reference} if self.reference_moves else {})
+
+    @property
+    def evaluated(self) -> "TrainState":
+        """The state to evaluate and to export: with averaged adapters if the optimizer keeps averages, else itself."""
+        adapters = eqx.filter(self.model, trainable_filter(self.model))
+        chosen = adapters_to_evaluate(self.opt_state, adapters)
+        return self if chosen is adapters else dataclasses.replace(self, model=eqx.combine(chosen, self.model))
 
     def with_trained(self, trained: dict[str, Any]) -> "TrainState":
         """This state with `trained`, or `moving`, in place of its own."""
@@ -178,7 +186,8 @@ class TrainStep:
             values["learning_rate"] = self.schedule(updates_before)
         moved = {"step": step + 1, "skipped": skipped, "adapters": adapters, "optimizer": opt_state}
         if self.reference_sync is not None:
-            moved["reference"] = self.reference_sync(step + 1, adapters, reference)
+            policy = adapters_to_evaluate(opt_state, adapters)
+            moved["reference"] = self.reference_sync(step + 1, policy, reference)
         return moved, StepMetrics(values, found.example_losses, tuple(part.examples.ids for part in parts))
 
 
