@@ -38,6 +38,7 @@ LAYERS = [
     ["reference_cache"],
     ["training"],
     ["runs"],
+    ["judging"],
     ["main"],
 ]
 

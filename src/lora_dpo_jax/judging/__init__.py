@@ -1,0 +1,1 @@
+"""Judgements of completions: rewards, and pairs from what was rewarded or judged."""
