@@ -1,0 +1,1 @@
+"""Judges of completions: which of two answers is better, or how good one is."""
