@@ -1,1 +1,1 @@
-"""Judgements of completions: rewards, and pairs from what was rewarded or judged."""
+"""Judges of completions: which of two answers is better, or how good one is; and pairs from what they say."""
