@@ -89,19 +89,13 @@ def test_a_prompt_brings_a_template_of_its_own(theirs, ours, tokenizer):
     np.testing.assert_allclose(reward.score([prompt], ["Yo"]), [log_ratio(theirs[0], *ids)], rtol=0, atol=1e-4)
 
 
-def test_completions_of_one_prompt_share_it_and_a_part_of_them_has_the_same_rewards(ours, tokenizer, monkeypatch):
-    monkeypatch.setattr(rewards, "SHARING_A_PROMPT", 2)
-    prompts, completions = (
-        [Prompt("Hi", "here")] * 5 + [Prompt("Yo", "here")] * 2,
-        [letter * 30 for letter in "abcdefg"],
-    )
-    reward = ImplicitReward(ours, tokenizer, rows=1)
-    whole = dict(enumerate(reward.score(prompts, completions)))
-    wanted = np.arange(7) == 4
-    ((numbers, values),) = reward.in_batches(prompts, completions, wanted=wanted)
-    assert 4 in numbers and len(numbers) < 7
-    assert dict(zip(numbers.tolist(), values.tolist(), strict=True)).items() <= whole.items()
-    assert len(set(whole.values())) == 7
+def test_completions_of_one_prompt_share_it_in_groups_that_change_no_reward(ours, tokenizer, monkeypatch):
+    prompts, completions = [Prompt(text, "here") for text in ("Hi", "Yo", "Hi", "Hi", "Hi")], [*"abcde"]
+    reward = ImplicitReward(ours, tokenizer)
+    together = reward.score(prompts, completions)
+    monkeypatch.setattr(rewards, "SHARING_A_PROMPT", 1)
+    np.testing.assert_allclose(reward.score(prompts, completions), together, rtol=0, atol=1e-5)
+    assert len(set(together)) == 5
     assert reward.score([], []) == []
 
 

@@ -1,7 +1,7 @@
 """Rewards: a number for each completion of a prompt, where more is better."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -73,41 +73,32 @@ class ImplicitReward:
         with scope():
             self._compiled = jitted(score_with_reference)
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        """The reward of each completion. Raises ValueError if one cannot be tokenized."""
-        rewards = np.full(len(completions), np.nan)
-        for numbers, of_batch in self.in_batches(prompts, completions):
-            rewards[numbers] = of_batch
-        return rewards.tolist()
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        progress: Callable = lambda batches, total: batches,
+    ) -> list[float]:
+        """The reward of each completion. Raises ValueError if one cannot be tokenized.
 
-    def in_batches(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], *, wanted: np.ndarray | None = None
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The same batch by batch: (numbers of completions, their rewards in float64).
-
-        Batches without any completion that is `wanted` (bool [completion]; None: all are) are left out. The others stay
-        as they are, so their rewards are the same, bit for bit.
+        `progress` wraps the iterator over batches.
         """
-        if not len(completions):
-            return
         groups = _by_prompt(prompts, completions)
-        numbers = np.concatenate(groups)
+        if not groups:
+            return []
         table = self._table(groups, prompts, completions).switching_at(self.model.config.switch_length)
-        arrays = table.arrays
-        is_wanted = np.ones(len(numbers), bool) if wanted is None else np.asarray(wanted)[numbers]
-        for batch in packed_rows(table, rows=self.rows, place=self.put_batch)[1]:
+        numbers, arrays, rewards = np.concatenate(groups), table.arrays, np.full(len(completions), np.nan)
+        total, batches = packed_rows(table, rows=self.rows, place=self.put_batch)
+        for batch in progress(batches, total):
             micro = batch.micro_batch(0)
-            ids, is_response = on_host(micro.examples.ids.array), on_host(micro.examples.is_response.array)
-            responses = arrays.responses_of(ids[ids >= 0])
-            if not is_wanted[responses].any():
-                continue
             with self.scope():
                 policy, reference = self._compiled(self.model, None, micro)
+            ids, is_response = on_host(micro.examples.ids.array), on_host(micro.examples.is_response.array)
+            responses = arrays.responses_of(ids[ids >= 0])
             values, held_to = (on_host(x.log_probs.array)[is_response].astype(np.float64) for x in (policy, reference))
-            rewards = self.config.beta * (values - held_to)
-            if self.config.length_normalized:
-                rewards /= arrays.scored_tokens[responses]
-            yield numbers[responses], rewards
+            tokens = arrays.scored_tokens[responses] if self.config.length_normalized else 1
+            rewards[numbers[responses]] = self.config.beta * (values - held_to) / tokens
+        return rewards.tolist()
 
     def _table(
         self, groups: Sequence[np.ndarray], prompts: Sequence[Prompt], completions: Sequence[str]

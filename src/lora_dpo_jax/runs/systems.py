@@ -1,5 +1,7 @@
 """What answers prompts: a base, an adapter on it, a merged model, or a file of completions made elsewhere."""
 
+import functools
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +11,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from lora_dpo_jax.data.tokenizing import tokenizer_digest
+from lora_dpo_jax.files import cache_folder
 from lora_dpo_jax.generation import GenerationConfig, encode_prompt, generate, read_stop_ids
 from lora_dpo_jax.huggingface.adapter_config import adapter_folder, read_adapter_config, read_base_model
 from lora_dpo_jax.huggingface.adapters import load_adapter
+from lora_dpo_jax.huggingface.digests import tensor_digests
 from lora_dpo_jax.huggingface.folders import local_folder
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
 from lora_dpo_jax.huggingface.vocabulary import Enlargement, read_enlargement
@@ -102,24 +107,56 @@ class ModelSystems:
 
     def completions(self, prompts: Sequence[Prompt], config: GenerationConfig) -> dict[str, list[str]]:
         """The completion of each prompt, without special tokens, by the setting of the adapter."""
-        ids, stop_ids, found = self.encode(prompts), read_stop_ids(self.base), {}
+        ids, found = self.encode(prompts), {}
         for setting, model in self.models():
-            tokenizer = self.tokenizers[setting]
-            ends = {*stop_ids} | ({tokenizer.eos_token_id} - {None})
-            new_ids = generate(model, ids[setting], config, stop_ids=ends)
-            found[setting] = [tokenizer.decode(of_prompt, skip_special_tokens=True) for of_prompt in new_ids]
+            decode = self.tokenizers[setting].decode
+            new_ids = generate(model, ids[setting], config, stop_ids=self.stop_ids(setting))
+            found[setting] = [decode(of_prompt, skip_special_tokens=True) for of_prompt in new_ids]
         return found
 
     def models(self) -> Iterator[tuple[str, CausalLM]]:
         """The base with each adapter. One adapter is in memory at a time."""
-        dtype = self.dtype or ("f32" if jax.default_backend() == "cpu" else "bf16")
+        for setting in self.adapters:
+            yield setting, self.model(setting)
+
+    def model(self, setting: str) -> CausalLM:
+        """The base with the adapter of this setting."""
+        adapter, base = self.adapters[setting], self._base
+        adapted = base if adapter is None else load_adapter(base, adapter, base_model=self.base_name)
+        return for_inference(adapted)
+
+    @functools.cached_property
+    def _base(self) -> CausalLM:
         decoder = self._decoder()
         enlargement = self._enlargement(decoder)
-        settings: Any = {"dtype": DTYPES[dtype], "quantization": self.quantization, "enlargement": enlargement}
-        plain = load_model(self.base, enlargement.config(decoder), **settings)
-        for setting, adapter in self.adapters.items():
-            adapted = plain if adapter is None else load_adapter(plain, adapter, base_model=self.base_name)
-            yield setting, for_inference(adapted)
+        settings: Any = {"dtype": DTYPES[self._dtype], "quantization": self.quantization, "enlargement": enlargement}
+        return load_model(self.base, enlargement.config(decoder), **settings)
+
+    def stop_ids(self, setting: str) -> frozenset[int]:
+        """The tokens that end a completion of the base with the adapter of this setting."""
+        return read_stop_ids(self.base) | ({self.tokenizers[setting].eos_token_id} - {None})
+
+    def identity(self, setting: str) -> dict[str, Any]:
+        """Everything that decides the completions of that model but prompts and the settings of generation."""
+        memory, adapter = cache_folder() / "digests", self.adapters[setting]
+        return {
+            "config.json": json.loads((self.base / "config.json").read_text()),
+            "files": tensor_digests(self.base, memory=memory),
+            "adapter": adapter
+            and {
+                "adapter_config.json": json.loads((adapter / "adapter_config.json").read_text()),
+                "files": tensor_digests(adapter, "adapter_model", memory=memory),
+            },
+            "tokenizer": tokenizer_digest(self.tokenizers[setting]),
+            "stop_ids": sorted(self.stop_ids(setting)),
+            "dtype": self._dtype,
+            "quantization": self.quantization,
+            "platform": jax.default_backend(),
+        }
+
+    @property
+    def _dtype(self) -> Dtype:
+        return self.dtype or ("f32" if jax.default_backend() == "cpu" else "bf16")
 
     def _encoded(self, tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
         ids = []
