@@ -1,1 +1,1 @@
-"""Judges of completions: which of two answers is better, or how good one is; and pairs from what they say."""
+"""Judgements of completions: verdicts on two of them and their rates, rewards, and pairs from either."""

@@ -111,7 +111,7 @@ def given(url: str, score_field: str | None, *, chat: bool) -> tuple[list[Prompt
         if not isinstance(text, str) or not isinstance(is_finished, bool):
             raise ValueError(f"{origin}: needs `completion`, a string; `is_finished`, if it is there, is true or false")
         score = math.nan if score_field is None else _score(row, score_field, origin)
-        found.setdefault(repr(prompt.content), (prompt, []))[1].append(Completion(text, is_finished, score))
+        found.setdefault(prompt.key, (prompt, []))[1].append(Completion(text, is_finished, score))
     if not found:
         raise ValueError(f"completions_file={url!r} holds no completions")
     return [prompt for prompt, _ in found.values()], [completions for _, completions in found.values()]

@@ -1,10 +1,14 @@
 """What judges are asked and what they answer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+import draccus
+
+from lora_dpo_jax.files import cache_folder
 from lora_dpo_jax.runs.prompts import Prompt
 
 Preferred = Literal["first", "second", "tie"]
@@ -52,8 +56,35 @@ class Judge(ABC):
         """Everything, but the question, that decides a verdict: plain values without secrets."""
 
     @abstractmethod
-    def verdicts(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
+    def verdicts(self, questions: Sequence[Question]) -> Generator[tuple[int, Verdict], None, None]:
         """(index of the question, verdict) of each question as soon as it is known, in any order.
 
-        Raises ConnectionError or ValueError if no more verdicts can come. Those that were yielded hold.
+        Raises OSError or ValueError if no more verdicts can come. Those that were yielded hold.
         """
+
+
+@dataclass(frozen=True)
+class RunModels:
+    """The models of a run: what the settings of a judge stand for if they are null."""
+
+    base: str | None = None  # initialize_from_hf
+    revision: str | None = None  # hf_revision
+    adapter: str | None = None  # peft_save_path
+    quantization: str = "none"
+    beta: float = 0.1  # of the run's loss
+    cache: Path = field(default_factory=cache_folder)  # digests of files are kept there
+
+
+@dataclass(frozen=True)
+class JudgeConfig(draccus.ChoiceRegistry, ABC):
+    """Who judges."""
+
+    def check(self, run: RunModels) -> None:
+        """Raises ImportError, ValueError or OSError if `start` would, as far as it is known without work."""
+
+    @abstractmethod
+    def start(self, run: RunModels) -> Judge: ...
+
+    def cost(self, usage: Usage) -> float | None:
+        """What the tokens cost; None if it is not known."""
+        return None

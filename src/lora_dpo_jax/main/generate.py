@@ -111,9 +111,8 @@ def main(config: GenerateConfig) -> list[str]:
         template_kwargs=template_kwargs,
     )
     _check_templates(config, systems)
-    systems.encode(prompts)  # before the weights are read, so that a prompt that the template rejects is an early error
-    by_adapter = systems.completions(prompts, config.generation)
-    completions = [completion for of_prompt in zip(*by_adapter.values(), strict=True) for completion in of_prompt]
+    by_adapter = [completions for _, completions in systems.completions(prompts, config.generation)]
+    completions = [completion for of_prompt in zip(*by_adapter, strict=True) for completion in of_prompt]
     if is_first_process():  # each process has computed the same, on its own device
         _report(config, prompts, completions)
     return completions

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lora_dpo_jax.data.config import read_template
+from lora_dpo_jax.files import cache_folder
 from lora_dpo_jax.generation import GenerationConfig
 from lora_dpo_jax.judging import candidates
 from lora_dpo_jax.judging.candidates import Sampled
@@ -195,7 +196,11 @@ def _systems(config: PairsConfig) -> dict[str, ModelSystems]:
             found[REWARD] = ModelSystems.find(("scorer.base", scorer.base), {REWARD: scorer.adapter}, **options)
     if config.model is not None:
         shared = ModelSystems.find(
-            ("model", config.model), adapters, tokenizer=("tokenizer", config.tokenizer), **options
+            ("model", config.model),
+            adapters,
+            revision=config.revision,
+            tokenizer=("tokenizer", config.tokenizer),
+            **options,
         )
         found |= dict.fromkeys(adapters, shared)
     return found
@@ -214,7 +219,12 @@ def _sampled(config: PairsConfig, systems: dict[str, ModelSystems]) -> Candidate
     sampler, generation = systems.pop(ADAPTER), config.generation
     found = Candidates(_prompts(config), [], has_template=config.chat and not sampler.without_template)
     decided_by = {name: value for name, value in asdict(generation).items() if name != "batch_size"}
-    identity = {"model": sampler.identity(ADAPTER), "generation": decided_by}
+    identity = {
+        "model": sampler.identities(cache_folder() / "digests")[ADAPTER],
+        "stop_ids": sorted(sampler.stop_ids(ADAPTER)),
+        "platform": jax.default_backend(),
+        "generation": decided_by,
+    }
     wanted = candidates.requests(sampler.encode(found.prompts)[ADAPTER], config.samples, identity)
     with Record(Path(config.candidates_path), candidates.LINE) as record:
         if any(request.key not in record for request in wanted):
@@ -236,10 +246,12 @@ def _sampled(config: PairsConfig, systems: dict[str, ModelSystems]) -> Candidate
 def _prompts(config: PairsConfig) -> list[Prompt]:
     """Each prompt of the file once, because nothing else decides its completions."""
     every = file_prompts(str(config.prompts_file), chat=config.chat)
-    prompts = {repr(prompt.content): prompt for prompt in reversed(every)}
+    prompts: dict[str, Prompt] = {}
+    for prompt in every:
+        prompts.setdefault(prompt.key, prompt)
     if len(prompts) < len(every):
         logger.info("%d prompts of %s are there more than once", len(every) - len(prompts), config.prompts_file)
-    return [*reversed(prompts.values())]
+    return [*prompts.values()]
 
 
 def _take_rewards(

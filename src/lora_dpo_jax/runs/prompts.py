@@ -1,6 +1,7 @@
 """Prompts to complete: given ones, and those of a file."""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,14 @@ class Prompt:
             return self.content
         return "\n".join(f"[{message['role']}] {message.get('content', '')}" for message in self.content)
 
+    @property
+    def key(self) -> str:
+        """The same for a text and for a single message of the user with this text."""
+        content = self.content
+        if not isinstance(content, str) and len(content) == 1 and {*content[0]} == {"role", "content"}:
+            content = content[0]["content"] if content[0]["role"] == "user" else content
+        return json.dumps(content, sort_keys=True)
+
     def with_system(self, system: str | None) -> "Prompt":
         """The prompt with a system message before it. Raises ValueError if it has one already."""
         if system is None:
@@ -56,6 +65,14 @@ def file_prompts(url: str, *, chat: bool = True) -> list[Prompt]:
     if not found:
         raise ValueError(f"prompts_file={url!r} holds no prompts")
     return found
+
+
+def refuse_duplicates(prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError that names the first prompt which is there twice."""
+    origins: dict[str, str] = {}
+    for prompt in prompts:
+        if (before := origins.setdefault(prompt.key, prompt.origin)) != prompt.origin:
+            raise ValueError(f"{prompt.origin} is the same prompt as {before}: leave one of them out")
 
 
 def choose_prompts(prompts: Sequence[Prompt], count: int | None, seed: int) -> list[Prompt]:
