@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import draccus
 
+from lora_dpo_jax.judging.judges import JudgeConfig
 from lora_dpo_jax.judging.rewards import ImplicitRewardConfig
 
 
@@ -31,3 +32,11 @@ class GivenScores(ScorerConfig):
     """Numbers of completions_file."""
 
     field: str = "score"  # the column of a number for each completion; more is better
+
+
+@ScorerConfig.register_subclass("judge")
+@dataclass(frozen=True)
+class JudgeScorer(ScorerConfig):
+    """A judge compares each two completions of a prompt in both orders. A score is the share of these that it wins."""
+
+    judge: JudgeConfig  # who judges

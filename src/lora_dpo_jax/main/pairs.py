@@ -4,6 +4,7 @@ python -m lora_dpo_jax.main.pairs --model <folder or hub id> [--adapter <PEFT fo
     --scorer.adapter <PEFT folder> --output pairs.jsonl
 """
 
+import itertools
 import logging
 import sys
 from collections import Counter
@@ -21,10 +22,13 @@ from lora_dpo_jax.files import cache_folder
 from lora_dpo_jax.generation import GenerationConfig
 from lora_dpo_jax.judging import candidates
 from lora_dpo_jax.judging.candidates import Sampled
-from lora_dpo_jax.judging.pairing import REASONS, Completion, PairingConfig, pair, usable
+from lora_dpo_jax.judging.interface import RunModels, Usage
+from lora_dpo_jax.judging.pairing import REASONS, Completion, PairingConfig, pair, usable, win_shares
 from lora_dpo_jax.judging.record import Record
 from lora_dpo_jax.judging.rewards import ImplicitReward
-from lora_dpo_jax.judging.scorers import GivenScores, RewardScorer, ScorerConfig
+from lora_dpo_jax.judging.scorers import GivenScores, JudgeScorer, RewardScorer, ScorerConfig
+from lora_dpo_jax.judging.tournament import Tournament, number_of_questions, play
+from lora_dpo_jax.judging.verdict_file import VerdictFile
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.generate import TAKEN
 from lora_dpo_jax.main.output_file import check_output, write_output
@@ -39,8 +43,10 @@ from lora_dpo_jax.settings.choices import check_choices
 
 logger = logging.getLogger("lora_dpo_jax")
 
+WRITTEN = ("output", "candidates_file", "verdicts_file")  # settings that name files to write
 ADAPTER, REWARD = "adapter", "scorer.adapter"  # settings
 PAIR = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
+VERDICT = ("key", "prompt", "first", "second", "preferred", "reason", "prompt_tokens", "completion_tokens")
 RANKED = ("prompt", "responses", "scores")
 LINES = [(*row, *more) for row in (PAIR, RANKED) for more in ((), ("chat_template_kwargs",))]
 
@@ -53,13 +59,15 @@ class PairsConfig(SystemConfig):
     """
 
     output: str  # the .jsonl to write
-    scorer: ScorerConfig  # reward: an adapter's implicit reward. given: numbers of completions_file
+    # reward: an adapter's implicit reward. judge: verdicts on each two of a prompt. given: numbers of completions_file
+    scorer: ScorerConfig
     # .txt: one a line; .jsonl: `prompt`, a string or a list of messages, or rows of pairs, whose prompts are taken
     prompts_file: str | None = None
     samples: int = 4  # completions of each prompt
     generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(max_new_tokens=512, temperature=1.0))
     pairing: PairingConfig = field(default_factory=PairingConfig)
     candidates_file: str | None = None  # where completions are kept as they come; null: beside `output`
+    verdicts_file: str | None = None  # where verdicts of a judge are kept as they come; null: beside `output`
     chat: bool = True  # false: prompts that are strings do not go through the chat template
     chat_template: str | None = None  # instead of the tokenizer's own: a Jinja text, or the path of one
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # such as {enable_thinking: false}
@@ -67,7 +75,7 @@ class PairsConfig(SystemConfig):
     def __post_init__(self):
         super().__post_init__()
         check_choices(self)
-        refuse_impossible_paths({name: getattr(self, name) for name in ("output", "prompts_file", "candidates_file")})
+        refuse_impossible_paths({name: getattr(self, name) for name in ("prompts_file", *WRITTEN)})
         if (self.model is None) == (self.completions_file is None):
             raise ValueError("nothing to pair: give model, which completes the prompts, or completions_file")
         if self.model is not None:
@@ -81,6 +89,7 @@ class PairsConfig(SystemConfig):
             raise ValueError(
                 "scorer.base is not set: without model, set it to the model that scorer.adapter was trained on"
             )
+        self._check_written()
         if taken := sorted(TAKEN & set(self.chat_template_kwargs)):
             raise ValueError(f"chat_template_kwargs may not set {taken}: they are no variables of a template")
 
@@ -97,12 +106,18 @@ class PairsConfig(SystemConfig):
             raise ValueError(
                 "scorer.type=given reads the scores of completions_file, and model samples others: choose another one"
             )
-        if is_url(self.output) and self.candidates_file is None:
-            raise ValueError(f"output={self.output!r} is a URL: set candidates_file to a file of this machine")
-        if is_url(self.candidates_path):
-            raise ValueError(f"candidates_file={self.candidates_path!r} must be a file of this machine")
-        if same_place(self.candidates_path, self.output):
-            raise ValueError(f"candidates_file and output are both {self.output!r}; they must differ")
+
+    def _check_written(self) -> None:
+        kept = self.kept
+        for setting, path in kept.items():
+            if getattr(self, setting) is None and is_url(self.output):
+                raise ValueError(f"output={self.output!r} is a URL: set {setting} to a file of this machine")
+            if is_url(path):
+                raise ValueError(f"{setting}={path!r} must be a file of this machine")
+        written = {"output": self.output, **kept}
+        for (one, path), (other, same) in itertools.combinations(written.items(), 2):
+            if same_place(path, same):
+                raise ValueError(f"{other} and {one} are both {path!r}; they must differ")
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
@@ -112,11 +127,17 @@ class PairsConfig(SystemConfig):
         return {**self.chat_template_kwargs, "chat_template": read_template("chat_template", self.chat_template)}
 
     @property
-    def candidates_path(self) -> str:
-        if self.candidates_file is not None:
-            return self.candidates_file
+    def kept(self) -> dict[str, str]:
+        """The files that keep what is computed as it comes, by setting."""
+        used = {"candidates_file": self.model is not None, "verdicts_file": isinstance(self.scorer, JudgeScorer)}
         path = Path(self.output).expanduser()
-        return str(path.with_name(f"{path.name.removesuffix('.jsonl')}.candidates.jsonl"))
+        beside = {name: path.with_name(f"{path.name.removesuffix('.jsonl')}.{name[:-5]}.jsonl") for name in used}
+        return {name: getattr(self, name) or str(beside[name]) for name, is_used in used.items() if is_used}
+
+    @property
+    def models(self) -> RunModels:
+        """What the settings of a judge stand for if they are null."""
+        return RunModels(base=self.model, revision=self.revision, quantization=self.quantization or "none")
 
 
 @dataclass
@@ -127,6 +148,7 @@ class Candidates:
     completions: list[list[Completion]]  # of each prompt
     has_template: bool = True  # whether prompts that are strings are turns of a conversation
     sampled: Sampled = Sampled()
+    tournament: Tournament | None = None  # if a judge compared them
     count: int = 0  # of completions, before any was dropped
     dropped: Counter[str] = field(default_factory=Counter)
 
@@ -162,15 +184,20 @@ def main(config: PairsConfig) -> dict[str, float]:
         raise ValueError(f"pairs takes one process; found {jax.process_count()}")
     _check_outputs(config)
     systems = _systems(config)  # before anything is computed, so that errors come early
+    if isinstance(config.scorer, JudgeScorer):
+        config.scorer.judge.check(config.models)
     found = _given(config) if config.completions_file is not None else _sampled(config, systems)
     if isinstance(config.scorer, RewardScorer):
         _take_rewards(config, config.scorer, found, systems)
+    elif isinstance(config.scorer, JudgeScorer):
+        _take_verdicts(config, config.scorer, found)
     rows = _rows(config, found)
     summary = _summary(found, rows)
+    if rows:
+        write_output(config.output, rows)
     _print(config, found, summary)
     if not rows:
         raise ValueError(f"no row is left to write to output={config.output!r}; see the counts above")
-    write_output(config.output, rows)
     return summary
 
 
@@ -178,15 +205,16 @@ def _check_outputs(config: PairsConfig) -> None:
     names = ("prompts_file", "completions_file", "chat_template")
     inputs = {name: [file] for name in names if (file := getattr(config, name))}
     check_output(config.output, lines=LINES, inputs=inputs)
-    if config.model is not None:
-        check_output(config.candidates_path, lines=[candidates.LINE], inputs=inputs, setting="candidates_file")
+    forms = {"candidates_file": candidates.LINE, "verdicts_file": VERDICT}
+    for setting, path in config.kept.items():
+        check_output(path, lines=[forms[setting]], inputs=inputs, setting=setting)
 
 
 def _systems(config: PairsConfig) -> dict[str, ModelSystems]:
     """The models that sample and score, by the settings of their adapters. Those of one base share its weights."""
-    scorer, template_kwargs = config.scorer, config.template_kwargs
+    scorer = config.scorer
     options: Any = {"dtype": config.dtype, "quantization": config.quantization or "none"}
-    options["template_kwargs"] = template_kwargs
+    options["template_kwargs"] = config.template_kwargs
     adapters: dict[str, str | None] = {} if config.model is None else {ADAPTER: config.adapter}
     found: dict[str, ModelSystems] = {}
     if isinstance(scorer, RewardScorer):
@@ -209,7 +237,8 @@ def _systems(config: PairsConfig) -> dict[str, ModelSystems]:
 def _given(config: PairsConfig) -> Candidates:
     """The completions of a file, with its scores if they are asked for."""
     score_field = config.scorer.field if isinstance(config.scorer, GivenScores) else None
-    found = Candidates(*candidates.given(str(config.completions_file), score_field, chat=config.chat))
+    prompts, completions = candidates.given(str(config.completions_file), score_field, chat=config.chat)
+    found = Candidates(prompts, completions, has_template=config.chat)
     found.drop_unusable(keep_truncated=config.pairing.keep_truncated)
     return found
 
@@ -226,7 +255,7 @@ def _sampled(config: PairsConfig, systems: dict[str, ModelSystems]) -> Candidate
         "generation": decided_by,
     }
     wanted = candidates.requests(sampler.encode(found.prompts)[ADAPTER], config.samples, identity)
-    with Record(Path(config.candidates_path), candidates.LINE) as record:
+    with Record(Path(config.kept["candidates_file"]), candidates.LINE) as record:
         if any(request.key not in record for request in wanted):
             found.sampled = candidates.sample(
                 sampler.model(ADAPTER),
@@ -272,12 +301,31 @@ def _take_rewards(
     found.take_scores(reward.score(*found.to_compare, progress=progress))
 
 
+def _take_verdicts(config: PairsConfig, scorer: JudgeScorer, found: Candidates) -> None:
+    """Has a judge compare each two completions of a prompt. Their scores are the shares of wins."""
+    texts = [[completion.text for completion in completions] for completions in found.completions]
+    count = number_of_questions(texts)
+    logger.info("%s questions to the judge: each two completions of a prompt, in both orders", f"{count:,}")
+
+    def progress(verdicts, total: int):
+        return tqdm(verdicts, "judging", total=total, unit=" verdicts")
+
+    judge = scorer.judge.start(config.models)
+    with VerdictFile(Path(config.kept["verdicts_file"])) as file:
+        found.tournament = play(judge, found.prompts, texts, file, progress=progress)
+    for number, outcomes in enumerate(found.tournament.outcomes):
+        shares = win_shares(len(texts[number]), outcomes)
+        completions = zip(found.completions[number], shares, strict=True)
+        found.completions[number] = [replace(completion, score=share) for completion, share in completions]
+
+
 def _rows(config: PairsConfig, found: Candidates) -> list[dict[str, Any]]:
     """The rows of all prompts. Counts what they leave out."""
     rows = []
-    for prompt, completions in zip(found.prompts, found.completions, strict=True):
+    for number, (prompt, completions) in enumerate(zip(found.prompts, found.completions, strict=True)):
         as_messages = not isinstance(prompt.content, str) or found.has_template
-        pairing = pair(prompt.content, completions, config.pairing, as_messages=as_messages)
+        outcomes = found.tournament and found.tournament.outcomes[number]
+        pairing = pair(prompt.content, completions, config.pairing, as_messages=as_messages, outcomes=outcomes)
         # Training then renders the prompt as it was rendered here.
         kwargs = {"chat_template_kwargs": config.chat_template_kwargs} if config.chat_template_kwargs else {}
         rows += [{**row, **kwargs} for row in pairing.rows]
@@ -297,6 +345,10 @@ def _summary(found: Candidates, rows: list[dict[str, Any]]) -> dict[str, float]:
     }
     if sampled.completions:
         summary["tokens_per_second"] = sampled.tokens / sampled.seconds
+    if played := found.tournament:
+        of_verdicts = Counter(outcome for outcomes in played.outcomes for outcome in outcomes.values())
+        summary |= {"verdicts/asked": played.asked, "verdicts/known": played.known}
+        summary["verdicts/inconsistent"] = of_verdicts["inconsistent"] / max(of_verdicts.total(), 1)
     for name, ends in (("chosen", max), ("rejected", min)):
         of_rows = [row[f"score_{name}"] if "chosen" in row else ends(row["scores"]) for row in rows]
         if rows:
@@ -312,6 +364,8 @@ def _print(config: PairsConfig, found: Candidates, summary: dict[str, float]) ->
         speed = summary["tokens_per_second"]
         print(f": {sampled.tokens:,} tokens in {sampled.seconds:,.1f} s, {speed:,.0f} tokens per second", end="")
     print()
+    if played := found.tournament:
+        _print_verdicts(config, played, summary["verdicts/inconsistent"])
     for reason, what in REASONS.items():
         if count := found.dropped[reason]:
             print(f"dropped      {count:,} {what}")
@@ -319,6 +373,17 @@ def _print(config: PairsConfig, found: Candidates, summary: dict[str, float]) ->
         best, worst = ("chosen", "rejected") if config.pairing.rows == "pairs" else ("best", "worst")
         print(f"mean score   {best} {summary['score/chosen']:.4f}, {worst} {summary['score/rejected']:.4f}")
         print(f"rows         {summary['rows']:,} {config.pairing.rows} in {printable(config.output)}")
+
+
+def _print_verdicts(config: PairsConfig, played: Tournament, inconsistent: float) -> None:
+    assert isinstance(config.scorer, JudgeScorer)
+    usage, cost = played.usage, config.scorer.judge.cost(played.usage)
+    print(f"verdicts     {played.asked:,} asked, {played.known:,} known before", end="")
+    if usage != Usage():
+        print(f"; {usage.prompt_tokens:,} tokens read and {usage.completion_tokens:,} written", end="")
+    if cost is not None:
+        print(f"; cost {cost:,.4f}", end="")
+    print(f"; the two orders disagree in {inconsistent:.1%}")
 
 
 def run() -> None:
