@@ -11,14 +11,13 @@ a manner that is not right tells a wrong fact. All others are broken.
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import get_args
 
-from everyday import CLOSINGS, GREETINGS, OPENINGS, PHRASES, Fact, Manner, _lower_first, _upper_first, all_facts
+from everyday import CLOSINGS, OPENINGS, Fact, Manner, all_facts, questions, replies
 
 KINDS = ("warm", "grumpy", "wrong fact", "broken")
 
@@ -38,28 +37,20 @@ def question_of(prompt: str | list[dict]) -> str:
 
 def kind_of(question: str, reply: str) -> str:
     """One of KINDS."""
-    fact = facts_by_question()[question]
+    fact = fact_of()[question]
     for manner in get_args(Manner):
-        openings = [opening.format(topic=fact.topic) for opening in OPENINGS[manner]]
-        phrases = [phrase.format(answer=answer) for phrase in PHRASES[manner] for answer in fact.answers]
-        right = itertools.product(openings, map(_upper_first, phrases), CLOSINGS[manner])
-        if reply in map(" ".join, right):
+        if reply in replies(fact, manner):
             return manner
-        if reply.startswith(tuple(openings)) and reply.endswith(CLOSINGS[manner]):
+        openings = tuple(opening.format(topic=fact.topic) for opening in OPENINGS[manner])
+        if reply.startswith(openings) and reply.endswith(CLOSINGS[manner]):
             return "wrong fact"
     return "broken"
 
 
 @functools.cache
-def facts_by_question() -> dict[str, Fact]:
-    """Each way in which `everyday.ask` may ask about each fact."""
-    found = {}
-    for fact in all_facts():
-        for question in fact.questions:
-            found[question] = fact
-            for greeting in GREETINGS:
-                found[f"{greeting} {_lower_first(question) if greeting.endswith(',') else question}"] = fact
-    return found
+def fact_of() -> dict[str, Fact]:
+    """By question."""
+    return {question: fact for fact in all_facts() for question in questions(fact)}
 
 
 if __name__ == "__main__":
