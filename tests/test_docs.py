@@ -147,6 +147,7 @@ def test_every_test_that_the_table_of_faults_names_is_there():
         "runs.config.TrainConfig",
         "main.evaluate.EvaluateConfig",
         "main.generate.GenerateConfig",
+        "main.judge.JudgingConfig",
         "main.plan.PlanConfig",
         "main.check.CheckConfig",
         "main.combine.CombineConfig",
