@@ -179,9 +179,11 @@ def test_every_test_that_the_table_of_faults_names_is_there():
         "runs.config.TrainConfig",
         "main.evaluate.EvaluateConfig",
         "main.generate.GenerateConfig",
+        "main.judge.JudgingConfig",
         "main.plan.PlanConfig",
         "main.check.CheckConfig",
         "main.combine.CombineConfig",
+        "main.pairs.PairsConfig",
     ],
 )
 def test_every_setting_is_in_the_configuration_reference(command):

@@ -174,16 +174,19 @@ class OpenAIJudge(Judge):
             return ConnectionError(f"{where}: cannot be reached, {self._tries} ({cause})")
         if status == 429 or (status or 0) >= 500:
             return ConnectionError(f"{where}: the server answers {status}, {self._tries} ({self._shown(error)})")
-        return ValueError(f"{where}: the server rejects the request ({status}: {self._shown(error)})")
+        model = f"judge.model={config.model!r}"
+        return ValueError(f"{where}, {model}: the server rejects the request ({status}: {self._shown(error)})")
 
     @property
     def _tries(self) -> str:
-        return f"after {self.config.max_retries + 1} tries"
+        tries = self.config.max_retries + 1
+        return f"after {tries} {'try' if tries == 1 else 'tries'}"
 
     def _shown(self, error: BaseException) -> str:
+        """What the server says in a line, without the key."""
         body = getattr(error, "body", None)
-        message = body.get("message") if isinstance(body, dict) else None
-        text = " ".join(self._without_key(str(message or error)).split())
+        said = [body.get(name) for name in ("message", "detail", "error")] if isinstance(body, dict) else [body]
+        text = " ".join(self._without_key(next((x for x in said if x and isinstance(x, str)), str(error))).split())
         return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "..."
 
     def _without_key(self, text: str) -> str:

@@ -12,8 +12,8 @@ Intervals hold 95% of the rates of 2,000 samples of the prompts, drawn with repl
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Rate:
         if self.value is None:
             return f"undefined: {self.why}"
         interval = "" if self.low is None or self.high is None else f"   [{self.low:.1%}, {self.high:.1%}]"
-        return f"{self.value:.1%}{interval}" + (f"   ({self.why})" if self.why else "")
+        return f"{self.value:>6.1%}{interval}" + (f"   ({self.why})" if self.why else "")
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,6 @@ class Rates:
     win_rate: Rate  # (wins + ties / 2) of the prompts on which both orders agree
     length_controlled_win_rate: Rate  # the same for answers of equal length
     prefers_first: Rate  # of the judge: of all verdicts that prefer one place. Without bias: half
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 _AGREEING: dict[tuple[Preferred, Preferred], Outcome] = {
@@ -75,22 +72,17 @@ def outcome(forward: Preferred | None, swapped: Preferred | None) -> Outcome:
 
 
 def rates_of(
-    verdicts: Sequence[tuple[Preferred | None, Preferred | None]],
-    lengths: Sequence[tuple[int, int]],
-    *,
-    seed: int,
-    asked: Sequence[bool] | None = None,
+    verdicts: Sequence[tuple[Preferred | None, Preferred | None]], lengths: Sequence[tuple[int, int]], *, seed: int
 ) -> Rates:
-    """The rates of at least one prompt.
+    """The rates of at least one prompt. `seed` draws the samples of the intervals.
 
-    `verdicts` in both orders and `lengths` (characters) of candidate and baseline: of each prompt. `asked`: whether a
-    judge gave these verdicts; None: all. The others say nothing about the judge.
+    `verdicts` in both orders and `lengths` (characters) of candidate and baseline: of each prompt.
     """
     outcomes: list[Outcome] = [outcome(*both) for both in verdicts]
     counts = np.array([[found == name for name in OUTCOMES] for found in outcomes], np.float64)  # [prompt, outcome]
     samples = _samples(len(outcomes), seed)
     shares = counts.mean(0), samples @ counts / len(outcomes)
-    places = _places(verdicts, asked)
+    places = _places(verdicts)
     return Rates(
         {name: int(total) for name, total in zip(OUTCOMES, counts.sum(0), strict=True)},
         {name: _rate(float(shares[0][i]), shares[1][:, i]) for i, name in enumerate(OUTCOMES)},
@@ -185,11 +177,10 @@ def _win_rate(counts: np.ndarray, samples: np.ndarray) -> Rate:
     return _ratio(np.stack([wins, agreed], 1), samples, NONE_AGREE)
 
 
-def _places(verdicts: Sequence[tuple[Preferred | None, Preferred | None]], asked: Sequence[bool] | None) -> np.ndarray:
+def _places(verdicts: Sequence[tuple[Preferred | None, Preferred | None]]) -> np.ndarray:
     """float64 [prompt, 2]: verdicts that prefer the first place, and verdicts that prefer any."""
     rows = [[sum(one == "first" for one in both), sum(one in ("first", "second") for one in both)] for both in verdicts]
-    counted = np.ones(len(rows)) if asked is None else np.asarray(asked, np.float64)
-    return np.array(rows, np.float64) * counted[:, None]
+    return np.array(rows, np.float64)
 
 
 def _ratio(parts: np.ndarray, samples: np.ndarray, why_none: str) -> Rate:

@@ -41,8 +41,9 @@ LETTER_ALONE = _TASK + "Reply with the letter of the better answer alone: A or B
 _VERDICTS: dict[str, Preferred] = {"a": "first", "b": "second", "tie": "tie"}
 # Of "**Verdict:** A", "Verdict: [[B]]", "verdict - tie" and the like.
 _STATED = re.compile(r"verdict[\s*_:\"'\-=>]{1,20}[(\[{*_\"'`]{0,4}(a|b|tie)(?![\w'])", re.IGNORECASE)
-# Standing alone in the last line. "A" before a word in lower case is an article.
-_ALONE = re.compile(r"(?<![\w'])(A(?!\s+[a-z])|B|[Tt]ie|TIE)(?![\w'])")
+# Standing alone in the last line.
+_ALONE = re.compile(r"(?<![\w'])(A|B|[Tt]ie|TIE)(?![\w'])")
+_MAY_BE_ARTICLE = re.compile(r"(?<![\w'])A\s+[a-z]")  # as in "A good answer"
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,7 @@ class Template:
         try:
             return _environment().from_string(self.text).render(values, messages=messages)
         except Exception as error:  # a template is a program, and may raise any type
-            raise ValueError(
-                f"judge.template cannot render the question of {question.prompt.origin}: {error}"
-            ) from error
+            raise ValueError(f"{question.prompt.origin}: judge.template cannot render the question: {error}") from error
 
     def _check(self, name: str) -> None:
         try:
@@ -111,13 +110,15 @@ class Template:
 def read_verdict(reply: str) -> Preferred | None:
     """The verdict that a reply states last; None if it states none.
 
-    That is `Verdict: A`, in any case and with any marks around it. Without one, the last line may name one of A, B and
-    tie, and no other.
+    That is `Verdict: A`, in any case and with any marks around it. Without it, the last line may name one of A, B and
+    tie, and no other. What may be read in two ways is no verdict.
     """
     if stated := _STATED.findall(reply):
         return _VERDICTS[stated[-1].lower()]
     lines = [line for line in reply.splitlines() if line.strip()]
-    named = {found.lower() for found in _ALONE.findall(lines[-1])} if lines else set()
+    if not lines or _MAY_BE_ARTICLE.search(lines[-1]):
+        return None
+    named = {found.lower() for found in _ALONE.findall(lines[-1])}
     return _VERDICTS[named.pop()] if len(named) == 1 else None
 
 

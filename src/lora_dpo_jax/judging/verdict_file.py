@@ -20,6 +20,8 @@ from typing import Any, get_args
 from lora_dpo_jax.judging.interface import Judge, Preferred, Question, Usage, Verdict
 
 MARKS = {*get_args(Preferred), None}
+# The keys of a line.
+VERDICT = ("key", "prompt", "first", "second", "preferred", "reason", "prompt_tokens", "completion_tokens")
 BEGINNING = b'{"key": "'  # of a line
 
 
@@ -51,17 +53,10 @@ class VerdictFile:
         return self._known.get(key)
 
     def add(self, key: str, question: Question, verdict: Verdict) -> None:
-        line = {
-            "key": key,
-            "prompt": question.prompt.readable,
-            "first": question.first,
-            "second": question.second,
-            "preferred": verdict.preferred,
-            "reason": verdict.reason,
-            "prompt_tokens": verdict.usage.prompt_tokens,
-            "completion_tokens": verdict.usage.completion_tokens,
-        }
-        content = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        said = verdict.preferred, verdict.reason, verdict.usage.prompt_tokens, verdict.usage.completion_tokens
+        values = key, question.prompt.readable, question.first, question.second, *said
+        line = json.dumps(dict(zip(VERDICT, values, strict=True)), ensure_ascii=False)
+        content = (line + "\n").encode("utf-8", "backslashreplace")
         while content:  # a write may be short, as on a full disk
             content = content[os.write(self._descriptor, content) :]
         self._known[key] = verdict

@@ -21,12 +21,12 @@ from tqdm import tqdm
 from lora_dpo_jax import __version__
 from lora_dpo_jax.data.config import ComponentConfig, PreferenceDataConfig
 from lora_dpo_jax.files import cache_folder, replace_file
-from lora_dpo_jax.judging.comparison import Comparison, compare
+from lora_dpo_jax.judging.comparison import Comparison, Result, compare
 from lora_dpo_jax.judging.interface import RunModels, Usage
 from lora_dpo_jax.judging.judges import JudgeConfig
 from lora_dpo_jax.judging.verdict_file import VerdictFile
 from lora_dpo_jax.main.command import command
-from lora_dpo_jax.main.output_file import check_output
+from lora_dpo_jax.main.output_file import check_output, write_output
 from lora_dpo_jax.places import is_url, refuse_impossible_paths
 from lora_dpo_jax.printable import printable
 from lora_dpo_jax.redaction import redacted
@@ -41,7 +41,9 @@ from lora_dpo_jax.settings.arguments import parse_arguments
 
 logger = logging.getLogger("lora_dpo_jax")
 
-VERDICTS, SUMMARY = "verdicts.jsonl", "judge.json"  # in the folder `output`
+# In the folder `output`, beside the completions of models: candidate.jsonl and baseline.jsonl.
+VERDICTS, RESULTS, SUMMARY = "verdicts.jsonl", "results.jsonl", "judge.json"
+RESULT = tuple(field.name for field in dataclasses.fields(Result))
 MARKS = {"candidate", "baseline", "judge", "rates"}  # keys of a summary
 
 
@@ -71,7 +73,7 @@ class JudgingConfig(TrainConfig):
     seed: int = 0  # of the drawn prompts, and of the samples that give the intervals
     output: str | None = None  # the folder to write; null: `judge` in the folder of the run that trainer.id names
 
-    if_missing: ClassVar = {"judge": "Choose who judges, for example with --judge.type reward, local or openai"}
+    if_missing: ClassVar = {"judge": "Choose who judges: --judge.type reward; or local or openai, with --judge.model"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -140,27 +142,27 @@ def main(config: JudgingConfig) -> dict[str, Any]:
     systems, folder, models = config.systems, Path(config.folder).expanduser(), config.models
     if jax.process_count() > 1:
         raise ValueError(f"judging takes one process; found {jax.process_count()}")
-    _check_output(folder)
+    _check_output(config, folder)
     keep_compiled_programs(config.trainer.jax_compilation_cache_dir, models.cache)
     config.judge.check(models)
     prompts = _prompts(config)
-    memory = models.cache / "digests"
-    answers = completions_of(systems, prompts, config.generation, folder=folder, memory=memory)
-    _warn(systems, answers)
-    completed = time.perf_counter()
-    judge = config.judge.start(models)
-    with VerdictFile(folder / VERDICTS) as file, _saying_what_is_kept(file):
-        found = compare(
-            judge, prompts, answers["candidate"], answers["baseline"], file, seed=config.seed, progress=_progress
-        )
+    with VerdictFile(folder / VERDICTS) as file:
+        memory = models.cache / "digests"
+        answers = completions_of(systems, prompts, config.generation, folder=folder, memory=memory)
+        _warn(systems, answers)
+        completion_seconds = time.perf_counter() - began
+        judge = config.judge.start(models)
+        with _saying_what_is_kept(file):
+            found = compare(judge, prompts, *answers.values(), file=file, seed=config.seed, progress=_progress)
+    write_output(str(folder / RESULTS), (dict(vars(result)) for result in found.results))
     summary = {
-        "candidate": dataclasses.asdict(systems["candidate"]),
-        "baseline": dataclasses.asdict(systems["baseline"]),
+        **{name: dataclasses.asdict(system) for name, system in systems.items()},
         "judge": redacted(dict(judge.identity)),
         **found.as_json(),
         "cost": config.judge.cost(found.usage),
-        "completion_seconds": completed - began,
-        "settings": redacted(_plain(config)),
+        "completion_seconds": completion_seconds,
+        "files": {"results": RESULTS, "verdicts": VERDICTS},
+        "settings": _settings(config),
         "version": __version__,
     }
     replace_file(folder / SUMMARY, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
@@ -170,17 +172,16 @@ def main(config: JudgingConfig) -> dict[str, Any]:
 
 def report(config: JudgingConfig, found: Comparison) -> list[str]:
     """The lines for people."""
-    rates, cost = found.rates, config.judge.cost(found.usage)
+    rates, lengths, cost = found.rates, found.mean_characters, config.judge.cost(found.usage)
     agreed = sum(rates.counts[name] for name in ("win", "loss", "tie"))
     same = f", of which {found.identical:,} have the same answer twice" if found.identical else ""
     lines = [
-        f"{found.prompts:,} prompts, each judged in both orders{same}",
+        f"{len(found.results):,} prompts, each judged in both orders{same}",
         *(f"{name:<18}{rate}" for name, rate in rates.rates.items() if name != "unparsed" or rates.counts[name]),
         f"{'win rate':<18}{rates.win_rate}",
         f"{'':<18}of the {agreed:,} prompts on which both orders agree; a tie counts as half",
         f"{'length-controlled':<18}{rates.length_controlled_win_rate}",
-        f"{'mean length':<18}candidate {found.candidate_characters:,.0f} characters, baseline "
-        f"{found.baseline_characters:,.0f}",
+        f"{'mean length':<18}candidate {lengths['candidate']:,.0f} characters, baseline {lengths['baseline']:,.0f}",
         f"{'prefers first':<18}{rates.prefers_first}",
         f"{'':<18}of the judge's verdicts; 50% is no preference for a place",
     ]
@@ -190,7 +191,7 @@ def report(config: JudgingConfig, found: Comparison) -> list[str]:
     return [
         *lines,
         f"{'verdicts':<18}{found.asked:,} asked in {found.seconds:.1f} s, {found.from_file:,} known before",
-        f"{'files':<18}{config.folder}: {SUMMARY}, {VERDICTS}",
+        f"{'files':<18}{config.folder}: {SUMMARY}, {RESULTS}, {VERDICTS}",
     ]
 
 
@@ -209,7 +210,7 @@ def _prompts(config: JudgingConfig) -> list[Prompt]:
     else:
         raise ValueError("there are no prompts: set prompts_file, or data.components with held-out rows")
     chosen = choose_prompts(prompts, config.count, config.seed)
-    logger.info("%s of %s prompts", f"{len(chosen):,}", f"{len(prompts):,}")
+    logger.info("judging %s of %s prompts", f"{len(chosen):,}", f"{len(prompts):,}")
     return chosen
 
 
@@ -223,13 +224,17 @@ def _warn(systems: Mapping[str, SystemConfig], answers: Mapping[str, Sequence[st
             logger.warning("%s: %s of %s answers are empty", name, f"{empty:,}", f"{len(texts):,}")
 
 
-def _check_output(folder: Path) -> None:
-    """Raises OSError if the folder cannot be written, or holds other files with the names of this command's."""
+def _check_output(config: JudgingConfig, folder: Path) -> None:
+    """Raises OSError if the folder cannot be written, or if that would replace inputs or other files."""
     check_writable("output", folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output={str(folder)!r} is a file; name a folder")
-    for name in ("candidate.jsonl", "baseline.jsonl"):
-        check_output(str(folder / name), lines=[LINE], inputs={})
+    inputs = {"prompts_file": config.prompts_file}
+    inputs |= {f"{name}.completions_file": getattr(config, name).completions_file for name in ("candidate", "baseline")}
+    written = [f"{name}.jsonl" for name in ("candidate", "baseline") if inputs[f"{name}.completions_file"] is None]
+    given = {setting: [file] for setting, file in inputs.items() if file is not None}
+    for name in (*written, RESULTS):
+        check_output(str(folder / name), lines=[LINE, RESULT], inputs=given)
     summary = folder / SUMMARY
     if summary.exists():
         try:
@@ -248,10 +253,13 @@ def _saying_what_is_kept(file: VerdictFile) -> Iterator[None]:
     """Adds to errors of judges that the verdicts so far are kept."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyboardInterrupt) as error:
+        kept = f"{len(file):,} verdicts are kept in {file.path}; the same command asks only for the others"
+        if isinstance(error, KeyboardInterrupt):
+            print(printable(f"stopped: {kept}"), file=sys.stderr)
+            raise SystemExit(130) from error
         if not len(file):
             raise
-        kept = f"{len(file):,} verdicts are kept in {file.path}; the same command asks only for the others"
         raise (OSError if isinstance(error, OSError) else ValueError)(f"{error}. {kept}") from error
 
 
@@ -259,9 +267,10 @@ def _progress(verdicts: Iterable[Any], total: int) -> Iterable[Any]:
     return tqdm(verdicts, "judging", total=total, unit=" verdicts", disable=not sys.stderr.isatty())
 
 
-def _plain(config: JudgingConfig) -> dict[str, Any]:
+def _settings(config: JudgingConfig) -> dict[str, Any]:
+    """As plain values without secrets."""
     encode: Any = draccus.encode
-    return encode(config)
+    return redacted(encode(config))
 
 
 def run() -> None:

@@ -28,18 +28,25 @@ class Prompt:
 
     @property
     def readable(self) -> str:
-        """The text for people. Messages have their role before them."""
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(f"[{message['role']}] {message.get('content', '')}" for message in self.content)
+        """The text for people. Messages have their role before them, unless there is only one of the user."""
+        content = self._without_role
+        if isinstance(content, str):
+            return content
+        return "\n".join(f"[{message['role']}] {message.get('content', '')}" for message in content)
 
     @property
     def key(self) -> str:
         """The same for a text and for a single message of the user with this text."""
-        content = self.content
-        if not isinstance(content, str) and len(content) == 1 and {*content[0]} == {"role", "content"}:
-            content = content[0]["content"] if content[0]["role"] == "user" else content
-        return json.dumps(content, sort_keys=True)
+        return json.dumps(self._without_role, sort_keys=True)
+
+    @property
+    def _without_role(self) -> Text:
+        """The text of a single message of the user; else the content."""
+        if isinstance(self.content, str) or len(self.content) > 1:
+            return self.content
+        (message,) = self.content
+        is_text = {*message} == {"role", "content"} and message["role"] == "user"
+        return message["content"] if is_text else self.content
 
     def with_system(self, system: str | None) -> "Prompt":
         """The prompt with a system message before it. Raises ValueError if it has one already."""
