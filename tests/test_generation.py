@@ -30,6 +30,7 @@ from lora_dpo_jax.huggingface.tokenizers import save_tokenizer
 from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.lora import LoraConfig, loraize, merge_lora, trainable_filter
 from lora_dpo_jax.main import generate as command
+from lora_dpo_jax.runs import systems
 from lora_dpo_jax.sharding import MeshConfig, Placement
 
 # PEFT asks transformers for what transformers has renamed.
@@ -103,6 +104,13 @@ def test_the_seed_alone_decides_a_sample(llama):
 def test_equal_prompts_are_sampled_apart(llama):
     completions = generate(llama, [PROMPTS[0]] * 4, SAMPLED, stop_ids=[])
     assert len({tuple(completion) for completion in completions}) == 4
+
+
+def test_a_sample_depends_on_its_stream_and_not_on_its_place(llama):
+    together = generate(llama, PROMPTS[:3], SAMPLED, stop_ids=[])
+    elsewhere = generate(llama, [PROMPTS[2], PROMPTS[0], PROMPTS[2]], SAMPLED, stop_ids=[], streams=[2, 0, 2**32 - 1])
+    assert elsewhere[:2] == [together[2], together[0]]
+    assert elsewhere[2] != together[2]
 
 
 def test_one_candidate_is_greedy(llama):
@@ -320,8 +328,8 @@ def test_several_adapters_share_the_base_and_the_program(adapter_folder, tmp_pat
     settings = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 3, "use_rslora": True}))
     reads, traces = [], []
-    load_model, choose = command.load_model, generation.choose
-    monkeypatch.setattr(command, "load_model", lambda *args, **kw: reads.append(args) or load_model(*args, **kw))
+    load_model, choose = systems.load_model, generation.choose
+    monkeypatch.setattr(systems, "load_model", lambda *args, **kw: reads.append(args) or load_model(*args, **kw))
     monkeypatch.setattr(generation, "choose", lambda *args: traces.append(args) or choose(*args))
     shared: dict = dict(model=str(FOLDER), prompts=["Hi", "Why?"], dtype="f32", max_new_tokens=17)
     alone = [command.main(command.GenerateConfig(adapter=path and str(path), **shared))
@@ -424,8 +432,8 @@ def test_texts_are_taken_from_the_command_line_as_they_stand(given):
 @pytest.fixture
 def rendered(monkeypatch):
     """What the command would give the model to complete, as text."""
-    monkeypatch.setattr(command, "load_model", lambda *_, **__: None)
-    monkeypatch.setattr("lora_dpo_jax.generation.generate", lambda model, ids, *_, **__: ids)
+    monkeypatch.setattr(systems, "load_model", lambda *_, **__: None)
+    monkeypatch.setattr("lora_dpo_jax.runs.systems.generate", lambda model, ids, *_, **__: ids)
     return lambda **settings: command.main(
         command.GenerateConfig(**{"model": str(FOLDER), "prompts": ["Hi"], **settings})
     )
@@ -479,13 +487,13 @@ def test_what_a_template_cannot_render_is_named(rendered, tmp_path, settings, sa
 
 
 def test_what_a_template_cannot_render_is_told_before_the_weights_are_read(monkeypatch):
-    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr(systems, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
     with pytest.raises(ValueError, match=r"^prompts\[0\]: the chat template is not valid Jinja"):
         command.main(command.GenerateConfig(model=str(FOLDER), prompts=["Hi"], chat_template="{% for"))
 
 
 def test_an_adapter_brings_the_template_it_was_trained_with(rendered, adapter_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "load_adapter", lambda model, *_, **__: model)
+    monkeypatch.setattr(systems, "load_adapter", lambda model, *_, **__: model)
     folder = tmp_path / "adapter"
     shutil.copytree(adapter_folder, folder)
     assert rendered(model=str(folder)) == rendered()

@@ -40,6 +40,7 @@ LAYERS = [
     ["reference_cache"],
     ["training", "report"],
     ["runs"],
+    ["judging"],
     ["main"],
 ]
 
@@ -58,9 +59,9 @@ FORBIDDEN = [
 
 # Those that may know the whole config of a run: the commands, and what reads, assembles or checks a whole run. All
 # others, hooks among them, are handed pieces of it.
-COMMANDS = {"main.train", "main.evaluate", "main.plan", "main.__main__", "main.setup"}
+COMMANDS = {"main.train", "main.evaluate", "main.judge", "main.plan", "main.__main__", "main.setup"}
 KNOW_WHOLE_RUNS = {"runs.config", "runs.base", "runs.assembly", "runs.identity", "runs.outputs", "runs.capacity"}
-KNOW_WHOLE_RUNS |= {"runs.provenance"}
+KNOW_WHOLE_RUNS |= {"runs.provenance", "runs.row_prompts"}
 
 
 def imports_of(source: str, module: str, is_package: bool) -> set[str]:

@@ -12,6 +12,7 @@ from tiny_runs import instruct_folder, preference_rows, run_config, write_rows
 
 from lora_dpo_jax.main import evaluate, generate
 from lora_dpo_jax.main.output_file import check_output, write_output
+from lora_dpo_jax.runs import systems
 
 COLUMNS = ("prompt", "completion")
 FORMER = json.dumps({"completion": "b", "prompt": "a"}) + "\n"
@@ -58,7 +59,7 @@ def test_evaluate_replaces_no_input(home, monkeypatch, output):
 @pytest.mark.parametrize("output", [*INPUTS, "prompts.jsonl", "link", "../HOME/prompts.jsonl"])
 def test_generate_replaces_no_input(home, monkeypatch, output):
     output = output.replace("HOME", home.name)
-    monkeypatch.setattr(generate, "local_folder", no_work)
+    monkeypatch.setattr(systems, "local_folder", no_work)
     before = listing(home)
     given = ["--model", "model", "--prompts_file", "prompts.jsonl", "--chat_template", "template.jinja"]
     with pytest.raises(FileExistsError, match=f"^output='{output}' (would replace a file of|exists and is not)"):
@@ -71,7 +72,7 @@ def test_generate_replaces_no_input(home, monkeypatch, output):
 )
 def test_an_output_that_cannot_be_written_is_told_before_the_work(home, monkeypatch, output):
     (home / "loop").symlink_to("loop")
-    monkeypatch.setattr(generate, "local_folder", no_work)
+    monkeypatch.setattr(systems, "local_folder", no_work)
     with pytest.raises(OSError, match="^output: nothing can be written to "):
         generate.main(generate.parse(["--model", "model", "--prompt", "x", "--output", output]))
 

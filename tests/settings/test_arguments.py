@@ -535,6 +535,7 @@ def test_each_console_script_is_a_commands_entry_point():
         "lora-dpo-combine": "combine",
         "lora-dpo-evaluate": "evaluate",
         "lora-dpo-generate": "generate",
+        "lora-dpo-judge": "judge",
         "lora-dpo-plan": "plan",
         "lora-dpo-report": "report",
     }

@@ -11,6 +11,7 @@ from lora_dpo_jax.places import is_url, spelled_alike
 from lora_dpo_jax.settings.choices import check_choices
 
 SliceStrategy = Literal["raise", "drop", "left", "right"]
+Comparisons = Literal["all", "best_worst", "adjacent"]
 
 # The settings of a row's optional columns, with their default column names.
 COLUMN_SETTINGS = {
@@ -41,7 +42,7 @@ class FormatConfig:
     ranks_field: str = "ranks"  # the same, of ranked rows without scores; a lower rank is better
     # Of ranked rows. all: each response with each worse one. best_worst: the best with the worst one. adjacent: each
     # with the next in order.
-    comparisons: Literal["all", "best_worst", "adjacent"] = "all"
+    comparisons: Comparisons = "all"
     # Responses with equal scores. drop: they are not compared. both_ways: each is preferred to the other, with half the
     # weight.
     ties: Literal["drop", "both_ways"] = "drop"

@@ -1,12 +1,12 @@
 """From a raw row to an Example: what each column means, and where the prompt ends."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 from lora_dpo_jax.columns import DESIRABLE, LABEL, MARGIN, UNDESIRABLE, WEIGHT
-from lora_dpo_jax.data.config import FormatConfig
+from lora_dpo_jax.data.config import Comparisons, FormatConfig
 from lora_dpo_jax.data.examples import PAIR
 from lora_dpo_jax.data.messages import (
     INPUT_ROLES,
@@ -274,13 +274,8 @@ def _comparisons(row: Mapping, format: FormatConfig, count: int, origin: str) ->
     if has_ranks:
         scores = [-rank for rank in scores]
     order = sorted(range(count), key=lambda index: -scores[index])
-    pairs = {
-        "all": itertools.combinations(order, 2),
-        "adjacent": itertools.pairwise(order),
-        "best_worst": [(order[0], order[-1])],
-    }[format.comparisons]
     found: dict[tuple[int, int], float] = {}
-    for better, worse in pairs:
+    for better, worse in compared(order, format.comparisons):
         if scores[better] > scores[worse]:
             found[better, worse] = 1.0
         elif format.ties == "both_ways":
@@ -289,6 +284,16 @@ def _comparisons(row: Mapping, format: FormatConfig, count: int, origin: str) ->
         raise RowError("tied", origin, f"{column!r} has the same number for all responses")
     total = sum(found.values())
     return {pair: share / total for pair, share in found.items()}
+
+
+def compared(order: Sequence[int], comparisons: Comparisons) -> Iterable[tuple[int, int]]:
+    """Those of two or more responses, given from best to worst, that are compared: (better, worse)."""
+    ways: dict[Comparisons, Iterable[tuple[int, int]]] = {
+        "all": itertools.combinations(order, 2),
+        "adjacent": itertools.pairwise(order),
+        "best_worst": [(order[0], order[-1])],
+    }
+    return ways[comparisons]
 
 
 def _number(row: Mapping, name: str, what: str, origin: str, least: float = -LARGEST_FLOAT32) -> float:

@@ -45,7 +45,7 @@ def parse_arguments(config_class: type[T]) -> T:
     """The configuration from `--config_path` and the command line, and a log on stderr."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     log_to_stderr(logging.INFO)
-    for noisy in ("jax", "httpx", "datasets", "fsspec", "absl"):
+    for noisy in ("jax", "httpx", "httpx2", "datasets", "fsspec", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return parse(config_class)
 
