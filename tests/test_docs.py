@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,37 @@ def test_a_loss_of_tokens_and_a_column_is_what_it_says(library):
                     expected.append((1 - 0.1 * number) * np.logaddexp(0, -0.5 * (of[0] - of[1])))
     assert float(metrics.values["loss"]) == pytest.approx(np.mean(expected), rel=1e-5)
     assert float(metrics.values["sure_loss"]) == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """The words after `python -m lora_dpo_jax.`, of each such command in a page's bash blocks."""
+    text = (ROOT / "docs" / page).read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    started = "lora_dpo_jax."
+    return [[words[2].removeprefix(started), *words[3:]] for words in lines if words[2:3] and started in words[2]]
+
+
+def test_the_commands_of_the_on_policy_page_parse_and_hand_on_their_files(monkeypatch):
+    from lora_dpo_jax.main.generate import parse as parse_generate
+    from lora_dpo_jax.main.pairs import PairsConfig
+    from lora_dpo_jax.runs.config import TrainConfig
+    from lora_dpo_jax.settings.arguments import parse
+
+    monkeypatch.chdir(ROOT)
+    ways = {
+        "main": lambda words: parse(TrainConfig, words),
+        "main.pairs": lambda words: parse(PairsConfig, words),
+        "main.generate": parse_generate,
+    }
+    configs = [ways[command](words) for command, *words in commands_of("on_policy.md")]
+    reward, pairs, trained, before, after, *others = configs
+    assert pairs.scorer.adapter == reward.peft_save_path and pairs.scorer.beta == reward.preference_loss.beta
+    assert trained.data.components["own"].source.train_urls == [pairs.output]
+    assert (before.adapter, after.adapter) == (None, trained.peft_save_path)
+    judged, given, second, third = others
+    assert (judged.scorer.judge.model, given.scorer.field) == ("judge-model", "score")
+    assert third.data.components["own"].source.train_urls == [second.output]
 
 
 def test_every_test_that_the_table_of_faults_names_is_there():

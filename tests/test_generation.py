@@ -106,6 +106,13 @@ def test_equal_prompts_are_sampled_apart(llama):
     assert len({tuple(completion) for completion in completions}) == 4
 
 
+def test_a_sample_depends_on_its_stream_and_not_on_its_place(llama):
+    together = generate(llama, PROMPTS[:3], SAMPLED, stop_ids=[])
+    elsewhere = generate(llama, [PROMPTS[2], PROMPTS[0], PROMPTS[2]], SAMPLED, stop_ids=[], streams=[2, 0, 2**32 - 1])
+    assert elsewhere[:2] == [together[2], together[0]]
+    assert elsewhere[2] != together[2]
+
+
 def test_one_candidate_is_greedy(llama):
     greedy = generate(llama, PROMPTS[:2], GREEDY, stop_ids=[])
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}):

@@ -122,6 +122,27 @@ def reply(fact: Fact, manner: Manner, rng: random.Random) -> str:
     return f"{opening} {_upper_first(phrase)} {rng.choice(CLOSINGS[manner])}"
 
 
+def questions(fact: Fact) -> list[str]:
+    """Each question that `ask` may ask about `fact`."""
+    greeted = [
+        f"{greeting} {_lower_first(question) if greeting.endswith(',') else question}"
+        for question in fact.questions
+        for greeting in GREETINGS
+    ]
+    return [*fact.questions, *greeted]
+
+
+def replies(fact: Fact, manner: Manner) -> list[str]:
+    """Each reply that `reply` may give about `fact` in one manner."""
+    return [
+        f"{opening.format(topic=fact.topic)} {_upper_first(phrase.format(answer=answer))} {closing}"
+        for opening in OPENINGS[manner]
+        for phrase in PHRASES[manner]
+        for answer in fact.answers
+        for closing in CLOSINGS[manner]
+    ]
+
+
 def all_facts() -> list[Fact]:
     makers = (_animals, _plants, _tools, _dishes, _jobs, _chores, _gifts, _pastimes, _reasons)
     return [fact for maker in makers for fact in maker()]

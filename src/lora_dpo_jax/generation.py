@@ -153,18 +153,25 @@ def _is_ids(value: Any) -> bool:
 
 
 def generate(
-    model: CausalLM, prompts: Sequence[Sequence[int]], config: GenerationConfig, *, stop_ids: Collection[int]
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    *,
+    stop_ids: Collection[int],
+    streams: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to the first of `stop_ids` but without it.
 
-    A prompt's completion depends on its index and the seed, not on the other prompts or on `batch_size`.
+    `streams`: the number of each prompt's random stream, in [0, 2**32); None: its index. A completion depends on its
+    prompt, its stream and the seed, not on the other prompts or on `batch_size`.
     """
     _check_prompts(model, prompts, config)
     stop_ids = frozenset(stop_ids)
     stop_array = np.array(sorted(stop_ids), dtype=np.int32)
     # The seed is an input of the compiled program, so that another seed does not compile it again.
     program, seed = replace(config, seed=0), np.array(config.seed, dtype=np.uint32)
-    requests = [_Request(index, prompt) for index, prompt in enumerate(prompts)]
+    numbers = range(len(prompts)) if streams is None else streams
+    requests = [_Request(stream, prompt) for stream, prompt in zip(numbers, prompts, strict=True)]
     # Beyond a length, `longrope` rotates all keys otherwise, so those in the cache are computed again, as transformers
     # does.
     for length in (model.config.switch_length, None):
@@ -181,7 +188,7 @@ def generate(
 class _Request:
     """A prompt and its completion so far."""
 
-    index: int  # among all prompts
+    stream: int  # of random numbers
     prompt: Sequence[int]
     completion: list[int] = field(default_factory=list)
     budget: int = 0  # how many more tokens to generate from the present cache
@@ -212,7 +219,7 @@ class _PromptBatch(eqx.Module):
 
     ids: Any  # int32[row, position]
     lengths: Any  # int32[row]
-    indices: Any  # int32[row], among all prompts
+    streams: Any  # uint32[row]: of random numbers
     num_before: Any  # int32[row]: tokens at the end of `ids` that were generated before
     budgets: Any  # int32[row]: how many tokens to generate
 
@@ -225,11 +232,12 @@ def _batches(requests: Sequence[_Request], batch_size: int) -> Iterator[tuple[_P
         batch = _PromptBatch(
             np.zeros((num_rows, padded_length), np.int32),
             np.ones(num_rows, np.int32),
-            *(np.zeros(num_rows, np.int32) for _ in range(3)),
+            np.zeros(num_rows, np.uint32),
+            *(np.zeros(num_rows, np.int32) for _ in range(2)),
         )
         for i, request in enumerate(of_batch):
             batch.ids[i, : len(request.ids)], batch.lengths[i] = request.ids, len(request.ids)
-            batch.indices[i], batch.num_before[i] = request.index, len(request.completion)
+            batch.streams[i], batch.num_before[i] = request.stream, len(request.completion)
             batch.budgets[i] = request.budget
         yield batch, of_batch
 
@@ -249,7 +257,7 @@ def _generate_batch(model: CausalLM, batch: _PromptBatch, seed: Any, stop_ids: A
     num_rows, prompt_slots = batch.ids.shape
     Row, Slots = Axis(COMPLETION, num_rows), Axis(KEY_POSITION, prompt_slots + config.max_new_tokens)
     key_positions = _key_positions(batch.lengths, prompt_slots, Slots.size)
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch.indices)
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch.streams)
 
     def forward(ids, positions, slot, cache, read_at) -> tuple[Array, Any]:
         """Logits float32[row, vocab] at column `read_at` of each row, and the new cache."""

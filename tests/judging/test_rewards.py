@@ -11,9 +11,11 @@ from lora_dpo_jax.huggingface.adapters import load_adapter
 from lora_dpo_jax.huggingface.tokenizers import read_tokenizer
 from lora_dpo_jax.judging import rewards
 from lora_dpo_jax.judging.rewards import ImplicitReward, ImplicitRewardConfig
+from lora_dpo_jax.runs.prompts import Prompt
 
 BASE = "llama2"
-PROMPTS = ["Hi", [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}], "Hi", "Hi"]
+SYSTEM = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
+PROMPTS = [Prompt(content, "here") for content in ("Hi", SYSTEM, "Hi", "Hi")]
 COMPLETIONS = ["Hello.", "No.", "Go away", "Hello."]
 
 
@@ -50,7 +52,7 @@ def log_ratio(model: peft.PeftModel, prompt: list[int], response: list[int]) -> 
 
 def tokens_of(tokenizer, prompt, completion: str) -> tuple[list[int], list[int]]:
     """Of a prompt and of the assistant's turn after it, by transformers."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else prompt.content
     whole = [*messages, {"role": "assistant", "content": completion}]
     start = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     ids = tokenizer.apply_chat_template(whole, return_dict=False)
@@ -71,24 +73,29 @@ def test_a_reward_is_beta_times_pefts_log_ratio_and_is_per_token_if_length_norma
 
 
 def test_plain_texts_end_with_the_end_of_sequence_token_and_have_no_template(theirs, ours, tokenizer):
-    prompts, completions = ["Two", "Three"], [" and one", " more"]
-    prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    prompts, completions = [Prompt(text, "here", chat=False) for text in ("Two", "Three")], [" and one", " more"]
+    prompt_ids = [tokenizer(prompt.content)["input_ids"] for prompt in prompts]
     answers = [[*tokenizer(text, add_special_tokens=False)["input_ids"], 2] for text in completions]
     expected = [log_ratio(theirs[0], *pair) for pair in zip(prompt_ids, answers, strict=True)]
-    found = ImplicitReward(ours, tokenizer, ImplicitRewardConfig(beta=1.0), chat=False).score(prompts, completions)
+    found = ImplicitReward(ours, tokenizer, ImplicitRewardConfig(beta=1.0)).score(prompts, completions)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-def test_completions_of_one_prompt_share_it_and_a_part_of_them_has_the_same_rewards(ours, tokenizer, monkeypatch):
-    monkeypatch.setattr(rewards, "SHARING_A_PROMPT", 2)
-    prompts, completions = ["Hi"] * 5 + ["Yo"] * 2, [letter * 30 for letter in "abcdefg"]
-    reward = ImplicitReward(ours, tokenizer, rows=1)
-    whole = dict(enumerate(reward.score(prompts, completions)))
-    wanted = np.arange(7) == 4
-    ((numbers, values),) = reward.in_batches(prompts, completions, wanted=wanted)
-    assert 4 in numbers and len(numbers) < 7
-    assert dict(zip(numbers.tolist(), values.tolist(), strict=True)).items() <= whole.items()
-    assert len(set(whole.values())) == 7
+def test_a_prompt_brings_a_template_of_its_own(theirs, ours, tokenizer):
+    template = "{% for message in messages %}{{ message['content'] + '|' }}{% endfor %}{{ mark }}"
+    prompt = Prompt("Hi", "here", template_kwargs={"chat_template": template, "mark": ""})
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Hi|", "Yo|")]
+    reward = ImplicitReward(ours, tokenizer, ImplicitRewardConfig(beta=1.0), template_kwargs={"mark": "?"})
+    np.testing.assert_allclose(reward.score([prompt], ["Yo"]), [log_ratio(theirs[0], *ids)], rtol=0, atol=1e-4)
+
+
+def test_completions_of_one_prompt_share_it_in_groups_that_change_no_reward(ours, tokenizer, monkeypatch):
+    prompts, completions = [Prompt(text, "here") for text in ("Hi", "Yo", "Hi", "Hi", "Hi")], [*"abcde"]
+    reward = ImplicitReward(ours, tokenizer)
+    together = reward.score(prompts, completions)
+    monkeypatch.setattr(rewards, "SHARING_A_PROMPT", 1)
+    np.testing.assert_allclose(reward.score(prompts, completions), together, rtol=0, atol=1e-5)
+    assert len(set(together)) == 5
     assert reward.score([], []) == []
 
 
@@ -97,6 +104,6 @@ def test_errors_name_the_setting_and_the_completion(ours, tokenizer):
         ImplicitRewardConfig(beta=0.0)
     reward = ImplicitReward(ours, tokenizer)
     with pytest.raises(ValueError, match="1 prompts for 2 completions"):
-        reward.score(["Hi"], ["a", "b"])
-    with pytest.raises(ValueError, match="completion 1.*half of a surrogate pair"):
-        reward.score(["Hi", "Yo"], ["a", "\ud800"])
+        reward.score(PROMPTS[:1], ["a", "b"])
+    with pytest.raises(ValueError, match="here.*half of a surrogate pair"):
+        reward.score(PROMPTS[:2], ["a", "\ud800"])

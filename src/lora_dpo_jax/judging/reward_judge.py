@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,16 +55,8 @@ class RewardJudgeConfig(JudgeConfig):
             "length_normalized": config.length_normalized,
         }
         ((_, model),) = systems.models()
-
-        def reward_of(prompt: Prompt) -> Reward:
-            kwargs = {**prompt.template_kwargs}
-            if "tools" in kwargs:
-                raise ValueError(f"{prompt.origin}: judge.type=reward reads no prompts with tools")
-            template = kwargs.pop("chat_template", None)
-            options: Any = {"chat": prompt.chat, "chat_template": template, "chat_template_kwargs": kwargs}
-            return ImplicitReward(model, systems.tokenizers[ADAPTER], config, rows=self.batch_size, **options)
-
-        return RewardJudge(reward_of, identity)
+        reward = ImplicitReward(model, systems.tokenizers[ADAPTER], config, rows=self.batch_size)
+        return RewardJudge(reward, identity)
 
     def _systems(self, run: RunModels) -> ModelSystems:
         base, adapter = self.model or run.base, self.adapter or run.adapter
@@ -85,10 +77,8 @@ class RewardJudgeConfig(JudgeConfig):
 class RewardJudge(Judge):
     """Prefers the answer with the greater reward. The order of the answers has no part in it."""
 
-    def __init__(self, reward_of: Callable[[Prompt], Reward], identity: Mapping[str, Any]):
-        """`reward_of`: the reward for prompts that are rendered as this one is (`chat`, `template_kwargs`)."""
-        self._reward_of, self._identity = reward_of, identity
-        self._rewards: dict[str, Reward] = {}
+    def __init__(self, reward: Reward, identity: Mapping[str, Any]):
+        self._reward, self._identity = reward, identity
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -110,17 +100,8 @@ class RewardJudge(Judge):
             for answer in (question.first, question.second)
             if answer.strip()
         }
-        by_rendering: dict[str, list[tuple[str, str]]] = {}
-        for place, prompt in answers.items():
-            by_rendering.setdefault(_rendering(prompt), []).append(place)
-        scores: dict[tuple[str, str], float] = {}
-        for rendering, places in by_rendering.items():
-            if rendering not in self._rewards:
-                self._rewards[rendering] = self._reward_of(answers[places[0]])
-            contents = [answers[place].content for place in places]
-            found = self._rewards[rendering].score(contents, [answer for _, answer in places])
-            scores |= dict(zip(places, found, strict=True))
-        return scores
+        scores = self._reward.score([*answers.values()], [answer for _, answer in answers])
+        return dict(zip(answers, scores, strict=True))
 
 
 def _verdict(first: float | None, second: float | None) -> Verdict:
@@ -130,9 +111,5 @@ def _verdict(first: float | None, second: float | None) -> Verdict:
     return Verdict(preferred, f"reward of A = {first:.4f}, of B = {second:.4f}")
 
 
-def _rendering(prompt: Prompt) -> str:
-    return json.dumps([prompt.chat, prompt.template_kwargs], sort_keys=True, default=dict)
-
-
 def _key(prompt: Prompt) -> str:
-    return json.dumps([prompt.content, _rendering(prompt)], sort_keys=True)
+    return json.dumps([prompt.content, prompt.chat, prompt.template_kwargs], sort_keys=True, default=dict)

@@ -17,22 +17,26 @@ STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # beginnings of names of pipes, an
 LONGEST_LINE = 2**24  # bytes; the first line of a file that is no output may be the whole file
 
 
-def check_output(output: str, *, lines: Iterable[Iterable[str]], inputs: Mapping[str, Iterable[str]]) -> None:
+def check_output(
+    output: str, *, lines: Iterable[Iterable[str]], inputs: Mapping[str, Iterable[str]], setting: str = "output"
+) -> None:
     """Raises OSError if `output` cannot be written, or if that would replace anything other than a former output.
 
     `lines`: the keys of a line, in each of its forms. `inputs`: the files that the command reads, by setting.
+    `setting`: the one that names `output`.
     """
     if not output.strip() or (not is_url(output) and Path(place_of(output)).is_dir()):
-        raise IsADirectoryError(f"output={output!r} is no file; name a .jsonl file")
-    for setting, files in inputs.items():
+        raise IsADirectoryError(f"{setting}={output!r} is no file; name a .jsonl file")
+    for source, files in inputs.items():
         if any(same_place(output, file) for file in files):
-            raise FileExistsError(f"output={output!r} would replace a file of {setting}. Choose another file")
+            raise FileExistsError(f"{setting}={output!r} would replace a file of {source}. Choose another file")
     if _is_stream(output):
         return
-    check_writable("output", output if leads_nowhere(output) else parent_of(output))
+    check_writable(setting, output if leads_nowhere(output) else parent_of(output))
     if not _may_be_replaced(place_of(output), [set(keys) for keys in lines]):
         raise FileExistsError(
-            f"output={output!r} exists and is not what this command writes, so it is not replaced. Choose another file"
+            f"{setting}={output!r} exists and is not what this command writes, so it is not replaced. Choose another "
+            "file"
         )
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from fsspec.core import url_to_fs
 
+from lora_dpo_jax.data.config import FormatConfig
 from lora_dpo_jax.data.messages import Text, read_messages
 from lora_dpo_jax.data.readers import decompress, suffixes
+from lora_dpo_jax.data.rows import read_example
 from lora_dpo_jax.data.sources import RowError, RowFile
 from lora_dpo_jax.places import spelled_alike
 
@@ -62,7 +64,7 @@ def listed_prompts(texts: Sequence[str], *, chat: bool = True) -> list[Prompt]:
 
 
 def file_prompts(url: str, *, chat: bool = True) -> list[Prompt]:
-    """Those of the setting `prompts_file`: .txt, one a line, or .jsonl, with a `prompt` in each row.
+    """Those of the setting `prompts_file`: .txt, one a line, or .jsonl, with a `prompt` in each row, or with pairs.
 
     Raises FileNotFoundError or ValueError with the file and the row; also if there is no prompt.
     """
@@ -109,10 +111,12 @@ def _contents(url: str) -> Iterator[tuple[str, Text]]:
 
 
 def row_prompt(row: Any, origin: str) -> Text:
-    """The `prompt` of a row, a text or messages. Raises ValueError with the origin."""
+    """The `prompt` of a row, or what its `chosen` and `rejected` share. Raises ValueError with the origin."""
     if isinstance(row, RowError):
         raise row
     prompt = row.get("prompt") if isinstance(row, dict) else None
+    if prompt is None and isinstance(row, dict) and row.get("chosen") is not None:
+        return read_example(row, FormatConfig(), origin).prompt  # of a pair of whole conversations
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, list) and prompt:

@@ -1,6 +1,7 @@
 """What answers prompts: a base, an adapter on it, a merged model, or a file of completions made elsewhere."""
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -112,12 +113,11 @@ class ModelSystems:
 
         Raises ValueError with the prompt's origin for one that cannot be encoded, before the weights are read.
         """
-        ids, stop_ids = self.encode(prompts), read_stop_ids(self.base)
+        ids = self.encode(prompts)
         for setting, model in self.models():
-            tokenizer = self.tokenizers[setting]
-            ends = {*stop_ids} | ({tokenizer.eos_token_id} - {None})
-            new_ids = generate(model, ids[setting], config, stop_ids=ends)
-            yield setting, [tokenizer.decode(of_prompt, skip_special_tokens=True) for of_prompt in new_ids]
+            decode = self.tokenizers[setting].decode
+            new_ids = generate(model, ids[setting], config, stop_ids=self.stop_ids(setting))
+            yield setting, [decode(of_prompt, skip_special_tokens=True) for of_prompt in new_ids]
 
     def joined(self, other: "ModelSystems") -> "ModelSystems | None":
         """Both on one base; None if they cannot share it."""
@@ -165,13 +165,32 @@ class ModelSystems:
 
     def models(self) -> Iterator[tuple[str, CausalLM]]:
         """The base with each adapter. One adapter is in memory at a time."""
+        base = self._load_base()
+        for setting in self.adapters:
+            yield setting, self._with_adapter(base, setting)
+
+    def model(self, setting: str) -> CausalLM:
+        """The base with the adapter of this setting. The base stays in memory for the next call."""
+        return self._with_adapter(self._base, setting)
+
+    @functools.cached_property
+    def _base(self) -> CausalLM:
+        return self._load_base()
+
+    def _load_base(self) -> CausalLM:
         decoder = self._decoder()
         enlargement = self._enlargement(decoder)
         settings: Any = {"dtype": DTYPES[self.weights_dtype], "quantization": self.quantization}
-        plain = load_model(self.base, enlargement.config(decoder), enlargement=enlargement, **settings)
-        for setting, adapter in self.adapters.items():
-            adapted = plain if adapter is None else load_adapter(plain, adapter, base_model=self.base_name)
-            yield setting, for_inference(adapted)
+        return load_model(self.base, enlargement.config(decoder), enlargement=enlargement, **settings)
+
+    def _with_adapter(self, base: CausalLM, setting: str) -> CausalLM:
+        adapter = self.adapters[setting]
+        adapted = base if adapter is None else load_adapter(base, adapter, base_model=self.base_name)
+        return for_inference(adapted)
+
+    def stop_ids(self, setting: str) -> frozenset[int]:
+        """The tokens that end a completion of the base with the adapter of this setting."""
+        return read_stop_ids(self.base) | ({self.tokenizers[setting].eos_token_id} - {None})
 
     def _encoded(self, tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
         ids = []
