@@ -3,8 +3,8 @@
 import dataclasses
 import io
 import re
-from contextlib import redirect_stdout
 import shlex
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,23 @@ import optax
 import pytest
 from tiny_pairs import adapters_of, moved
 
+from bench import pictures
 from lora_dpo_jax.data.memory import MemoryExamples
 from lora_dpo_jax.log_probs import score_with_reference
 from lora_dpo_jax.training.step import micro_batches
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = {
+    "main": "runs.config.TrainConfig",
+    "main.evaluate": "main.evaluate.EvaluateConfig",
+    "main.generate": "main.generate.GenerateConfig",
+    "main.plan": "main.plan.PlanConfig",
+    "main.check": "main.check.CheckConfig",
+    "main.combine": "main.combine.CombineConfig",
+    "main.judge": "main.judge.JudgingConfig",
+    "main.pairs": "main.pairs.PairsConfig",
+    "main.report": "main.report.ReportConfig",
+}
 
 
 def code_blocks(page: str) -> list[str]:
@@ -182,29 +194,90 @@ def test_every_test_that_the_table_of_faults_names_is_there():
     assert not missing
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "runs.config.TrainConfig",
-        "main.evaluate.EvaluateConfig",
-        "main.generate.GenerateConfig",
-        "main.judge.JudgingConfig",
-        "main.plan.PlanConfig",
-        "main.check.CheckConfig",
-        "main.combine.CombineConfig",
-        "main.report.ReportConfig",
-        "main.pairs.PairsConfig",
-    ],
-)
-def test_every_setting_is_in_the_configuration_reference(command):
+def settings_of_command(command: str) -> list[Any]:
     from lora_dpo_jax.settings.schema import settings_of
 
-    module, _, name = command.rpartition(".")
-    config = getattr(import_module(f"lora_dpo_jax.{module}"), name)
-    page = (ROOT / "docs" / "configuration.md").read_text()
-    assert not [setting.path for setting in settings_of(config) if not re.search(rf"\b{setting.name}\b", code_in(page))]
+    module, _, name = COMMANDS[command].rpartition(".")
+    return settings_of(getattr(import_module(f"lora_dpo_jax.{module}"), name))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_setting_is_in_the_configuration_reference(command):
+    page = code_in((ROOT / "docs" / "configuration.md").read_text())
+    missing = [setting.path for setting in settings_of_command(command) if not re.search(rf"\b{setting.name}\b", page)]
+    assert not missing
 
 
 def code_in(page: str) -> str:
     """What stands in backticks."""
     return "\n".join(re.findall(r"`([^`]+)`", page))
+
+
+def commands_in(page: str) -> list[tuple[str, list[str]]]:
+    """Commands of this library in the blocks of a page: the part of `lora_dpo_jax` that runs, and its words."""
+    found = []
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE):
+        lines = block.replace("\\\n", " ").splitlines() if language in ("", "bash") else []
+        for command in (c for line in lines for c in line.split("&&") if "python -m lora_dpo_jax.main" in c):
+            words = shlex.split(command, comments=True)
+            start = words.index("-m") + 1
+            found.append((words[start].removeprefix("lora_dpo_jax."), words[start + 1 :]))
+    return found
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/index.md", "docs/start.md", "docs/recipes.md", "docs/evaluating.md"]
+)
+def test_the_commands_of_the_first_pages_name_settings_and_files_that_there_are(page):
+    commands = commands_in((ROOT / page).read_text())
+    assert commands
+    for command, words in commands:
+        known = {setting.path for setting in settings_of_command(command)} | {"config_path", "prompt"}
+        options = [word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")]
+        assert not [option for option in options if option not in known]
+        assert not [word for word in words if word.startswith(("config/", "examples/")) and not (ROOT / word).exists()]
+
+
+def test_the_pictures_are_those_that_the_script_draws_from_the_stored_results():
+    drawn = {path.name: path.read_text(encoding="utf-8") for path in pictures.FOLDER.iterdir()}
+    assert drawn == pictures.files(), "run `python -m bench.pictures`"
+
+
+def test_every_picture_is_shown_with_words_on_light_and_on_dark_pages():
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))
+    shown = re.findall(r"!\[([^\]]{20,})\]\(pictures/([\w-]+)\.svg#only-(light|dark)\)", pages)
+    expected = {(name, "light") for name in pictures.PICTURES} | {(f"{n}-dark", "dark") for n in pictures.PICTURES}
+    assert {(name, scheme) for _, name, scheme in shown} == expected
+    assert len(shown) == pages.count("](pictures/")
+    assert len({(words, name.removesuffix("-dark")) for words, name, _ in shown}) == len(shown) // 2
+
+
+@pytest.mark.parametrize("results", ["compare_cpu", "compare_gpu", "ladder"])
+def test_what_is_charted_stands_in_the_tables_of_the_performance_page(results):
+    page = (ROOT / "docs" / "performance.md").read_text().replace(",", "")
+    lines = re.findall(r"^\|.*", page, flags=re.MULTILINE)
+    table = [set(map(float, re.findall(r"(?<=\| )\d+(?:\.\d+)?(?= \|)", line))) for line in lines]
+    for row in pictures.results(results):
+        numbers = {row[name] for name in row.keys() - {"pairs_per_second"} if isinstance(row[name], int | float)}
+        assert len(numbers) > 2 and any(numbers <= found for found in table), row
+
+
+def test_every_recipe_is_in_the_table_of_recipes():
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    rows = {cells[0]: cells[1:] for line in page.splitlines() if (cells := line.strip("| ").split(" | "))}
+    recipes = {f"`config/{path.name}`" for path in (ROOT / "config").glob("*.yaml")}
+    assert {name for name in rows if name.startswith("`config/")} == recipes
+    assert not [name for name in recipes if not rows[name][0]]
+
+
+def test_every_public_name_is_in_the_api_reference():
+    import lora_dpo_jax
+    import lora_dpo_jax.data
+
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "api").iterdir())
+    shown = set(re.findall(r"^::: (\S+)$", pages, flags=re.MULTILINE))
+    public = {f"{package.__name__}.{name}" for package in (lora_dpo_jax, lora_dpo_jax.data) for name in package.__all__}
+    assert not public - shown
+    for name in shown:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(import_module(module), attribute), name

@@ -88,8 +88,3 @@ def test_a_recipe_says_what_it_needs_and_whether_that_was_measured(path):
         assert re.search(r"needs [\d.]+ of [\d.]+ GiB; a step takes at best [\d.]+ s\.", head), head
     else:
         assert "two cpu cores" in head.lower()
-
-
-def test_the_page_of_recipes_lists_every_file_once_by_its_task():
-    listed = re.findall(r"^\|.*`config/([\w.]+\.yaml)`", (ROOT / "docs" / "recipes.md").read_text(), flags=re.MULTILINE)
-    assert sorted(listed) == [path.name for path in RECIPES]
