@@ -127,7 +127,7 @@ def test_a_run_that_was_killed_chooses_and_stops_as_one_that_never_was(folder, p
     told = capsys.readouterr().out
     chosen = f"the adapters after step {best_step}, whose {best.metric} of {value:.6g} is the {best.word} of"
     stopped = f"after step {last_step} of {STEPS}: 2 evaluations in a row did not improve {best.metric}"
-    card = (Path(config.peft_save_path or "") / "README.md").read_text()
+    card = (Path(config.peft_save_path or "") / "README.md").read_text().replace("\\", "")  # which escapes
     for text in (chosen, stopped):
         assert text in told and text in card
     assert f"after step {best_step} " in told and f"after step {last_step}\n" in told, "the table has both"
