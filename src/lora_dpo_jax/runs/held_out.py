@@ -148,7 +148,6 @@ def table(
 
     `scored_by` says whose log-probs are one of the baselines, such as "the base".
     """
-
     sizes = {group: f"  {group.replace('_', ' ')} ({baselines.get(f'{group}/pairs', 0):,.0f})" for group in GROUPS}
     rows: list[tuple[str, Sequence[str]]] = [(title, [*columns])]
 
@@ -171,7 +170,7 @@ def table(
     add("longer response", LONGER, [baselines])
     add_with_groups(f"log-prob of {scored_by}", REFERENCE, [baselines])
     width = max(MARGIN_OF_TITLES + len(title) for title, cells in rows if cells)
-    return [f"{title:<{width}}" + "".join(f"{cell:>{CELL}}" for cell in cells) for title, cells in rows]
+    return [(f"{title:<{width}}" + "".join(f"{cell:>{CELL}}" for cell in cells)).rstrip() for title, cells in rows]
 
 
 def _scores(line: Mapping[str, Any]) -> dict[str, float]:
