@@ -141,6 +141,9 @@ def test_the_table_shows_the_start_the_choice_and_the_end(capsys):
     assert lines[1].split()[2:] == "after step 0 after step 5 after step 15".split()
     shown = recorder.logged[1]
     assert f"{shown['eval/dpo_accuracy']:.1%} ± {shown['eval/dpo_accuracy_se']:.1%}" in lines[2]
-    assert "accuracy of the log-prob of the reference: " in lines[-1]
+    baselines = hook.baselines
+    assert [line[:30].strip() for line in lines if "log-prob" in line] == ["log-prob of the reference"]
+    assert f"{baselines['longer_response/accuracy']:.1%} ±" in next(line for line in lines if "longer resp" in line)
+    assert not [line for line in lines if line != line.rstrip()]
     hook.print(chosen=15)
     assert "after step 5" not in capsys.readouterr().out

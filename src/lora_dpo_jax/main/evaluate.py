@@ -168,7 +168,7 @@ def _lines(policy: Scores, reference: Scores | None, examples: ExampleTable) -> 
 
 def _print(config: EvaluateConfig, metrics: dict[str, float], baselines: dict[str, float], examples: str) -> None:
     print(f"{examples} of the {config.split} split")
-    scored_by = "the base" if config.reference_adapter is None else "the reference, initialize_from_peft"
+    scored_by = "the base" if config.reference_adapter is None else "initialize_from_peft"
     print("\n".join(table("", {"policy": metrics}, baselines, scored_by=scored_by)))
     if "dpo_accuracy" in metrics:
         print(

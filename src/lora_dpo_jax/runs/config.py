@@ -179,9 +179,9 @@ class TrainConfig:
     @property
     def scored_by(self) -> str:
         """Whose log-probs a run has of the held-out data before it trains: the reference's, else its first policy's."""
-        if self.preference_loss.needs_reference:
-            return "the base" if self.reference_adapter is None else "the reference, initialize_from_peft"
-        return "the base" if self.initialize_from_peft is None else "initialize_from_peft"
+        needs_reference = self.preference_loss.needs_reference
+        adapter = self.reference_adapter if needs_reference else self.initialize_from_peft
+        return "the base" if adapter is None else "initialize_from_peft"
 
     @property
     def starts_equal(self) -> bool:

@@ -7,7 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from lora_dpo_jax.accuracy import GROUPS, LONGER, REFERENCE, baselines_of, in_words, statistics_of
+from lora_dpo_jax.accuracy import (
+    ACCURACY,
+    GROUPS,
+    LONGER,
+    MARGIN,
+    REFERENCE,
+    baselines_of,
+    in_words,
+    statistics_of,
+)
 from lora_dpo_jax.data.table import ExampleTable
 from lora_dpo_jax.evaluation import Evaluation, Scorer, comparisons_of, evaluate_by_sums, evaluate_by_tokens
 from lora_dpo_jax.lora import equals_reference, reference_model
@@ -21,7 +30,7 @@ from lora_dpo_jax.training.step import TrainState
 
 logger = logging.getLogger("lora_dpo_jax")
 
-TITLE, CELL = 26, 18  # the widths of a table's columns
+CELL, MARGIN_OF_TITLES = 18, 2  # of a table: the width of a column, and the space after the titles of its rows
 
 
 class HeldOutScores:
@@ -113,7 +122,7 @@ def metric_names(objective: PreferenceObjective, held_out: ExampleTable) -> list
     """The names of the metrics that evaluations log, without the prefix eval/. It needs no model."""
     margins = np.zeros(len(held_out.arrays.comparisons), np.float32)
     names = objective.metric_names(held_out.arrays.examples)
-    if len(margins) and "rewards/margins" in names:
+    if len(margins) and MARGIN in names:
         names += statistics_of(margins, comparisons_of(held_out))
     return names
 
@@ -141,32 +150,29 @@ def table(
 
     `scored_by` says whose log-probs are one of the baselines, such as "the base".
     """
+    sizes = {group: f"  {group.replace('_', ' ')} ({baselines.get(f'{group}/pairs', 0):,.0f})" for group in GROUPS}
+    rows: list[tuple[str, Sequence[str]]] = [(title, [*columns])]
 
-    def row(text: str, name: str, *, percent: bool = True) -> list[str]:
-        cells = [in_words(name, means, percent=percent) if name in means else "" for means in columns.values()]
-        return [f"{text:<{TITLE}}" + "".join(f"{cell:>{CELL}}" for cell in cells)] if any(cells) else []
+    def add(title: str, name: str, found: Sequence[Mapping[str, float]], *, percent: bool = True) -> None:
+        cells = [in_words(name, means, percent=percent) if name in means else "" for means in found]
+        if any(cells):
+            rows.append((title, cells))
 
-    sizes = {group: f"{group.replace('_', ' ')} ({baselines.get(f'{group}/pairs', 0):,.0f})" for group in GROUPS}
-    lines = [f"{title:<{TITLE}}" + "".join(f"{column:>{CELL}}" for column in columns), *row("accuracy", "dpo_accuracy")]
-    for group, words in sizes.items():
-        lines += row(f"  {words}", f"{group}/dpo_accuracy")
-    lines += row("reward margin", "rewards/margins", percent=False)
-    for group, words in sizes.items():
-        lines += row(f"  {words}", f"{group}/rewards/margins", percent=False)
-    lines += row("loss", "loss", percent=False)
-    if LONGER in baselines:
-        lines.append(f"accuracy of choosing the longer response: {in_words(LONGER, baselines, percent=True)}")
-    if REFERENCE in baselines:
-        parts = [
-            f"{group.replace('_', ' ')} {in_words(f'{group}/{REFERENCE}', baselines, percent=True)}"
-            for group in GROUPS
-            if f"{group}/{REFERENCE}" in baselines
-        ]
-        lines.append(
-            f"accuracy of the log-prob of {scored_by}: {in_words(REFERENCE, baselines, percent=True)} "
-            f"({', '.join(parts)})"
-        )
-    return lines
+    def add_with_groups(title: str, name: str, found: Sequence[Mapping[str, float]], *, percent: bool = True) -> None:
+        add(title, name, found, percent=percent)
+        for group, words in sizes.items():
+            add(words, f"{group}/{name}", found, percent=percent)
+
+    evaluations = [*columns.values()]
+    add_with_groups("accuracy", ACCURACY, evaluations)
+    add_with_groups("reward margin", MARGIN, evaluations, percent=False)
+    add("loss", "loss", evaluations, percent=False)
+    if baselines:
+        rows.append(("accuracy of what knows no preferences", []))
+    add("longer response", LONGER, [baselines])
+    add_with_groups(f"log-prob of {scored_by}", REFERENCE, [baselines])
+    width = max(MARGIN_OF_TITLES + len(title) for title, cells in rows if cells)
+    return [(f"{title:<{width}}" + "".join(f"{cell:>{CELL}}" for cell in cells)).rstrip() for title, cells in rows]
 
 
 def _scores(line: Mapping[str, Any]) -> dict[str, float]:
