@@ -108,7 +108,7 @@ def test_the_same_command_again_asks_nothing_and_finds_the_same(tmp_path, capsys
         name: other[name] for name in other if name not in changing
     }
     assert (one["asked"], other["asked"], other["from_file"]) == (12, 0, 12)
-    assert "0 asked in" in capsys.readouterr().out
+    assert "0 asked, 12 known before" in capsys.readouterr().out
 
 
 def test_no_key_is_written_or_printed(tmp_path, capsys, caplog):
@@ -130,6 +130,16 @@ def test_an_error_says_what_is_kept(tmp_path):
     with judge_server(reply) as server:
         with pytest.raises(ValueError, match=r"\(400: no\)\. 10 verdicts are kept in .*verdicts.jsonl; the same comm"):
             main(files(tmp_path, ["aa"] * 6, ["b"] * 6, judge=asked(server, concurrency=1)))
+
+
+def test_ctrl_c_ends_at_once_and_says_what_is_kept(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_dpo_jax.main.judge.compare", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(files(tmp_path, ["a"] * 6, ["b"] * 6))
+    assert ended.value.code == 130 and "stopped: 0 verdicts are kept in " in capsys.readouterr().err
 
 
 def test_prompts_are_drawn_by_the_seed(tmp_path):

@@ -166,11 +166,11 @@ def main(config: JudgingConfig) -> dict[str, Any]:
         "version": __version__,
     }
     replace_file(folder / SUMMARY, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
-    print("\n".join(map(printable, report(config, found))))
+    print("\n".join(map(printable, report(config, found, completion_seconds))))
     return summary
 
 
-def report(config: JudgingConfig, found: Comparison) -> list[str]:
+def report(config: JudgingConfig, found: Comparison, completion_seconds: float) -> list[str]:
     """The lines for people."""
     rates, lengths, cost = found.rates, found.mean_characters, config.judge.cost(found.usage)
     agreed = sum(rates.counts[name] for name in ("win", "loss", "tie"))
@@ -190,7 +190,8 @@ def report(config: JudgingConfig, found: Comparison) -> list[str]:
         lines.append(f"{'tokens':<18}{tokens}" + ("" if cost is None else f"; cost {cost:,.4f}"))
     return [
         *lines,
-        f"{'verdicts':<18}{found.asked:,} asked in {found.seconds:.1f} s, {found.from_file:,} known before",
+        f"{'verdicts':<18}{found.asked:,} asked, {found.from_file:,} known before",
+        f"{'time':<18}{completion_seconds:.1f} s until both systems had answered, {found.seconds:.1f} s of judging",
         f"{'files':<18}{config.folder}: {SUMMARY}, {RESULTS}, {VERDICTS}",
     ]
 
