@@ -1,7 +1,6 @@
 """The judge that compares rewards."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
@@ -16,36 +15,28 @@ CHAT = Prompt([{"role": "user", "content": "Why?"}], "q", template_kwargs={"mark
 class Length:
     """A reward of one for each character."""
 
-    def __init__(self, of: Prompt):
-        self.of, self.scored = of, []
+    def __init__(self):
+        self.scored: list[tuple[Prompt, str]] = []
 
-    def score(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         self.scored += zip(prompts, completions, strict=True)
         return [float(len(text)) for text in completions]
 
 
 def test_the_greater_reward_is_preferred_in_either_order_and_each_answer_is_scored_once():
-    rewards: list[Length] = []
-
-    def reward_of(prompt: Prompt) -> Length:
-        rewards.append(Length(prompt))
-        return rewards[-1]
-
     pairs = [Question(prompt, *answers) for prompt in (PLAIN, CHAT) for answers in (("a", "bb"), ("bb", "cc"))]
     asked = [question for pair in pairs for question in (pair, pair.swapped)]
-    judge = RewardJudge(reward_of, {"type": "reward"})
+    reward = Length()
+    judge = RewardJudge(reward, {"type": "reward"})
     found = dict(judge.verdicts(asked))
     expected = ["second", "first", "tie", "tie"] * 2
     assert [found[number].preferred for number in range(8)] == expected
     assert found[0].reason == "reward of A = 1.0000, of B = 2.0000"
-    # One reward for prompts that are rendered alike.
-    assert [reward.of for reward in rewards] == [PLAIN, CHAT]
-    assert [[text for _, text in reward.scored] for reward in rewards] == [["a", "bb", "cc"]] * 2
-    assert rewards[1].scored[0][0] == CHAT.content
+    assert reward.scored == [(prompt, text) for prompt in (PLAIN, CHAT) for text in ("a", "bb", "cc")]
 
 
 def test_an_empty_answer_has_no_reward_and_no_verdict():
-    judge = RewardJudge(Length, {})
+    judge = RewardJudge(Length(), {})
     found = dict(judge.verdicts([Question(PLAIN, "a", " \n"), Question(PLAIN, "a", "bb")]))
     assert (found[0].preferred, found[0].reason) == (None, "an empty answer has no reward")
     assert found[1].preferred == "second"
