@@ -1,7 +1,6 @@
 """The judge that compares rewards."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
@@ -19,7 +18,7 @@ class Length:
     def __init__(self):
         self.scored: list[tuple[Prompt, str]] = []
 
-    def score(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         self.scored += zip(prompts, completions, strict=True)
         return [float(len(text)) for text in completions]
 
@@ -28,7 +27,8 @@ def test_the_greater_reward_is_preferred_in_either_order_and_each_answer_is_scor
     pairs = [Question(prompt, *answers) for prompt in (PLAIN, CHAT) for answers in (("a", "bb"), ("bb", "cc"))]
     asked = [question for pair in pairs for question in (pair, pair.swapped)]
     reward = Length()
-    found = dict(RewardJudge(reward, {"type": "reward"}).verdicts(asked))
+    judge = RewardJudge(reward, {"type": "reward"})
+    found = dict(judge.verdicts(asked))
     expected = ["second", "first", "tie", "tie"] * 2
     assert [found[number].preferred for number in range(8)] == expected
     assert found[0].reason == "reward of A = 1.0000, of B = 2.0000"

@@ -115,7 +115,7 @@ def row_prompt(row: Any, origin: str) -> Text:
     if isinstance(row, RowError):
         raise row
     prompt = row.get("prompt") if isinstance(row, dict) else None
-    if prompt is None and isinstance(row, dict) and row.get("chosen") is not None:
+    if prompt is None and isinstance(row, dict) and None not in (row.get("chosen"), row.get("rejected")):
         return read_example(row, FormatConfig(), origin).prompt  # of a pair of whole conversations
     if isinstance(prompt, str):
         return prompt
