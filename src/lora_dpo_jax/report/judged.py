@@ -49,10 +49,11 @@ def judged(files: JudgeFiles) -> Judged:
 
 def _example(result: Mapping[str, Any]) -> dict[str, str]:
     reasons = result.get("reasons")
-    told = [str(reason) for reason in reasons if reason] if isinstance(reasons, list) else []
+    places = zip(("candidate first", "baseline first"), reasons if isinstance(reasons, list) else [], strict=False)
+    told = [f"{place}: {reason}" for place, reason in places if reason]
     texts = {name: result.get(name) for name in ("prompt", "candidate", "baseline", "outcome")}
     shown = {name: text if isinstance(text, str) else json.dumps(text) for name, text in texts.items()}
-    return {**{name: cut(text) for name, text in shown.items()}, "reasons": cut(" — ".join(told))}
+    return {**{name: cut(text) for name, text in shown.items()}, "reasons": cut("; ".join(told))}
 
 
 def _in_words(values: Mapping[str, Any], win_rate: Any) -> str:
