@@ -26,7 +26,7 @@ from lora_dpo_jax.report.record import (
     read_record,
     write_record,
 )
-from lora_dpo_jax.report.run_files import Series, read_run
+from lora_dpo_jax.report.run_files import JudgeFiles, Series, read_run
 from lora_dpo_jax.settings.arguments import parse
 
 MARKUP = "</title></style></svg></pre><script>alert(1)</script>{{ 7 * 7 }}{% raw %}&lt;\u202e\x1b[0m"
@@ -150,13 +150,16 @@ def test_markup_in_everything_that_is_recorded_is_shown_as_text(tmp_path):
         most_wrong=[pair],
     )
     path = folder_of(tmp_path / "<i>run", [*trained(1), {"step": 1, f"train/{MARKUP}": 1.0}], record)
-    (path / "judge.json").write_text(json.dumps({MARKUP: MARKUP}))
+    (path / "judge").mkdir()
+    (path / "judge" / "judge.json").write_text(json.dumps({MARKUP: MARKUP}))
+    result = dict.fromkeys(("prompt", "candidate", "baseline", "outcome"), MARKUP) | {"reasons": [MARKUP, None]}
+    (path / "judge" / "results.jsonl").write_text(3 * f"{json.dumps(result)}\n" + "half of a li")
     text = report_page(read_run(path))
     page = checked_page(text)
     assert "i" not in page.tags and "alert(1)" in page.text
     # A version and a metric; of each pair origin, prompt, two responses and what moved most in them; a prompt and both
-    # of its completions; a key and a value of the judge's file.
-    assert page.text.count(SHOWN) == 2 + 2 * 6 + 3 + 2
+    # of its completions; a key and a value of the judge's file, and two prompts that were judged.
+    assert page.text.count(SHOWN) == 2 + 2 * 6 + 3 + 2 + 2 * 5
     assert '<span class="p4" title="+1.500">' in text and '<span class="n2" title="-0.500">' in text
     assert "(nothing)" in page.text and "7 more tokens are not shown" in page.text
 
@@ -169,7 +172,8 @@ def test_what_a_judge_wrote_is_told_in_words():
         "win_rate": rate,
         "length_controlled_win_rate": {"value": None, "why": "all are longer"},
     }
-    found = judged("judge.json", {"rates": rates, "prompts": 6, "judge": {"type": "reward"}, "settings": {"a": 1}})
+    summary = {"rates": rates, "prompts": 6, "judge": {"type": "reward"}, "settings": {"a": 1}}
+    found = judged(JudgeFiles("judge.json", summary, []))
     assert "in 75.0% (95% interval 60.0% to 90.0%) of the prompts on which both orders agree (4 of 6)" in found.words
     assert [row[:3] for row in found.table.rows] == [
         ["win", "75.0%", "60.0% to 90.0%"],
@@ -177,7 +181,7 @@ def test_what_a_judge_wrote_is_told_in_words():
         ["win rate at equal length", "undefined", ""],
     ]
     assert found.others == {"prompts": "6", "judge.type": "reward"}
-    assert judged("other.json", {"a": {"b": 1.5}}).others == {"a.b": "1.5"}
+    assert judged(JudgeFiles("other.json", {"a": {"b": 1.5}}, [])).others == {"a.b": "1.5"}
 
 
 def test_runs_that_hold_out_the_same_are_compared_pair_by_pair(tmp_path):

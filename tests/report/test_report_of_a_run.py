@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from tiny_runs import preference_rows, read_metrics, run_config, write_rows
 from lora_dpo_jax.main import report
 from lora_dpo_jax.main.train import main
 from lora_dpo_jax.report.charts import number, percent
+from lora_dpo_jax.report.page import report_page
 from lora_dpo_jax.report.record import Facts, Record, read_record
+from lora_dpo_jax.report.run_files import read_run
 from lora_dpo_jax.runs.best import BestAdapters
 from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.runs.held_out import HeldOutScores
@@ -52,12 +55,18 @@ def config(tmp_path_factory) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def run_dir(config) -> Path:
-    """After it was stopped between its steps 2 and 4, and resumed. `whole` beside it never was."""
-    main(config)
+    """After it was stopped between its steps 2 and 4, and resumed. `whole` beside it never was.
+
+    Their pages are without pictures, and their completions are the ends of the prompts: neither is drawn here.
+    """
     run_dir = config.trainer.run_dir(RUN_ID)
-    shutil.copytree(run_dir, run_dir.parent / "whole")
-    shutil.rmtree(run_dir / "checkpoints" / "step-4")
-    main(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_dpo_jax.generation.generate", lambda model, ids, *_, **__: [x[-40:] for x in ids])
+        patch.setitem(sys.modules, "matplotlib", None)
+        main(config)
+        shutil.copytree(run_dir, run_dir.parent / "whole")
+        shutil.rmtree(run_dir / "checkpoints" / "step-4")
+        main(config)
     return run_dir
 
 
@@ -70,12 +79,14 @@ def record(run_dir) -> Record:
 
 @pytest.fixture(scope="module")
 def page(run_dir) -> HtmlPage:
-    return checked_page((run_dir / "report.html").read_text())
+    """With pictures."""
+    return checked_page(report_page(read_run(run_dir)))
 
 
 def test_markup_in_data_settings_and_names_is_shown_as_text(page):
     assert not page.tags & {"b", "i"} and "alert(1)" in page.text
     assert page.text.count(MARKUP) == 6, "a sample prompt, also in its setting, and two prompts and chosen responses"
+    assert page.text.count(MARKUP[-20:]) > page.text.count(MARKUP), "completions end like their prompts"
     assert f"Run {RUN_ID}" in page.text and "<adapter> it's" in page.text and "<train>.jsonl" in page.text
 
 
@@ -146,7 +157,8 @@ def test_a_resumed_run_reports_like_one_that_never_stopped(run_dir, record):
         assert getattr(record, part) == getattr(whole, part), part
 
 
-def test_the_command_writes_the_same_page_again(run_dir, capsys):
+def test_the_command_writes_the_same_page_again(run_dir, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     written = (run_dir / "report.html").read_bytes()
     (run_dir / "report.html").unlink()
     report.main(parse(report.ReportConfig, report.with_named_runs([str(run_dir)])))
@@ -154,7 +166,8 @@ def test_the_command_writes_the_same_page_again(run_dir, capsys):
     assert str(run_dir / "report.html") in capsys.readouterr().out
 
 
-def test_several_runs_are_compared_on_the_same_examples(run_dir, tmp_path):
+def test_several_runs_are_compared_on_the_same_examples(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     other = tmp_path / "slower"
     shutil.copytree(run_dir.parent / "whole", other)
     settings = (other / "config.yaml").read_text()

@@ -1,11 +1,14 @@
 """What a judge found, from the judge.json that `main.judge` writes; of other files, whatever can stand in a table."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lora_dpo_jax.json_objects import is_number
 from lora_dpo_jax.report.charts import Table, percent
+from lora_dpo_jax.report.run_files import JudgeFiles
+from lora_dpo_jax.report.tints import cut
 
 # Rates of a summary, by their keys: how they are called here.
 RATES = {
@@ -24,12 +27,14 @@ class Judged:
     words: str
     table: Table
     others: dict[str, str]  # everything else in the file, by dotted path
+    examples: list[dict[str, str]]  # some prompts, with both answers, the outcome and the judge's reasons
 
 
-def judged(name: str, values: Mapping[str, Any]) -> Judged:
+def judged(files: JudgeFiles) -> Judged:
+    name, values, examples = files.name, files.summary, [_example(result) for result in files.results]
     rates = values.get("rates")
     if not isinstance(rates, dict) or not isinstance(rates.get("win_rate"), dict):
-        return Judged(name, "", Table(name, [], []), flat(values))
+        return Judged(name, "", Table(name, [], []), flat(values), examples)
     rows = []
     of_outcomes, counts = rates.get("rates"), rates.get("counts")
     for outcome in OUTCOMES:
@@ -39,7 +44,16 @@ def judged(name: str, values: Mapping[str, Any]) -> Judged:
     rows += [[title, _rate(rates[key]), _interval(rates[key]), ""] for key, title in RATES.items() if key in rates]
     table = Table("What the judge preferred, with 95% intervals", ["", "share", "interval", "prompts"], rows)
     others = {k: v for k, v in flat(values).items() if not k.startswith(("rates.", "settings."))}
-    return Judged(name, _in_words(values, rates["win_rate"]), table, others)
+    return Judged(name, _in_words(values, rates["win_rate"]), table, others, examples)
+
+
+def _example(result: Mapping[str, Any]) -> dict[str, str]:
+    reasons = result.get("reasons")
+    places = zip(("candidate first", "baseline first"), reasons if isinstance(reasons, list) else [], strict=False)
+    told = [f"{place}: {reason}" for place, reason in places if reason]
+    texts = {name: result.get(name) for name in ("prompt", "candidate", "baseline", "outcome")}
+    shown = {name: text if isinstance(text, str) else json.dumps(text) for name, text in texts.items()}
+    return {**{name: cut(text) for name, text in shown.items()}, "reasons": cut("; ".join(told))}
 
 
 def _in_words(values: Mapping[str, Any], win_rate: Any) -> str:

@@ -17,13 +17,12 @@ from lora_dpo_jax.report.judged import flat, judged
 from lora_dpo_jax.report.pictures import HOW_TO_INSTALL, can_draw, picture
 from lora_dpo_jax.report.run_files import RunFiles, read_run
 from lora_dpo_jax.report.statistics import accuracy, comparisons_in, likelier_response, longer_response
-from lora_dpo_jax.report.tints import tinted
+from lora_dpo_jax.report.tints import cut, tinted
 from lora_dpo_jax.report.verdict import typical, verdict_of
 
 REPORT = "report.html"
 GENERATOR = "lora_dpo_jax"  # of pages that may be replaced
 HERE = Path(__file__).parent
-MOST_TEXT = 4000  # characters of a completion or a prompt
 
 # Settings that a reader looks for first. The whole file follows.
 MAIN_SETTINGS = (
@@ -80,7 +79,7 @@ def report_page(run: RunFiles) -> str:
         baselines=_accuracies(run),
         pairs={"right": tinted(run.record.most_right), "wrong": tinted(run.record.most_wrong)},
         completions=_completions(run),
-        judges=[judged(name, values) for name, values in run.verdicts.items()],
+        judges=[judged(files) for files in run.judges],
         speed=_speed(run),
         settings=[(path, settings[path]) for path in MAIN_SETTINGS if settings.get(path, "null") != "null"],
         adapter=run.setting("peft_save_path"),
@@ -169,18 +168,14 @@ def _completions(run: RunFiles) -> list[dict[str, str | None]]:
     texts = {name: moment.texts if moment is not None else [] for name, moment in moments.items()}
 
     def of(name: str, index: int) -> str | None:
-        return _cut(texts[name][index]) if index < len(texts[name]) else None
+        return cut(texts[name][index]) if index < len(texts[name]) else None
 
     if not any(texts.values()):
         return []
     return [
-        {"prompt": _cut(prompt), "before": of("before", i), "after": of("after", i)}
+        {"prompt": cut(prompt), "before": of("before", i), "after": of("after", i)}
         for i, prompt in enumerate(record.prompts)
     ]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]} … ({len(text) - MOST_TEXT:,} more characters)"
 
 
 def _speed(run: RunFiles) -> Table:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from lora_dpo_jax.report.record import Record, read_record
 from lora_dpo_jax.tracking.metrics_file import METRICS
 
 CONFIG = "config.yaml"
-VERDICTS = ("judge*.json", "*/judge.json")
+VERDICTS, RESULTS = ("judge*.json", "*/judge.json"), "results.jsonl"
+MOST_RESULTS = 2  # of each outcome
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,15 @@ def _mean(values: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
+class JudgeFiles:
+    """What a judge wrote."""
+
+    name: str  # the path of the summary
+    summary: dict[str, Any]
+    results: list[dict[str, Any]]  # the first ones of each outcome, of results.jsonl beside it
+
+
+@dataclass(frozen=True)
 class RunFiles:
     """What is known of a run."""
 
@@ -55,7 +66,7 @@ class RunFiles:
     settings: dict[str, Any]  # of config.yaml
     settings_text: str
     record: Record
-    verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)  # of judges, by the path of their file
+    judges: list[JudgeFiles] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -110,7 +121,10 @@ def read_run(folder: Path, verdicts: Sequence[Path] = ()) -> RunFiles:
     except yaml.YAMLError as error:
         raise ValueError(f"{folder / CONFIG} is no YAML: {str(error).splitlines()[0]}") from error
     found = sorted({path for pattern in VERDICTS for path in folder.glob(pattern)})
-    of_judges = {str(path): dict(read_json_object(path).values) for path in [*found, *verdicts]}
+    of_judges = [
+        JudgeFiles(str(path), dict(read_json_object(path).values), _read_results(path.with_name(RESULTS)))
+        for path in [*found, *verdicts]
+    ]
     return RunFiles(
         folder,
         _read_metrics(folder / METRICS),
@@ -119,6 +133,19 @@ def read_run(folder: Path, verdicts: Sequence[Path] = ()) -> RunFiles:
         read_record(folder) or Record(),
         of_judges,
     )
+
+
+def _read_results(path: Path) -> list[dict[str, Any]]:
+    """Lines that are none of a judge's are left out."""
+    chosen: dict[str, list[dict[str, Any]]] = {}
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            result = json.loads(line)
+            outcome = result.get("outcome") if isinstance(result, dict) else None
+            if isinstance(outcome, str) and len(of_outcome := chosen.setdefault(outcome, [])) < MOST_RESULTS:
+                of_outcome.append(result)
+    return [result for of_outcome in chosen.values() for result in of_outcome]
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Responses whose pieces are tinted by how much likelier training has made them."""
+"""Texts of prompts and responses: cut if they are long, and tinted by how much likelier training has made them."""
 
 import math
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from lora_dpo_jax.report.charts import number
 from lora_dpo_jax.report.record import ShownPair, ShownResponse
 
 TINTS = 4  # shades on either side of none
+MOST_TEXT = 4000  # characters of a completion or a prompt
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,7 @@ def _tint(value: float, largest: float) -> int:
     if not largest:
         return 0
     return round(math.copysign(math.sqrt(abs(value) / largest) * TINTS, value))
+
+
+def cut(text: str) -> str:
+    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]} … ({len(text) - MOST_TEXT:,} more characters)"
