@@ -237,13 +237,19 @@ def test_a_base_that_others_do_not_have_is_a_warning(hub, tmp_path, caplog):
     assert f"initialize_from_hf={tmp_path} is a folder of this machine" in caplog.text
 
 
+def test_only_the_first_process_of_a_run_asks_the_hub(hub, paths, monkeypatch):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    check_hub(BOTH, "org/base")
+    assert push_exports(BOTH, paths) == {} and hub.requests == []
+
+
 def test_nothing_is_asked_of_the_hub_if_nothing_is_set(hub):
     check_hub(HubConfig(), "org/base")
     assert push_exports(HubConfig(), {}) == {} and hub.requests == []
 
 
 def test_a_run_whose_push_fails_ends_with_its_exports_and_pushes_when_it_is_started_again(
-    hub, tmp_path, monkeypatch, caplog, capsys
+    hub, tmp_path, caplog, capsys
 ):
     base = tmp_path / "base"
     base.mkdir()
@@ -268,15 +274,11 @@ def test_a_run_whose_push_fails_ends_with_its_exports_and_pushes_when_it_is_star
     assert hub.pushes("me/adapter") == hub.pushes("me/merged") == 0
 
     hub.failures.clear()
-    asked = len(hub.requests)
-    with monkeypatch.context() as other:
-        other.setattr("lora_dpo_jax.main.train.is_first_process", lambda: False)
-        main(config)
-    assert len(hub.requests) == asked, "only the first process asks the hub"
+    cards = [(tmp_path / name / "README.md").read_bytes() for name in ("adapter", "merged")]
     main(config)
     assert f"hub.adapter   {hub.url}/me/adapter/commit/" in capsys.readouterr().out
-    main(config)
-    assert hub.pushes("me/adapter") == hub.pushes("me/merged") == 1, "the same run makes the same files"
+    assert hub.pushes("me/adapter") == hub.pushes("me/merged") == 1
+    assert cards == [hub.repos[f"me/{name}"].branches["main"]["README.md"] for name in ("adapter", "merged")]
 
     adapter, merged = (hub.repos[f"me/{name}"].branches["main"] for name in ("adapter", "merged"))
     assert merged["BASE_MODEL_README.md"] == (base / "README.md").read_bytes()

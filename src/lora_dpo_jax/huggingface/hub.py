@@ -19,6 +19,7 @@ import huggingface_hub
 from lora_dpo_jax import __version__
 from lora_dpo_jax.huggingface.manifest import MANIFEST, Manifest
 from lora_dpo_jax.places import is_url, place_of
+from lora_dpo_jax.processes.exchange import is_first_process
 
 logger = logging.getLogger("lora_dpo_jax")
 
@@ -83,8 +84,11 @@ class HubConfig:
 def check_hub(config: HubConfig, base_model: str) -> None:
     """Makes the repositories, before the work. Raises OSError if they cannot be written; warns if the hub is silent.
 
-    Also warns if the adapter will name a base that others do not have, as a folder of this machine is.
+    Also warns if the adapter will name a base that others do not have, as a folder of this machine is. Only the first
+    process of a run does anything.
     """
+    if not is_first_process():
+        return
     if config.adapter is not None and not is_url(base_model) and Path(base_model).expanduser().is_dir():
         logger.warning(
             "hub.adapter=%s: initialize_from_hf=%s is a folder of this machine. The adapter names it as its base, so "
@@ -107,11 +111,13 @@ def check_hub(config: HubConfig, base_model: str) -> None:
 
 
 def push_exports(config: HubConfig, paths: Mapping[str, str]) -> dict[str, str]:
-    """Pushes the exports; the URLs of the commits, by their settings' names. One process of a run may call this.
+    """Pushes the exports; the URLs of the commits, by their settings' names. Only the first process does anything.
 
     A failure is a warning with the command that pushes the export by hand: the export itself is whole.
     """
-    pushed = {}
+    pushed: dict[str, str] = {}
+    if not is_first_process():
+        return pushed
     for name, repo in config.repos.items():
         path = paths[EXPORTS[name]]
         logger.info("pushing %s to %s", path, repo)

@@ -57,8 +57,7 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
     keep_compiled_programs(config.trainer.jax_compilation_cache_dir, cache_folder(config.data.cache_dir))
     if config.preview:
         return _preview(config)
-    if is_first_process():
-        check_hub(config.hub, config.initialize_from_hf)
+    check_hub(config.hub, config.initialize_from_hf)
     run_id = config.trainer.run_id()
     with run_locks(config.trainer, run_id):
         return _run(config, run_id, began)
@@ -95,8 +94,8 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState:
     report = None if recorder is None else recorder.finish()
     if is_first_process():
         _print_report(config, run_id, samples, scores, best, report)
-        for name, url in push_exports(config.hub, config.export_paths).items():
-            print(f"{f'hub.{name}':<14}{url}")
+    for name, url in push_exports(config.hub, config.export_paths).items():
+        print(f"{f'hub.{name}':<14}{url}")
     return state
 
 
