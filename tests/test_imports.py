@@ -58,6 +58,7 @@ FORBIDDEN = [
 # others, hooks among them, are handed pieces of it.
 COMMANDS = {"main.train", "main.evaluate", "main.plan", "main.__main__", "main.setup"}
 KNOW_WHOLE_RUNS = {"runs.config", "runs.base", "runs.assembly", "runs.identity", "runs.outputs", "runs.capacity"}
+KNOW_WHOLE_RUNS |= {"runs.provenance"}
 
 
 def imports_of(source: str, module: str, is_package: bool) -> set[str]:

@@ -4,7 +4,6 @@ import shutil
 import warnings
 from pathlib import Path
 
-import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
 import peft
@@ -302,18 +301,6 @@ def test_a_base_is_named_so_that_it_is_found_from_anywhere(base, named, tmp_path
     for folder in ("here", "token=a1b2c3d4", "a1b2c3d4e5f6"):
         (tmp_path / folder).mkdir()
     assert base_from_anywhere(base.replace("FOLDER", str(tmp_path))) == named.replace("FOLDER", str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    "base, is_id", [("org/base", True), ("gpt2", True), ("/models/base", False), ("gs://b/c", False)]
-)
-def test_a_model_card_names_a_base_that_the_hub_knows(base, is_id, tmp_path):
-    """The hub rejects a card whose base_model is no id."""
-    architecture, config = CASES["rslora"]
-    save_adapter(with_random_adapters(plain_model(architecture), config), tmp_path, base_model=base, config=config)
-    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
-    assert card.data.base_model == (base if is_id else None)
-    assert f"`{base}`" in card.text
 
 
 def test_an_adapter_can_be_written_in_another_dtype(tmp_path):

@@ -85,6 +85,15 @@ class SourceConfig(draccus.ChoiceRegistry):
         """Raises SourceError."""
         raise NotImplementedError
 
+    def places(self, split: Split) -> list[str]:
+        """The paths, URLs or ids of its rows, as they were given."""
+        return []
+
+    @property
+    def hub_id(self) -> str | None:
+        """The id of its data set on the hub, if it is one."""
+        return None
+
 
 @SourceConfig.register_subclass("url")
 @dataclass(frozen=True)
@@ -102,16 +111,16 @@ class UrlSource(SourceConfig):
             raise ValueError("source: {type: url} needs train_urls, validation_urls or both; it names neither")
 
     def has_split(self, split: Split) -> bool:
-        return bool(self._urls(split))
+        return bool(self.places(split))
 
     def tables(self, split: Split) -> Sequence[RowTable]:
-        files = [file for url in self._urls(split) for file in expand_url(url)]
+        files = [file for url in self.places(split) for file in expand_url(url)]
         places = [file.place for file in files]
         if twice := sorted({file.name for file in files if places.count(file.place) > 1}):
             raise SourceError(f"{split}_urls names these files more than once: {twice}")
         return files
 
-    def _urls(self, split: Split) -> list[str]:
+    def places(self, split: Split) -> list[str]:
         return self.train_urls if split == "train" else self.validation_urls
 
 
@@ -142,6 +151,13 @@ class HubSource(SourceConfig):
                 raise SourceError(f"{self.id} is a file; read it with source: {{type: url, {split}_urls: [{self.id}]}}")
             saved = _is_saved(*url_to_fs(self.id))
             return [_saved_table(self, expression) if saved else _hub_table(self, expression)]
+
+    def places(self, split: Split) -> list[str]:
+        return [self.id]
+
+    @property
+    def hub_id(self) -> str | None:
+        return None if os.path.exists(self.id) or "://" in self.id else self.id
 
     def _split(self, split: Split) -> str | None:
         return self.train_split if split == "train" else self.validation_split

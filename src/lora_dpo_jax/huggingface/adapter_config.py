@@ -1,6 +1,5 @@
-"""PEFT's `adapter_config.json`: the settings of an adapter, read and written, and the model card beside it."""
+"""PEFT's `adapter_config.json`: the settings of an adapter, read and written."""
 
-import json
 import os
 import re
 from collections import Counter
@@ -168,25 +167,6 @@ def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
     pattern = {part: of_part.pop() for part, of_part in by_part.items() if len(of_part) == 1 and usual not in of_part}
     whole = {name: value for name, value in values.items() if value != usual and name.rpartition(".")[2] not in pattern}
     return whole | pattern
-
-
-def model_card(base_model: str, config: LoraConfig, targets: list[str]) -> str:
-    # The hub rejects cards whose base is not one of its ids.
-    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model)
-    base = f"base_model: {json.dumps(base_model)}\n" if is_hub_id else ""
-    variant = ", rank-stabilized scaling" if config.use_rslora else ""
-    variant += ", DoRA" if config.use_dora else ""
-    return f"""---
-{base}library_name: peft
-pipeline_tag: text-generation
-tags: [dpo, lora]
----
-
-LoRA adapter for `{base_model}`, trained by Direct Preference Optimization with `lora_dpo_jax`.
-
-- rank {config.r}, alpha {config.alpha:g}{variant}
-- targets: {abridged(targets)}
-"""
 
 
 def read_peft(folder: Path) -> JsonObject:

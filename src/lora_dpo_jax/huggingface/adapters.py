@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,7 +27,6 @@ from lora_dpo_jax.huggingface.adapter_config import (
     WRAPPER,
     adapter_folder,
     base_from_anywhere,
-    model_card,
     peft_config,
     read_adapter_config,
     read_peft,
@@ -40,6 +39,7 @@ from lora_dpo_jax.huggingface.adapter_names import (
     matrix_copies,
     written_names,
 )
+from lora_dpo_jax.huggingface.card import CARD, model_card
 from lora_dpo_jax.huggingface.dialects import embedding_of
 from lora_dpo_jax.huggingface.folders import export_folder
 from lora_dpo_jax.huggingface.tensors import (
@@ -75,7 +75,6 @@ from lora_dpo_jax.lora import (
 )
 from lora_dpo_jax.lora.adapter import stack_axes
 from lora_dpo_jax.models import CausalLM
-from lora_dpo_jax.printable import printable
 from lora_dpo_jax.sharding import on_host
 
 logger = logging.getLogger(__name__)
@@ -128,6 +127,7 @@ def save_adapter(
     tokenizer: Any = None,
     peft_scaling: str = "as_is",
     enlargement: Enlargement | None = None,
+    card: Callable[..., str] = model_card,
     dtype: Any = np.float32,
     run: str | None = None,
     overwrite: bool = False,
@@ -138,7 +138,8 @@ def save_adapter(
     `tokenizer`, if given, is saved beside the adapters with its chat template; so are the matrices of `enlargement`.
     `config` is the config of the adapters; but the target modules are those of the model. `peft_scaling` as_is keeps
     these settings; plain writes the same adapter at one rank, with lora_alpha / r as the scaling of every layer and the
-    rest of it in B. Every process of a run must call this; only the first one writes.
+    rest of it in B. `card` makes the README.md from the arguments of `model_card`. Every process of a run must call
+    this; only the first one writes.
     """
     _check_config(model, config)
     found, config = layer_adapters(model), config.as_written()
@@ -173,8 +174,8 @@ def save_adapter(
         write_tensors(exported / f"{STEM}.safetensors", tensors)
         if tokenizer is not None:
             save_tokenizer(tokenizer, exported)
-        card = model_card(printable(base), config, targets + (config.target_parameters or []))
-        (exported / "README.md").write_text(card, encoding="utf-8")
+        text = card(base, config, targets + (config.target_parameters or []), revision=revision)
+        (exported / CARD).write_text(text, encoding="utf-8")
         settings = peft_config(base, revision, config, targets, [adapter.name for adapter in adapters])
         (exported / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 

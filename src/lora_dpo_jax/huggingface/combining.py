@@ -13,16 +13,15 @@ from lora_dpo_jax.huggingface.adapter_config import (
     CONFIG,
     STEM,
     adapter_folder,
-    model_card,
     peft_config,
     read_adapter_config,
     read_base_model,
 )
 from lora_dpo_jax.huggingface.adapter_names import key_of, layers_of, written_names
+from lora_dpo_jax.huggingface.card import CARD, model_card
 from lora_dpo_jax.huggingface.folders import export_folder
 from lora_dpo_jax.huggingface.tensors import TensorFiles, write_tensors
 from lora_dpo_jax.lora import LoraConfig
-from lora_dpo_jax.printable import printable
 
 COMBINATIONS = ("cat", "linear")
 
@@ -74,8 +73,10 @@ def combine_adapters(
     config = LoraConfig(r=rank, alpha=float(rank), target_modules=layers)  # the scaling is 1
     with export_folder(target, overwrite=overwrite) as exported:
         write_tensors(exported / f"{STEM}.safetensors", tensors)
-        card = model_card(printable(base or "an unnamed base"), config, layers)
-        (exported / "README.md").write_text(card, encoding="utf-8")
+        shares = ", ".join(f"{weight:g}" for weight in weights)
+        notes = {"combination": f"{combination} of {len(folders)} adapters with the weights {shares}"}
+        card = model_card(base or "an unnamed base", config, layers, notes, revision=revision)
+        (exported / CARD).write_text(card, encoding="utf-8")
         settings = peft_config(base or "", revision, config, layers, layers) | {"base_model_name_or_path": base}
         (exported / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 

@@ -19,6 +19,7 @@ from lora_dpo_jax.huggingface.manifest import MANIFEST, Manifest
 from lora_dpo_jax.places import is_url, place_of, spelled_alike
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*"]
+MODEL_FILES += ["README.md"]  # the card, which states the license
 TEMPLATES = "additional_chat_templates"  # where tokenizers keep all but the first of their chat templates
 # Repositories hold more than the model in Hugging Face's format: other formats in folders, Mistral's own beside it.
 # These patterns match every folder but TEMPLATES: names with another letter, shorter names, longer names.

@@ -19,6 +19,7 @@ from haliax import NamedArray
 from lora_dpo_jax.huggingface.adapter_config import CONFIG as ADAPTER_CONFIG
 from lora_dpo_jax.huggingface.adapter_config import read_base_model
 from lora_dpo_jax.huggingface.adapters import LayerAdapter, layer_adapters
+from lora_dpo_jax.huggingface.card import BASE_CARD, CARD
 from lora_dpo_jax.huggingface.dialects import embedding_of, pieces_of
 from lora_dpo_jax.huggingface.folders import export_folder
 from lora_dpo_jax.huggingface.mxfp4 import METHOD, unpacked
@@ -141,6 +142,7 @@ def save_merged(
     *,
     tokenizer: Any = None,
     enlargement: Enlargement = NOT_ENLARGED,
+    card: str | None = None,
     max_shard_bytes: int = 5 * 2**30,
     run: str | None = None,
     overwrite: bool = False,
@@ -149,8 +151,9 @@ def save_merged(
 
     Each tensor is computed from the one in `source`, not from the model's copy, and keeps its dtype and name. Tensors
     without adapters keep their bits. So a quantized model is merged at full precision, and the log reports the error of
-    the quantization. `tokenizer`, if given, is saved instead of the source's. Every process of a run must call this;
-    only the first one writes, with one tensor in memory.
+    the quantization. `tokenizer`, if given, is saved instead of the source's. `card` is the README.md; that of the
+    source is BASE_MODEL_README.md. Every process of a run must call this; only the first one writes, with one tensor in
+    memory.
     """
     adapters = {f"{adapter.name}.weight": adapter for adapter in layer_adapters(model)}
     if jax.process_index() != 0:
@@ -174,6 +177,10 @@ def save_merged(
         _copy_files(source, exported, OTHER_FILES if tokenizer is not None else OTHER_FILES + TOKENIZER_FILES)
         if tokenizer is not None:
             save_tokenizer(tokenizer, exported)
+        if card is not None:
+            (exported / CARD).write_text(card, encoding="utf-8")
+        if (source / CARD).is_file():
+            shutil.copyfile(source / CARD, exported / BASE_CARD)
         enlargement.write_config(exported)
         _drop_quantization(exported)
         drop_code(exported)

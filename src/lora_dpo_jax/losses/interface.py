@@ -31,6 +31,7 @@ class Loss(draccus.ChoiceRegistry, abc.ABC):
     statistics: ClassVar[tuple[str, ...]] = ()  # of the policy's tokens, by their names in log_probs.STATISTICS
     needs_comparisons: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ()  # of the data, by the names in format.columns
+    hub_tag: ClassVar[str] = "dpo"  # of exports: the tag of TRL's trainer that has this loss
 
     @classmethod
     def default_choice_name(cls) -> str:

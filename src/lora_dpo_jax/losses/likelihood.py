@@ -20,6 +20,8 @@ from lora_dpo_jax.objective import ExampleLosses, Mean
 
 @dataclass(frozen=True)
 class _ReferenceFree(ComparisonLoss):
+    hub_tag = "cpo"  # TRL has them in one trainer
+
     @property
     def needs_reference(self) -> bool:
         return False
@@ -101,6 +103,7 @@ class Sft(_WithLikelihood):
 
     name = "nll"
     needs_comparisons = False
+    hub_tag = "sft"
 
     def pair_loss(self, chosen, rejected, policy):
         return self.negative_log_likelihood(policy)
@@ -165,6 +168,7 @@ class Orpo(_WithLikelihood):
     orpo_alpha: float = 1.0  # the weight of the likelihood; the paper has 1
 
     per_token_rewards = True
+    hub_tag = "orpo"
 
     def __post_init__(self):
         super().__post_init__()

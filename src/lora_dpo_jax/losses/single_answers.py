@@ -28,6 +28,7 @@ class _SingleAnswers(Loss):
     undesirable_weight: float = 1.0  # of answers with a false label
 
     columns = (LABEL, WEIGHT)
+    hub_tag = "kto"
 
     def __post_init__(self):
         super().__post_init__()

@@ -13,6 +13,7 @@ from lora_dpo_jax.cost.devices import peak_flops
 from lora_dpo_jax.data.preview import preview
 from lora_dpo_jax.files import cache_folder
 from lora_dpo_jax.generation import read_stop_ids
+from lora_dpo_jax.huggingface.hub import check_hub, push_exports
 from lora_dpo_jax.lora import reference_model
 from lora_dpo_jax.processes.exchange import is_first_process
 from lora_dpo_jax.processes.signals import StopSignals
@@ -26,6 +27,7 @@ from lora_dpo_jax.runs.config import TrainConfig, resolved_settings, with_zero_i
 from lora_dpo_jax.runs.exports import Exports, has_own_tokenizer
 from lora_dpo_jax.runs.identity import refuse_other_settings, run_identity
 from lora_dpo_jax.runs.outputs import check_outputs, exports_of
+from lora_dpo_jax.runs.provenance import training_of
 from lora_dpo_jax.runs.reference_scores import ReferenceLogProbs
 from lora_dpo_jax.runs.report import HeldOutScores, Samples, print_report
 from lora_dpo_jax.runs.resuming import restore, run_locks, saying_how_to_resume
@@ -50,6 +52,7 @@ def main(config: TrainConfig, *, began: float | None = None) -> TrainState | Non
     keep_compiled_programs(config.trainer.jax_compilation_cache_dir, cache_folder(config.data.cache_dir))
     if config.preview:
         return _preview(config)
+    check_hub(config.hub, config.initialize_from_hf)
     run_id = config.trainer.run_id()
     with run_locks(config.trainer, run_id):
         return _run(config, run_id, began)
@@ -70,7 +73,7 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState:
         scores = HeldOutScores(scorer, config.objective, reference, tracker, earlier)
         stop_ids = read_stop_ids(run.base.folder)
         samples = Samples(config.sample_prompts, run.base.tokenizer, config.generation, stop_ids=stop_ids)
-        exports = _exports(config, run, run_id, first_step)
+        exports = _exports(config, run, run_id, settings, first_step, scores)
         known = _known_log_probs(reference, run.steps, notes)
         hooks = _hooks(config, checkpoints, notes, len(run.steps), scores, samples, exports)
         columns = config.loss.columns_in(run.data.pairs.arrays.columns)
@@ -80,6 +83,8 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState:
             state = _train(config, run, batches, first_step, hooks, tracker, stop, began)
     if is_first_process():
         _print_report(config, run_id, samples, scores)
+    for name, url in push_exports(config.hub, config.export_paths).items():
+        print(f"{f'hub.{name}':<14}{url}")
     return state
 
 
@@ -207,7 +212,16 @@ def _known_log_probs(reference: ReferenceLogProbs | None, steps: Steps, notes: d
     return known
 
 
-def _exports(config: TrainConfig, run: Run, run_id: str, first_step: int) -> Exports:
+def _exports(
+    config: TrainConfig,
+    run: Run,
+    run_id: str,
+    settings: Mapping[str, Any],
+    first_step: int,
+    scores: HeldOutScores,
+) -> Exports:
+    data = run.data
+    counts, noun = (len(data.pairs), len(data.held_out)), data.pairs.arrays.noun
     exports = Exports(
         exports_of(config),
         run.base,
@@ -217,6 +231,9 @@ def _exports(config: TrainConfig, run: Run, run_id: str, first_step: int) -> Exp
         num_steps=len(run.steps),
         has_own_tokenizer=has_own_tokenizer(config.data),
         peft_scaling=config.peft_scaling,
+        training=training_of(config, settings, run.lora, run.base.folder, counts=counts, noun=noun),
+        evaluations=lambda: scores.scores,
+        repos=config.hub.repos,
     )
     exports.check_room(first_step, config.hf_save_steps)
     exports.check_layers(run.learner.state.model)

@@ -12,6 +12,7 @@ import draccus
 from lora_dpo_jax.data.config import PreferenceDataConfig
 from lora_dpo_jax.data.shapes import PackingConfig
 from lora_dpo_jax.generation import GenerationConfig
+from lora_dpo_jax.huggingface.hub import HubConfig
 from lora_dpo_jax.lora import LoraConfig
 from lora_dpo_jax.losses import Dpo, Loss
 from lora_dpo_jax.models import ComputeConfig
@@ -98,6 +99,7 @@ class TrainConfig:
     # A folder or a URL; the final adapter as adapter.gguf, for llama.cpp. Needs the extra `gguf`.
     gguf_save_path: str | None = None
     hf_save_steps: int | None = None  # also export to <path>/step-<n> after every so many steps
+    hub: HubConfig = field(default_factory=HubConfig)  # where finished exports are pushed
     overwrite: bool = False  # replace another run's exports at these paths; never any other files
 
     preview: int = 0  # print this many tokenized pairs, coloured by role, and stop
@@ -125,6 +127,7 @@ class TrainConfig:
                 f"hf_save_steps={self.hf_save_steps} exports nothing: set peft_save_path, merged_hf_save_path or "
                 "gguf_save_path"
             )
+        self.hub.check_exports(self.export_paths)
         if self.preview < 0:
             raise ValueError(f"preview={self.preview} must be a number of pairs, or 0 to train")
         check_choices(self)

@@ -4,12 +4,16 @@ Both include the tokenizer of the run, with the chat template of its rows.
 """
 
 import copy
+import dataclasses
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_dpo_jax.data.config import PreferenceDataConfig
+from lora_dpo_jax.huggingface.adapter_config import base_from_anywhere
 from lora_dpo_jax.huggingface.adapters import save_adapter
+from lora_dpo_jax.huggingface.card import NO_NOTES, Training, merged_card, model_card
 from lora_dpo_jax.huggingface.gguf_adapter import check_gguf_layers, save_gguf
 from lora_dpo_jax.huggingface.mxfp4 import unpacked
 from lora_dpo_jax.huggingface.tensors import TensorFiles
@@ -38,13 +42,20 @@ class Exports:
         num_steps: int,
         has_own_tokenizer: bool,
         peft_scaling: str = "as_is",
+        training: Training,
+        evaluations: Callable[[], Sequence[tuple[int, Mapping[str, float]]]],
+        repos: Mapping[str, str],
+        notes: Mapping[str, str] = NO_NOTES,
     ):
         """`paths`: (setting, path) of each export. `run`: the id of the run, which may replace its own exports.
 
         `has_own_tokenizer`: the tokenizer of the run differs from the base's, so a merged model includes it.
+        The others are for the cards: `evaluations` returns (step, held-out scores) so far; `repos` are the ids on the
+        hub, as in HubConfig; `notes` as in `model_card`.
         """
         self.paths, self.base, self.lora, self.num_steps = paths, base, lora, num_steps
         self.has_own_tokenizer, self.peft_scaling = has_own_tokenizer, peft_scaling
+        self.training, self.evaluations, self.repos, self.notes = training, evaluations, repos, notes
         self.owner: Any = {"run": run, "overwrite": overwrite}
 
     def check_room(self, first_step: int, every: int | None) -> None:
@@ -89,17 +100,35 @@ class Exports:
             tokenizer=self.base.tokenizer,
             peft_scaling=self.peft_scaling,
             enlargement=self.base.enlargement,
+            card=functools.partial(model_card, **self._card("adapter")),
             **self.owner,
         )
 
     def _save_merged(self, model: CausalLM, target: str) -> None:
         # Without a tokenizer of the run's own, the base's files stay as they are.
         tokenizer = self.base.tokenizer if self.has_own_tokenizer else None
-        enlargement = self.base.enlargement
-        save_merged(model, self.base.folder, target, tokenizer=tokenizer, enlargement=enlargement, **self.owner)
+        card = merged_card(
+            base_from_anywhere(self.base.name), self.lora, revision=self.base.revision, **self._card("merged")
+        )
+        save_merged(
+            model,
+            self.base.folder,
+            target,
+            tokenizer=tokenizer,
+            enlargement=self.base.enlargement,
+            card=card,
+            **self.owner,
+        )
 
     def _save_gguf(self, model: CausalLM, target: str) -> None:
         save_gguf(model, target, source=self.base.folder, **self.owner)
+
+    def _card(self, export: str) -> dict[str, Any]:
+        """What the card of an export tells besides its base and its adapters."""
+        found = self.evaluations()
+        ends = {f"after step {step}": scores for step, scores in (*found[:1], *found[-1:])}
+        training = dataclasses.replace(self.training, scores=ends)
+        return {"notes": self.notes, "training": training, "repo": self.repos.get(export)}
 
 
 def has_own_tokenizer(data: PreferenceDataConfig) -> bool:
