@@ -34,6 +34,7 @@ from lora_dpo_jax.sharding import on_host, row_shards, whole
 SLOT_BLOCK = 32
 TOKEN_BLOCK = 64
 PACKED_TOKENS = 2048  # of prompts that a device computes together, unless one prompt alone has more
+FEW_TOKENS = 256  # a packed row up to here takes all scores of attention at once
 # Where batch_size is null.
 CACHE_BYTES = 2**30  # of one device, at most
 MOST_ROWS = 128  # of one device: on a CPU, more rows made no more tokens a second
@@ -195,22 +196,13 @@ def _seat(waiting: deque[Request], seated: list[Any], time: int, sizes: Sizes) -
     return new
 
 
-@eqx.filter_jit
 def _empty(model: CausalLM, sizes: Sizes) -> Decoding:
     """No row has a request."""
-    zeros = {name: jnp.zeros(sizes.rows, jnp.int32) for name in _OF_ROWS}
-    state = Decoding(
-        time=jnp.int32(0),
-        new_ids=jnp.zeros((sizes.rows, sizes.ring), jnp.int32),
-        done=jnp.ones(sizes.rows, bool),
-        key_positions=jnp.full((sizes.rows, sizes.slots), -1, jnp.int32),
-        cache=None,
-        **zeros,
-    )
-    return replace(whole(state), cache=model.model.empty_cache(Axis(ROW, sizes.rows), sizes.slots))
-
-
-_OF_ROWS = ("last_ids", "positions", "num_new", "indices", "num_before", "budgets")
+    of_rows = ("last_ids", "positions", "num_new", "indices", "num_before", "budgets")
+    numbers: dict[str, Any] = {name: np.zeros(sizes.rows, np.int32) for name in of_rows}
+    numbers |= {"time": np.array(0, np.int32), "new_ids": np.zeros((sizes.rows, sizes.ring), np.int32)}
+    numbers |= {"key_positions": np.full((sizes.rows, sizes.slots), -1, np.int32), "done": np.ones(sizes.rows, bool)}
+    return Decoding(**numbers, cache=model.model.empty_cache(Axis(ROW, sizes.rows), sizes.slots))
 
 
 @functools.partial(eqx.filter_jit, donate="all-except-first")
@@ -224,7 +216,7 @@ def _admit(given: tuple[CausalLM, Admission], state: Decoding) -> Decoding:
     rows, prompt_slots = new.source.shape
     axes = Axis(ROW, new.ids.shape[0]), Axis(POSITION, new.ids.shape[1])
     ids, segments, positions = (hax.auto_sharded(hax.named(x, axes)) for x in (new.ids, new.segments, new.positions))
-    mask = PackedMask(segments, hax.zeros_like(segments), positions)
+    mask = PackedMask(segments, hax.zeros_like(segments), positions, is_short=axes[1].size <= FEW_TOKENS)
     keys = model.model(ids, positions, mask, keeps_keys=True).cache
     Row, Slots = Axis(ROW, rows), Axis(KEY_POSITION, prompt_slots)
     source, is_new = hax.auto_sharded((hax.named(new.source, (Row, Slots)), hax.named(new.is_new, Row)))
@@ -265,6 +257,9 @@ def _decode(given: tuple[CausalLM, GenerationConfig, Any, Any, Any], state: Deco
         logits = model.head(output.hidden[POSITION, 0]).rearrange((Row, model.config.Vocab)).array
         step_keys = jax.vmap(jax.random.fold_in)(row_keys, state.num_before + state.num_new)
         chosen = whole(choose(logits, step_keys, config))
+        # The ring of a row that is done may be full: it is not written any more.
+        before = jax.lax.dynamic_slice_in_dim(state.new_ids, place, 1, axis=1)
+        column = jnp.where(state.done[:, None], before, chosen[:, None])
         num_new = state.num_new + ~state.done
         stopped = (chosen[:, None] == stop_ids[None, :]).any(axis=1) | (num_new >= state.budgets)
         return replace(
@@ -273,7 +268,7 @@ def _decode(given: tuple[CausalLM, GenerationConfig, Any, Any, Any], state: Deco
             last_ids=chosen,
             positions=state.positions + 1,
             num_new=num_new,
-            new_ids=jax.lax.dynamic_update_slice(state.new_ids, chosen[:, None], (jnp.int32(0), place)),
+            new_ids=jax.lax.dynamic_update_slice(state.new_ids, column, (jnp.int32(0), place)),
             done=state.done | stopped,
             key_positions=key_positions,
             cache=output.cache,

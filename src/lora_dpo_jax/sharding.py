@@ -120,6 +120,14 @@ def row_shards() -> int:
     return math.prod(mesh.shape[axis] for axis in _as_tuple(mapping.get(ROW)))
 
 
+def zeros(axes: Sequence[Axis], dtype: Any) -> NamedArray:
+    """Zeros on the devices, split as the scope splits activations. Made without a program."""
+    array, mapping = np.zeros([axis.size for axis in axes], dtype), hax.partitioning.current_thread_local_mapping()
+    if jax.sharding.get_abstract_mesh().empty or mapping is None:
+        return NamedArray(jax.device_put(array), tuple(axis.name for axis in axes))
+    return NamedArray(_put(array, split_evenly(axes, mapping)), tuple(axis.name for axis in axes))
+
+
 def gathered(tree: Any) -> Any:
     """Gathers weights for a computation, once and at this point of the program, not where XLA would choose.
 

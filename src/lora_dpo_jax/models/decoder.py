@@ -1,6 +1,5 @@
 """The decoder: embeddings, layers, a final norm and a head. Modules are named as in Hugging Face."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ import haliax as hax
 import haliax.nn as hnn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from haliax import Axis, NamedArray
 
 from lora_dpo_jax.axes import LAYERS
@@ -173,11 +173,21 @@ class CausalLM(eqx.Module):
     def for_decoding(self) -> "CausalLM":
         """The same model, arranged for products with few tokens.
 
-        On a CPU this copies the weights: a product with few tokens is faster with the inputs first, and a loop over
+        On one CPU this copies the weights: a product with few tokens is faster with the inputs first, and a loop over
         layers would copy each weight in each turn. Elsewhere, and if weights are quantized, it is this model.
         """
-        is_quantized = any(isinstance(leaf, QuantizedWeight) for leaf in jax.tree.leaves(self, is_leaf=_is_weight))
-        return self if platform() != "cpu" or is_quantized else _unrolled(self)
+        is_split = jax.sharding.get_abstract_mesh().size > 1
+        is_quantized = any(isinstance(leaf, QuantizedWeight) for leaf in jax.tree.leaves(self, is_leaf=_is_quantized))
+        if platform() != "cpu" or is_split or is_quantized:
+            return self
+        head = self.lm_head
+        if head is None and not isinstance(self.model.embed_tokens, EmbeddingRows):
+            head = self.head.linear
+        # In NumPy's memory, where a slice or another order of axes is a view, and no program is compiled.
+        views = jax.tree.map(lambda leaf: np.asarray(leaf) if eqx.is_array(leaf) else leaf, CausalLM(self.model, head))
+        views = eqx.tree_at(lambda model: model.model.layers, views, views.model.layers.unrolled())
+        arranged = jax.tree.map(inputs_first, views, is_leaf=lambda node: isinstance(node, Linear))
+        return jax.tree.map(lambda leaf: jax.device_put(leaf) if eqx.is_array(leaf) else leaf, arranged)
 
     @staticmethod
     def init(config: DecoderConfig, compute: ComputeConfig = DEFAULT_COMPUTE, *, key) -> "CausalLM":
@@ -201,16 +211,7 @@ def admitted(cache: Cache, new: Cache, source: NamedArray, is_new: NamedArray) -
     )
 
 
-@eqx.filter_jit
-def _unrolled(model: CausalLM) -> CausalLM:
-    head = model.lm_head
-    if head is None and not isinstance(model.model.embed_tokens, EmbeddingRows):
-        head = model.head.linear
-    decoder = dataclasses.replace(model.model, layers=model.model.layers.unrolled())
-    return jax.tree.map(inputs_first, CausalLM(decoder, head), is_leaf=lambda node: isinstance(node, Linear))
-
-
-def _is_weight(node: Any) -> bool:
+def _is_quantized(node: Any) -> bool:
     return isinstance(node, QuantizedWeight)
 
 

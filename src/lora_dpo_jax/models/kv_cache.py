@@ -9,6 +9,7 @@ from haliax import Axis, NamedArray
 
 from lora_dpo_jax.axes import KEY_POSITION, POSITION, ROW
 from lora_dpo_jax.models.config import DecoderConfig
+from lora_dpo_jax.sharding import zeros
 
 
 class KeyValueCache(eqx.Module):
@@ -25,7 +26,7 @@ class KeyValueCache(eqx.Module):
     def empty(config: DecoderConfig, stack: tuple[Axis, ...], Row: Axis, slots: int, dtype) -> "KeyValueCache":
         Heads, HeadSize, Slot = config.KVHeads, config.HeadSize, Axis(KEY_POSITION, slots)
         k, v = (*stack, Row, Heads, HeadSize, Slot), (*stack, Row, Heads, Slot, HeadSize)
-        return hax.auto_sharded(KeyValueCache(hax.zeros(k, dtype=dtype), hax.zeros(v, dtype=dtype)))
+        return KeyValueCache(zeros(k, dtype), zeros(v, dtype))
 
     def write(self, k: NamedArray, v: NamedArray, slot: jnp.ndarray) -> "KeyValueCache":
         """Puts keys and values {row, key_position, ...} at cache slots `slot`, `slot + 1`, ..."""

@@ -49,14 +49,16 @@ class GatheredLinear(Linear):
 
 
 def inputs_first(node: Any) -> Any:
-    """A linear layer whose weight {*stack, *In, *Out} has the inputs before the outputs; anything else as it is."""
+    """A linear layer with the weight {*stack, *In, *Out}, anything else as it is. Of NumPy's arrays, it is a view."""
     if not isinstance(node, Linear) or isinstance(node, GatheredLinear):
         return node
     In, Out = names_of(node.In), names_of(node.Out)
     stack = tuple(axis.name for axis in node.weight.axes if axis.name not in (*In, *Out))
     if EXPERT in stack:
         return node
-    return dataclasses.replace(node, weight=node.weight.rearrange((*stack, *In, *Out)))
+    names = (*stack, *In, *Out)
+    order = [node.weight.axis_names.index(name) for name in names]
+    return dataclasses.replace(node, weight=NamedArray(node.weight.array.transpose(order), names))
 
 
 def linear(

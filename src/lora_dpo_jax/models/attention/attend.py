@@ -33,9 +33,10 @@ def attend(
     """Softmax attention, probabilities in float32.
 
     q {row, position, kv_head, q_heads_per_group, head_size}, k and v {row, key_position, kv_head, head_size};
-    returns q's axes. `implementation`: see `IMPLEMENTATIONS`; a mask that is not packed always takes `dense`.
+    returns q's axes. `implementation`: see `IMPLEMENTATIONS`; a mask that is not packed, or is short, always
+    takes `dense`.
     """
-    if implementation != "dense" and isinstance(mask, PackedMask):
+    if implementation != "dense" and isinstance(mask, PackedMask) and not mask.is_short:
         return _packed(_kernels(implementation), q, k, v, mask, rule)
     Row, Position, KVHead, Group, _ = (axis.name for axis in q.axes)
     of_scores = (Row, KVHead, Position, Group, KEY_POSITION)
