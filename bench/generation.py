@@ -4,7 +4,7 @@
     python -m bench.generation --model SMOLLM2_FOLDER --data alpaca.jsonl.gz
 
 Both take turns in one process, in float32 and greedy, with all prompts in one batch: ours first, then transformers with
-PyTorch's default attention and its cache. All is compiled before the first turn. Without `stopping`, no token ends a
+PyTorch's default attention and its cache. Each is warm before its first turn. Without `stopping`, no token ends a
 completion, so that all have `--tokens`. Tables have medians over the rounds; ratios are medians of those of each round.
 It needs the extra `test`, which has PyTorch.
 """
@@ -32,6 +32,7 @@ from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.settings.arguments import parse
 
 THREADS = 2
+Complete = Callable[[list[list[int]]], list[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ def read_prompts(options: Options) -> list[list[int]]:
 
 def measure(options: Options, prompts: list[list[int]], stopping: bool) -> dict[str, Any]:
     """The medians of one row of the table."""
-    systems = {"ours": ours(options, stopping), "theirs": theirs(options, stopping)}
-    for complete in systems.values():
-        complete(prompts)
-    rounds = [{name: _turn(complete, prompts) for name, complete in systems.items()} for _ in range(options.rounds)]
+    systems = {"ours": ours(options, prompts, stopping), "theirs": theirs(options, prompts, stopping)}
+    rounds = [
+        {name: _turn(name, complete, prompts) for name, complete in systems.items()} for _ in range(options.rounds)
+    ]
     ratios = [[a / b for a, b in zip(turns["ours"].rates, turns["theirs"].rates, strict=True)] for turns in rounds]
     last = rounds[-1]
     return {
@@ -103,15 +104,20 @@ def measure(options: Options, prompts: list[list[int]], stopping: bool) -> dict[
     }
 
 
-def ours(options: Options, stopping: bool) -> Callable[[list[list[int]]], list[list[int]]]:
+def ours(options: Options, prompts: list[list[int]], stopping: bool) -> Complete:
     folder = Path(options.model)
     model = load_model(folder, read_config(folder), dtype=jnp.float32)
     config = GenerationConfig(max_new_tokens=options.tokens, batch_size=options.prompts)
     stop_ids = read_stop_ids(folder) if stopping else ()
-    return lambda prompts: generate(model, prompts, config, stop_ids=stop_ids)
+
+    def complete(prompts: list[list[int]]) -> list[list[int]]:
+        return generate(model, prompts, config, stop_ids=stop_ids)
+
+    complete(prompts)
+    return complete
 
 
-def theirs(options: Options, stopping: bool) -> Callable[[list[list[int]]], list[list[int]]]:
+def theirs(options: Options, prompts: list[list[int]], stopping: bool) -> Complete:
     import torch
     import transformers
 
@@ -119,16 +125,18 @@ def theirs(options: Options, stopping: bool) -> Callable[[list[list[int]]], list
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     stop_ids = sorted(read_stop_ids(Path(options.model))) if stopping else None
     model.generation_config.eos_token_id = stop_ids
-    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": options.tokens, "pad_token_id": 0}
+    run: Any = model  # its type hints lack `generate`
+    settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
 
-    def complete(prompts: list[list[int]]) -> list[list[int]]:
+    def complete(prompts: list[list[int]], tokens: int = options.tokens) -> list[list[int]]:
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         with torch.inference_mode():
-            found = model.generate(input_ids=ids, attention_mask=mask, **settings)[:, longest:].tolist()
-        return [_until(row, stop_ids or ()) for row in found]
+            found = run.generate(input_ids=ids, attention_mask=mask, max_new_tokens=tokens, **settings)
+        return [_until(row, stop_ids or ()) for row in found[:, longest:].tolist()]
 
+    complete(prompts, tokens=2)
     return complete
 
 
@@ -136,10 +144,12 @@ def _until(ids: list[int], stop_ids: Any) -> list[int]:
     return ids[: next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))]
 
 
-def _turn(complete: Callable, prompts: list[list[int]]) -> Turn:
+def _turn(name: str, complete: Complete, prompts: list[list[int]]) -> Turn:
     began = time.perf_counter(), time.process_time()
     completions = complete(prompts)
-    return Turn(completions, time.perf_counter() - began[0], time.process_time() - began[1])
+    turn = Turn(completions, time.perf_counter() - began[0], time.process_time() - began[1])
+    print(f"{name}: {turn.seconds:.2f} s, {turn.cpu_seconds:.2f} CPU s", file=sys.stderr, flush=True)
+    return turn
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.lora import LoraConfig, loraize, merge_lora, trainable_filter
 from lora_dpo_jax.main import generate as command
 from lora_dpo_jax.models import decoder
+from lora_dpo_jax.runs.report import Samples
 from lora_dpo_jax.sampling import choose, filter_logits, first_highest
 from lora_dpo_jax.sharding import MeshConfig, Placement
 
@@ -144,16 +146,15 @@ def test_an_adapted_model_completes_as_its_merge_does(llama):
     assert completions != generate(llama, PROMPTS, GREEDY, stop_ids=[])
 
 
-def test_a_mesh_changes_no_completion_and_splits_the_rows(llama, monkeypatch):
+def test_the_mesh_of_a_run_changes_no_sample_and_splits_their_rows(llama, monkeypatch):
     # Five completions, which the four groups of devices cannot share evenly.
-    expected, placement = generate(llama, PROMPTS, GREEDY, stop_ids=[]), Placement(MeshConfig(axes={"model": 2}))
+    prompts, placement = ["Hi", "Why?", "a", "b", "c"], Placement(MeshConfig(axes={"model": 2}))
     rows, decode = [], decoding._decode
-    monkeypatch.setattr(
-        decoding, "_decode", lambda given, state: rows.append(shard_rows(state.cache)) or decode(given, state)
-    )
-    with placement.scope():
-        assert generate(placement.put_parameters(llama), PROMPTS, GREEDY, stop_ids=[]) == expected
+    monkeypatch.setattr(decoding, "_decode", lambda *args: rows.append(shard_rows(args[1].cache)) or decode(*args))
+    samples = Samples(prompts, TOKENIZER, GREEDY, stop_ids=(), scope=placement.scope)
+    samples(SimpleNamespace(state=SimpleNamespace(model=placement.put_parameters(llama))))  # type: ignore[arg-type]
     assert rows == [{2}], "five completions and three empty rows, over four groups of devices"
+    assert samples.completions == [complete(llama, TOKENIZER, prompts, GREEDY)]
 
 
 def shard_rows(cache) -> set[int]:

@@ -69,7 +69,9 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState:
         scorer = pair_scorer(run.data.held_out, trainer=config.trainer, placement=placement)
         scores = HeldOutScores(scorer, config.objective, reference, tracker, earlier)
         stop_ids = read_stop_ids(run.base.folder)
-        samples = Samples(config.sample_prompts, run.base.tokenizer, config.generation, stop_ids=stop_ids)
+        samples = Samples(
+            config.sample_prompts, run.base.tokenizer, config.generation, stop_ids=stop_ids, scope=placement.scope
+        )
         exports = _exports(config, run, run_id, first_step)
         known = _known_log_probs(reference, run.steps, notes)
         hooks = _hooks(config, checkpoints, notes, len(run.steps), scores, samples, exports)

@@ -176,7 +176,8 @@ class CausalLM(eqx.Module):
         On one CPU this copies the weights: a product with few tokens is faster with the inputs first, and a loop over
         layers would copy each weight in each turn. Elsewhere, and if weights are quantized, it is this model.
         """
-        is_split = jax.sharding.get_abstract_mesh().size > 1
+        arrays = (leaf for leaf in jax.tree.leaves(self) if isinstance(leaf, jax.Array))
+        is_split = any(len(array.sharding.device_set) > 1 for array in arrays)
         is_quantized = any(isinstance(leaf, QuantizedWeight) for leaf in jax.tree.leaves(self, is_leaf=_is_quantized))
         if platform() != "cpu" or is_split or is_quantized:
             return self

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,17 @@ class Samples:
     """A hook that completes the sample prompts, before and after training."""
 
     def __init__(
-        self, prompts: Sequence[str], tokenizer: Any, settings: GenerationConfig, *, stop_ids: Collection[int]
+        self,
+        prompts: Sequence[str],
+        tokenizer: Any,
+        settings: GenerationConfig,
+        *,
+        stop_ids: Collection[int],
+        scope: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
+        """`scope`: the context of the run's mesh, which then splits the prompts."""
         self.prompts, self.tokenizer, self.settings, self.stop_ids = prompts, tokenizer, settings, stop_ids
+        self.scope = scope
         self.completions: list[list[str]] = []
 
     def __call__(self, info: StepInfo[TrainState]) -> None:
@@ -95,9 +104,11 @@ class Samples:
             return
         origins = [f"sample_prompts[{index}]" for index in range(len(self.prompts))]
         model, stop_ids = info.state.model, self.stop_ids
-        self.completions.append(
-            complete(model, self.tokenizer, self.prompts, self.settings, stop_ids=stop_ids, origins=origins)
-        )
+        with self.scope():
+            completions = complete(
+                model, self.tokenizer, self.prompts, self.settings, stop_ids=stop_ids, origins=origins
+            )
+        self.completions.append(completions)
 
     def print(self) -> None:
         for index, prompt in enumerate(self.prompts):
