@@ -13,9 +13,10 @@ import haliax as hax
 import jax
 import numpy as np
 import pytest
+from tiny_models import tiny_folder
 from tiny_pairs import lengths_of
 
-from bench import attention, compare, ladder, losses, memory, micro_batches, pairs, ranked, throughput
+from bench import attention, compare, generation, ladder, losses, memory, micro_batches, pairs, ranked, throughput
 from bench.layouts import Savings, lay_out
 from bench.measure import Meter
 from bench.models import decoder_config, write_folder
@@ -135,6 +136,15 @@ def test_a_step_of_every_loss_is_timed_on_the_same_tokens():
         assert [answer.size for answer in answers] == [pair.size for pair in drawn]
         labels = answers.arrays.columns[LABEL]
         assert labels.per_response and labels.values.tolist()[1::2] == [MISMATCHED if mismatched else 1.0] * 3
+
+
+def test_completions_are_measured_beside_those_of_transformers():
+    options = generation.Options(model=str(tiny_folder("smollm2")), data=str(ROOT / "examples/quickstart/test.jsonl"))
+    options = dataclasses.replace(options, prompts=2, tokens=3, rounds=1)
+    row = generation.measure(options, generation.read_prompts(options), stopping=False)
+    assert (row["tokens"], row["equal_completions"], row["prompts"]) == (6, 2, 2)
+    assert row["ratio"] == pytest.approx(row["ours_tokens_per_second"] / row["theirs_tokens_per_second"], rel=0.05)
+    assert "| off | 6 |" in generation.markdown([row])
 
 
 def test_a_cached_reference_trains_alike():

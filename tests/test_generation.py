@@ -1,9 +1,11 @@
 """Completions against transformers' own `generate`, live, on tiny random models."""
 
+import collections
 import dataclasses
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +18,16 @@ from tiny_models import VOCAB, random_tokens, tiny_folder, tiny_model, tiny_toke
 from tokenizers.processors import TemplateProcessing
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from lora_dpo_jax import generation
-from lora_dpo_jax.generation import (
-    GenerationConfig,
-    choose,
-    complete,
-    encode_prompt,
-    filter_logits,
-    generate,
-    read_stop_ids,
-)
+from lora_dpo_jax import decoding
+from lora_dpo_jax.generation import GenerationConfig, complete, encode_prompt, generate, read_stop_ids
 from lora_dpo_jax.huggingface.tokenizers import save_tokenizer
 from lora_dpo_jax.huggingface.weights import load_model, read_config
 from lora_dpo_jax.lora import LoraConfig, loraize, merge_lora, trainable_filter
 from lora_dpo_jax.main import generate as command
+from lora_dpo_jax.models import decoder
 from lora_dpo_jax.runs import systems
+from lora_dpo_jax.runs.report import Samples
+from lora_dpo_jax.sampling import choose, filter_logits, first_highest
 from lora_dpo_jax.sharding import MeshConfig, Placement
 
 # PEFT asks transformers for what transformers has renamed.
@@ -78,7 +75,7 @@ def test_greedy_completions_match_transformers_one_by_one(architecture):
 
 def test_a_sample_depends_on_no_other_prompt(llama):
     together = generate(llama, PROMPTS, SAMPLED, stop_ids=[])
-    # Two blocks of lengths, and a last batch that is not full.
+    # With two rows, those that end are given to the prompts that wait.
     assert generate(llama, PROMPTS, dataclasses.replace(SAMPLED, batch_size=2), stop_ids=[]) == together
     others = generate(llama, [PROMPTS[0], [7] * 100, *PROMPTS[2:]], SAMPLED, stop_ids=[])
     assert others[1] != together[1]
@@ -157,11 +154,66 @@ def test_an_adapted_model_completes_as_its_merge_does(llama):
     assert completions != generate(llama, PROMPTS, GREEDY, stop_ids=[])
 
 
-def test_a_mesh_changes_no_completion(llama):
+def test_the_mesh_of_a_run_changes_no_sample_and_splits_their_rows(llama, monkeypatch):
     # Five completions, which the four groups of devices cannot share evenly.
-    expected, placement = generate(llama, PROMPTS, GREEDY, stop_ids=[]), Placement(MeshConfig(axes={"model": 2}))
-    with placement.scope():
-        assert generate(placement.put_parameters(llama), PROMPTS, GREEDY, stop_ids=[]) == expected
+    prompts, placement = ["Hi", "Why?", "a", "b", "c"], Placement(MeshConfig(axes={"model": 2}))
+    rows, decode = [], decoding._decode
+    monkeypatch.setattr(decoding, "_decode", lambda *args: rows.append(shard_rows(args[1].cache)) or decode(*args))
+    samples = Samples(prompts, TOKENIZER, GREEDY, stop_ids=(), scope=placement.scope)
+    samples(SimpleNamespace(state=SimpleNamespace(model=placement.put_parameters(llama))))  # type: ignore[arg-type]
+    assert rows == [{2}], "five completions and three empty rows, over four groups of devices"
+    assert samples.completions == [complete(llama, TOKENIZER, prompts, GREEDY)]
+
+
+def shard_rows(cache) -> set[int]:
+    """How many rows of a cache {layers, row, ...} a device has."""
+    return {shard.data.shape[1] for leaf in jax.tree.leaves(cache) for shard in leaf.addressable_shards}
+
+
+def test_a_row_that_ends_is_given_to_a_prompt_that_waits_by_the_same_program(llama, monkeypatch):
+    """Rows that end at different times too: their keys are in a ring, which the second prompt of a row continues."""
+    whole = generate(llama, PROMPTS, GREEDY, stop_ids=[])
+    stops = {whole[0][5]}
+    traces, returns, choose, decode = [], [], decoding.choose, decoding._decode
+    monkeypatch.setattr(decoding, "choose", lambda *args: traces.append(args) or choose(*args))
+    monkeypatch.setattr(decoding, "_decode", lambda *args: returns.append(args) or decode(*args))
+    config = dataclasses.replace(GREEDY, batch_size=3, max_new_tokens=23)  # a program of its own
+    cut = [until(row[:23], stops) for row in whole]
+    assert generate(llama, PROMPTS, config, stop_ids=stops) == cut
+    assert len(traces) == 1 and len(returns) > 2
+
+
+def test_equal_prompts_are_computed_once(llama):
+    requests = [decoding.Request(index, PROMPTS[4]) for index in range(40)]
+    sizes = decoding.Sizes.of(llama, requests, GREEDY)
+    assert (sizes.rows, sizes.packed_rows, sizes.packed_length) == (40, 1, 128)  # 65 tokens, in blocks of 64
+    seated = [None] * sizes.rows
+    given = decoding._seat(collections.deque(requests), seated, 0, sizes)
+    assert all(seated) and (given.segments > 0).sum() == 65
+    assert (given.ids.flatten()[given.source[:, :64]] == PROMPTS[4][:64]).all()
+
+
+def test_layers_decode_unrolled_as_they_do_in_a_loop(llama, monkeypatch):
+    expected = generate(llama, PROMPTS[:2], GREEDY, stop_ids=[])
+    assert llama.for_decoding().model.layers.is_unrolled
+    monkeypatch.setattr(decoder, "platform", lambda: "tpu")
+    assert llama.for_decoding() is llama
+    assert generate(llama, PROMPTS[:2], GREEDY, stop_ids=[]) == expected
+
+
+def test_rows_are_as_many_as_the_cache_has_room_for(llama):
+    requests = [decoding.Request(index, [1]) for index in range(1000)]
+    config = GenerationConfig(max_new_tokens=128)
+    assert decoding.Sizes.of(llama, requests, config).rows == decoding.MOST_ROWS
+    assert decoding.Sizes.of(llama, requests[:3], config).rows == 3
+    wide = GenerationConfig(max_new_tokens=2**20)
+    numbers = 2 * llama.config.num_layers * llama.config.num_kv_heads * llama.config.head_dim * (2**20 + 32)
+    assert decoding.Sizes.of(llama, requests, wide).rows == max(1, 2**30 // (4 * numbers))
+
+
+def test_the_first_of_the_highest_logits_is_chosen():
+    logits = np.random.default_rng(0).integers(0, 4, (50, 7)).astype(np.float32)
+    np.testing.assert_array_equal(first_highest(jnp.array(logits)), logits.argmax(axis=-1))
 
 
 def test_bfloat16_models_complete():
@@ -328,9 +380,9 @@ def test_several_adapters_share_the_base_and_the_program(adapter_folder, tmp_pat
     settings = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 3, "use_rslora": True}))
     reads, traces = [], []
-    load_model, choose = systems.load_model, generation.choose
+    load_model, choose = systems.load_model, decoding.choose
     monkeypatch.setattr(systems, "load_model", lambda *args, **kw: reads.append(args) or load_model(*args, **kw))
-    monkeypatch.setattr(generation, "choose", lambda *args: traces.append(args) or choose(*args))
+    monkeypatch.setattr(decoding, "choose", lambda *args: traces.append(args) or choose(*args))
     shared: dict = dict(model=str(FOLDER), prompts=["Hi", "Why?"], dtype="f32", max_new_tokens=17)
     alone = [command.main(command.GenerateConfig(adapter=path and str(path), **shared))
              for path in (None, adapter_folder, other)]  # fmt: skip
@@ -344,7 +396,7 @@ def test_several_adapters_share_the_base_and_the_program(adapter_folder, tmp_pat
     completions = command.main(command.parse(words))
     assert completions == [of_adapter[prompt] for prompt in range(2) for of_adapter in alone]
     assert len(reads) == 1
-    assert len(traces) == 4, "the first token and the next ones, of the bare base and of both adapters"
+    assert len(traces) == 2, "of the bare base and of both adapters"
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert rows == [
         {"prompt": prompt, "adapter": name, "completion": completions[3 * i + j]}

@@ -25,8 +25,5 @@ LAYERS = "layers"  # of one segment of a stack
 RANK = "lora_rank"
 TRAINED_TOKEN = "trained_token"  # tokens whose rows of the embedding are trained
 
-# Of generation. A completion is no ROW, which a mesh would split: there may be fewer completions than devices.
-COMPLETION = "completion"
-
 # A mesh cannot split positions or the inside of a head: attention would be cut.
 SPLITTABLE = frozenset({ROW, EMBED, MLP, KV_HEAD, Q_HEADS_PER_GROUP, VOCAB, RANK})

@@ -112,6 +112,22 @@ def split_evenly(axes: Sequence[Axis], mapping: AxisMapping, mesh: Mesh | None =
     return hax.partitioning.sharding_for_axis(tuple(axes), mapping, mesh)
 
 
+def row_shards() -> int:
+    """The number of groups of devices that the mesh in scope splits the rows of a batch over; 1 without a mesh."""
+    mesh, mapping = jax.sharding.get_abstract_mesh(), hax.partitioning.current_thread_local_mapping()
+    if mesh.empty or mapping is None:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in _as_tuple(mapping.get(ROW)))
+
+
+def zeros(axes: Sequence[Axis], dtype: Any) -> NamedArray:
+    """Zeros on the devices, split as the scope splits activations. Made without a program."""
+    array, mapping = np.zeros([axis.size for axis in axes], dtype), hax.partitioning.current_thread_local_mapping()
+    if jax.sharding.get_abstract_mesh().empty or mapping is None:
+        return NamedArray(jax.device_put(array), tuple(axis.name for axis in axes))
+    return NamedArray(_put(array, split_evenly(axes, mapping)), tuple(axis.name for axis in axes))
+
+
 def gathered(tree: Any) -> Any:
     """Gathers weights for a computation, once and at this point of the program, not where XLA would choose.
 
@@ -204,6 +220,13 @@ class Placement:
             return place(leaf, NamedSharding(self.mesh, PartitionSpec()))
 
         return jax.tree.map(put, tree, is_leaf=lambda leaf: isinstance(leaf, NamedArray))
+
+
+def whole(tree: Any) -> Any:
+    """In a program: its arrays, whole on every device of the mesh in scope."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, jax.tree.map(lambda _: PartitionSpec(), tree))
 
 
 def on_host(array: jax.Array) -> np.ndarray:

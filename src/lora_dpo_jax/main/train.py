@@ -81,7 +81,9 @@ def _run(config: TrainConfig, run_id: str, began: float) -> TrainState:
         scores = HeldOutScores(scorer, config.objective, reference, tracker, earlier, scored_by=config.scored_by)
         best = BestAdapters(config.trainer, len(run.steps), scores, notes, kept, tracker)
         stop_ids = read_stop_ids(run.base.folder)
-        samples = Samples(config.sample_prompts, run.base.tokenizer, config.generation, stop_ids=stop_ids)
+        samples = Samples(
+            config.sample_prompts, run.base.tokenizer, config.generation, stop_ids=stop_ids, scope=placement.scope
+        )
         exports = _exports(config, run, run_id, settings, first_step, scores)
         known = _known_log_probs(reference, run.steps, notes)
         recorder = _recorder(config, run, run_id, scores, best, samples, first_step, began)

@@ -17,7 +17,7 @@ from lora_dpo_jax.models.attention import AttentionMask, ScoreRule, as_keys, att
 from lora_dpo_jax.models.compute import ComputeConfig
 from lora_dpo_jax.models.config import DecoderConfig, LayerKind
 from lora_dpo_jax.models.experts import Experts
-from lora_dpo_jax.models.kv_cache import KeyValueCache
+from lora_dpo_jax.models.kv_cache import KeyValueCache, PackedKeys
 from lora_dpo_jax.models.linear import linear, product, products, scaled
 from lora_dpo_jax.models.mlp import Mlp
 from lora_dpo_jax.models.norms import norm
@@ -33,12 +33,13 @@ class TokenContext(eqx.Module):
     """The properties of tokens that every layer needs besides their hidden states.
 
     Rotary angles for each of the decoder's `ropes`, the attention mask and, in generation, the cache slot of the first
-    token.
+    token, or that layers return the keys and values of the tokens.
     """
 
     angles: tuple[RotaryAngles, ...]
     mask: AttentionMask
     slot: jnp.ndarray | None = None
+    keeps_keys: bool = eqx.field(static=True, default=False)
 
 
 class Sinks(eqx.Module):
@@ -103,7 +104,7 @@ class Attention(eqx.Module):
         )
 
     def __call__(self, x: NamedArray, tokens: TokenContext, cache: KeyValueCache | None, *, key=None):
-        """x {row, position, embed} -> (the same axes, the cache with these tokens' keys and values)."""
+        """x {row, position, embed} -> (the same axes, the cache with these tokens' keys and values, or these alone)."""
         HeadSize = self.config.HeadSize
         k_q, k_k, k_v, k_o = split_key(key, 4)
         q, k, v = self._projected(x, k_q, k_k, k_v)
@@ -116,11 +117,12 @@ class Attention(eqx.Module):
         if cache is not None and tokens.slot is not None:
             cache = cache.write(k, v, tokens.slot)
             k, v = cache.k, cache.v
+        kept = PackedKeys(k, v) if tokens.keeps_keys else cache
         rule = self.rule
         if self.sinks is not None:
             rule = dataclasses.replace(rule, sinks=self.sinks.weight.astype(jnp.float32))
         attended = attend(q, k, v, tokens.mask, rule, HeadSize, self.compute.attention)
-        return product(self.o_proj, attended, key=k_o), cache
+        return product(self.o_proj, attended, key=k_o), kept
 
     def _projected(self, x: NamedArray, k_q, k_k, k_v) -> tuple[NamedArray, NamedArray, NamedArray]:
         """Queries {..., kv_head, q_heads_per_group, head_size}, keys and values {..., kv_head, head_size}."""
@@ -151,7 +153,7 @@ class LayerOutput(eqx.Module):
     """The output of one layer."""
 
     x: NamedArray  # {row, position, embed}
-    cache: KeyValueCache | None
+    cache: KeyValueCache | PackedKeys | None
     auxiliary: Auxiliary
 
 
@@ -189,13 +191,13 @@ class DecoderLayer(eqx.Module):
         k_attention, k_mlp = split_key(key, 2)
         scale = self.config.residual_scale
         read = _normalized(self.before_attention, x)
-        attended, cache = self.self_attn(read, tokens, cache, key=k_attention)
+        attended, kept = self.self_attn(read, tokens, cache, key=k_attention)
         after_attention = x + scaled(_normalized(self.after_attention, attended), scale)
         if not self.config.parallel:
             read = _normalized(self.before_mlp, after_attention)
         transformed, auxiliary = self.mlp(read, tokens.mask.segments(), key=k_mlp)
         x = after_attention + scaled(_normalized(self.after_mlp, transformed), scale)
-        return LayerOutput(x, cache, auxiliary)
+        return LayerOutput(x, kept, auxiliary)
 
 
 def _normalized(norm: hnn.RmsNorm | None, x: NamedArray) -> NamedArray:

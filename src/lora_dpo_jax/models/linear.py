@@ -1,5 +1,6 @@
 """Linear layers for a decoder with frozen weights."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from haliax.axis import AxisSpec
 
 from lora_dpo_jax.axes import EXPERT
 from lora_dpo_jax.lora import apply_all
+from lora_dpo_jax.lora.adapter import names_of
 from lora_dpo_jax.models.quantization import QuantizedWeight, quantized_product
 
 PRODUCT = "product"  # the name of a linear layer's output in checkpointing policies
@@ -44,6 +46,19 @@ class GatheredLinear(Linear):
     """The same layer of all experts, whose tensor holds all of their matrices: see `tensor_names.Gathered`."""
 
     gathered: ClassVar[tuple[str, ...]] = (EXPERT,)
+
+
+def inputs_first(node: Any) -> Any:
+    """A linear layer with the weight {*stack, *In, *Out}, anything else as it is. Of NumPy's arrays, it is a view."""
+    if not isinstance(node, Linear) or isinstance(node, GatheredLinear):
+        return node
+    In, Out = names_of(node.In), names_of(node.Out)
+    stack = tuple(axis.name for axis in node.weight.axes if axis.name not in (*In, *Out))
+    if EXPERT in stack:
+        return node
+    names = (*stack, *In, *Out)
+    order = [node.weight.axis_names.index(name) for name in names]
+    return dataclasses.replace(node, weight=NamedArray(node.weight.array.transpose(order), names))
 
 
 def linear(

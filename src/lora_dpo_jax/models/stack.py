@@ -13,6 +13,7 @@
 Tensor names follow from this layout: on the right, layer 7 is slice 1 of layer 1 of segment 0.
 """
 
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ import equinox as eqx
 import haliax as hax
 import haliax.nn as hnn
 import jax
-from haliax import Axis
+from haliax import Axis, NamedArray
 
 from lora_dpo_jax.axes import LAYERS
 from lora_dpo_jax.lora import TokenKey
@@ -40,6 +41,7 @@ class LayerStack(eqx.Module):
 
     segments: tuple[hnn.Stacked[Period], ...]
     compute: ComputeConfig = eqx.field(static=True)
+    is_unrolled: bool = eqx.field(static=True, default=False)  # see `unrolled`
 
     @staticmethod
     def init(make_layer: Callable, kinds: Sequence[Hashable], compute: ComputeConfig, *, key) -> "LayerStack":
@@ -63,8 +65,8 @@ class LayerStack(eqx.Module):
     ) -> tuple[Any, list[Any]]:
         """Calls `carry, output = body(layer, carry, shared, its key, its part of own)` for each layer in order.
 
-        `own` holds arrays for each layer of each segment's period, with the axis of the segment first. The outputs have
-        the same structure.
+        `own` holds arrays for each layer of each segment's period, with the axis of the segment first, unless the stack
+        is unrolled. The outputs have the same structure.
         """
         per_layer = self._per_layer(body)
 
@@ -87,18 +89,37 @@ class LayerStack(eqx.Module):
                 here = TokenKey(all_keys[first : first + repeats * size].reshape(repeats, size), keys.token)
             first += repeats * size
             of_segment = None if own is None else own[number]
-            stacked: Any = segment  # haliax's type hints lack the further arguments of a scanned function
-            carry, output = stacked.scan_via(of_period)(carry, shared, here, of_segment)
+            if self.is_unrolled:
+                carry, output = of_period(_layer_of(segment.stacked, 0), carry, shared, here, of_segment)
+            else:
+                stacked: Any = segment  # haliax's type hints lack the further arguments of a scanned function
+                carry, output = stacked.scan_via(of_period)(carry, shared, here, of_segment)
             outputs.append(output)
         return carry, outputs
+
+    def unrolled(self) -> "LayerStack":
+        """The same layers as one period that is not repeated, for inference. Its arrays are slices, {layers: 1, ...}.
+
+        A program of it has the code of every layer, and no loop that would copy a slice of each stack in each turn.
+        """
+        layers = tuple(
+            _layer_of(layer, slice(repeat, repeat + 1))
+            for segment in self.segments
+            for repeat in range(segment.Block.size)
+            for layer in segment.stacked.layers
+        )
+        compute = dataclasses.replace(self.compute, gradient_checkpointing="none")
+        whole = hnn.Stacked(Period(layers), Axis(LAYERS, 1), compute.checkpoint_policy)
+        return LayerStack((whole,), compute, is_unrolled=True)
 
     @property
     def num_layers(self) -> int:
         return sum(segment.Block.size * len(segment.stacked.layers) for segment in self.segments)
 
-    def of_layers(self, fn: Callable[[Axis, Any], Any]) -> tuple[tuple[Any, ...], ...]:
-        """fn(axis of the segment, layer) for each layer of each segment's period, structured as `own` in `scan`."""
-        return tuple(tuple(fn(s.Block, layer) for layer in s.stacked.layers) for s in self.segments)
+    def of_layers(self, fn: Callable[[tuple[Axis, ...], Any], Any]) -> tuple[tuple[Any, ...], ...]:
+        """fn(axes of the segment, layer) for each layer of each segment's period, structured as `own` in `scan`."""
+        segments = [(() if self.is_unrolled else (s.Block,), s.stacked.layers) for s in self.segments]
+        return tuple(tuple(fn(stack, layer) for layer in layers) for stack, layers in segments)
 
     def numbers(self, path: Sequence[Any]) -> tuple[range, int]:
         """For `tensor_names.tensor_names`: the numbers of the layers that an array holds slices of.
@@ -118,6 +139,29 @@ class LayerStack(eqx.Module):
             return body, body
         policy = CHECKPOINT_POLICIES["products" if self.compute.gradient_checkpointing == "products" else "full"]
         return body, policy.checkpoint("layer_carry", "layer_input", body)
+
+
+def arranged(own: Any, like: Any) -> Any:
+    """`own` of a stack, in the structure of `like`: that of the same stack, or that of the unrolled one."""
+    if [len(of_segment) for of_segment in own] == [len(of_segment) for of_segment in like]:
+        return own
+    of_layers = (
+        _layer_of(of_layer, repeat) for period in own for repeat in range(_repeats(period)) for of_layer in period
+    )
+    return (tuple(of_layers),)
+
+
+def _is_array(node: Any) -> bool:
+    return isinstance(node, NamedArray)
+
+
+def _repeats(tree: Any) -> int:
+    """The size of the axis of layers."""
+    return next(leaf for leaf in jax.tree.leaves(tree, is_leaf=_is_array) if _is_array(leaf)).resolve_axis(LAYERS).size
+
+
+def _layer_of(tree: Any, index: int | slice) -> Any:
+    return jax.tree.map(lambda leaf: leaf[LAYERS, index], tree, is_leaf=_is_array)
 
 
 def periods(kinds: Sequence[Hashable]) -> list[tuple[tuple[Hashable, ...], int]]:

@@ -1,6 +1,7 @@
 """The reports of a run besides its metrics: sample completions, and what is printed at the end."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,17 @@ class Samples:
     """A hook that completes the sample prompts, before and after training."""
 
     def __init__(
-        self, prompts: Sequence[str], tokenizer: Any, settings: GenerationConfig, *, stop_ids: Collection[int]
+        self,
+        prompts: Sequence[str],
+        tokenizer: Any,
+        settings: GenerationConfig,
+        *,
+        stop_ids: Collection[int],
+        scope: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
+        """`scope`: the context of the run's mesh, which then splits the prompts."""
         self.prompts, self.tokenizer, self.settings, self.stop_ids = prompts, tokenizer, settings, stop_ids
+        self.scope = scope
         self.completions: list[list[str]] = []
 
     def __call__(self, info: StepInfo[TrainState]) -> None:
@@ -25,9 +34,11 @@ class Samples:
             return
         origins = [f"sample_prompts[{index}]" for index in range(len(self.prompts))]
         model, stop_ids = info.state.model, self.stop_ids
-        self.completions.append(
-            complete(model, self.tokenizer, self.prompts, self.settings, stop_ids=stop_ids, origins=origins)
-        )
+        with self.scope():
+            completions = complete(
+                model, self.tokenizer, self.prompts, self.settings, stop_ids=stop_ids, origins=origins
+            )
+        self.completions.append(completions)
 
     def print(self) -> None:
         for index, prompt in enumerate(self.prompts):

@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import haliax as hax
 import jax
 import jax.numpy as jnp
 from haliax import Axis, NamedArray
+from jax import Array
 from jax.sharding import PartitionSpec
 
 from lora_dpo_jax.axes import KEY_POSITION
@@ -31,16 +33,29 @@ def attend(
     """Softmax attention, probabilities in float32.
 
     q {row, position, kv_head, q_heads_per_group, head_size}, k and v {row, key_position, kv_head, head_size};
-    returns q's axes. `implementation`: see `IMPLEMENTATIONS`; a mask that is not packed always takes `dense`.
+    returns q's axes. `implementation`: see `IMPLEMENTATIONS`; a mask that is not packed, or is short, always
+    takes `dense`.
     """
-    if implementation != "dense" and isinstance(mask, PackedMask):
+    if implementation != "dense" and isinstance(mask, PackedMask) and not mask.is_short:
         return _packed(_kernels(implementation), q, k, v, mask, rule)
-    products = hax.dot(q, k, axis=HeadSize, preferred_element_type=jnp.float32)
-    scores = NamedArray(rule.scores(products.array), products.axis_names)
+    Row, Position, KVHead, Group, _ = (axis.name for axis in q.axes)
+    of_scores = (Row, KVHead, Position, Group, KEY_POSITION)
+    # The factors of a cache have this order already.
+    queries = q.rearrange((Row, KVHead, Position, Group, HeadSize)).array
+    keys = k.rearrange((Row, KVHead, HeadSize, KEY_POSITION)).array
+    values = v.rearrange((Row, KVHead, KEY_POSITION, HeadSize)).array
+    scores = NamedArray(rule.scores(_product(queries, keys, jnp.float32)), of_scores)
     # MASKED is finite, so a padding query, which sees no key, yields finite values and no NaN.
-    scores = hax.where(mask.allowed(rule.window), scores, MASKED)
-    probabilities = _softmax(scores, rule.sinks).astype(v.dtype)
-    return hax.dot(probabilities, v, axis=KEY_POSITION).rearrange(q.axes)
+    allowed = mask.allowed(rule.window).rearrange((Row, Position, KEY_POSITION))
+    scores = hax.where(allowed, scores, MASKED).rearrange(of_scores)
+    probabilities = _softmax(scores, rule.sinks).astype(v.dtype).rearrange(of_scores).array
+    attended = NamedArray(_product(probabilities, values, v.dtype), (*of_scores[:-1], HeadSize.name))
+    return attended.rearrange(q.axes)
+
+
+def _product(x: Array, y: Array, dtype: Any) -> Array:
+    """[row, kv_head, position, group, inner] times [row, kv_head, inner, outer]: the former with outer for inner."""
+    return jax.lax.dot_general(x, y, (((4,), (2,)), ((0, 1), (0, 1))), preferred_element_type=dtype)
 
 
 def _softmax(scores: NamedArray, sinks: NamedArray | None) -> NamedArray:

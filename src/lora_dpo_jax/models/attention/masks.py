@@ -44,6 +44,8 @@ class PackedMask(AttentionMask):
     segment_ids: NamedArray
     branch_ids: NamedArray
     position_ids: NamedArray
+    # Attention computes all scores at once: for so few tokens that kernels would take longer to compile than they save.
+    is_short: bool = eqx.field(static=True, default=False)
 
     def allowed(self, window: int | None) -> NamedArray:
         Pos = self.segment_ids.resolve_axis(POSITION)
