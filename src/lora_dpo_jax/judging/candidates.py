@@ -21,6 +21,7 @@ from lora_dpo_jax.runs.prompts import Prompt, row_prompt
 
 # So many batches are sampled before their completions are recorded.
 BATCHES_PER_CHUNK = 8
+CHUNK = 512  # requests, where the batch's size is chosen by memory
 # The keys of a recorded line.
 LINE = (KEY, "prompt", "sample", "completion", "tokens", "is_finished")
 
@@ -75,7 +76,8 @@ def sample(
     Requests are computed in chunks that depend on nothing but `wanted`. So a command that was killed computes the
     missing ones in the same batches as one that was not, and finds the same completions, bit for bit.
     """
-    size, completions, tokens, began = BATCHES_PER_CHUNK * config.batch_size, 0, 0, time.perf_counter()
+    size = BATCHES_PER_CHUNK * config.batch_size if config.batch_size else CHUNK
+    completions, tokens, began = 0, 0, time.perf_counter()
     chunks = [wanted[first : first + size] for first in range(0, len(wanted), size)]
     for chunk in progress([chunk for chunk in chunks if any(request.key not in record for request in chunk)]):
         streams = [request.stream for request in chunk]

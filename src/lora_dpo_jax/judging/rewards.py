@@ -22,6 +22,7 @@ from lora_dpo_jax.platforms import jitted
 from lora_dpo_jax.runs.prompts import Prompt
 from lora_dpo_jax.sharding import on_host
 
+DEFAULT_ROWS = 8  # of packed completions
 # Completions of one prompt that share one computation of it. More of them would make rows too long.
 SHARING_A_PROMPT = 8
 
@@ -60,7 +61,7 @@ class ImplicitReward:
         config: ImplicitRewardConfig = ImplicitRewardConfig(),
         *,
         template_kwargs: Mapping[str, Any] | None = None,
-        rows: int = 8,
+        rows: int = DEFAULT_ROWS,
         put_batch: Callable = jax.device_put,
         scope: Callable[[], AbstractContextManager] = nullcontext,
     ):

@@ -25,7 +25,7 @@ from lora_dpo_jax.judging.candidates import Sampled
 from lora_dpo_jax.judging.interface import RunModels, Usage
 from lora_dpo_jax.judging.pairing import REASONS, Completion, PairingConfig, pair, usable, win_shares
 from lora_dpo_jax.judging.record import Record
-from lora_dpo_jax.judging.rewards import ImplicitReward
+from lora_dpo_jax.judging.rewards import DEFAULT_ROWS, ImplicitReward
 from lora_dpo_jax.judging.scorers import GivenScores, JudgeScorer, RewardScorer, ScorerConfig
 from lora_dpo_jax.judging.tournament import Tournament, number_of_questions, play
 from lora_dpo_jax.judging.verdict_file import VerdictFile
@@ -292,7 +292,7 @@ def _take_rewards(
         systems[REWARD].tokenizers[REWARD],
         scorer,
         template_kwargs=config.template_kwargs,
-        rows=config.generation.batch_size,
+        rows=config.generation.batch_size or DEFAULT_ROWS,
     )
 
     def progress(batches, total: int):
