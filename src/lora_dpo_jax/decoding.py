@@ -37,7 +37,7 @@ PACKED_TOKENS = 2048  # of prompts that a device computes together, unless one p
 FEW_TOKENS = 256  # a packed row up to here takes all scores of attention at once
 # Where batch_size is null.
 CACHE_BYTES = 2**30  # of one device, at most
-MOST_ROWS = 128  # of one device: on a CPU, more rows made no more tokens a second
+MOST_ROWS = 128  # of one device
 
 
 @dataclass

@@ -48,8 +48,10 @@ def choose(logits: Array, keys: Array, config: GenerationConfig) -> Array:
 
 
 def first_highest(logits: Array) -> Array:
-    """jnp.argmax over the last axis, int32, of what holds no NaN: ten times as fast on a CPU, where XLA does not
-    vectorize a sum over pairs of value and index."""
+    """jnp.argmax over the last axis, int32, of what holds no NaN.
+
+    On a CPU, XLA does not vectorize argmax: for 32 rows of 49,152 logits it took 23 ms.
+    """
     last = logits.shape[-1] - 1
     highest = jnp.max(logits, axis=-1, keepdims=True)
     return jnp.min(jnp.where(logits == highest, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)
