@@ -105,6 +105,38 @@ def test_a_period_computes_what_its_layers_compute_one_by_one(policy, one_by_one
         np.testing.assert_allclose(gradients[name], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max(), err_msg=name)
 
 
+@pytest.mark.parametrize("policy, most", [("full", 1.5), ("products", 16.0)])
+def test_a_repeated_period_keeps_of_its_layers_what_the_policy_says(policy, most):
+    """With each layer, the backward pass's memory grows by about the layer's input, or by that and its products."""
+    tokens = hax.named(np.zeros((2, 64), np.int32), (Row, Pos.resize(64)))
+
+    def temporary_bytes(repeats: int) -> int:
+        config = dataclasses.replace(CONFIG, num_layers=2 * repeats, sliding_windows=(5, None) * repeats)
+        compute = ComputeConfig(policy, attention="dense")
+
+        def init(key):
+            return loraize(CausalLM.init(config, compute, key=key), LoraConfig(r=2), key=key)
+
+        def gradients(model: CausalLM):
+            adapters, weights = eqx.partition(model, trainable_filter(model))
+
+            def loss(adapters):
+                hidden = eqx.combine(adapters, weights).model(tokens, positions, mask).hidden
+                return hax.sum(hidden * hidden).scalar()
+
+            return jax.grad(loss)(adapters)
+
+        mask = PackedMask.causal(*tokens.axes)
+        positions = hax.arange(tokens.axes[1]).broadcast_axis(Row)
+        model = eqx.filter_eval_shape(init, jax.random.key(0))
+        arrays, rest = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+        program = jax.jit(lambda arrays: gradients(eqx.combine(arrays, rest))).lower(arrays).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    growth = (temporary_bytes(6) - temporary_bytes(2)) / 8
+    assert growth < most * 4 * tokens.size * CONFIG.hidden_size
+
+
 def test_a_cache_is_kept_for_each_layer_of_a_period():
     """Token by token through the cache, the logits are those of all tokens at once."""
     model = decoder()

@@ -22,12 +22,15 @@ import haliax as hax
 import haliax.nn as hnn
 import jax
 from haliax import Axis, NamedArray
+from haliax.nn.scan import ScanCheckpointPolicy
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_dpo_jax.axes import LAYERS
 from lora_dpo_jax.lora import TokenKey
 from lora_dpo_jax.models.compute import CHECKPOINT_POLICIES, ComputeConfig
 
 LONGEST_PERIOD = 16  # layers
+LAYER_INPUT = "input_of_a_layer"  # the name of what scans over periods keep
 
 
 class Period(eqx.Module):
@@ -73,6 +76,8 @@ class LayerStack(eqx.Module):
         def of_period(period: Period, carry, shared, keys, own):
             outputs = []
             for i, layer in enumerate(period.layers):
+                if len(period.layers) > 1:
+                    carry = jax.tree.map(lambda leaf: checkpoint_name(leaf, LAYER_INPUT), carry)
                 key = None if keys is None else TokenKey(keys.key[i], keys.token)
                 carry, output = per_layer[len(period.layers) > 1](
                     layer, carry, shared, key, None if own is None else own[i]
@@ -138,7 +143,9 @@ class LayerStack(eqx.Module):
         if self.compute.gradient_checkpointing == "none":
             return body, body
         policy = CHECKPOINT_POLICIES["products" if self.compute.gradient_checkpointing == "products" else "full"]
-        return body, policy.checkpoint("layer_carry", "layer_input", body)
+        # A barrier holds each layer's recomputation until its gradient is at hand. Without it, XLA may compute all
+        # layers of a period again before it uses the first one, and holds the activations of all.
+        return body, dataclasses.replace(policy, prevent_cse=True).checkpoint("layer_carry", "layer_input", body)
 
 
 def arranged(own: Any, like: Any) -> Any:
@@ -184,6 +191,13 @@ def periods(kinds: Sequence[Hashable]) -> list[tuple[tuple[Hashable, ...], int]]
     return found
 
 
-def _policy_around_layers(compute: ComputeConfig) -> Any:
-    """The policy of a scan over longer periods. Their layers are checkpointed one by one, so it keeps their inputs."""
-    return CHECKPOINT_POLICIES["nested" if compute.gradient_checkpointing == "nested" else "none"]
+def _policy_around_layers(compute: ComputeConfig) -> ScanCheckpointPolicy:
+    """The policy of a scan over longer periods: it keeps the input of each layer too.
+
+    JAX asks this policy, not those of the layers' own checkpoints, what to keep of the first pass through a layer.
+    """
+    policy = compute.checkpoint_policy
+    if compute.gradient_checkpointing not in ("products", "full"):
+        return policy
+    kept = policy.save_block_internals if isinstance(policy.save_block_internals, list) else []
+    return ScanCheckpointPolicy(save_block_internals=[LAYER_INPUT, *kept])
