@@ -37,6 +37,9 @@ from lora_dpo_jax.losses import LOSSES, Loss, Scores, token_metrics
 from lora_dpo_jax.training.optimizer import OptimizerConfig
 
 STEPS, BATCH, RATE = 3, 4, 1e-3
+# Of AdamW. With its usual 1e-8, a gradient that is rounding alone may become a step of the learning rate: one element of
+# an adapter ended 7e-4 from TRL's, and all others at most 9e-6.
+EPSILON = 1e-6
 STATISTICS = ("log_sum_of_squares", *token_metrics.STATISTICS)
 BETA = 0.1
 DIVERGENCES = ["forward_kl", "js_divergence", "alpha_divergence"]
@@ -149,7 +152,7 @@ def torch_steps(model, start: dict[str, np.ndarray], batches: list, loss_of: Cal
     peft.set_peft_model_state_dict(model, {name: torch.tensor(value) for name, value in start.items()})
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.01, eps=EPSILON)
     losses, metrics = [], []
     for batch in batches:
         loss, found = loss_of(batch)
@@ -173,7 +176,7 @@ class Ours:
         self.reference = frozen_copy(load_adapter(base, reference))
         self.micros = self.micros_of(ids)
         self.optimizer = OptimizerConfig(
-            learning_rate=RATE, lr_schedule="constant", warmup=0, weight_decay=0.01, max_grad_norm=1.0
+            learning_rate=RATE, lr_schedule="constant", weight_decay=0.01, epsilon=EPSILON, max_grad_norm=1.0
         ).build(STEPS)
         adapters, self.weights = eqx.partition(self.start, trainable_filter(self.start))
         self.adapters = adapters
@@ -290,7 +293,7 @@ def assert_same(ours: Steps, theirs: Steps, start: dict[str, np.ndarray], names:
         assert distance < 5e-3 * np.linalg.norm(tensor), name
         moved += np.linalg.norm(tensor - start[name]) ** 2
         apart += distance**2
-    assert apart**0.5 < 5e-3 * moved**0.5 and moved > 0
+    assert apart**0.5 < 1e-3 * moved**0.5 and moved > 0
 
 
 @pytest.mark.parametrize("case", CASES)
