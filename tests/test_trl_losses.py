@@ -37,8 +37,8 @@ from lora_dpo_jax.losses import LOSSES, Loss, Scores, token_metrics
 from lora_dpo_jax.training.optimizer import OptimizerConfig
 
 STEPS, BATCH, RATE = 3, 4, 1e-3
-# Of AdamW. With its usual 1e-8, a gradient that is rounding alone may become a step of the learning rate: one element of
-# an adapter ended 7e-4 from TRL's, and all others at most 9e-6.
+# Of AdamW. With its usual 1e-8, a gradient that is rounding alone may become a step of the learning rate: one element
+# of an adapter ended 7e-4 from TRL's, and all others at most 9e-6.
 EPSILON = 1e-6
 STATISTICS = ("log_sum_of_squares", *token_metrics.STATISTICS)
 BETA = 0.1
