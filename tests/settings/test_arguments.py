@@ -536,6 +536,7 @@ def test_each_console_script_is_a_commands_entry_point():
         "lora-dpo-evaluate": "evaluate",
         "lora-dpo-generate": "generate",
         "lora-dpo-judge": "judge",
+        "lora-dpo-pairs": "pairs",
         "lora-dpo-plan": "plan",
         "lora-dpo-report": "report",
     }
