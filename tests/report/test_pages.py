@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from html_pages import HtmlPage, checked_page
 
+from lora_dpo_jax.judging.comparison import Comparison, Result
+from lora_dpo_jax.judging.interface import Usage
+from lora_dpo_jax.judging.rates import Rate, Rates
 from lora_dpo_jax.main.report import ReportConfig, main, with_named_runs
 from lora_dpo_jax.report.comparison import comparison_page
 from lora_dpo_jax.report.judged import judged
@@ -165,22 +168,27 @@ def test_markup_in_everything_that_is_recorded_is_shown_as_text(tmp_path):
 
 
 def test_what_a_judge_wrote_is_told_in_words():
-    rate = {"value": 0.75, "low": 0.6, "high": 0.9, "why": None}
-    rates = {
-        "counts": {"win": 3, "loss": 1, "tie": 0, "inconsistent": 2, "unparsed": 0},
-        "rates": {"win": rate, "unparsed": {"value": 0.0}},
-        "win_rate": rate,
-        "length_controlled_win_rate": {"value": None, "why": "all are longer"},
-    }
-    summary = {"rates": rates, "prompts": 6, "judge": {"type": "reward"}, "settings": {"a": 1}}
+    rate = Rate(0.75, 0.6, 0.9)
+    rates = Rates(
+        counts={"win": 3, "loss": 1, "tie": 0, "inconsistent": 2, "unparsed": 0},
+        rates={"win": rate, "unparsed": Rate(0.0)},
+        win_rate=rate,
+        length_controlled_win_rate=Rate(None, why="all are longer"),
+        prefers_first=Rate(0.5, 0.5, 0.5),
+    )
+    answers = [Result("a", "b", "c", "win", ("", "")) for _ in range(6)]
+    compared = Comparison(answers, 0, rates, 6, 6, Usage(1, 2), Usage(), 1.5)
+    summary = json.loads(json.dumps({"judge": {"type": "reward"}, **compared.as_json(), "settings": {"a": 1}}))
     found = judged(JudgeFiles("judge.json", summary, []))
     assert "in 75.0% (95% interval 60.0% to 90.0%) of the prompts on which both orders agree (4 of 6)" in found.words
     assert [row[:3] for row in found.table.rows] == [
         ["win", "75.0%", "60.0% to 90.0%"],
         ["win rate, of prompts on which both orders agree", "75.0%", "60.0% to 90.0%"],
         ["win rate at equal length", "undefined", ""],
+        ["how often the judge prefers the first place", "50.0%", "50.0% to 50.0%"],
     ]
-    assert found.others == {"prompts": "6", "judge.type": "reward"}
+    assert found.others["prompts"] == "6" and found.others["judge.type"] == "reward"
+    assert not [name for name in found.others if name.startswith(("win_rate", "rates", "counts", "settings"))]
     assert judged(JudgeFiles("other.json", {"a": {"b": 1.5}}, [])).others == {"a.b": "1.5"}
 
 

@@ -32,19 +32,19 @@ class Judged:
 
 def judged(files: JudgeFiles) -> Judged:
     name, values, examples = files.name, files.summary, [_example(result) for result in files.results]
-    rates = values.get("rates")
-    if not isinstance(rates, dict) or not isinstance(rates.get("win_rate"), dict):
+    if not isinstance(values.get("win_rate"), dict):
         return Judged(name, "", Table(name, [], []), flat(values), examples)
     rows = []
-    of_outcomes, counts = rates.get("rates"), rates.get("counts")
+    of_outcomes, counts = values.get("rates"), values.get("counts")
     for outcome in OUTCOMES:
         count = counts.get(outcome) if isinstance(counts, dict) else None
         if isinstance(of_outcomes, dict) and outcome in of_outcomes and (count or outcome != "unparsed"):
             rows.append([outcome, _rate(of_outcomes[outcome]), _interval(of_outcomes[outcome]), _whole(count)])
-    rows += [[title, _rate(rates[key]), _interval(rates[key]), ""] for key, title in RATES.items() if key in rates]
+    rows += [[title, _rate(values[key]), _interval(values[key]), ""] for key, title in RATES.items() if key in values]
     table = Table("What the judge preferred, with 95% intervals", ["", "share", "interval", "prompts"], rows)
-    others = {k: v for k, v in flat(values).items() if not k.startswith(("rates.", "settings."))}
-    return Judged(name, _in_words(values, rates["win_rate"]), table, others, examples)
+    shown = (*RATES, "rates", "counts", "settings")
+    others = flat({key: value for key, value in values.items() if key not in shown})
+    return Judged(name, _in_words(values, values["win_rate"]), table, others, examples)
 
 
 def _example(result: Mapping[str, Any]) -> dict[str, str]:
@@ -60,7 +60,7 @@ def _in_words(values: Mapping[str, Any], win_rate: Any) -> str:
     share, interval = _rate(win_rate), _interval(win_rate)
     found = f"in {share}" if share != "undefined" else "in an undefined share"
     found += f" (95% interval {interval})" if interval else ""
-    counts = values["rates"].get("counts")
+    counts = values.get("counts")
     agreed: list[Any] = [counts.get(name) for name in ("win", "loss", "tie")] if isinstance(counts, dict) else []
     of = f" ({sum(agreed):,} of {_whole(values.get('prompts'))})" if agreed and all(map(is_number, agreed)) else ""
     why = win_rate.get("why")
