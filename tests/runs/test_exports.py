@@ -41,7 +41,7 @@ def run(tmp_path_factory):
             merged_hf_save_path="merged",
             gguf_save_path="gguf",
         )
-        patch.setattr("lora_dpo_jax.runs.systems.generate", lambda model, ids, *_, **__: prompts.extend(ids) or [[0]])
+        patch.setattr("lora_dpo_jax.generation.generate", lambda model, ids, *_, **__: prompts.extend(ids) or [[0]])
         main(config)
     return config, folder, prompts
 
