@@ -14,6 +14,7 @@ TESTS = Path(__file__).parent
         ("test_main.py", True),
         ("huggingface/test_digests.py", True),  # by tiny_models.py alone
         ("data/conftest.py", True),  # within a fixture
+        ("training/test_choice.py", True),  # by a module of transformers that imports torch
         ("test_resume.py", False),
         ("tiny_runs.py", False),  # whole runs
         ("tiny_pairs.py", False),

@@ -5,7 +5,7 @@ import functools
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-BUILT_ON_TORCH = {"torch", "peft", "trl", "bitsandbytes"}
+BUILT_ON_TORCH = {"torch", "peft", "trl", "bitsandbytes", "transformers.trainer"}
 FIXTURES = {"trl_pairs"}  # those of tests/data/conftest.py that need it
 
 
@@ -17,6 +17,6 @@ def needs_torch(path: Path) -> bool:
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            imported.add(node.module.split(".")[0])
+            imported |= {node.module, node.module.split(".")[0]}
     shared = [TESTS / f"{name}.py" for name in imported]
     return bool(imported & BUILT_ON_TORCH) or any(file.exists() and needs_torch(file) for file in shared)
