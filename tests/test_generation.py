@@ -380,8 +380,8 @@ def test_several_adapters_share_the_base_and_the_program(adapter_folder, tmp_pat
     settings = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 3, "use_rslora": True}))
     reads, traces = [], []
-    load_model, choose = systems.load_model, decoding.choose
-    monkeypatch.setattr(systems, "load_model", lambda *args, **kw: reads.append(args) or load_model(*args, **kw))
+    load_model, choose = command.load_model, decoding.choose
+    monkeypatch.setattr(command, "load_model", lambda *args, **kw: reads.append(args) or load_model(*args, **kw))
     monkeypatch.setattr(decoding, "choose", lambda *args: traces.append(args) or choose(*args))
     shared: dict = dict(model=str(FOLDER), prompts=["Hi", "Why?"], dtype="f32", max_new_tokens=17)
     alone = [command.main(command.GenerateConfig(adapter=path and str(path), **shared))
@@ -484,8 +484,8 @@ def test_texts_are_taken_from_the_command_line_as_they_stand(given):
 @pytest.fixture
 def rendered(monkeypatch):
     """What the command would give the model to complete, as text."""
-    monkeypatch.setattr(systems, "load_model", lambda *_, **__: None)
-    monkeypatch.setattr("lora_dpo_jax.runs.systems.generate", lambda model, ids, *_, **__: ids)
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: None)
+    monkeypatch.setattr("lora_dpo_jax.generation.generate", lambda model, ids, *_, **__: ids)
     return lambda **settings: command.main(
         command.GenerateConfig(**{"model": str(FOLDER), "prompts": ["Hi"], **settings})
     )
@@ -539,7 +539,7 @@ def test_what_a_template_cannot_render_is_named(rendered, tmp_path, settings, sa
 
 
 def test_what_a_template_cannot_render_is_told_before_the_weights_are_read(monkeypatch):
-    monkeypatch.setattr(systems, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
     with pytest.raises(ValueError, match=r"^prompts\[0\]: the chat template is not valid Jinja"):
         command.main(command.GenerateConfig(model=str(FOLDER), prompts=["Hi"], chat_template="{% for"))
 

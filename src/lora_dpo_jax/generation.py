@@ -27,15 +27,18 @@ def complete(
     stop_ids: Collection[int] = (),
     chat: bool = True,
     origins: Sequence[str] | None = None,
+    own_kwargs: Sequence[Mapping[str, Any]] | None = None,
     **template_kwargs: Any,
 ) -> list[str]:
     """The completion of each prompt, without special tokens.
 
-    The tokenizer's chat template renders a list of messages, with `template_kwargs`. It also renders a string, as the
-    only user message, if there is a template and `chat` is true. Any other string is raw text. A completion ends at one
-    of `stop_ids` or at the tokenizer's end-of-sequence token. `origins` name the prompts in errors.
+    The tokenizer's chat template renders a list of messages, with `template_kwargs` and each prompt's `own_kwargs`. It
+    also renders a string, as the only user message, if there is a template and `chat` is true. Any other string is raw
+    text. A completion ends at one of `stop_ids` or at the tokenizer's end-of-sequence token. `origins` name the prompts
+    in errors.
     """
-    token_ids = encode_prompts(tokenizer, prompts, chat=chat, origins=origins, **template_kwargs)
+    options: Any = {"chat": chat, "origins": origins, "own_kwargs": own_kwargs}
+    token_ids = encode_prompts(tokenizer, prompts, **options, **template_kwargs)
     stop_ids = {*stop_ids} | ({tokenizer.eos_token_id} - {None})
     completions = generate(model, token_ids, config, stop_ids=stop_ids)
     return [tokenizer.decode(completion, skip_special_tokens=True) for completion in completions]
@@ -47,13 +50,15 @@ def encode_prompts(
     *,
     chat: bool = True,
     origins: Sequence[str] | None = None,
+    own_kwargs: Sequence[Mapping[str, Any]] | None = None,
     **template_kwargs: Any,
 ) -> list[list[int]]:
     """The tokens of each prompt; see `complete`. Raises ValueError that names the first prompt with an error."""
     token_ids = []
     for index, prompt in enumerate(prompts):
+        kwargs = {**template_kwargs, **(own_kwargs[index] if own_kwargs else {})}
         try:
-            token_ids.append(encode_prompt(tokenizer, prompt, chat=chat, **template_kwargs))
+            token_ids.append(encode_prompt(tokenizer, prompt, chat=chat, **kwargs))
         except ValueError as error:
             raise ValueError(f"{origins[index] if origins else f'prompts[{index}]'}: {error}") from error
     return token_ids

@@ -79,7 +79,7 @@ def test_samples_are_rendered_with_the_template_of_training(run):
 def test_generate_takes_the_template_of_an_export_from_anywhere(run, export, monkeypatch, tmp_path):
     """It finds the base of an adapter that was trained with a relative path."""
     rendered = []
-    monkeypatch.setattr("lora_dpo_jax.runs.systems.generate", lambda model, ids, *_, **__: rendered.extend(ids) or [[]])
+    monkeypatch.setattr("lora_dpo_jax.generation.generate", lambda model, ids, *_, **__: rendered.extend(ids) or [[]])
     monkeypatch.chdir(tmp_path)
     generate.main(generate.GenerateConfig(model=os.path.relpath(run[1] / export), prompts=["why?"]))
     assert "why? [trained]" in read_tokenizer(instruct_folder()).decode(rendered[0])

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_dpo_jax.data.config import read_template
 from lora_dpo_jax.generation import GenerationConfig, complete, encode_prompt
+from lora_dpo_jax.huggingface.weights import load_model
 from lora_dpo_jax.main.command import command
 from lora_dpo_jax.main.output_file import check_output, write_output
 from lora_dpo_jax.models.quantization import QUANTIZATIONS
@@ -109,9 +110,21 @@ def main(config: GenerateConfig) -> list[str]:
         dtype=config.dtype,
         quantization=config.quantization,
         template_kwargs=template_kwargs,
+        load=load_model,
     )
     _check_templates(config, systems)
-    by_adapter = [completions for _, completions in systems.completions(prompts, config.generation)]
+    # Before the weights are read, so that a prompt that the template rejects is an early error.
+    systems.encode(prompts)
+    options: Any = {
+        "chat": config.chat,
+        "origins": [prompt.origin for prompt in prompts],
+        "own_kwargs": [prompt.template_kwargs for prompt in prompts],
+        **template_kwargs,
+    }
+    contents, by_adapter = [prompt.content for prompt in prompts], []
+    for setting, model in systems.models():
+        options["stop_ids"] = systems.stop_ids(setting)
+        by_adapter.append(complete(model, systems.tokenizers[setting], contents, config.generation, **options))
     completions = [completion for of_prompt in zip(*by_adapter, strict=True) for completion in of_prompt]
     if is_first_process():  # each process has computed the same, on its own device
         _report(config, prompts, completions)

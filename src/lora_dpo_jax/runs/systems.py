@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +74,7 @@ class ModelSystems:
     dtype: Dtype | None = None
     quantization: str = "none"
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # of all prompts
+    load: Callable = load_model
 
     @classmethod
     def find(
@@ -89,8 +90,8 @@ class ModelSystems:
         """`model` and `tokenizer`: (setting, folder or hub id). `adapters`: the same for each adapter, None for none.
 
         `may_be_adapter`: `model` may be an adapter that names its base. A tokenizer of None is the adapter's if that
-        has one, else the model's. `revision` is that of `model` on the hub. `options`: dtype, quantization and
-        template_kwargs.
+        has one, else the model's. `revision` is that of `model` on the hub. `options`: dtype, quantization,
+        template_kwargs, and what loads the weights.
         """
         base, folders = _model_folders(*model, revision, adapters, may_be_adapter)
         tokenizers = {setting: _load_tokenizer(*tokenizer, base, folder) for setting, folder in folders.items()}
@@ -181,7 +182,7 @@ class ModelSystems:
         decoder = self._decoder()
         enlargement = self._enlargement(decoder)
         settings: Any = {"dtype": DTYPES[self.weights_dtype], "quantization": self.quantization}
-        return load_model(self.base, enlargement.config(decoder), enlargement=enlargement, **settings)
+        return self.load(self.base, enlargement.config(decoder), enlargement=enlargement, **settings)
 
     def _with_adapter(self, base: CausalLM, setting: str) -> CausalLM:
         adapter = self.adapters[setting]
