@@ -126,8 +126,7 @@ def test_a_progress_bar_sends_no_escapes(tmp_path, make_rows, monkeypatch):
 
 
 def test_a_completion_sends_no_escapes_and_is_written_as_it_is(tmp_path, monkeypatch, capsys):
-    completions = [("adapter", [f"{ESCAPES}two\n\tlines"])]
-    monkeypatch.setattr(generate.ModelSystems, "completions", lambda *_: completions)
+    monkeypatch.setattr(generate, "complete", lambda *_, **__: [f"{ESCAPES}two\n\tlines"])
     args = ["--model", str(instruct_folder()), "--prompt", f"x{ESCAPES}", "--output", str(tmp_path / "out.jsonl")]
     generate.main(generate.parse(args))
     shown = capsys.readouterr().out

@@ -74,7 +74,7 @@ class ModelSystems:
     dtype: Dtype | None = None
     quantization: str = "none"
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # of all prompts
-    load: Callable = load_model
+    load: Callable | None = None  # reads the weights; None: load_model
 
     @classmethod
     def find(
@@ -182,7 +182,8 @@ class ModelSystems:
         decoder = self._decoder()
         enlargement = self._enlargement(decoder)
         settings: Any = {"dtype": DTYPES[self.weights_dtype], "quantization": self.quantization}
-        return self.load(self.base, enlargement.config(decoder), enlargement=enlargement, **settings)
+        load = self.load or load_model
+        return load(self.base, enlargement.config(decoder), enlargement=enlargement, **settings)
 
     def _with_adapter(self, base: CausalLM, setting: str) -> CausalLM:
         adapter = self.adapters[setting]
