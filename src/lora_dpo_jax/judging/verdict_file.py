@@ -4,25 +4,22 @@
      "reason": "...", "prompt_tokens": 210, "completion_tokens": 31}
 
 The key is a hash of everything that decides the verdict: the judge's identity, the prompt and the answers in their
-order. A verdict counts for every question with its key, whenever it was given. Each line is handed to the operating
-system in one write, so a killed process loses at most the line that it was writing, which the next one drops.
+order. A verdict counts for every question with its key, whenever it was given.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, get_args
 
+from lora_dpo_jax.judging.appended_lines import AppendedLines
 from lora_dpo_jax.judging.interface import Judge, Preferred, Question, Usage, Verdict
 
 MARKS = {*get_args(Preferred), None}
 # The keys of a line.
 VERDICT = ("key", "prompt", "first", "second", "preferred", "reason", "prompt_tokens", "completion_tokens")
-BEGINNING = b'{"key": "'  # of a line
 
 
 class VerdictFile:
@@ -31,20 +28,15 @@ class VerdictFile:
     def __init__(self, path: Path):
         """Raises ValueError if the file holds anything else, and OSError if another process has it open."""
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            self._lock()
-            self._known = self._read()
-        except BaseException:
-            os.close(self._descriptor)
-            raise
+        self._known: dict[str, Verdict] = {}
+        busy = "that judges. Wait until it ends, or choose another output"
+        self._file = AppendedLines(path, self._take, busy=busy, foreign=self._not_mine)
 
     def __enter__(self) -> "VerdictFile":
         return self
 
     def __exit__(self, *_) -> None:
-        os.close(self._descriptor)
+        self._file.close()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -56,41 +48,25 @@ class VerdictFile:
         said = verdict.preferred, verdict.reason, verdict.usage.prompt_tokens, verdict.usage.completion_tokens
         values = key, question.prompt.readable, question.first, question.second, *said
         line = json.dumps(dict(zip(VERDICT, values, strict=True)), ensure_ascii=False)
-        content = (line + "\n").encode("utf-8", "backslashreplace")
-        while content:  # a write may be short, as on a full disk
-            content = content[os.write(self._descriptor, content) :]
+        self._file.append((line + "\n").encode("utf-8", "backslashreplace"))
         self._known[key] = verdict
 
-    def _lock(self) -> None:
+    def _take(self, number: int, line: bytes) -> None:
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(
-                f"{self.path} is open in another process that judges. Wait until it ends, or choose another output"
+            row = json.loads(line)
+            usage = Usage(int(row["prompt_tokens"]), int(row["completion_tokens"]))
+            preferred, reason = row["preferred"], str(row["reason"])
+            if preferred not in MARKS:
+                raise ValueError(f"preferred is {preferred!r}")
+            self._known[str(row["key"])] = Verdict(preferred, reason, usage)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{self.path}, line {number}: is no verdict of this command ({error}). Choose another output"
             ) from error
 
-    def _read(self) -> dict[str, Verdict]:
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        known = {}
-        for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
-            try:
-                row = json.loads(line)
-                usage = Usage(int(row["prompt_tokens"]), int(row["completion_tokens"]))
-                preferred, reason = row["preferred"], str(row["reason"])
-                if preferred not in MARKS:
-                    raise ValueError(f"preferred is {preferred!r}")
-                known[str(row["key"])] = Verdict(preferred, reason, usage)
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(
-                    f"{self.path}, line {number}: is no verdict of this command ({error}). Choose another output"
-                ) from error
-        if whole < len(content):  # what a killed process had not written in full
-            begun = content[whole:][: len(BEGINNING)]
-            if not BEGINNING.startswith(begun):
-                raise ValueError(f"{self.path}: its last line is no verdict of this command. Choose another output")
-            os.ftruncate(self._descriptor, whole)
-        return known
+    def _not_mine(self, number: int) -> ValueError:
+        del number  # it is the last one
+        return ValueError(f"{self.path}: its last line is no verdict of this command. Choose another output")
 
 
 def key_of(identity: Mapping[str, Any], question: Question) -> str:
