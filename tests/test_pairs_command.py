@@ -314,7 +314,7 @@ def test_no_other_file_is_replaced(tmp_path, adapter):
         main(dataclasses.replace(config, output=config.prompts_file))
     record = tmp_path / "record.jsonl"
     whole = json.dumps(dict.fromkeys(candidates.LINE, "x")) + "\n"
-    for text, line in ((whole + "{}\n", 2), (whole + "no\n", 2), ('{"key": 1', None), ("mine", 1)):
+    for text, line in ((whole + "{}\n", 2), (whole + "no\n", 2), ('{"key": 1', None), ("mine", 1), (f"{whole}mine", 2)):
         record.write_text(text)
         if line is None:
             candidates.Record(record, candidates.LINE).__exit__()
