@@ -1,5 +1,6 @@
 """Scores of a whole table under a model, and a loss's metrics from the scores of policy and reference."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 import haliax as hax
 import jax
 import numpy as np
+from haliax import NamedArray
 
 from lora_dpo_jax.accuracy import Comparisons
 from lora_dpo_jax.axes import RESPONSE
@@ -76,8 +78,9 @@ class MicroBatchScorer:
         """(ids of the examples, log p of their responses, float32 in nats)"""
         with self.scope():
             scores = self._compiled(model, micro)
-        ids, is_response = on_host(micro.examples.ids.array), on_host(micro.examples.is_response.array)
-        return ids[ids >= 0], on_host(scores.log_probs.array)[is_response]
+        examples = micro.examples
+        ids, example_of_response = on_host(examples.ids.array), on_host(examples.example_of_response.array)
+        return ids[ids >= 0], on_host(scores.log_probs.array)[example_of_response >= 0]
 
 
 def scores_of(examples: ExampleTable, log_probs: np.ndarray) -> Scores:
@@ -99,10 +102,36 @@ class Evaluation:
 
 def evaluate_by_sums(loss: Loss, policy: Scores, reference: Scores | None, table: ExampleTable) -> Evaluation:
     """From the scores of all responses of the table."""
-    means, margins = summarize(loss, policy, reference, table.arrays.examples), None
-    if len(table.arrays.comparisons):
-        margins = loss.margins(policy, reference, table.arrays.examples)
-    return Evaluation(means, policy, reference, None if margins is None else np.asarray(margins.array))
+    total, metrics, margins = _of_table(_Identical(loss), policy, reference, table.arrays.examples)
+    has_margins = margins is not None and len(table.arrays.comparisons)
+    return Evaluation(
+        _means(float(total) / len(table), metrics),
+        policy,
+        reference,
+        np.asarray(margins.array) if has_margins else None,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Identical:
+    """A loss that equals only itself. As a static argument it may hold lists."""
+
+    loss: Loss
+
+    def __hash__(self) -> int:
+        return id(self.loss)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identical) and self.loss is other.loss
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _of_table(
+    of: _Identical, policy: Scores, reference: Scores | None, examples: Examples
+) -> tuple[jax.Array, dict[str, Metric], NamedArray | None]:
+    """(the sum of the losses, their metrics, the margins)"""
+    losses = of.loss(policy, reference, examples)
+    return losses.loss.sum().scalar(), losses.metrics, of.loss.margins(policy, reference, examples)
 
 
 def evaluate_by_tokens(
@@ -171,8 +200,8 @@ def comparisons_of(table: ExampleTable) -> Comparisons:
 
 def summarize(loss: Loss, policy: Scores, reference: Scores | None, examples: Examples) -> dict[str, float]:
     """The means of the loss and its metrics over all examples, under the names of the training metrics."""
-    losses = loss(policy, reference, examples)
-    return _means(float(losses.loss.sum().scalar()) / losses.loss.size, losses.metrics)
+    total, metrics, _ = _of_table(_Identical(loss), policy, reference, examples)
+    return _means(float(total) / examples.ids.size, metrics)
 
 
 def _means(loss: float, metrics: dict[str, Metric]) -> dict[str, float]:

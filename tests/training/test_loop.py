@@ -2,6 +2,7 @@
 
 import itertools
 import signal
+import threading
 from types import SimpleNamespace
 
 import draccus
@@ -246,6 +247,40 @@ def test_no_batch_is_taken_that_is_not_trained_on():
 def test_batches_that_end_too_early_are_an_error():
     with pytest.raises(ValueError, match="batches ended after 2 of 5 steps"):
         run(5, batches=[1, 2])
+
+
+def test_the_step_is_compiled_beside_the_hooks_before_it():
+    """The hook waits for the other thread: were one called after the other, neither would end."""
+    compiling, events = threading.Event(), []
+
+    def compile_step(state, batch):
+        assert threading.current_thread() is not threading.main_thread()
+        events.append(("compile", state, batch))
+        compiling.set()
+
+    def hook(info: StepInfo):
+        assert compiling.wait(timeout=60)
+
+    run(2, counting_step(events), hooks=[Hook(hook, at_start=True, at_end=False)], compile_step=compile_step)
+    assert [event for event in events if event[0] != "log"] == [("compile", 0, 100), ("step", 0), ("step", 1)]
+
+
+def test_no_step_is_taken_if_it_cannot_be_compiled():
+    events: list = []
+
+    def compile_step(state, batch):
+        raise MemoryError("no room for the program")
+
+    with pytest.raises(MemoryError, match="no room for the program"):
+        run(2, counting_step(events), compile_step=compile_step)
+    assert not events
+
+
+def test_nothing_is_compiled_where_no_step_is_left():
+    def compile_step(state, batch):
+        raise AssertionError("no step is left")
+
+    train(7, counting_step(), [], num_steps=7, first_step=7, tracker=Recorder(), compile_step=compile_step)
 
 
 @pytest.fixture

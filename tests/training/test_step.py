@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import equinox as eqx
 import jax
@@ -124,6 +125,23 @@ def test_packing_and_the_order_of_rows_change_nothing_and_compile_nothing(rows_o
     expected()
     assert_same(trained(DESCEND, rows_of=rows_of))
     assert DESCEND.num_compilations == 1
+
+
+def test_a_step_that_another_thread_compiled_is_not_compiled_again():
+    compiled: list[str] = []
+
+    def note(event: str, seconds: float, **about) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(about["fun_name"])
+
+    step = TrainStep(PreferenceObjective(Dpo()), DESCENT)
+    state = state_of(moved(new_adapters(attention="dense")), DESCENT)
+    batch = jax.tree.map(jnp.asarray, pack(PAIRS, tightly(BATCHES[0]), LAYOUT))
+    jax.monitoring.register_event_duration_secs_listener(note)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(step.compile, state, batch).result()
+    step(state, batch)
+    assert compiled.count("jit(_update)") == step.num_compilations == 1
 
 
 @pytest.mark.parametrize("rows_per_micro_batch", [1, 2])

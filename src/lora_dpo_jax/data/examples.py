@@ -288,25 +288,22 @@ class ExampleArrays:
     @functools.cached_property
     def examples(self) -> "Examples":
         """All examples as losses take them, without rows."""
-        import haliax as hax  # slow to import, as JAX is, and not needed to tokenize
+        from haliax import NamedArray  # slow to import, as JAX is, and not needed to tokenize
 
         from lora_dpo_jax.losses.examples import Examples
 
         numbers = np.arange(len(self), dtype=np.int32)
-        Example = hax.Axis(EXAMPLE, len(self))
-        Response = hax.Axis(RESPONSE, len(self.response_tokens))
-        Comparison = hax.Axis(COMPARISON, len(self.comparisons))
         example_of_comparison = np.repeat(numbers, self.comparison_counts)
         chosen, rejected = (self.comparisons + self.response_starts[:-1][example_of_comparison][:, None]).T
         return Examples(
-            ids=hax.named(numbers, Example),
-            example_of_response=hax.named(np.repeat(numbers, self.response_counts), Response),
-            chosen=hax.named(chosen.astype(np.int32), Comparison),
-            rejected=hax.named(rejected.astype(np.int32), Comparison),
-            example_of_comparison=hax.named(example_of_comparison, Comparison),
-            weight=hax.named(self.weights, Comparison),
+            ids=NamedArray(numbers, (EXAMPLE,)),
+            example_of_response=NamedArray(np.repeat(numbers, self.response_counts), (RESPONSE,)),
+            chosen=NamedArray(chosen.astype(np.int32), (COMPARISON,)),
+            rejected=NamedArray(rejected.astype(np.int32), (COMPARISON,)),
+            example_of_comparison=NamedArray(example_of_comparison, (COMPARISON,)),
+            weight=NamedArray(self.weights, (COMPARISON,)),
             columns={
-                name: hax.named(column.values, Response if column.per_response else Example)
+                name: NamedArray(column.values, (RESPONSE if column.per_response else EXAMPLE,))
                 for name, column in self.columns.items()
             },
         )

@@ -127,7 +127,8 @@ class _EmptyRows:
     def batch(self, shape: PartShape) -> PreferenceBatch:
         def named(array: np.ndarray, axis: str) -> NamedArray:
             axes = shape.axes(axis)
-            return hax.named(array.reshape([a.size for a in axes]), axes)
+            # Not hax.named, which makes JAX compile a program for each shape of NumPy's arrays.
+            return NamedArray(array.reshape([a.size for a in axes]), tuple(a.name for a in axes))
 
         return PreferenceBatch(
             **{x: named(getattr(self, x), POSITION) for x in ("tokens", "segment_ids", "branch_ids", "position_ids")},

@@ -17,6 +17,7 @@ from lora_dpo_jax.files import cache_folder
 from lora_dpo_jax.generation import read_stop_ids
 from lora_dpo_jax.huggingface.hub import check_hub, push_exports
 from lora_dpo_jax.lora import reference_model
+from lora_dpo_jax.platforms import compiles_beside_other_work
 from lora_dpo_jax.processes.exchange import is_first_process
 from lora_dpo_jax.processes.signals import StopSignals
 from lora_dpo_jax.processes.stalls import StallMonitor
@@ -112,10 +113,12 @@ def _train(
     stop: StopSignals,
     began: float,
 ) -> TrainState:
-    trainer = config.trainer
+    trainer, step = config.trainer, run.learner.step
+    with run.learner.placement.scope():
+        compile_step = step.compile if compiles_beside_other_work() else None
     return train(
         run.learner.state,
-        run.learner.step,
+        step,
         batches,
         num_steps=len(run.steps),
         tracker=tracker,
@@ -126,6 +129,7 @@ def _train(
         check=_check(config, run, first_step),
         stop=stop,
         is_complete=best.is_complete,
+        compile_step=compile_step,
         began=began,
         stalls=StallMonitor(trainer.stall_seconds, helpers=("packing",)),
     )

@@ -168,7 +168,13 @@ def _repeats(tree: Any) -> int:
 
 
 def _layer_of(tree: Any, index: int | slice) -> Any:
-    return jax.tree.map(lambda leaf: leaf[LAYERS, index], tree, is_leaf=_is_array)
+    def of(leaf: NamedArray) -> NamedArray:
+        axis, names = leaf.axis_names.index(LAYERS), leaf.axis_names
+        # Not leaf[LAYERS, index], which makes JAX compile a program for each shape of NumPy's arrays.
+        array = leaf.array[(slice(None),) * axis + (index,)]
+        return NamedArray(array, names if isinstance(index, slice) else names[:axis] + names[axis + 1 :])
+
+    return jax.tree.map(of, tree, is_leaf=_is_array)
 
 
 def periods(kinds: Sequence[Hashable]) -> list[tuple[tuple[Hashable, ...], int]]:

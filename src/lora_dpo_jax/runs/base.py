@@ -145,7 +145,9 @@ def load_policy(config: TrainConfig, lora: LoraConfig, base: Base, placement: Pl
 
 def with_new_adapters(base: CausalLM, lora: LoraConfig, placement: Placement, *, dtype: Any, key) -> CausalLM:
     """The model with new adapters on their devices, in `dtype`."""
-    return placed_adapters(loraize(base, lora, key=key), placement, dtype)
+    # One program, which compiles sooner than one for each draw. It returns the weights that it is given.
+    policy = eqx.filter_jit(lambda base, key: loraize(base, lora, key=key))(base, key)
+    return placed_adapters(policy, placement, dtype)
 
 
 def load_peft_adapter(base: Base, setting: str, name: str, placement: Placement) -> CausalLM:

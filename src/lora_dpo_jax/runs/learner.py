@@ -33,7 +33,7 @@ class Learner:
 
     def compile(self, batch: Any) -> Any:
         """The compiled step, to ask for its memory and cost. `batch` is arrays, or shapes with their shardings."""
-        return self.step.lower(self.state, batch).compile()
+        return self.step.compile(self.state, batch)
 
 
 def real_learner(

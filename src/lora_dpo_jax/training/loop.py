@@ -9,7 +9,10 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -224,6 +227,7 @@ def train(
     check: Callable[[int, Any, dict[str, float]], None] = lambda step, metrics, values: None,
     stop: Callable[[], signal.Signals | None] = lambda: None,
     is_complete: Callable[[], bool] = lambda: False,
+    compile_step: Callable[[S, Any], Any] | None = None,
     began: float | None = None,
     stalls: StallMonitor | None = None,
 ) -> S:
@@ -237,7 +241,8 @@ def train(
     (FLOP/s) are given. The time to the first step is measured from `began` (of time.perf_counter), or from this call.
     `stop` is called after each step but the last. If it returns a signal, the hooks with `at_stop` are called and
     StoppedBySignalError is raised. `is_complete` is called after each hook: where it returns true, the step is the last
-    one, and the other hooks with `at_end` are called. `stalls` records what the loop waits for.
+    one, and the other hooks with `at_end` are called. `compile_step(state, batch)` is called with the first batch, in a
+    thread of its own, while the hooks before the first step run. `stalls` records what the loop waits for.
     """
     began = time.perf_counter() if began is None else began
     pending: deque[tuple[int, Any]] = deque()
@@ -245,11 +250,17 @@ def train(
         log = _MetricsLog(tracker, progress, log_every, num_steps, peak_flops, check, stalls)
         is_last = first_step == num_steps
         due = [hook for hook in hooks if hook.is_due(first_step, num_steps)]
-        if _run(hooks, due, StepInfo(first_step, state, is_last), is_complete, stalls):
+        batches, compiling = iter(batches), nullcontext()
+        if compile_step is not None and not is_last:
+            with stalls.waiting_for(INPUT, first_step):
+                first = _next(batches, first_step, num_steps)
+            batches, compiling = chain([first], batches), _compiling(compile_step, state, first, first_step, stalls)
+        with compiling:
+            ends_here = _run(hooks, due, StepInfo(first_step, state, is_last), is_complete, stalls)
+        if ends_here:
             logger.info("the run is complete after %d of %d steps: nothing is left to train", first_step, num_steps)
             return state
         log.start_clock()
-        batches = iter(batches)
         for step in range(first_step, num_steps):
             with stalls.waiting_for(INPUT, step):
                 batch = _next(batches, step, num_steps)
@@ -287,6 +298,18 @@ def _next(batches: Iterator[Any], step: int, num_steps: int) -> Any:
         return next(batches)
     except StopIteration:
         raise ValueError(f"the batches ended after {step} of {num_steps} steps") from None
+
+
+@contextmanager
+def _compiling(
+    compile_step: Callable[[S, Any], Any], state: S, batch: Any, step: int, stalls: StallMonitor
+) -> Iterator[None]:
+    """Compiles the step while the block runs, and waits for it after the block."""
+    with ThreadPoolExecutor(1, "compilation") as pool:
+        compilation = pool.submit(compile_step, state, batch)
+        yield
+        with stalls.waiting_for(SENDING, step, is_step=False):
+            compilation.result()
 
 
 def _run(

@@ -131,8 +131,11 @@ class TrainStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         moving, frozen = self._split(state)
+        # In another program, which has options of its own, JAX allows none here.
+        is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(moving))
         with self.scope():
-            moved, metrics = self._program(moving)(moving, frozen, _parts(batch))
+            update = self._update if is_traced else self._program(moving)
+            moved, metrics = update(moving, frozen, _parts(batch))
         return state.with_trained(moved), metrics
 
     def lower(self, state: TrainState, batch: Batch):
@@ -140,6 +143,10 @@ class TrainStep:
         moving, frozen = self._split(state)
         with self.scope():
             return self._program(moving).lower(moving, frozen, _parts(batch))
+
+    def compile(self, state: TrainState, batch: Batch) -> Any:
+        """The compiled step, to ask for its memory and cost. Calls with arrays of the same shapes use it, too."""
+        return self.lower(state, batch).compile()
 
     @property
     def num_compilations(self) -> int:
