@@ -99,8 +99,31 @@ SHAPES: dict[str, dict[str, Any]] = {
         tie_word_embeddings=False,
     ),
 }
+_GEMMA: dict[str, Any] = dict(hidden_activation="gelu_pytorch_tanh", sliding_window=512)
+# Other families' fields. Mixtral's experts are half as wide, and two of them compute a token.
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma2": _GEMMA | dict(model_type="gemma2", attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
+    "gemma3": _GEMMA | dict(model_type="gemma3_text"),
+    "olmo2": dict(model_type="olmo2"),
+    "olmo3": dict(model_type="olmo3", sliding_window=512),
+    "mixtral": dict(model_type="mixtral", num_local_experts=8, num_experts_per_tok=2, sliding_window=None),
+}
+
+
+def _of_family(shape: dict[str, Any], family: str) -> dict[str, Any]:
+    """As large as a Llama's shape, computed as another family is."""
+    heads = shape["num_attention_heads"]
+    own = _FAMILIES[family] | dict(head_dim=shape.get("head_dim", shape["hidden_size"] // heads))
+    if family == "mixtral":
+        own["intermediate_size"] = shape["intermediate_size"] // own["num_experts_per_tok"]
+    if "gemma" in family:
+        own["query_pre_attn_scalar"] = own["head_dim"]
+    return {name: value for name, value in shape.items() if name != "rope_scaling"} | own
+
+
+SHAPES |= {f"{size}-{family}": _of_family(SHAPES[size], family) for size in ("22m", "1b") for family in _FAMILIES}
 # From here on a model is made in the devices' memory and never written to a disk.
-LARGE_SHAPES = ("1b", "8b")
+LARGE_SHAPES = ("1b", "8b", *(name for name in SHAPES if name.startswith("1b-")))
 
 
 @dataclass(frozen=True)

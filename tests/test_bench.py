@@ -246,7 +246,7 @@ def test_a_written_model_is_one_that_loads(tmp_path):
 @pytest.mark.parametrize("shape, millions", [("22m", 19.3), ("135m", 134.5), ("1b", 1235.8), ("8b", 8030.3)])
 def test_shapes_have_the_parameters_of_the_models(shape, millions):
     config = decoder_config(shape)
-    assert set(SHAPES) == {"tiny", "22m", "135m", "1b", "8b"}
+    assert {name for name in SHAPES if "-" not in name} == {"tiny", "22m", "135m", "1b", "8b"}
     hidden, heads = config.hidden_size, config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
     layer = 2 * hidden * heads + 2 * hidden * keys + 3 * hidden * config.intermediate_size + 2 * hidden
