@@ -134,6 +134,19 @@ def test_shapes_take_the_least_time_at_the_price_that_they_are_chosen_at():
     assert padding(layouts[0], batches, sizes) < padding(layouts[2], batches, sizes)
 
 
+def test_another_shape_is_compiled_if_the_run_saves_more_than_that_takes():
+    sizes = preference_sizes(1024)
+    batches = in_steps(len(sizes), 16)
+
+    def shapes(**options) -> StepShapes:
+        return choose_shapes(batches, sizes, longest_row=8192, micro_batch_tokens=40, **options)
+
+    one, two = (time_at(40, shapes(max_shapes=count), batches, sizes) for count in (1, 2))
+    assert one - two > 0.02 * one
+    assert len(shapes(shape_tokens=1.001 * (one - two)).parts) == 1
+    assert len(shapes(shape_tokens=0.999 * (one - two)).parts) > 1
+
+
 def test_a_step_takes_its_cheapest_micro_batches_not_those_with_the_least_padding():
     """Rows of 1,024 and of 256 tokens, for pairs of 200, 200 and 200."""
     rows = PartShape.of_pairs(1, 1, 1024, targets=1024, pairs=8), PartShape.of_pairs(4, 1, 256, targets=256, pairs=8)

@@ -45,6 +45,17 @@ def test_batches_from_a_later_step_are_those_of_the_whole_run():
     assert resumed == trained_on[2:]
 
 
+def test_a_long_run_of_the_same_steps_compiles_more_shapes_than_a_short_one():
+    pairs = whole_table({"prefs": random_pairs(16, prompt=300, response=200)})
+
+    def shapes(num_steps: int) -> int:
+        ids = StepIds(ExampleOrder((16,), 0), 4, num_steps, False)
+        steps = lay_out_steps(pairs, ids, PackingConfig(), parallelism=-1, row_shards=1, shape_tokens=20_000)
+        return len(steps.shapes.parts)
+
+    assert shapes(4) == 1 < shapes(100_000)
+
+
 def test_rows_of_other_lengths_have_another_number():
     """So scores that were computed in them are not taken for those of step 0."""
     pairs = whole_table({"prefs": random_pairs(20, prompt=90, response=70)})

@@ -5,7 +5,8 @@ Shapes differ so that the examples that remain after the long rows do not pay fo
 
 The predicted time of a micro-batch is that of its rows' tokens, and a fixed cost beside: weights are read once for all
 of its tokens, and operations are launched. Shapes are chosen for the least predicted time, and so are the micro-batches
-of each step. Few tokens of padding may cost less than another micro-batch.
+of each step. Few tokens of padding may cost less than another micro-batch, and all the padding of a short run less than
+compiling another shape.
 """
 
 import bisect
@@ -23,7 +24,7 @@ from lora_dpo_jax.data.examples import ExampleSizes
 from lora_dpo_jax.platforms import platform
 
 MAX_SHAPES = 3  # that a run compiles
-WORTH_COMPILING = 0.01  # the share of the predicted time that another shape must save
+WORTH_COMPILING = 0.01  # the share of the predicted time that another shape must save, whatever compiling it takes
 LENGTH_MULTIPLE = 128  # tokens; attention splits rows into blocks
 SHORTEST_ROW = 256  # tokens, unless all examples are shorter
 SAMPLED_EXAMPLES = 1024  # the shapes are chosen for a sample of this many examples
@@ -37,6 +38,17 @@ MICRO_BATCH_TOKENS = {
     # Part of both overlaps with computing.
     "tpu": 512,
 }
+# What a device computes while another shape compiles, by platform, in FLOP.
+FLOPS_OF_COMPILING = {
+    "cpu": 4e11,  # measured: 2.6 s for the quickstart's model on two cores, which compute 150 GFLOP/s of a step
+    "gpu": 5e15,  # predicted: 12 s, a third of what the 8B model's first step took to compile, at 40% of an H100's peak
+    "tpu": 3e15,  # predicted: 15 s at 40% of a v5p's peak
+}
+
+
+def tokens_while_compiling(parameters: int) -> float:
+    """How many tokens a device computes while another shape compiles, with 6 FLOP for each parameter and token."""
+    return FLOPS_OF_COMPILING[platform()] / (6 * parameters)
 
 
 @dataclass(frozen=True)
@@ -163,12 +175,14 @@ def choose_shapes(
     packing: PackingConfig = PackingConfig(),
     max_shapes: int = MAX_SHAPES,
     micro_batch_tokens: int | None = None,
+    shape_tokens: float = 0.0,
 ) -> StepShapes:
     """Shapes that hold each of `batches` (arrays of example ids), so that one compiled step serves all batches.
 
     A micro-batch has `row_multiple` rows, one for each group of devices that share rows. `longest_row` (tokens) limits
     the length of a row, and so the memory of a step. A row is always long enough for the longest example.
     `micro_batch_tokens` is the fixed cost of a micro-batch, in tokens of a row; None: that of the platform.
+    `shape_tokens` is what compiling another shape costs, likewise: all batches together must save as much.
     """
     fixed = MICRO_BATCH_TOKENS[platform()] if micro_batch_tokens is None else micro_batch_tokens
     tokens = packing.tokens(sizes)
@@ -176,7 +190,9 @@ def choose_shapes(
     longest = packing.shortest_row(sizes)
     lengths = _candidate_lengths(longest, totals / row_multiple, longest_row)
     candidates = [_Rows(row_multiple, length, fixed) for length in lengths]
-    chosen = _choose_rows(candidates, longest, _sample(batches, sizes, totals), packing, max_shapes)
+    sample = _sample(batches, sizes, totals)
+    price = shape_tokens * row_multiple * len(sample) / len(batches)
+    chosen = _choose_rows(candidates, longest, sample, packing, max_shapes, price)
     # A loss of comparisons finds some, or none, in all parts alike.
     used = [_Extent(comparisons=int(sizes.comparisons.any())) for _ in chosen]
     for ids in batches:
@@ -219,9 +235,17 @@ def shape_of_rows(filled: Iterable[np.ndarray], sizes: ExampleSizes, *, rows: in
 
 
 def _choose_rows(
-    candidates: Sequence[_Rows], longest: int, sample: list[ExampleSizes], packing: PackingConfig, max_shapes: int
+    candidates: Sequence[_Rows],
+    longest: int,
+    sample: list[ExampleSizes],
+    packing: PackingConfig,
+    max_shapes: int,
+    price: float,
 ) -> Sequence[_Rows]:
-    """The shapes with the least predicted time for a sample of the steps. One of them holds any example."""
+    """The shapes with the least predicted time for a sample of the steps. One of them holds any example.
+
+    `price` is what another shape must save of that time, in tokens.
+    """
 
     def cost(shapes: tuple[_Rows, ...]) -> int:
         steps = (_lay_out(step, shapes, packing) for step in sample)
@@ -236,7 +260,7 @@ def _choose_rows(
         sets = itertools.combinations(candidates, count) if count < 3 else ((*chosen, c) for c in candidates)
         options = [_by_size(o) for o in sets if len(set(o)) == count and max(shape.length for shape in o) >= longest]
         costs = [cost(option) for option in options]
-        if not costs or min(costs) > least * (1 - WORTH_COMPILING):
+        if not costs or min(costs) > min(least * (1 - WORTH_COMPILING), least - price):
             break
         least = min(costs)
         chosen = options[costs.index(least)]

@@ -8,12 +8,14 @@ import jax
 from lora_dpo_jax.data.cache import load_examples
 from lora_dpo_jax.data.mismatched import with_mismatched_answers
 from lora_dpo_jax.data.order import ExampleOrder, StepIds
+from lora_dpo_jax.data.shapes import tokens_while_compiling
 from lora_dpo_jax.data.table import ExampleTable, split_by_prompt, whole_table, why_none_is_held_out
 from lora_dpo_jax.evaluation import Scorer
 from lora_dpo_jax.files import cache_folder
 from lora_dpo_jax.lora import LoraConfig, frozen_copy
 from lora_dpo_jax.models import CausalLM
 from lora_dpo_jax.models.attention import PLATFORMS
+from lora_dpo_jax.models.quantization import parameter_count
 from lora_dpo_jax.processes.exchange import in_turns, is_first_process
 from lora_dpo_jax.reference_cache import ReferenceCache
 from lora_dpo_jax.runs.base import Base, load_base, load_policy, load_tokenizer, lora_config, placed_adapters
@@ -72,8 +74,14 @@ def assemble(config: TrainConfig, placement: Placement) -> Run:
     num_steps = trainer.steps(order.epoch)
     trainer.check_evaluations(num_steps)
     ids = StepIds(order, trainer.train_batch_size, num_steps, trainer.has_short_batches)
-    parallelism, row_shards = trainer.per_device_parallelism, placement.row_shards
-    steps = lay_out_steps(data.pairs, ids, config.layout, parallelism=parallelism, row_shards=row_shards)
+    steps = lay_out_steps(
+        data.pairs,
+        ids,
+        config.layout,
+        parallelism=trainer.per_device_parallelism,
+        row_shards=placement.row_shards,
+        shape_tokens=tokens_while_compiling(parameter_count(base.model)),
+    )
     refuse_other_steps(steps)
     if config.initialize_from_peft is None and lora.a_init == "eva":
         size = trainer.train_batch_size

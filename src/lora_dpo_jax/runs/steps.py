@@ -67,15 +67,29 @@ class Steps:
 
 
 def lay_out_steps(
-    pairs: ExampleTable, ids: Sequence[np.ndarray], layout: PackingConfig, *, parallelism: int, row_shards: int
+    pairs: ExampleTable,
+    ids: Sequence[np.ndarray],
+    layout: PackingConfig,
+    *,
+    parallelism: int,
+    row_shards: int,
+    shape_tokens: float = 0.0,
 ) -> Steps:
     """Chooses the shapes of rows. `parallelism` is trainer.per_device_parallelism, `row_shards` Placement's.
 
-    Of a long run, MOST_STEPS are looked at. A later step that needs larger shapes gets them when it is packed.
+    All steps together must save `shape_tokens` by another shape: see `choose_shapes`. Of a long run, MOST_STEPS are
+    looked at. A later step that needs larger shapes gets them when it is packed.
     """
     longest_row = row_bound(parallelism, layout.shortest_row(pairs.sizes))
     looked_at = ids.spread(MOST_STEPS) if isinstance(ids, StepIds) else ids
-    shapes = choose_shapes(looked_at, pairs.sizes, row_multiple=row_shards, longest_row=longest_row, packing=layout)
+    shapes = choose_shapes(
+        looked_at,
+        pairs.sizes,
+        row_multiple=row_shards,
+        longest_row=longest_row,
+        packing=layout,
+        shape_tokens=shape_tokens * len(looked_at) / len(ids),
+    )
     return Steps(pairs, ids, shapes)
 
 
