@@ -103,13 +103,10 @@ class Evaluation:
 def evaluate_by_sums(loss: Loss, policy: Scores, reference: Scores | None, table: ExampleTable) -> Evaluation:
     """From the scores of all responses of the table."""
     total, metrics, margins = _of_table(_Identical(loss), policy, reference, table.arrays.examples)
-    has_margins = margins is not None and len(table.arrays.comparisons)
-    return Evaluation(
-        _means(float(total) / len(table), metrics),
-        policy,
-        reference,
-        np.asarray(margins.array) if has_margins else None,
-    )
+    means = _means(float(total) / len(table), metrics)
+    if margins is None or not len(table.arrays.comparisons):
+        return Evaluation(means, policy, reference, None)
+    return Evaluation(means, policy, reference, np.asarray(margins.array))
 
 
 @dataclass(frozen=True, eq=False)

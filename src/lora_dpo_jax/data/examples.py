@@ -292,18 +292,21 @@ class ExampleArrays:
 
         from lora_dpo_jax.losses.examples import Examples
 
+        def named(array: Any, axis: str) -> NamedArray:
+            return NamedArray(array, (axis,))
+
         numbers = np.arange(len(self), dtype=np.int32)
         example_of_comparison = np.repeat(numbers, self.comparison_counts)
         chosen, rejected = (self.comparisons + self.response_starts[:-1][example_of_comparison][:, None]).T
         return Examples(
-            ids=NamedArray(numbers, (EXAMPLE,)),
-            example_of_response=NamedArray(np.repeat(numbers, self.response_counts), (RESPONSE,)),
-            chosen=NamedArray(chosen.astype(np.int32), (COMPARISON,)),
-            rejected=NamedArray(rejected.astype(np.int32), (COMPARISON,)),
-            example_of_comparison=NamedArray(example_of_comparison, (COMPARISON,)),
-            weight=NamedArray(self.weights, (COMPARISON,)),
+            ids=named(numbers, EXAMPLE),
+            example_of_response=named(np.repeat(numbers, self.response_counts), RESPONSE),
+            chosen=named(chosen.astype(np.int32), COMPARISON),
+            rejected=named(rejected.astype(np.int32), COMPARISON),
+            example_of_comparison=named(example_of_comparison, COMPARISON),
+            weight=named(self.weights, COMPARISON),
             columns={
-                name: NamedArray(column.values, (RESPONSE if column.per_response else EXAMPLE,))
+                name: named(column.values, RESPONSE if column.per_response else EXAMPLE)
                 for name, column in self.columns.items()
             },
         )

@@ -125,7 +125,7 @@ class _EmptyRows:
         self.columns = {name: empty(widths[axis], dtype=np.float32) for name, axis in self.column_axes.items()}
 
     def batch(self, shape: PartShape) -> PreferenceBatch:
-        def named(array: np.ndarray, axis: str) -> NamedArray:
+        def named(array: Any, axis: str) -> NamedArray:
             axes = shape.axes(axis)
             # Not hax.named, which makes JAX compile a program for each shape of NumPy's arrays.
             return NamedArray(array.reshape([a.size for a in axes]), tuple(a.name for a in axes))

@@ -19,6 +19,7 @@ from lora_dpo_jax.huggingface.vocabulary import Enlargement, read_enlargement
 from lora_dpo_jax.huggingface.weights import NOT_ENLARGED, load_model, read_config
 from lora_dpo_jax.lora import LoraConfig, check_token_rows, loraize, trainable_filter, with_dropout
 from lora_dpo_jax.models import CausalLM, DecoderConfig
+from lora_dpo_jax.platforms import jitted
 from lora_dpo_jax.runs.config import ModelConfig, TrainConfig
 from lora_dpo_jax.sharding import Placement
 
@@ -146,7 +147,7 @@ def load_policy(config: TrainConfig, lora: LoraConfig, base: Base, placement: Pl
 def with_new_adapters(base: CausalLM, lora: LoraConfig, placement: Placement, *, dtype: Any, key) -> CausalLM:
     """The model with new adapters on their devices, in `dtype`."""
     # One program, which compiles sooner than one for each draw. It returns the weights that it is given.
-    policy = eqx.filter_jit(lambda base, key: loraize(base, lora, key=key))(base, key)
+    policy = jitted(lambda base, key: loraize(base, lora, key=key))(base, key)
     return placed_adapters(policy, placement, dtype)
 
 

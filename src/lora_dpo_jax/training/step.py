@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from haliax import NamedArray
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from lora_dpo_jax.axes import MICRO
@@ -132,7 +133,7 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         moving, frozen = self._split(state)
         # In another program, which has options of its own, JAX allows none here.
-        is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(moving))
+        is_traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(moving))
         with self.scope():
             update = self._update if is_traced else self._program(moving)
             moved, metrics = update(moving, frozen, _parts(batch))
