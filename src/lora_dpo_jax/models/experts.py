@@ -286,30 +286,38 @@ def _frozen_product(x: Array, weight: NamedArray | QuantizedWeight, sorting: Sor
 
     def backward(saved, cotangent):
         weight, sorting = saved
-        transposed = plain(weight, cotangent.dtype).rearrange((EXPERT, *In, *Out))
-        return _ragged(cotangent, transposed, sorting, Out, In), None, None
+        return _ragged(cotangent, plain(weight, cotangent.dtype), sorting, In, Out, is_backward=True), None, None
 
     product.defvjp(forward, backward)
     return product(x, weight, sorting)
 
 
-def _ragged(x: Array, matrices: NamedArray, sorting: Sorting, In: Names, Out: Names) -> Array:
-    """x [pair, *In] and matrices {expert, *Out, *In} -> [pair, *Out]."""
+def _ragged(
+    x: Array, matrices: NamedArray, sorting: Sorting, In: Names, Out: Names, *, is_backward: bool = False
+) -> Array:
+    """x [pair, *In] and matrices {expert, *Out, *In} -> [pair, *Out]. Backward, from [pair, *Out] to [pair, *In]."""
     split = hax.partitioning.pspec_for_axis(matrices.axes) if _is_split() else PartitionSpec(*[None] * matrices.ndim)
     of_out, of_in = split[1 : 1 + len(Out)], split[1 + len(Out) :]
-    summed = tuple(name for names in of_in if names is not None for name in hax.axis.ensure_tuple(names))
+    of_result, of_x = (of_in, of_out) if is_backward else (of_out, of_in)
+    summed = tuple(name for names in of_x if names is not None for name in hax.axis.ensure_tuple(names))
 
     def product(x, matrices, sizes):
-        pairs, (count, *out) = len(x), matrices.shape[: 1 + len(Out)]
-        x, matrices = x.reshape(pairs, -1), matrices.reshape(count, math.prod(out), -1)
-        found = grouped_dot(x, matrices, sizes[0], dtype=jnp.float32 if summed else x.dtype)
+        pairs, (count, *sides) = len(x), matrices.shape
+        out, inner = sides[: len(Out)], sides[len(Out) :]
+        found = grouped_dot(
+            x.reshape(pairs, -1),
+            matrices.reshape(count, math.prod(out), math.prod(inner)),
+            sizes[0],
+            dtype=jnp.float32 if summed else x.dtype,
+            contracted=1 if is_backward else 2,
+        )
         if summed:
             found = jax.lax.psum(found, summed).astype(x.dtype)
-        return found.reshape(pairs, *out)
+        return found.reshape(pairs, *(inner if is_backward else out))
 
     rows = sorting.devices
-    specs = PartitionSpec(rows, *of_in), split, _spec(rows)
-    return on_each_device(product, specs, PartitionSpec(rows, *of_out))(x, matrices.array, sorting.sizes)
+    specs = PartitionSpec(rows, *of_x), split, _spec(rows)
+    return on_each_device(product, specs, PartitionSpec(rows, *of_result))(x, matrices.array, sorting.sizes)
 
 
 def _plus_bias(x: Array, bias: NamedArray, sorting: Sorting) -> Array:
