@@ -4,6 +4,7 @@ A group's last block may reach into the rows of the next group, which overwrites
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +18,24 @@ LARGEST_BLOCK, SMALLEST_BLOCK = 128, 16  # rows
 class BlockedProducts:
     """`GroupedProducts` for CPUs."""
 
-    def product(self, rows: Array, matrices: Array, sizes: Array, *, dtype: jnp.dtype, contracted: int) -> Array:
+    reads_stacks: ClassVar[bool] = False
+
+    def product(
+        self, rows: Array, matrices: Array, sizes: Array, *, dtype: jnp.dtype, contracted: int, first: Array | int = 0
+    ) -> Array:
         matrices = matrices if contracted == 2 else matrices.swapaxes(1, 2)
         num_rows, size = len(rows), _block_size(len(rows), len(sizes))
         rows = jnp.pad(rows, ((0, size), (0, 0)))
         starts = jnp.cumsum(sizes) - sizes
 
         def of_group(group, found):
-            matrix = jax.lax.dynamic_index_in_dim(matrices, group, keepdims=False)
+            matrix = jax.lax.dynamic_index_in_dim(matrices, first + group, keepdims=False)
 
             def of_block(number, found):
-                first = starts[group] + number * size
-                block = jax.lax.dynamic_slice_in_dim(rows, first, size)
+                begin = starts[group] + number * size
+                block = jax.lax.dynamic_slice_in_dim(rows, begin, size)
                 product = jnp.einsum("ri,oi->ro", block, matrix, preferred_element_type=dtype)
-                return jax.lax.dynamic_update_slice_in_dim(found, product, first, 0)
+                return jax.lax.dynamic_update_slice_in_dim(found, product, begin, 0)
 
             return fori_loop(0, _num_blocks(sizes[group], size), of_block, found)
 

@@ -10,7 +10,7 @@ multiple of 512. It starts a program for each tile of all rows and each group, o
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 from lora_dpo_jax.models.attention.packed_blocks import dot
 
 SMALLEST_BLOCK = 16  # of a product of Triton
+NONE = -1  # no matrix
 STRIP = 8  # tiles that run beside each other for the same columns, so that both factors stay in the cache
 
 
@@ -30,14 +31,24 @@ class TritonProducts:
 
     largest_block: int = 128  # rows of a tile, and columns of its result; a power of two
     interpret: bool = False
+    reads_stacks: ClassVar[bool] = True
 
-    def product(self, rows: Array, matrices: Array, sizes: Array, *, dtype: jnp.dtype, contracted: int) -> Array:
+    def product(
+        self,
+        rows: Array,
+        matrices: Array,
+        sizes: Array,
+        *,
+        dtype: jnp.dtype,
+        contracted: int,
+        first: Array | int = 0,
+    ) -> Array:
         num_rows, inner = rows.shape
         columns, largest = matrices.shape[3 - contracted], self._largest(rows)
         # Half as long as a middle group, because on average half of a group's last tile is empty.
         block_m = _block(pl.cdiv(num_rows, 2 * len(sizes)), largest)
         block_n, block_k = _block(columns, largest), _block(inner, largest // 2)
-        tiles = _tiles(sizes, num_rows, block_m)
+        tiles = _tiles(sizes, num_rows, block_m, first)
         strip = min(STRIP, len(tiles[0]))
         kernel = functools.partial(_product_kernel, blocks=(block_m, block_n, block_k), contracted=contracted)
         return self._call(
@@ -82,11 +93,12 @@ def _num_tiles(num_rows: int, num_groups: int, block: int) -> int:
     return (num_rows + num_groups * (block - 1)) // block
 
 
-def _tiles(sizes: Array, num_rows: int, block: int) -> tuple[Array, Array, Array]:
-    """The group, the first row, and the row after the last of each tile, int32 [tile]. Some tiles have no rows.
+def _tiles(sizes: Array, num_rows: int, block: int, first_matrix: Array | int) -> tuple[Array, Array, Array]:
+    """The matrix, the first row, and the row after the last of each tile, int32 [tile]. Some tiles have no rows.
 
-    The rows after the last group are the group that follows it. The number of tiles is a multiple of STRIP, or less.
+    Tiles of the rows after the last group have the matrix NONE. The number of tiles is a multiple of STRIP, or less.
     """
+    num_groups = len(sizes)
     sizes = jnp.append(sizes, num_rows - sizes.sum())
     total = _num_tiles(num_rows, len(sizes), block)
     if total > STRIP:
@@ -94,28 +106,28 @@ def _tiles(sizes: Array, num_rows: int, block: int) -> tuple[Array, Array, Array
     counts = pl.cdiv(sizes, block)
     stops, last_tiles, tiles = jnp.cumsum(sizes), jnp.cumsum(counts), jnp.arange(total, dtype=jnp.int32)
     group = jnp.searchsorted(last_tiles, tiles, side="right", method="compare_all")
-    group = jnp.minimum(group, len(sizes) - 1).astype(jnp.int32)
+    group = jnp.minimum(group, num_groups).astype(jnp.int32)
     first = (stops - sizes)[group] + (tiles - (last_tiles - counts)[group]) * block
-    return group, first, stops[group]
+    return jnp.where(group < num_groups, group + first_matrix, NONE), first, stops[group]
 
 
-def _product_kernel(groups, firsts, stops, rows, matrices, out, *, blocks: tuple[int, int, int], contracted: int):
+def _product_kernel(numbers, firsts, stops, rows, matrices, out, *, blocks: tuple[int, int, int], contracted: int):
     block_m, block_n, block_k = blocks
     tile = pl.program_id(2) * pl.num_programs(0) + pl.program_id(0)
-    group, first, stop = groups[tile], firsts[tile], stops[tile]
+    number, first, stop = numbers[tile], firsts[tile], stops[tile]
     column = pl.program_id(1) * block_n
     of_tile, of_columns = pl.ds(first, block_m), pl.ds(column, block_n)
     mine, inside = _before(first, block_m, stop), _inside(column, block_n, out.shape[1])
 
-    def add(number, total):
-        inner = number * block_k
+    def add(step, total):
+        inner = step * block_k
         of_inner, exists = pl.ds(inner, block_k), _inside(inner, block_k, rows.shape[1])
         left = _load(rows.at[of_tile, of_inner], mine, exists)
         if contracted == 2:
-            return total + dot(left, _load(matrices.at[group, of_columns, of_inner], inside, exists), (1, 1))
-        return total + dot(left, _load(matrices.at[group, of_inner, of_columns], exists, inside))
+            return total + dot(left, _load(matrices.at[number, of_columns, of_inner], inside, exists), (1, 1))
+        return total + dot(left, _load(matrices.at[number, of_inner, of_columns], exists, inside))
 
-    has_work = (first < stop) & (group < matrices.shape[0])
+    has_work = (first < stop) & (number != NONE)
     count = has_work.astype(jnp.int32) * pl.cdiv(rows.shape[1], block_k)
     total = jax.lax.fori_loop(0, count, add, jnp.zeros((block_m, block_n)))
     _store(out.at[of_tile, of_columns], total, mine, inside)
@@ -128,8 +140,8 @@ def _outer_products_kernel(firsts, stops, rows, cotangents, out, *, blocks: tupl
     of_out, of_in = pl.ds(row, block_m), pl.ds(column, block_n)
     in_out, in_in = _inside(row, block_m, out.shape[1]), _inside(column, block_n, out.shape[2])
 
-    def add(number, total):
-        begin = first + number * block_k
+    def add(step, total):
+        begin = first + step * block_k
         here, mine = pl.ds(begin, block_k), _before(begin, block_k, stop)
         left, right = _load(cotangents.at[here, of_out], mine, in_out), _load(rows.at[here, of_in], mine, in_in)
         return total + dot(left, right, (0, 0))
