@@ -28,7 +28,7 @@ from lora_dpo_jax.sharding import Placement
 
 TOPOLOGIES = {"tpu": "v5p:1x1x1", "gpu": "h100:1"}  # cpu: this machine
 PRODUCTS = {"dot", "convolution"}
-PRODUCT_CALLS = ("gemm", "cublas", "matmul")  # in the names of custom calls
+PRODUCT_CALLS = ("gemm", "cublas", "matmul", "grouped_")  # in the names of custom calls and of Pallas kernels
 MOVES = {"dynamic-slice", "slice", "copy", "transpose", "reshape", "concatenate", "convert"}
 PARTS = {"dynamic-slice", "slice", "gather"}
 INDICES = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "add", "subtract", "compare", "select"}
@@ -144,10 +144,11 @@ class Traffic:
             self.found["elementwise_mb"] += traffic
 
     def _operations(self, one: Instruction) -> set[str]:
-        """Those inside of a fusion, or its own. A custom call has its target's name."""
+        """Those inside of a fusion, or its own. A custom call has the names of its target and of its kernel, if any."""
         if one.operation == "custom-call":
             target = one.attributes.partition('custom_call_target="')[2].partition('"')[0]
-            return {f"custom-call {target}"}
+            kernel = one.attributes.partition(', name = "')[2].partition('"')[0]
+            return {f"custom-call {target} {kernel}".rstrip()}
         if not one.operation.startswith(("fusion", "async", "call")) or not one.called:
             return {one.operation}
         if one.called not in self.inside:

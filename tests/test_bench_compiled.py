@@ -106,6 +106,25 @@ def test_arrays_that_are_read_in_part_count_in_part():
     assert found["kernels_mb"] == 0
 
 
+# Two Pallas kernels for Triton, whose code precedes the name.
+KERNELS = """
+ENTRY %main (x: bf16[8,4], w: bf16[2,4,4]) -> bf16[8,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %w = bf16[2,4,4]{2,1,0} parameter(1)
+  %attended = bf16[8,4]{1,0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", """
+KERNELS += r"""backend_config={ir = "\22grouped_\0D", name = "packed_attention_forward_kernel", num_warps = 4 : i32}
+  ROOT %y = bf16[8,4]{1,0} custom-call(%attended, %w), custom_call_target="__gpu$xla.gpu.triton", """
+KERNELS += r"""backend_config={ir = "\0D", name = "grouped_product", num_warps = 4 : i32}
+}
+"""
+
+
+def test_grouped_kernels_are_products():
+    found = Traffic(KERNELS, 1, set(), 97).found
+    assert found["products_a_layer"] == 1
+    assert found["kernels_mb"] == 2 * 8 * 4 * 2
+
+
 def test_instructions_run_as_often_as_their_loops():
     def program(x):
         return jax.lax.fori_loop(0, 7, lambda _, y: jax.lax.fori_loop(0, 3, lambda _, z: jnp.sin(z @ x), y), x)

@@ -28,7 +28,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from lora_dpo_jax.axes import EMBED, EXPERT, GATE_UP, POSITION, RANK
+from lora_dpo_jax.axes import EMBED, EXPERT, GATE_UP, LAYERS, POSITION, RANK
 from lora_dpo_jax.lora import LOW_RANK, Adapter, LoraLinear, TokenKey, split_key
 from lora_dpo_jax.lora.adapter import names_of
 from lora_dpo_jax.lora.dropout import dropout
@@ -36,6 +36,7 @@ from lora_dpo_jax.models.compute import CHECKPOINT_POLICIES
 from lora_dpo_jax.models.config import DecoderConfig, ExpertsConfig
 from lora_dpo_jax.models.gates import ACTIVATIONS
 from lora_dpo_jax.models.grouped_products import grouped_dot
+from lora_dpo_jax.models.in_stack import InStack
 from lora_dpo_jax.models.linear import PRODUCT, GatheredLinear, Linear, linear
 from lora_dpo_jax.models.mlp import GateUp
 from lora_dpo_jax.models.quantization import QuantizedWeight
@@ -271,10 +272,16 @@ def _trained_product(x: Array, factor: NamedArray, sorting: Sorting, In: Names, 
     return _ragged(x, factor.rearrange((EXPERT, *Out, *In)).astype(x.dtype), sorting, In, Out)
 
 
-def _frozen_product(x: Array, weight: NamedArray | QuantizedWeight, sorting: Sorting, In: Names, Out: Names) -> Array:
+def _frozen_product(
+    x: Array, weight: NamedArray | QuantizedWeight | InStack, sorting: Sorting, In: Names, Out: Names
+) -> Array:
     """The weight gets no gradient, and is dequantized again in the backward pass, as in `quantized_product`."""
 
-    def plain(weight: Any, dtype: Any) -> NamedArray:
+    def plain(weight: Any, dtype: Any) -> NamedArray | InStack:
+        if isinstance(weight, InStack):
+            if weight.stack.dtype == dtype and weight.stack.axis_names == (LAYERS, EXPERT, *Out, *In):
+                return weight
+            weight = weight.sliced()
         return hax.auto_sharded(weight).astype(dtype).rearrange((EXPERT, *Out, *In))
 
     @jax.custom_vjp
@@ -286,30 +293,41 @@ def _frozen_product(x: Array, weight: NamedArray | QuantizedWeight, sorting: Sor
 
     def backward(saved, cotangent):
         weight, sorting = saved
-        transposed = plain(weight, cotangent.dtype).rearrange((EXPERT, *In, *Out))
-        return _ragged(cotangent, transposed, sorting, Out, In), None, None
+        return _ragged(cotangent, plain(weight, cotangent.dtype), sorting, In, Out, is_backward=True), None, None
 
     product.defvjp(forward, backward)
     return product(x, weight, sorting)
 
 
-def _ragged(x: Array, matrices: NamedArray, sorting: Sorting, In: Names, Out: Names) -> Array:
-    """x [pair, *In] and matrices {expert, *Out, *In} -> [pair, *Out]."""
+def _ragged(
+    x: Array, matrices: NamedArray | InStack, sorting: Sorting, In: Names, Out: Names, *, is_backward: bool = False
+) -> Array:
+    """x [pair, *In] and matrices {expert, *Out, *In} -> [pair, *Out]. Backward, from [pair, *Out] to [pair, *In]."""
+    matrices, layer = (matrices.stack, matrices.layer) if isinstance(matrices, InStack) else (matrices, None)
     split = hax.partitioning.pspec_for_axis(matrices.axes) if _is_split() else PartitionSpec(*[None] * matrices.ndim)
-    of_out, of_in = split[1 : 1 + len(Out)], split[1 + len(Out) :]
-    summed = tuple(name for names in of_in if names is not None for name in hax.axis.ensure_tuple(names))
+    begin = matrices.ndim - len(Out + In)  # after the experts, and the layers
+    end = begin + len(Out)
+    of_out, of_in = split[begin:end], split[end:]
+    of_result, of_x = (of_in, of_out) if is_backward else (of_out, of_in)
+    summed = tuple(name for names in of_x if names is not None for name in hax.axis.ensure_tuple(names))
 
     def product(x, matrices, sizes):
-        pairs, (count, *out) = len(x), matrices.shape[: 1 + len(Out)]
-        x, matrices = x.reshape(pairs, -1), matrices.reshape(count, math.prod(out), -1)
-        found = grouped_dot(x, matrices, sizes[0], dtype=jnp.float32 if summed else x.dtype)
+        pairs, stacks, out, inner = len(x), matrices.shape[:begin], matrices.shape[begin:end], matrices.shape[end:]
+        found = grouped_dot(
+            x.reshape(pairs, -1),
+            matrices.reshape(*stacks, math.prod(out), math.prod(inner)),
+            sizes[0],
+            dtype=jnp.float32 if summed else x.dtype,
+            contracted=1 if is_backward else 2,
+            layer=layer,
+        )
         if summed:
             found = jax.lax.psum(found, summed).astype(x.dtype)
-        return found.reshape(pairs, *out)
+        return found.reshape(pairs, *(inner if is_backward else out))
 
     rows = sorting.devices
-    specs = PartitionSpec(rows, *of_in), split, _spec(rows)
-    return on_each_device(product, specs, PartitionSpec(rows, *of_out))(x, matrices.array, sorting.sizes)
+    specs = PartitionSpec(rows, *of_x), split, _spec(rows)
+    return on_each_device(product, specs, PartitionSpec(rows, *of_result))(x, matrices.array, sorting.sizes)
 
 
 def _plus_bias(x: Array, bias: NamedArray, sorting: Sorting) -> Array:

@@ -28,6 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_dpo_jax.axes import LAYERS
 from lora_dpo_jax.lora import TokenKey
 from lora_dpo_jax.models.compute import CHECKPOINT_POLICIES, ComputeConfig
+from lora_dpo_jax.models.in_stack import without_experts
 
 LONGEST_PERIOD = 16  # layers
 LAYER_INPUT = "input_of_a_layer"  # the name of what scans over periods keep
@@ -97,8 +98,13 @@ class LayerStack(eqx.Module):
             if self.is_unrolled:
                 carry, output = of_period(_layer_of(segment.stacked, 0), carry, shared, here, of_segment)
             else:
-                stacked: Any = segment  # haliax's type hints lack the further arguments of a scanned function
-                carry, output = stacked.scan_via(of_period)(carry, shared, here, of_segment)
+                stacked: Any  # haliax's type hints lack the further arguments of a scanned function
+                stacked, restored = without_experts(segment)
+
+                def of_slice(period: Period, *rest, restored=restored):
+                    return of_period(restored(period), *rest)
+
+                carry, output = stacked.scan_via(of_slice)(carry, shared, here, of_segment)
             outputs.append(output)
         return carry, outputs
 
