@@ -73,7 +73,7 @@ def little_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def two_devices() -> Iterator[None]:
-    """Runs on all devices, of this process and of those it starts, are on two: split too, for a third less time.
+    """Runs on all devices, of this process and of those it starts, are on two: split too, and for less time.
 
     For files that are not about devices. A mesh whose axes are given has the devices that it names.
     """
