@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from torch_users import FIXTURES, needs_torch
-from xla_flags import EIGHT_DEVICES
+from xla_flags import EIGHT_DEVICES, TWO_DEVICES
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{EIGHT_DEVICES} {os.environ.get('XLA_FLAGS', '')}"
@@ -69,6 +69,28 @@ def little_memory() -> Iterator[None]:
         gc.collect()
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what was freed otherwise
             libc.malloc_trim(0)
+
+
+@pytest.fixture(scope="module")
+def two_devices() -> Iterator[None]:
+    """Runs on all devices, of this process and of those it starts, are on two: split too, and for less time.
+
+    For files that are not about devices. A mesh whose axes are given has the devices that it names.
+    """
+    import jax
+
+    from lora_dpo_jax.sharding import MeshConfig
+
+    mesh, two = MeshConfig.mesh, jax.devices()[:2]  # this process has eight from here on
+
+    def of_two(self: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
+        on_all = devices is None and self.axes == MeshConfig().axes
+        return mesh(self, two if on_all else devices)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(MeshConfig, "mesh", of_two)
+        patched.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace(EIGHT_DEVICES, TWO_DEVICES))
+        yield
 
 
 @pytest.fixture

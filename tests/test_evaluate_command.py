@@ -17,7 +17,10 @@ from lora_dpo_jax.main.output_file import check_output
 from lora_dpo_jax.settings.arguments import parse
 
 # PEFT asks transformers for what transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.usefixtures("two_devices"),
+]
 
 ROWS = {"chat": preference_rows(9), "plain": plain_rows(9)}
 

@@ -1,10 +1,12 @@
 """Faults in whole runs: each ends in an error that says what to do, or the run goes on and ends as without it."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -16,6 +18,8 @@ from tiny_runs import instruct_folder, preference_rows, read_metrics, run_config
 from lora_dpo_jax.data.sources import RowError
 from lora_dpo_jax.main.train import main
 from lora_dpo_jax.runs.config import TrainConfig
+
+pytestmark = pytest.mark.usefixtures("two_devices")
 
 STEPS = 4
 
@@ -51,11 +55,25 @@ def outcome(config: TrainConfig) -> dict[str, object]:
     return {"metrics": [line for line in lines if len(line) > 1], **files}
 
 
+@contextlib.contextmanager
+def no_programs_from_elsewhere() -> Iterator[None]:
+    """Runs compile anew, and keep their programs where their config says."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.clear_caches()
+    compilation_cache.reset_cache()  # JAX opens a folder once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+
+
 @pytest.fixture(scope="module")
 def whole(folder) -> TrainConfig:
-    """A run without a fault."""
-    config = config_of(folder, "whole")
-    main(config)
+    """A run without a fault, which keeps its compiled programs too."""
+    config = config_of(folder, "whole", trainer__jax_compilation_cache_dir=str(folder / "programs"))
+    with no_programs_from_elsewhere():
+        main(config)
     assert len(outcome(config)) == 1 + 2 * 2
     return config
 
@@ -94,23 +112,14 @@ def test_a_flipped_bit_in_a_cache_is_noticed_and_changes_nothing(folder, whole, 
 
 
 def test_a_compiled_program_that_was_cut_short_is_compiled_again(folder, whole):
-    programs = folder / "programs"
-    before = jax.config.jax_compilation_cache_dir
-    compilation_cache.reset_cache()  # JAX opens a folder once
-    try:
-        for name in ("compiles", "compiles_again"):
-            config = config_of(folder, name, trainer__jax_compilation_cache_dir=str(programs))
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                jax.clear_caches()
-                main(config)
-            for path in programs.iterdir():
-                path.write_bytes(path.read_bytes()[:-100])
-            assert outcome(config) == outcome(whole)
-        assert any("Error reading persistent compilation cache entry" in str(warning.message) for warning in caught)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-        compilation_cache.reset_cache()
+    for path in (folder / "programs").iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
+    config = config_of(folder, "compiles_again", trainer__jax_compilation_cache_dir=str(folder / "programs"))
+    with no_programs_from_elsewhere(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        main(config)
+    assert any("Error reading persistent compilation cache entry" in str(warning.message) for warning in caught)
+    assert outcome(config) == outcome(whole)
 
 
 def test_a_disk_that_is_full_at_an_export_costs_no_training(folder, whole):

@@ -46,7 +46,10 @@ from lora_dpo_jax.training.loop import NonFiniteLossError
 from lora_dpo_jax.training.step import TrainStep
 
 # PEFT asks transformers for what transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.usefixtures("two_devices"),
+]
 
 TRAIN, HELD_OUT = preference_rows(12), preference_rows(5, seed=1)
 PER_PAIR = ["dpo_loss", "dpo_margin_policy", "dpo_margin_ref", "dpo_accuracy", "dpo_chosen_reward"]

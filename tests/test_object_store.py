@@ -14,6 +14,8 @@ from tiny_runs import instruct_folder, preference_rows, read_metrics, run_config
 
 from lora_dpo_jax.main.train import main
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 BUCKET = "s3://runs"
 
 

@@ -26,6 +26,8 @@ from lora_dpo_jax.processes.run_lock import LOCK, RunLock
 from lora_dpo_jax.processes.signals import RESTART_STATUS
 from lora_dpo_jax.runs.config import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 STEPS = 6
 SILENCE = 15  # seconds
 MAIN = "lora_dpo_jax.main"
@@ -105,7 +107,7 @@ def assert_same_run(config: TrainConfig, other: TrainConfig) -> None:
 
 @pytest.fixture(scope="module")
 def alone(folder) -> TrainConfig:
-    """The run on one process, of eight devices."""
+    """The run on one process, of two devices."""
     config = config_of(folder, "alone")
     main(config)
     return config

@@ -27,6 +27,8 @@ from lora_dpo_jax.runs.assembly import load_tables
 from lora_dpo_jax.runs.base import load_tokenizer
 from lora_dpo_jax.training.step import Accumulated, accumulate, micro_batches
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 ALL_SIX = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 
 

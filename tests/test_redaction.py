@@ -19,6 +19,8 @@ from tiny_runs import instruct_folder, preference_rows, run_config, write_rows
 from lora_dpo_jax.main.train import main
 from lora_dpo_jax.redaction import RedactingFormatter, redact, redacted, without_secrets
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 TOKEN = "hf_" + "aB3" * 12
 KEY = "0123456789abcdef" * 2
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -24,6 +24,8 @@ from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.settings.arguments import parse
 from lora_dpo_jax.tracking.metrics_file import MetricsFile
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 STEPS = 8
 
 # Runs the command line, and sends itself a signal as soon as the metrics of a step are on disk.

@@ -16,6 +16,8 @@ from lora_dpo_jax.lora import trainable_filter
 from lora_dpo_jax.main.train import main
 from lora_dpo_jax.training.step import TrainState
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 STEPS = 4
 
 

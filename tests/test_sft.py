@@ -38,6 +38,8 @@ from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.settings.arguments import parse
 from lora_dpo_jax.training.step import accumulate
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 ROOT = Path(__file__).parents[1]
 STEPS, BATCH = 3, 4
 

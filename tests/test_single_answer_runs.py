@@ -19,6 +19,8 @@ from lora_dpo_jax.runs.capacity import expected_batch
 from lora_dpo_jax.runs.config import TrainConfig
 from lora_dpo_jax.tracking.metrics_file import MetricsFile
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 WEIGHTS = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
 
 

@@ -8,6 +8,8 @@ from lora_dpo_jax.main.train import main
 from lora_dpo_jax.runs.assembly import load_tables
 from lora_dpo_jax.runs.base import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 WEIGHTS, MARGINS = [0.5, 2.0, 0.0, 1.0, 1.5, 0.25], [0.0, 1.0, 2.5, 0.125, 3.0, 0.5]
 FORMAT = {"weight_field": "trust", "margin_field": "gap"}
 

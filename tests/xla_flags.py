@@ -8,4 +8,5 @@ from importlib.metadata import version
 ONE_DEVICE = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if version("jaxlib").startswith("0.10."):
     ONE_DEVICE += " --xla_cpu_use_fusion_emitters=false"
+TWO_DEVICES = f"{ONE_DEVICE} --xla_force_host_platform_device_count=2"
 EIGHT_DEVICES = f"{ONE_DEVICE} --xla_force_host_platform_device_count=8"

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from many_processes import free_port
-from xla_flags import ONE_DEVICE
+from xla_flags import TWO_DEVICES
 
 from lora_dpo_jax.checkpoints.config import CheckpointerConfig
 from lora_dpo_jax.checkpoints.store import Checkpoints
@@ -63,7 +63,7 @@ with StopSignals() as stop, checkpoints:
 def stopped_after(folder: Path) -> int:
     """The last step of both processes."""
     port = free_port()
-    environment = os.environ | {"XLA_FLAGS": f"{ONE_DEVICE} --xla_force_host_platform_device_count=2"}
+    environment = os.environ | {"XLA_FLAGS": TWO_DEVICES}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(number), str(port), str(folder)],

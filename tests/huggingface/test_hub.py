@@ -14,6 +14,8 @@ from lora_dpo_jax.huggingface.folders import export_folder
 from lora_dpo_jax.huggingface.hub import HubConfig, check_hub, push_exports
 from lora_dpo_jax.main.train import main
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 ADAPTER = {"README.md": "---\nlibrary_name: peft\n---\n", "adapter_config.json": "{}"}
 MERGED = {"config.json": "{}", "additional_chat_templates/tool.jinja": "{{ 1 }}"}
 

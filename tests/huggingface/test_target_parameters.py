@@ -33,6 +33,7 @@ from lora_dpo_jax.runs.base import load_base, load_policy, load_tokenizer, lora_
 RENAMED = "`is_gradient_checkpointing` is deprecated"
 OF_PARAMETERS = "The following (rank|alpha)_pattern keys did not match any targeted module"
 pytestmark = [
+    pytest.mark.usefixtures("two_devices"),
     pytest.mark.filterwarnings(f"ignore:{RENAMED}:FutureWarning"),
     pytest.mark.filterwarnings(f"ignore:{OF_PARAMETERS}:RuntimeWarning"),
 ]

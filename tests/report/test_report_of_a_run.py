@@ -24,6 +24,8 @@ from lora_dpo_jax.runs.report import Samples
 from lora_dpo_jax.settings.arguments import parse
 from lora_dpo_jax.training.loop import StepInfo, TrainerConfig
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 MARKUP = """<script>alert(1)</script><b onclick="x">&amp;'{{ 7 * 7 }}</b>"""
 RUN_ID = """<i>&"run" {{ 1 }}"""
 

@@ -27,6 +27,8 @@ from lora_dpo_jax.training.choice import BestConfig, EarlyStoppingConfig, Standi
 from lora_dpo_jax.training.loop import StepInfo, TrainerConfig
 from lora_dpo_jax.training.step import TrainState
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 STEPS, PATIENCE = 6, 2
 
 

@@ -16,6 +16,8 @@ from lora_dpo_jax.main import generate
 from lora_dpo_jax.main.train import main
 from lora_dpo_jax.runs.exports import with_trained_template
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 OWN = read_tokenizer(instruct_folder()).chat_template
 TRAINED = OWN.replace("message.content", "message.content + ' [trained]'")
 

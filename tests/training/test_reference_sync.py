@@ -19,6 +19,8 @@ from lora_dpo_jax.preference_objective import PreferenceObjective
 from lora_dpo_jax.training.reference_sync import ReferenceSync
 from lora_dpo_jax.training.step import TrainState, TrainStep
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 DESCENT = optax.sgd(0.3)
 OBJECTIVE = PreferenceObjective(Dpo(beta=0.5))
 
