@@ -12,6 +12,7 @@ from pathlib import Path
 import draccus
 import numpy as np
 import pytest
+from hub_server import TOKEN, Repo, hub_server
 from many_processes import ended, start
 from preloaded import Preloaded
 from safetensors.numpy import load_file
@@ -119,10 +120,32 @@ def run_on(count: int, config: TrainConfig) -> list[tuple[int, str, str]]:
     return outcomes
 
 
+# Goes to another hub than huggingface.co.
+PUSHING = """
+import os, runpy, sys
+from huggingface_hub import constants
+
+os.environ["HF_TOKEN"], constants.ENDPOINT = sys.argv.pop(1), sys.argv.pop(1)
+constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = False, True
+runpy.run_module("lora_dpo_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.fixture(scope="module")
-def on_two(folder) -> tuple[TrainConfig, list[tuple[int, str, str]]]:
-    config = config_of(folder, "two")
-    return config, run_on(2, config)
+def pushed() -> dict[str, Repo]:
+    """What `on_two` pushed, by the name of the repository."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def on_two(folder, pushed) -> tuple[TrainConfig, list[tuple[int, str, str]]]:
+    config = config_of(folder, "two", hub={"adapter": "team/warm"})
+    with hub_server() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.delenv("HF_TOKEN")  # not of the processes that others begin from
+        outcomes = ended(start(["-c", PUSHING, TOKEN, hub.url, "--config_path", written(config)], count=2))
+        pushed.update(hub.repos)
+    assert [status for status, _, _ in outcomes] == [0, 0], [told[-2000:] for _, _, told in outcomes]
+    return config, outcomes
 
 
 def test_a_run_on_two_processes_equals_that_on_one(alone, on_two):
@@ -148,6 +171,14 @@ def test_what_there_is_one_of_is_made_once(alone, on_two):
     records = next(cache.glob("reference/*/records.bin")).stat().st_size
     assert records == next(Path(alone.data.cache_dir or "").glob("reference/*/records.bin")).stat().st_size
     assert sorted(path.name for path in (run_folder(config) / "checkpoints").iterdir()) == ["step-4", "step-6"]
+
+
+def test_the_exports_of_several_processes_are_pushed_once(on_two, pushed):
+    config, _ = on_two
+    (repo,), folder = pushed.values(), Path(config.peft_save_path or "")
+    assert [*pushed] == ["team/warm"] and len(repo.commits) == 1
+    exported = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lora_dpo_export.json"}
+    assert repo.branches["main"] == exported
 
 
 def test_scores_and_completions_of_two_processes_are_those_of_one(folder, on_two, capsys):

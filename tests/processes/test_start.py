@@ -45,14 +45,14 @@ def test_one_process_is_left_alone(started):
 
 def test_the_variables_of_torchrun_are_understood(started):
     found = {"coordinator_address": "10.0.0.1:8476", "num_processes": 4, "process_id": 1}
-    assert started(**TORCH) == found | {"heartbeat_timeout_seconds": 60}
-    assert started(**TORCH, LOCAL_RANK="0") == found | {"local_device_ids": [0], "heartbeat_timeout_seconds": 60}
+    assert started(**TORCH) == found | {"heartbeat_timeout_seconds": 80}
+    assert started(**TORCH, LOCAL_RANK="0") == found | {"local_device_ids": [0], "heartbeat_timeout_seconds": 80}
     by_torchrun = started(**TORCH, TORCHELASTIC_USE_AGENT_STORE="True")
     assert by_torchrun["coordinator_address"] == "10.0.0.1:8477", "torchrun itself listens at MASTER_PORT"
 
 
 def test_what_jax_finds_by_itself_is_left_to_it(started):
-    left = {"heartbeat_timeout_seconds": 60}
+    left = {"heartbeat_timeout_seconds": 80}
     assert started(**SLURM) == left
     assert started(**SLURM, MASTER_ADDR="node07", MASTER_PORT="1234") == left, "job scripts export these for others"
     assert started(DistributedConfig(local_device_ids=[0]), **SLURM) == left | {"local_device_ids": [0]}
@@ -61,7 +61,7 @@ def test_what_jax_finds_by_itself_is_left_to_it(started):
 def test_settings_come_before_the_environment(started):
     settings = DistributedConfig("host:1", 2, 1, heartbeat_timeout_seconds=10)
     assert started(settings, **TORCH) == {
-        "coordinator_address": "host:1", "num_processes": 2, "process_id": 1, "heartbeat_timeout_seconds": 20
+        "coordinator_address": "host:1", "num_processes": 2, "process_id": 1, "heartbeat_timeout_seconds": 40
     }  # fmt: skip
 
 

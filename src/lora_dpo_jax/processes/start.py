@@ -16,6 +16,7 @@ from jax._src.clusters import ClusterEnv
 TORCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 FOUND_BY_JAX = "a TPU pod, a GKE job, SLURM's srun or Open MPI's mpirun"
 LONGEST_TIMEOUT = 10**6  # seconds
+SECONDS_FOR_WORDS = 10  # PeerMonitor's, on a busy machine, from noticing an end to its own
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,10 @@ def start_processes(config: DistributedConfig) -> bool:
     arguments = _arguments(config) if config.initialize_jax_distributed else None
     if arguments is None or jax.distributed.is_initialized():
         return jax.distributed.is_initialized()
-    # PeerMonitor ends the run first, with a message. If Python itself hangs, JAX ends it later, without a message.
-    jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=2 * config.heartbeat_timeout_seconds)
+    # PeerMonitor ends the run first, with a message. If Python itself hangs, JAX ends it later, without a message. A
+    # process sends JAX a sign twice in its timeout, so that JAX may miss one that was killed after half of it.
+    timeout = 2 * (config.heartbeat_timeout_seconds + SECONDS_FOR_WORDS)
+    jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=timeout)
     return True
 
 
