@@ -204,9 +204,10 @@ def test_scores_and_completions_of_two_processes_are_those_of_one(folder, on_two
         assert one == pytest.approx(other, abs=1e-3), "summed log-probs of some tens of nats"
 
 
-# Sends itself a signal after a step that is no checkpoint's, if it is the process that is meant.
+# Sends itself a signal after a step that is no checkpoint's, if it is the process that is meant. The four steps that are
+# left take less time than the processes need to agree on where to stop, so it waits for that.
 SIGNALLED = """
-import os, runpy, sys
+import os, runpy, sys, time
 from lora_dpo_jax.training import loop as trainer
 
 signum, victim, at = (int(sys.argv.pop(1)) for _ in range(3))
@@ -216,6 +217,7 @@ def take_and_signal(self, step, metrics):
     take(self, step, metrics)
     if step == at and os.environ["RANK"] == str(victim):
         os.kill(os.getpid(), signum)
+        time.sleep(2)
 
 trainer._MetricsLog.take = take_and_signal
 runpy.run_module("lora_dpo_jax.main", run_name="__main__", alter_sys=True)
