@@ -204,7 +204,7 @@ def test_scores_and_completions_of_two_processes_are_those_of_one(folder, on_two
         assert one == pytest.approx(other, abs=1e-3), "summed log-probs of some tens of nats"
 
 
-# Sends itself a signal after a step that is no checkpoint's, if it is the process that is meant. It waits after that: the
+# Sends itself a signal after a step that is no checkpoint's, if it is the process that is meant. It then waits: the
 # steps that are left take less time than the processes need to agree on where to stop.
 SIGNALLED = """
 import os, runpy, sys, time
