@@ -99,19 +99,18 @@ def test_micro_batches_are_measured_on_rows_without_padding():
 
 def test_memory_is_that_of_the_devices_asked_for():
     """Sixteen chips hold a sixteenth of the weights; and memory grows with the row, not with its square."""
-    options = memory.Options(shape="tiny", topology="v5e:4x4", row_lengths=[2048])
+    options = memory.Options(shape="tiny", topology="v5e:4x4", row_lengths=[1024, 2048])
     placement = memory.placement(options)
-    (parts,) = memory.batches(options, placement)
-    found = memory.measure(options, placement, parts)
-    assert found["rows"] == "2 x 16 x 2048", "a row a chip"
-    assert not any("2048,2048" in name for name in found["largest_arrays"]), "dense attention's mask is found here"
-    assert found["temporary_mb"] < decoder_config("tiny").num_heads * 2048**2 * 2 / 1e6, "scores of a layer"
+    short, long = (memory.measure(options, placement, parts) for parts in memory.batches(options, placement))
+    assert short["rows"] == "2 x 16 x 1024"
+    assert long["temporary_mb"] < 2.5 * short["temporary_mb"]
+    assert not any("2048,2048" in name for name in long["largest_arrays"]), "dense attention's mask is found here"
     state = memory.learner_of(options, placement).state
     of_a_device = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.model)
     )
-    assert of_a_device < 1e6 * found["arguments_mb"] < 8 * of_a_device, "arrays are padded to tiles on a TPU"
-    assert all(re.fullmatch(r"\w+\[[\d,]+\]", name) for name in found["largest_arrays"])
+    assert of_a_device < 1e6 * short["arguments_mb"] < 8 * of_a_device, "arrays are padded to tiles on a TPU"
+    assert all(re.fullmatch(r"\w+\[[\d,]+\]", name) for name in short["largest_arrays"])
 
 
 def test_ranked_lists_and_their_pairs_hold_the_same_comparisons(tmp_path):

@@ -40,7 +40,9 @@ MICRO_BATCH_TOKENS = {
 }
 # What a device computes while another shape compiles, by platform, in FLOP.
 FLOPS_OF_COMPILING = {
-    "cpu": 4e11,  # measured: 2.6 s for the quickstart's model on two cores, which compute 150 GFLOP/s of a step
+    # Measured: on two cores the quickstart's step takes 6.9 s to trace and compile with two shapes, and 4.3 with one.
+    # The cores do up to 190 GFLOP/s of a step; 150 are counted.
+    "cpu": 4e11,
     "gpu": 5e15,  # predicted: 12 s, a third of what the 8B model's first step took to compile, at 40% of an H100's peak
     "tpu": 3e15,  # predicted: 15 s at 40% of a v5p's peak
 }

@@ -10,7 +10,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -250,18 +250,14 @@ def train(
         log = _MetricsLog(tracker, progress, log_every, num_steps, peak_flops, check, stalls)
         is_last = first_step == num_steps
         due = [hook for hook in hooks if hook.is_due(first_step, num_steps)]
-        batches, compiling = iter(batches), nullcontext()
-        if compile_step is not None and not is_last:
-            with stalls.waiting_for(INPUT, first_step):
-                first = _next(batches, first_step, num_steps)
-            batches, compiling = chain([first], batches), _compiling(compile_step, state, first, first_step, stalls)
-        with compiling:
+        steps = range(first_step, num_steps)
+        with _compiling(compile_step, state, iter(batches), steps, stalls) as batches:
             ends_here = _run(hooks, due, StepInfo(first_step, state, is_last), is_complete, stalls)
         if ends_here:
             logger.info("the run is complete after %d of %d steps: nothing is left to train", first_step, num_steps)
             return state
         log.start_clock()
-        for step in range(first_step, num_steps):
+        for step in steps:
             with stalls.waiting_for(INPUT, step):
                 batch = _next(batches, step, num_steps)
             with stalls.waiting_for(SENDING, step):
@@ -302,13 +298,22 @@ def _next(batches: Iterator[Any], step: int, num_steps: int) -> Any:
 
 @contextmanager
 def _compiling(
-    compile_step: Callable[[S, Any], Any], state: S, batch: Any, step: int, stalls: StallMonitor
-) -> Iterator[None]:
-    """Compiles the step while the block runs, and waits for it after the block."""
+    compile_step: Callable[[S, Any], Any] | None,
+    state: S,
+    batches: Iterator[Any],
+    steps: range,
+    stalls: StallMonitor,
+) -> Iterator[Iterator[Any]]:
+    """Compiles the first of the steps that are left while the block runs. Yields the batches of all of them."""
+    if compile_step is None or not steps:
+        yield batches
+        return
+    with stalls.waiting_for(INPUT, steps.start):
+        first = _next(batches, steps.start, steps.stop)
     with ThreadPoolExecutor(1, "compilation") as pool:
-        compilation = pool.submit(compile_step, state, batch)
-        yield
-        with stalls.waiting_for(SENDING, step, is_step=False):
+        compilation = pool.submit(compile_step, state, first)
+        yield chain([first], batches)
+        with stalls.waiting_for(SENDING, steps.start, is_step=False):
             compilation.result()
 
 
